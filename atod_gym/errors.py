@@ -1,0 +1,30 @@
+"""Errors that tell the user what to do; every error of this package derives from `AtodError`."""
+
+from __future__ import annotations
+
+
+class AtodError(Exception):
+    """Base of all errors raised on purpose: its message says what is wrong and what to do."""
+
+
+class DataNotFoundError(AtodError):
+    """The data asked for is not there; the message names the command or setting that helps."""
+
+
+class TaskNotFoundError(AtodError, KeyError):
+    """A task id that the chosen split does not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class InvalidGameError(AtodError):
+    """A game file that cannot be read: not JSON, a missing key, a broken PDDL or grammar text."""
+
+
+class UnsupportedGameError(AtodError):
+    """A well-formed game whose domain or grammar the native engine does not understand."""
+
+
+class MissingExtraError(AtodError, ImportError):
+    """An optional package is needed; the message names the extra to install."""

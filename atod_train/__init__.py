@@ -1,0 +1,1 @@
+"""The trainer: annealed on-policy distillation and its baselines for multi-turn agents."""

@@ -1,0 +1,116 @@
+"""The settings of a run: frozen dataclasses, two levels, read from the command line by tyro."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Method = Literal["atod", "opd", "grpo", "mix", "sod", "tcod", "sdar"]
+Shape = Literal["linear", "cosine", "constant"]
+WeightVariant = Literal[
+    "soft_or", "uniform", "disagreement", "uncertainty", "token", "top_fraction"
+]
+Aggregation = Literal["token-mean", "trajectory-mean"]
+PromptStyle = Literal["chat", "window"]
+ParseProfile = Literal["plain", "tags", "compat"]
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Which tasks are played, and how they are put to the model."""
+
+    id: str = "atod/ALFWorld-v0"
+    """Gymnasium id of the environment."""
+    data: str = "auto"
+    """auto, official, generated, or a path to data."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Further keyword arguments for gym.make, such as house_size."""
+    max_turns: int = 30
+    """Turn limit of an episode."""
+    train_split: str = "train"
+    eval_splits: tuple[str, ...] = ("valid_seen", "valid_unseen")
+    eval_tasks: int = 0
+    """Evaluate on the first this many tasks of each split; 0: all of them."""
+    prompt_style: PromptStyle = "chat"
+    """chat: append-only dialogue, one sequence per trajectory; window: last turns, one row a turn."""
+    history_window: int = 2
+    """Turns shown in window style."""
+    parse_profile: ParseProfile = "plain"
+    """plain: the completion is the action; tags: <think>/<action>; compat: published rules."""
+    success_reward: float = 10.0
+    """The environment's reward is multiplied by this."""
+    invalid_action_penalty: float = 0.1
+    """Subtracted from the reward of a turn whose action is not valid."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Student, teacher and their supervised starts."""
+
+    student: str = "tiny"
+    """A preset (tiny, small) trained from scratch on demonstrations, or a path to a saved model."""
+    teacher: str = "small"
+    demonstrations: int = 1000
+    """Expert episodes for the supervised starts of presets."""
+    student_epochs: float = 1.0
+    teacher_epochs: float = 8.0
+    demonstration_noise: float = 0.1
+    """Probability of a random admissible action in place of the expert's, for recovery."""
+    supervised_lr: float = 1e-3
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_context: int = 2048
+    """Longest sequence in tokens; an episode that would outgrow it is truncated."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """The method and its constants; defaults are the paper's."""
+
+    method: Method = "atod"
+    kappa_init: float = 1.0
+    kappa_min: float = 0.1
+    rho_init: float = 1.0
+    rho_max: float = 2.0
+    anneal_steps: int = 80
+    shape: Shape = "linear"
+    turn_weights: WeightVariant = "soft_or"
+    weight_smoothing: float = 0.0
+    mean_preserving: bool = False
+    advantage_over: Literal["trajectories", "turns"] = "trajectories"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0
+    aggregation: Aggregation = "token-mean"
+    entropy_bonus: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Budget, optimiser and bookkeeping."""
+
+    steps: int = 100
+    tasks_per_step: int = 16
+    group_size: int = 8
+    minibatches: int = 4
+    """Optimiser updates per step."""
+    lr: float = 5e-4
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    temperature: float = 1.0
+    max_completion_tokens: int = 16
+    tokens_per_microbatch: int = 16384
+    eval_every: int = 20
+    save_every: int = 20
+    seed: int = 0
+    threads: int = 0
+    """CPU threads for torch; 0: torch's own choice."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run depends on; written beside its results as config.json."""
+
+    env: EnvConfig = field(default_factory=EnvConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)

@@ -1,0 +1,113 @@
+"""The records that pass between rollout, algorithm and update.
+
+Text lives in `Turn`, tokens in `TokenizedTurn`, tensors in `Batch`. Shapes use these letters:
+R turn rows, T tokens of the longest completion, S packed sequences, L tokens of the longest
+sequence, N trajectories, G trajectories per group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from atod_gym.types import Message
+
+FinishReason = Literal["stop", "length"]
+"""Why sampling ended: the end-of-turn token came, or the token limit was reached."""
+
+StopReason = Literal["terminated", "turn_limit", "context_limit"]
+"""Why an episode ended: by the task, by the turn limit, or because the prompt outgrew the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedTurn:
+    """The exact tokens of one turn, as the model saw and sampled them; never re-encoded."""
+
+    prompt_ids: tuple[int, ...]
+    """If `extends_previous`: only what follows the previous turn's completion; else all of it."""
+    completion_ids: tuple[int, ...]
+    """As sampled, with the end-of-turn token if it came."""
+    sampling_logprobs: tuple[float, ...]
+    """One per completion token, at the sampling temperature's own distribution."""
+    finish_reason: FinishReason
+    extends_previous: bool
+    """Append-only prompts: this prompt is the last turn's prompt and completion plus `prompt_ids`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn: prompt -> completion -> env.step."""
+
+    index: int
+    prompt: tuple[Message, ...]
+    """The messages that are new in this turn (all of them in window style)."""
+    completion: str
+    action: str
+    reward: float
+    """Environment reward of this turn, after scaling and invalid-action penalty."""
+    is_action_valid: bool
+    tokens: TokenizedTurn
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """The record of one episode."""
+
+    group_id: int
+    task_id: str
+    task_type: str
+    turns: tuple[Turn, ...]
+    terminated: bool
+    truncated: bool
+    stop_reason: StopReason
+    success: bool
+    score: float
+
+    @property
+    def episode_return(self) -> float:
+        """Sum of the turns' rewards, penalties included."""
+        return sum(turn.reward for turn in self.turns)
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryGroup:
+    """G trajectories of the same task."""
+
+    task_id: str
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Trajectories as tensors: packed sequences for the model, turn rows for the algorithm.
+
+    Completion token `t` of turn row `r` stands at `input_ids[sequence_index[r], start[r] + t]`;
+    the model predicts it from the position before.
+    """
+
+    input_ids: Tensor
+    """[S, L] int64, right-padded."""
+    attention_mask: Tensor
+    """[S, L] bool, False on padding."""
+    completion_ids: Tensor
+    """[R, T] int64, right-padded."""
+    completion_mask: Tensor
+    """[R, T] bool, True exactly on sampled tokens."""
+    sampling_logprobs: Tensor
+    """[R, T] float32, 0 on padding."""
+    sequence_index: Tensor
+    """[R] int64: the packed sequence that holds this turn."""
+    start: Tensor
+    """[R] int64: position of the first completion token in that sequence (>= 1)."""
+    trajectory_index: Tensor
+    """[R] int64: the trajectory (0..N-1) of this turn."""
+    turn_index: Tensor
+    """[R] int64: position of the turn in its trajectory."""
+    turn_rewards: Tensor
+    """[R] float32: rewards of the turns, after scaling and penalty."""
+    group_index: Tensor
+    """[N] int64: group of each trajectory."""
+    returns: Tensor
+    """[N] float32: sum of turn rewards of each trajectory."""

@@ -1,0 +1,1 @@
+"""HTTP servers behind the environments that need one."""
