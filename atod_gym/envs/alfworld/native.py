@@ -1,0 +1,240 @@
+"""The native engine: plays ALFWorld game files exactly as the official engine does, but fast.
+
+The official engine (textworld's PddlEnv behind alfworld's AlfredDemangler) parses the grammar at
+each derivation and runs a planner's translator at each reset. Here the rules are compiled once per
+process (`logic`), a game file fills indexes, and a step is a few loops over them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from atod_gym.envs.alfworld.engine import EngineState
+from atod_gym.envs.alfworld.joins import TYPE_PREDICATE
+from atod_gym.envs.alfworld.logic import Commands, Goal, Logic, Program, State, compile_logic
+from atod_gym.envs.alfworld.pddl import Problem, object_types, parse_problem
+from atod_gym.errors import AtodError, InvalidGameError
+
+NOTHING_HAPPENS = "Nothing happens."
+
+_TASK_MARK = "@@task@@"
+_TASK_RULE = re.compile(r'("task"\s*:\s*\[\s*\{\s*"rhs"\s*:\s*")([^"\\;|<>\[\]#{}\s][^"\\;|<>\[\]#{}\t]*)"')
+_LOGICS_KEPT = 64
+_logics: dict[tuple[str, str], Logic] = {}
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class NativeGame:
+    """A compiled game; shared by all engines that play it, never changed by them."""
+
+    program: Program
+    goal: Goal
+    constants: tuple[str, ...]
+    names: dict[str, str]
+    """Entity id to the name that players see."""
+    facts: State
+    """The state at the start."""
+    walkthrough: tuple[str, ...]
+    start: EngineState
+    places: dict[Any, tuple[Commands, list[str]]] = field(default_factory=dict)
+    """Per place: the commands that depend on nothing else, and their sorted names."""
+
+    def place(self, state: State) -> tuple[Commands, list[str]]:
+        """The commands that depend on the agent's place alone, enumerated once per place."""
+        key = state[self.program.place_slot].get(())
+        found = self.places.get(key)
+        if found is None:
+            commands = self.program.place_commands(state, self.names)
+            found = self.places[key] = (commands, sorted(commands))
+        return found
+
+    def admissible(self, state: State) -> tuple[Commands, Commands, tuple[str, ...]]:
+        """Operations by command (of the place, of the rest) and all commands sorted."""
+        place, names = self.place(state)
+        others = self.program.other_commands(state, self.names)
+        if others.keys().isdisjoint(place):
+            return place, others, tuple(sorted([*names, *others]))
+        return place, others, tuple(sorted({*names, *others}))
+
+
+def entity_names(entities: set[str]) -> dict[str, str]:
+    """The name of each entity, as alfworld's Demangler gives it: noun and number.
+
+    The noun is what stands before the first `_bar_`, with `basin` appended to parts of a sink;
+    numbers count down along the sorted ids of a noun.
+    """
+    nouns = {
+        entity: entity.split("_bar_", 1)[0] + ("basin" if "basin" in entity else "")
+        for entity in entities
+        if "_bar_" in entity
+    }
+    left = Counter(nouns.values())
+    names = {entity: f"{entity} " for entity in entities if entity not in nouns}
+    for entity in sorted(nouns):
+        noun = nouns[entity]
+        names[entity] = f"{noun} {left[noun]}"
+        left[noun] -= 1
+    return names
+
+
+def _logic_for(domain: str, grammar: str, problem: Problem) -> tuple[Logic, str]:
+    """The compiled rules, shared by games that differ in the task sentence only."""
+    match = _TASK_RULE.search(grammar)
+    task = match.group(2) if match else ""
+    if match and grammar.count(_TASK_MARK) == 0:
+        grammar = f"{grammar[: match.start(2)]}{_TASK_MARK}{grammar[match.end(2) :]}"
+    key = (domain, grammar)
+    logic = _logics.get(key)
+    if logic is None:
+        if len(_logics) >= _LOGICS_KEPT:
+            _logics.clear()
+        logic = _logics[key] = compile_logic(domain, grammar, problem.facts)
+    return logic, task
+
+
+def compile_game(game: Mapping[str, Any]) -> NativeGame:
+    """Compiles a game file's content.
+
+    Raises:
+        InvalidGameError: a key is missing or a text is broken.
+        UnsupportedGameError: the domain or grammar is beyond the native engine.
+    """
+    texts = [game.get(key) for key in ("pddl_domain", "grammar", "pddl_problem")]
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidGameError("it lacks a text under pddl_domain, grammar or pddl_problem.")
+    domain, grammar, problem_text = texts
+    problem = parse_problem(str(problem_text))
+    with _lock:
+        logic, task = _logic_for(str(domain), str(grammar), problem)
+        goal, constants = logic.goal(problem.goal)
+        program = logic.program()
+        entities: set[str] = set()
+        for facts in problem.facts.values():
+            for fact in facts:
+                entities.update(fact[1:])
+        facts = _facts(problem, logic, entities)
+        state = logic.index.build(facts)
+    names = entity_names(entities)
+    intro = program.intro(state, names).replace(_TASK_MARK, task)
+    walkthrough = tuple(str(command) for command in game.get("walkthrough") or ())
+    won = goal.won(state, constants)
+    compiled = NativeGame(
+        program, goal, constants, names, state, walkthrough, EngineState(intro, (), won)
+    )
+    start = EngineState(intro, compiled.admissible(state)[2], won)
+    return NativeGame(
+        program, goal, constants, names, state, walkthrough, start, compiled.places
+    )
+
+
+def _facts(problem: Problem, logic: Logic, entities: set[str]) -> dict[str, list[list[str]]]:
+    """The problem's facts, plus the objects of each type that some slot lists."""
+    arity = logic.domain.predicates
+    for predicate, listed in problem.facts.items():
+        if predicate not in arity or any(len(fact) != len(arity[predicate]) + 1 for fact in listed):
+            raise InvalidGameError(
+                f"the :init section uses ({predicate} ..) otherwise than the domain declares it."
+            )
+    wanted = [name for name, _ in logic.index.slots if name.startswith(TYPE_PREDICATE)]
+    if not wanted:
+        return problem.facts
+    facts = dict(problem.facts)
+    types = object_types(problem.objects)
+    for name in wanted:
+        kind = name.removeprefix(TYPE_PREDICATE)
+        facts[name] = [[name, e] for e in sorted(entities) if kind in (types.get(e), "object")]
+    return facts
+
+
+@functools.lru_cache(maxsize=256)
+def _load_cached(path: str, modified: int, size: int) -> NativeGame:
+    try:
+        with open(path, encoding="utf-8") as file:
+            game = json.load(file)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InvalidGameError(f"{path} is not a game file: it is not JSON ({error}).") from error
+    if not isinstance(game, dict):
+        raise InvalidGameError(f"{path} is not a game file: it is not a JSON object.")
+    try:
+        return compile_game(game)
+    except AtodError as error:
+        raise type(error)(f"{path} cannot be played: {error}") from error
+
+
+def load_game(path: str | os.PathLike[str]) -> NativeGame:
+    """Reads and compiles a game file; the last games are kept, since groups replay them.
+
+    Raises:
+        InvalidGameError: the file cannot be read as a game.
+        UnsupportedGameError: its domain or grammar is beyond the native engine.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InvalidGameError(f"{path} cannot be read ({error.strerror}).") from error
+    return _load_cached(str(path), status.st_mtime_ns, status.st_size)
+
+
+class NativeEngine:
+    """Plays one game; implements `GameEngine`.
+
+    Args:
+        game: a game file's path or content, or a compiled game.
+    """
+
+    def __init__(self, game: str | os.PathLike[str] | Mapping[str, Any] | NativeGame) -> None:
+        if isinstance(game, NativeGame):
+            self._game = game
+        else:
+            self._game = compile_game(game) if isinstance(game, Mapping) else load_game(game)
+        self.walkthrough = self._game.walkthrough
+        self._state: State = []
+        self._last = self._game.start
+        self.reset()
+
+    def reset(self) -> EngineState:
+        """Starts the game anew."""
+        game = self._game
+        state = game.facts[:]
+        for number in game.program.fluent_slots:
+            state[number] = state[number].copy()
+        self._state = state
+        self._place = game.place(state)[0]
+        self._others = game.program.other_commands(state, game.names)
+        self._last = game.start
+        return self._last
+
+    def step(self, command: str) -> EngineState:
+        """Executes a command; one that is not admissible gives `Nothing happens.`"""
+        command = command.strip()
+        operation = self._others.get(command) or self._place.get(command)
+        last = self._last
+        if operation is None:
+            self._last = EngineState(NOTHING_HAPPENS, last.admissible_commands, last.won)
+            return self._last
+        game, program, state = self._game, self._game.program, self._state
+        number, *arguments = operation
+        program.apply[number](state, *arguments)
+        feedback = program.feedback[number](state, game.names, *arguments)
+        commands, won = last.admissible_commands, last.won
+        changes = program.changes[number]
+        if changes:
+            self._place, self._others, commands = game.admissible(state)
+            if not changes.isdisjoint(game.goal.predicates):
+                won = game.goal.won(state, game.constants)
+        self._last = EngineState(feedback, commands, won)
+        return self._last
+
+    def close(self) -> None:
+        """Nothing to free; may be called twice."""
