@@ -7,6 +7,10 @@ class AtodError(Exception):
     """Base of all errors raised on purpose: its message says what is wrong and what to do."""
 
 
+class InvalidSettingError(AtodError, ValueError):
+    """A keyword, option or file of the user that has no meaning; the message names what has."""
+
+
 class DataNotFoundError(AtodError):
     """The data asked for is not there; the message names the command or setting that helps."""
 

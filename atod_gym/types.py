@@ -1,4 +1,4 @@
-"""The public types of environments and wrappers: what an observation, an info and a message hold."""
+"""The public types of environments and wrappers: what observation, info and message hold."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ class StepInfo(TypedDict, total=False):
     """Whether the goal is reached now."""
     score: float
     """The benchmark's own number now; for ALFWorld 1.0 on success, else 0.0."""
+    action: str
+    """The action that the environment executed last; empty after reset."""
     is_action_valid: bool
     """Strict validity: the action was admissible when it was taken. True after reset."""
     parse_error: str

@@ -27,20 +27,23 @@ class EnvConfig:
     """Further keyword arguments for gym.make, such as house_size."""
     max_turns: int = 30
     """Turn limit of an episode."""
-    train_split: str = "train"
     eval_splits: tuple[str, ...] = ("valid_seen", "valid_unseen")
     eval_tasks: int = 0
     """Evaluate on the first this many tasks of each split; 0: all of them."""
     prompt_style: PromptStyle = "chat"
-    """chat: append-only dialogue, one sequence per trajectory; window: last turns, one row a turn."""
+    """chat: append-only dialogue, one sequence per trajectory; window: one row per turn."""
     history_window: int = 2
     """Turns shown in window style."""
+    show_admissible: bool = False
+    """Whether prompts list the admissible actions."""
     parse_profile: ParseProfile = "plain"
     """plain: the completion is the action; tags: <think>/<action>; compat: published rules."""
     success_reward: float = 10.0
     """The environment's reward is multiplied by this."""
     invalid_action_penalty: float = 0.1
     """Subtracted from the reward of a turn whose action is not valid."""
+    action_validity: Literal["strict", "format"] = "strict"
+    """strict: the action must be admissible; format: the completion must parse (as published)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,6 @@ class ModelConfig:
     demonstration_noise: float = 0.1
     """Probability of a random admissible action in place of the expert's, for recovery."""
     supervised_lr: float = 1e-3
-    dtype: Literal["float32", "bfloat16"] = "float32"
     max_context: int = 2048
     """Longest sequence in tokens; an episode that would outgrow it is truncated."""
 
@@ -74,6 +76,8 @@ class AlgorithmConfig:
     anneal_steps: int = 80
     shape: Shape = "linear"
     turn_weights: WeightVariant = "soft_or"
+    top_fraction: float = 0.5
+    """Share of a trajectory's turns that turn_weights=top_fraction keeps."""
     weight_smoothing: float = 0.0
     mean_preserving: bool = False
     advantage_over: Literal["trajectories", "turns"] = "trajectories"
@@ -107,6 +111,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class StudyConfig:
+    """Which runs are made of the same settings: every method with every seed."""
+
+    out: str = ""
+    """Folder of the results; empty: runs/<preset>."""
+    methods: tuple[Method, ...] = ()
+    """Methods to run one after the other; empty: algorithm.method alone."""
+    seeds: tuple[int, ...] = ()
+    """Seeds to run each method with; empty: train.seed alone."""
+    resume: bool = False
+    """Go on with what is in the folder: finished runs are kept, others continue."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything a run depends on; written beside its results as config.json."""
 
@@ -114,3 +132,4 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)

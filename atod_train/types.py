@@ -33,7 +33,7 @@ class TokenizedTurn:
     """One per completion token, at the sampling temperature's own distribution."""
     finish_reason: FinishReason
     extends_previous: bool
-    """Append-only prompts: this prompt is the last turn's prompt and completion plus `prompt_ids`."""
+    """The prompt is the previous turn's prompt and completion, then `prompt_ids`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ class GameEngine(Protocol):
         """Starts the game anew."""
 
     def step(self, command: str) -> EngineState:
-        """Executes a command; one that is not admissible gives `Nothing happens.`"""
+        """Executes a command; one that is not admissible gives `Nothing happens.`."""
 
     def close(self) -> None:
         """Frees what the game holds; may be called twice."""

@@ -60,6 +60,10 @@ class _Reader:
         match = _COMMENT.match(self.text, self.at)
         self.at = match.end() if match else self.at
 
+    def finished(self) -> bool:
+        self.skip()
+        return self.at >= len(self.text)
+
     def peek(self, token: str) -> bool:
         self.skip()
         return self.text.startswith(token, self.at)
@@ -105,7 +109,7 @@ def parse_grammar(text: str) -> TextGrammar:
     reader = _Reader(text)
     actions: dict[str, ActionText] = {}
     rules: dict[str, tuple[Rule, ...]] = {}
-    while not (reader.skip() or reader.at >= len(text)):
+    while not reader.finished():
         if not reader.peek("action"):
             name, block = reader.field()
             if name != "grammar":

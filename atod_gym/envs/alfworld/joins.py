@@ -1,16 +1,17 @@
 """Turns conditions over facts into Python loops over indexes: the native engine's query compiler.
 
-A state is a list of *slots*. A slot is one index of one predicate: for the positions `bound` it maps
-their values to the sorted values of the other positions (or, with every position bound, it is the
-set of facts). `FactIndex` decides which slots a program needs and builds them from facts; `Loops`
-writes the nested loops that enumerate the solutions of a conjunction.
+A state is a list of *slots*. A slot is one index of one predicate: for the positions `bound` it
+maps their values to the sorted values of the other positions (or, with every position bound, it is
+the set of facts). `FactIndex` decides which slots a program needs and builds them from facts;
+`Loops` writes the nested loops that enumerate the solutions of a conjunction.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from atod_gym.envs.alfworld.pddl import (
@@ -65,10 +66,17 @@ def _build_slot(facts: Iterable[Sequence[str]], bound: tuple[int, ...], arity: i
         return {tuple(fact[1:]) for fact in facts}
     free = [i for i in range(arity) if i not in bound]
     index: dict[Any, Any] = defaultdict(list)
+    key_of, value_of = _picker(bound), _picker(free)
     for fact in facts:
-        key = fact[bound[0] + 1] if len(bound) == 1 else tuple(fact[i + 1] for i in bound)
-        index[key].append(fact[free[0] + 1] if len(free) == 1 else tuple(fact[i + 1] for i in free))
+        index[key_of(fact)].append(value_of(fact))
     return {key: tuple(sorted(values)) for key, values in index.items()}
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[str]], Any]:
+    """Reads the arguments at these positions from a fact: bare if one, else a tuple."""
+    if not positions:
+        return lambda fact: ()
+    return itemgetter(*(i + 1 for i in positions))
 
 
 def insert(index: dict[Any, tuple[Any, ...]], key: Any, value: Any) -> None:

@@ -188,7 +188,9 @@ class _ProgramWriter:
 
     def program(self) -> Program:
         """Compiles everything; the state-changing functions last, when all slots are known."""
-        ways = [way for i, action in enumerate(self._domain.actions) for way in self._ways(i, action)]
+        ways = [
+            way for i, action in enumerate(self._domain.actions) for way in self._ways(i, action)
+        ]
         alone = Counter(next(iter(way.depends)) for way in ways if len(way.depends) == 1)
         if not alone:
             raise unsupported("a game in which no command depends on one changing fact alone")
@@ -235,8 +237,10 @@ class _ProgramWriter:
             template = self._plain_template(text.template, scope, facts)
             depends = {
                 literal.atom.predicate
-                for condition in (*conjunction.literals, *conjunction.disjunctions)
-                for literal in literals_of(condition)
+                for literal in (
+                    *conjunction.literals,
+                    *(x for junction in conjunction.disjunctions for x in literals_of(junction)),
+                )
             }
             for symbol in parse_symbols(template):
                 if symbol.kind == "rule" or symbol.text.startswith("#"):
@@ -248,7 +252,7 @@ class _ProgramWriter:
         return ways
 
     def _plain_template(self, template: str, scope: Scope, facts: set[Atom]) -> str:
-        """The template with each `[{x | query}]` as `{x}` where the precondition implies the query."""
+        """The template with `[{x | query}]` as `{x}` where the precondition implies the query."""
         for symbol in parse_symbols(template):
             if symbol.query and self._text.holds_always(symbol.query, scope, facts):
                 pattern = re.escape("{" + symbol.text) + r"\s*\|[^}]*\}"
@@ -294,7 +298,9 @@ class _ProgramWriter:
         effects = [(f"c{i}", effect) for i, effect in enumerate(action.effects)]
         for name, effect in effects:
             if effect.conditions:
-                loops.write(f"{name} = {loops.condition(Junction('and', effect.conditions), scope)}")
+                loops.write(
+                    f"{name} = {loops.condition(Junction('and', effect.conditions), scope)}"
+                )
         for positive in (False, True):
             for name, effect in effects:
                 if effect.literal.positive != positive:
@@ -333,10 +339,10 @@ class _ProgramWriter:
         """
         for action in self._domain.actions:
             kinds = dict(action.parameters)
-            required = set()
-            for conjunction in conjunctions(action.precondition, kinds):
-                atoms = {x.atom for x in conjunction.literals if x.positive}
-                required = atoms if not required else required & atoms
+            ways = conjunctions(action.precondition, kinds)
+            required = set.intersection(
+                *({x.atom for x in way.literals if x.positive} for way in ways)
+            )
             for effect in action.effects:
                 atom = effect.literal.atom
                 if atom.predicate not in self._text.read:

@@ -21,13 +21,15 @@ from typing import Any
 from atod_gym.envs.alfworld.engine import EngineState
 from atod_gym.envs.alfworld.joins import TYPE_PREDICATE
 from atod_gym.envs.alfworld.logic import Commands, Goal, Logic, Program, State, compile_logic
-from atod_gym.envs.alfworld.pddl import Problem, object_types, parse_problem
+from atod_gym.envs.alfworld.pddl import Problem, objects_of_type, parse_problem
 from atod_gym.errors import AtodError, InvalidGameError
 
 NOTHING_HAPPENS = "Nothing happens."
 
 _TASK_MARK = "@@task@@"
-_TASK_RULE = re.compile(r'("task"\s*:\s*\[\s*\{\s*"rhs"\s*:\s*")([^"\\;|<>\[\]#{}\s][^"\\;|<>\[\]#{}\t]*)"')
+_TASK_RULE = re.compile(
+    r'("task"\s*:\s*\[\s*\{\s*"rhs"\s*:\s*")([^"\\;|<>\[\]#{}\s][^"\\;|<>\[\]#{}\t]*)"'
+)
 _LOGICS_KEPT = 64
 _logics: dict[tuple[str, str], Logic] = {}
 _lock = threading.Lock()
@@ -122,8 +124,7 @@ def compile_game(game: Mapping[str, Any]) -> NativeGame:
         for facts in problem.facts.values():
             for fact in facts:
                 entities.update(fact[1:])
-        facts = _facts(problem, logic, entities)
-        state = logic.index.build(facts)
+        state = logic.index.build(_facts(problem, logic, entities))
     names = entity_names(entities)
     intro = program.intro(state, names).replace(_TASK_MARK, task)
     walkthrough = tuple(str(command) for command in game.get("walkthrough") or ())
@@ -132,16 +133,14 @@ def compile_game(game: Mapping[str, Any]) -> NativeGame:
         program, goal, constants, names, state, walkthrough, EngineState(intro, (), won)
     )
     start = EngineState(intro, compiled.admissible(state)[2], won)
-    return NativeGame(
-        program, goal, constants, names, state, walkthrough, start, compiled.places
-    )
+    return NativeGame(program, goal, constants, names, state, walkthrough, start, compiled.places)
 
 
 def _facts(problem: Problem, logic: Logic, entities: set[str]) -> dict[str, list[list[str]]]:
     """The problem's facts, plus the objects of each type that some slot lists."""
     arity = logic.domain.predicates
     for predicate, listed in problem.facts.items():
-        if predicate not in arity or any(len(fact) != len(arity[predicate]) + 1 for fact in listed):
+        if predicate not in arity or set(map(len, listed)) != {len(arity[predicate]) + 1}:
             raise InvalidGameError(
                 f"the :init section uses ({predicate} ..) otherwise than the domain declares it."
             )
@@ -149,10 +148,9 @@ def _facts(problem: Problem, logic: Logic, entities: set[str]) -> dict[str, list
     if not wanted:
         return problem.facts
     facts = dict(problem.facts)
-    types = object_types(problem.objects)
     for name in wanted:
-        kind = name.removeprefix(TYPE_PREDICATE)
-        facts[name] = [[name, e] for e in sorted(entities) if kind in (types.get(e), "object")]
+        declared = objects_of_type(problem.objects, name.removeprefix(TYPE_PREDICATE))
+        facts[name] = [[name, entity] for entity in declared if entity in entities]
     return facts
 
 
@@ -186,6 +184,11 @@ def load_game(path: str | os.PathLike[str]) -> NativeGame:
     return _load_cached(str(path), status.st_mtime_ns, status.st_size)
 
 
+def forget_games() -> None:
+    """Drops the compiled games that are kept for the next engine."""
+    _load_cached.cache_clear()
+
+
 class NativeEngine:
     """Plays one game; implements `GameEngine`.
 
@@ -200,7 +203,8 @@ class NativeEngine:
             self._game = compile_game(game) if isinstance(game, Mapping) else load_game(game)
         self.walkthrough = self._game.walkthrough
         self._state: State = []
-        self._last = self._game.start
+        self.last = self._game.start
+        """What the engine said last."""
         self.reset()
 
     def reset(self) -> EngineState:
@@ -212,17 +216,17 @@ class NativeEngine:
         self._state = state
         self._place = game.place(state)[0]
         self._others = game.program.other_commands(state, game.names)
-        self._last = game.start
-        return self._last
+        self.last = game.start
+        return self.last
 
     def step(self, command: str) -> EngineState:
-        """Executes a command; one that is not admissible gives `Nothing happens.`"""
+        """Executes a command; one that is not admissible gives `Nothing happens.`."""
         command = command.strip()
         operation = self._others.get(command) or self._place.get(command)
-        last = self._last
+        last = self.last
         if operation is None:
-            self._last = EngineState(NOTHING_HAPPENS, last.admissible_commands, last.won)
-            return self._last
+            self.last = EngineState(NOTHING_HAPPENS, last.admissible_commands, last.won)
+            return self.last
         game, program, state = self._game, self._game.program, self._state
         number, *arguments = operation
         program.apply[number](state, *arguments)
@@ -233,8 +237,8 @@ class NativeEngine:
             self._place, self._others, commands = game.admissible(state)
             if not changes.isdisjoint(game.goal.predicates):
                 won = game.goal.won(state, game.constants)
-        self._last = EngineState(feedback, commands, won)
-        return self._last
+        self.last = EngineState(feedback, commands, won)
+        return self.last
 
     def close(self) -> None:
         """Nothing to free; may be called twice."""

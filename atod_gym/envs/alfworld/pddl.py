@@ -100,7 +100,7 @@ class Problem:
     facts: dict[str, list[list[str]]]
     """Predicate to facts, each `[predicate, argument, ..]`."""
     objects: str
-    """The text of the objects section; parsed on demand by `object_types`."""
+    """The text of the objects section; parsed on demand by `objects_of_type`."""
     goal: str
 
 
@@ -337,6 +337,14 @@ def _balanced(text: str, start: int) -> str:
     raise InvalidGameError("the :goal section of the PDDL problem is not closed.")
 
 
-def object_types(objects: str) -> dict[str, str]:
-    """Object to declared type, from the text of an objects section."""
-    return dict(typed_list(objects.rstrip().removesuffix(")").split()))
+def objects_of_type(objects: str, kind: str) -> list[str]:
+    """The objects declared with a type, from the text of an objects section."""
+    tokens = objects.rstrip().removesuffix(")").split()
+    found: list[str] = []
+    start = 0
+    while "-" in tokens[start:]:
+        end = tokens.index("-", start)
+        if tokens[end + 1 : end + 2] == [kind]:
+            found += tokens[start:end]
+        start = end + 2
+    return found + (tokens[start:] if kind == "object" else [])

@@ -1,0 +1,1 @@
+"""The environments, one module or package each; `import atod_gym` registers them."""

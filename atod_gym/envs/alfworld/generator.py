@@ -1,0 +1,332 @@
+"""Generated ALFWorld games: a task id becomes an ordinary game file.
+
+Games are mappings with the keys of the official files (pddl_domain, grammar, pddl_problem,
+solvable, walkthrough), so the native and the official engine play them alike. Domain and grammar
+are this package's own texts; their sentences are those of the official games, which lets agents
+move between both. Every game is solvable by construction: its walkthrough, made with full
+knowledge, wins on its last command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+from atod_gym.envs.alfworld.draws import Draws
+from atod_gym.envs.alfworld.furniture import (
+    CLEANABLE,
+    COOLABLE,
+    HEATABLE,
+    SLICEABLE,
+    VESSELS,
+    places,
+)
+from atod_gym.envs.alfworld.houses import (
+    APPLIANCES,
+    GENERATOR_VERSION,
+    HOUSE_SIZES,
+    SPLIT_SIZES,
+    TASK_TYPES,
+    Entity,
+    Problem,
+    build_problem,
+    generated_task_ids,
+    is_lamp,
+    is_openable,
+    read_task_id,
+)
+from atod_gym.errors import DataNotFoundError
+
+__all__ = [
+    "GENERATOR_VERSION",
+    "HOUSE_SIZES",
+    "SPLIT_SIZES",
+    "TASK_TYPES",
+    "generate_game",
+    "generated_content_hash",
+    "generated_task_ids",
+    "generated_task_type",
+    "write_games",
+]
+
+_SENTENCES: Final = {
+    "pick_and_place_simple": ("put a {o} in {r}.", "put some {o} on {r}."),
+    "look_at_obj_in_light": ("look at {o} under the {r}.", "examine the {o} with the {r}."),
+    "pick_clean_then_place_in_recep": (
+        "put a clean {o} in {r}.",
+        "clean some {o} and put it in {r}.",
+    ),
+    "pick_heat_then_place_in_recep": ("put a hot {o} in {r}.", "heat some {o} and put it in {r}."),
+    "pick_cool_then_place_in_recep": ("put a cool {o} in {r}.", "cool some {o} and put it in {r}."),
+    "pick_two_obj_and_place": ("put two {o} in {r}.", "find two {o} and put them in {r}."),
+}
+_STATES: Final = {
+    "pick_clean_then_place_in_recep": "isClean",
+    "pick_heat_then_place_in_recep": "isHot",
+    "pick_cool_then_place_in_recep": "isCool",
+}
+_VERBS: Final = {
+    "pick_clean_then_place_in_recep": "clean",
+    "pick_heat_then_place_in_recep": "heat",
+    "pick_cool_then_place_in_recep": "cool",
+}
+_ATTRIBUTES: Final = (
+    ("cleanable", CLEANABLE),
+    ("heatable", HEATABLE),
+    ("coolable", COOLABLE),
+    ("sliceable", SLICEABLE),
+    ("isReceptacleObject", VESSELS),
+)
+_NAMED_BY_DOMAIN: Final = {
+    "rtype": ("sinkbasin", "microwave", "fridge"),
+    "otype": ("knife", "butterknife"),
+}
+
+
+def generated_task_type(task_id: str) -> str:
+    """The goal type of a task, one of `TASK_TYPES`.
+
+    Raises:
+        TaskNotFoundError: If there is no such task.
+    """
+    return read_task_id(task_id)[2]
+
+
+def generated_content_hash(split: str, house_size: str) -> str:
+    """SHA-256 over the task ids of a split and the generator's version, as 64 hex digits.
+
+    Raises:
+        DataNotFoundError: For an unknown split.
+        InvalidSettingError: For an unknown house size.
+    """
+    lines = (f"generator {GENERATOR_VERSION}", *generated_task_ids(split, house_size))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def generate_game(task_id: str) -> dict[str, object]:
+    """The game of a task, with the keys and types of an official game file.
+
+    Raises:
+        TaskNotFoundError: If there is no such task.
+    """
+    return _game(build_problem(task_id))
+
+
+def _game(problem: Problem) -> dict[str, object]:
+    return {
+        "pddl_domain": _text("domain.pddl"),
+        "grammar": _text("grammar.twl2").replace("@TASK@", _sentence(problem)),
+        "pddl_problem": _pddl(problem),
+        "solvable": True,
+        "walkthrough": _walkthrough(problem),
+    }
+
+
+@cache
+def _text(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _sentence(problem: Problem) -> str:
+    template = _SENTENCES[problem.task_type][problem.template]
+    return template.format(o=problem.target, r=problem.destination)
+
+
+def _pddl(problem: Problem) -> str:
+    """The problem as PDDL: objects, initial facts, goal."""
+    receptacles = problem.house.receptacles
+    locations = {receptacle: f"loc_bar_{i}" for i, receptacle in enumerate(receptacles, start=1)}
+    rtypes = sorted({*_NAMED_BY_DOMAIN["rtype"], *(r.kind for r in receptacles)})
+    otypes = sorted({*_NAMED_BY_DOMAIN["otype"], *(o.kind for o, _ in problem.things)})
+
+    objects = ["agent1 - agent", "loc_bar_0 - location"]
+    objects += [f"{kind}Type - rtype" for kind in rtypes]
+    objects += [f"{kind}Type - otype" for kind in otypes]
+    facts = ["(atLocation agent1 loc_bar_0)"]
+    for receptacle, location in locations.items():
+        objects += [f"{location} - location", f"{receptacle.id} - receptacle"]
+        facts.append(f"(receptacleType {receptacle.id} {receptacle.kind}Type)")
+        facts.append(f"(receptacleAtLocation {receptacle.id} {location})")
+        if is_openable(receptacle):
+            facts.append(f"(openable {receptacle.id})")
+    for kind in otypes:
+        facts += [f"(canContain {r}Type {kind}Type)" for r in places(kind) if r in rtypes]
+    for thing, receptacle in problem.things:
+        objects.append(f"{thing.id} - object")
+        facts.append(f"(objectType {thing.id} {thing.kind}Type)")
+        facts.append(f"(inReceptacle {thing.id} {receptacle.id})")
+        facts.append(f"(objectAtLocation {thing.id} {locations[receptacle]})")
+        facts.append(f"({'toggleable' if is_lamp(thing) else 'pickupable'} {thing.id})")
+        facts += [f"({name} {thing.id})" for name, kinds in _ATTRIBUTES if thing.kind in kinds]
+
+    indented = "\n    "
+    return (
+        f"(define (problem {problem.task_id})\n  (:domain alfred)\n"
+        f"  (:objects\n    {indented.join(objects)})\n"
+        f"  (:init\n    {indented.join(facts)})\n"
+        f"  (:goal\n    {_goal(problem)}))\n"
+    )
+
+
+def _goal(problem: Problem) -> str:
+    """The goal as PDDL."""
+    target, destination = f"{problem.target}Type", f"{problem.destination}Type"
+    if problem.task_type == "look_at_obj_in_light":
+        return (
+            "(and\n"
+            "      (exists (?lamp - object ?r - receptacle ?a - agent ?l - location) (and\n"
+            f"        (objectType ?lamp {destination}) (toggleable ?lamp) (isToggled ?lamp)\n"
+            "        (inReceptacle ?lamp ?r) (receptacleAtLocation ?r ?l) (atLocation ?a ?l)))\n"
+            "      (exists (?o - object ?a - agent) (and\n"
+            f"        (objectType ?o {target}) (holds ?a ?o))))"
+        )
+    if problem.task_type == "pick_two_obj_and_place":
+        return (
+            f"(exists (?r - receptacle) (and (receptacleType ?r {destination})\n"
+            f"      (exists (?o1 - object) (and (objectType ?o1 {target}) (inReceptacle ?o1 ?r)\n"
+            "        (exists (?o2 - object) (and\n"
+            f"          (not (= ?o1 ?o2)) (objectType ?o2 {target}) (inReceptacle ?o2 ?r)))))))"
+        )
+    state = _STATES.get(problem.task_type)
+    changed = f" ({state} ?o)" if state else ""
+    return (
+        "(exists (?r - receptacle ?o - object) (and\n"
+        f"      (objectType ?o {target}) (receptacleType ?r {destination})"
+        f" (inReceptacle ?o ?r){changed}))"
+    )
+
+
+class _Walk:
+    """Commands as they would be given by somebody who knows where everything is."""
+
+    def __init__(self) -> None:
+        self.commands: list[str] = []
+        self._position: Entity | None = None
+        self.opened: set[Entity] = set()
+
+    def reach(self, receptacle: Entity, *, inside: bool) -> None:
+        """Goes to a receptacle; `inside`: opens it if it is closed."""
+        if self._position != receptacle:
+            self.commands.append(f"go to {receptacle.name}")
+            self._position = receptacle
+        if inside and is_openable(receptacle) and receptacle not in self.opened:
+            self.commands.append(f"open {receptacle.name}")
+            self.opened.add(receptacle)
+
+    def take(self, thing: Entity, receptacle: Entity) -> None:
+        """Fetches an object."""
+        self.reach(receptacle, inside=True)
+        self.commands.append(f"take {thing.name} from {receptacle.name}")
+
+    def move(self, thing: Entity, receptacle: Entity) -> None:
+        """Brings the held object somewhere."""
+        self.reach(receptacle, inside=True)
+        self.commands.append(f"move {thing.name} to {receptacle.name}")
+
+
+def _walkthrough(problem: Problem) -> list[str]:
+    """Commands that win exactly on the last one."""
+    walk = _Walk()
+    (thing, start), *rest = problem.things
+    if problem.task_type == "look_at_obj_in_light":
+        lamp, where = next(pair for pair in rest if pair[0].kind == problem.destination)
+        walk.take(thing, start)
+        walk.reach(where, inside=False)
+        walk.commands.append(f"use {lamp.name}")
+        return walk.commands
+
+    destinations = problem.house.of_kind(problem.destination)
+    destination = destinations[0]
+    if problem.task_type == "pick_two_obj_and_place":
+        second, second_start = rest[0]
+        if second_start in destinations:
+            destination = second_start
+        else:
+            walk.take(second, second_start)
+            walk.move(second, destination)
+    walk.take(thing, start)
+    if problem.task_type in APPLIANCES:
+        kind = APPLIANCES[problem.task_type]
+        appliance = start if start.kind == kind else problem.house.of_kind(kind)[0]
+        walk.reach(appliance, inside=False)
+        walk.commands.append(f"{_VERBS[problem.task_type]} {thing.name} with {appliance.name}")
+        if start in destinations:
+            destination = start
+    walk.move(thing, destination)
+    return walk.commands
+
+
+def write_games(
+    folder: str | Path,
+    split_counts: Mapping[str, int],
+    house_size: str = "official",
+    seed: int = 0,
+) -> tuple[Path, ...]:
+    """Writes generated games as a tree that the official tools read.
+
+    Args:
+        folder: Where `<split>/<task>/<trial>/game.tw-pddl` and `traj_data.json` go; made if absent.
+        split_counts: Number of games per split, at most `SPLIT_SIZES[split]`.
+        house_size: One of `HOUSE_SIZES`.
+        seed: Which games are written when a count is below the size of its split.
+
+    Returns:
+        The game files, in the order of splits and task ids.
+
+    Raises:
+        DataNotFoundError: For an unknown split, or a count above its size.
+        InvalidSettingError: For an unknown house size.
+    """
+    written = []
+    for split, count in split_counts.items():
+        task_ids = generated_task_ids(split, house_size)
+        if not 0 <= count <= len(task_ids):
+            raise DataNotFoundError(
+                f"The generated split {split!r} has {len(task_ids)} games; {count} were asked for."
+            )
+        # Whole rounds of the six types in seeded order keep every selection balanced.
+        starts = range(0, len(task_ids), len(TASK_TYPES))
+        rounds = [task_ids[start : start + len(TASK_TYPES)] for start in starts]
+        shuffled = Draws(f"write {seed} {split}").shuffled(rounds[:-1]) + rounds[-1:]
+        chosen = [task_id for each in shuffled for task_id in each][:count]
+        written += [_write_game(Path(folder) / split, task_id) for task_id in sorted(chosen)]
+    return tuple(written)
+
+
+def _write_game(split_folder: Path, task_id: str) -> Path:
+    problem = build_problem(task_id)
+    looking = problem.task_type == "look_at_obj_in_light"
+    parameters = {
+        "object_target": problem.target,
+        "parent_target": "" if looking else problem.destination,
+        "toggle_target": problem.destination if looking else "",
+        "mrecep_target": "",
+        "object_sliced": False,
+    }
+    house = problem.house.key.replace("/", "_").replace(" ", "_")
+    task = f"{problem.task_type}-{problem.target}-None-{problem.destination}-{house}"
+    trial = split_folder / task / f"trial_{task_id}"
+    trial.mkdir(parents=True, exist_ok=True)
+    description = {
+        "task_id": task_id,
+        "task_type": problem.task_type,
+        "pddl_params": parameters,
+        "turk_annotations": {"anns": [{"task_desc": _sentence(problem)}]},
+    }
+    _write_whole(trial / "traj_data.json", json.dumps(description, indent=1))
+    game_file = trial / "game.tw-pddl"
+    _write_whole(game_file, json.dumps(_game(problem)))
+    return game_file
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is either whole or not there."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,113 @@
+"""The official engine as a backend: TextWorld's PDDL environment under ALFWorld's name demangler.
+
+Needs the extra `alfworld`. About a hundred times slower than the native engine, which it is the
+yardstick for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from atod_gym.envs.alfworld.engine import EngineState
+from atod_gym.envs.alfworld.splits import read_game
+from atod_gym.errors import InvalidGameError, MissingExtraError, UnsupportedGameError
+
+# What the grammars of data for alfworld <= 0.3 and >= 0.4 call the same action.
+_OLD_PUT = "put {o} in/on {r}"
+_NEW_PUT = "move {o} to {r}"
+
+
+class OfficialEngine:
+    """`GameEngine` on `textworld.envs.PddlEnv`; not thread-safe, as Fast Downward is not."""
+
+    def __init__(self, game: Mapping[str, object] | str | os.PathLike[str]) -> None:
+        """Loads a game: its content, or the path of its file.
+
+        Raises:
+            MissingExtraError: if alfworld or textworld is not installed.
+            UnsupportedGameError: if the data and the installed alfworld are of different versions.
+            InvalidGameError: if the game cannot be read, or the official engine refuses it.
+        """
+        pddl_env, demangler, infos = _official_classes()
+        content = game if isinstance(game, Mapping) else read_game(game)
+        _check_versions(str(content["grammar"]), importlib.metadata.version("alfworld"))
+        walkthrough = content.get("walkthrough")
+        steps = walkthrough if isinstance(walkthrough, list | tuple) else ()
+        self.walkthrough: tuple[str, ...] = tuple(map(str, steps))
+        self._env: Any = demangler(pddl_env(infos(won=True, admissible_commands=True)))
+        self._call(self._env.load, content)
+
+    def reset(self) -> EngineState:
+        """Starts the game anew."""
+        return self._engine_state(self._call(self._env.reset))
+
+    def step(self, command: str) -> EngineState:
+        """Executes a command; `Nothing happens.` answers one that is not admissible."""
+        return self._engine_state(self._call(self._env.step, command)[0])
+
+    def close(self) -> None:
+        """Lets go of the game; may be called twice.
+
+        Its copy of Fast Downward stays loaded: unloading it made the interpreter crash at exit.
+        """
+        self._env = None
+
+    @staticmethod
+    def _engine_state(state: Any) -> EngineState:
+        commands = tuple(state["admissible_commands"])
+        return EngineState(state["feedback"], commands, bool(state["won"]))
+
+    @staticmethod
+    def _call(function: Any, *arguments: object) -> Any:
+        """Calls into the official engine: its warnings stay inside, its failures get a name."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return function(*arguments)
+            # The translator leaves with SystemExit on PDDL that it does not understand.
+            except (Exception, SystemExit) as error:
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise InvalidGameError(f"The official engine refuses the game: {reason}") from error
+
+
+def _official_classes() -> tuple[Any, Any, Any]:
+    """PddlEnv, AlfredDemangler and EnvInfos, imported without their warnings."""
+    # alfworld sets its own variable on import; only the process that wants that should have it.
+    configured = os.environ.get("ALFWORLD_DATA")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+            from textworld import EnvInfos
+            from textworld.envs.pddl import PddlEnv
+    except ImportError as error:
+        raise MissingExtraError(
+            f'backend="alfworld" needs packages that are not installed ({error}): '
+            'pip install "atod[alfworld]". backend="native" needs none.'
+        ) from error
+    finally:
+        if configured is None:
+            os.environ.pop("ALFWORLD_DATA", None)
+    return PddlEnv, AlfredDemangler, EnvInfos
+
+
+def _check_versions(grammar: str, installed: str) -> None:
+    """Refuses data of one side of version 0.4 under a package of the other side."""
+    major, minor = (int(part) for part in installed.split(".")[:2])
+    is_new_package = (major, minor) >= (0, 4)
+    if _OLD_PUT in grammar and is_new_package:
+        found, wanted, says = "<= 0.3", ">= 0.4", "put X in/on Y"
+    elif _NEW_PUT in grammar and not is_new_package:
+        found, wanted, says = ">= 0.4", "<= 0.3", "move X to Y"
+    else:
+        return
+    raise UnsupportedGameError(
+        f'This game was made for alfworld {found} (it says "{says}"), but alfworld {installed} is '
+        f"installed, which goes with data of {wanted}. Either play with "
+        'backend="native", which follows the file, or get matching data with '
+        "alfworld-download --force."
+    )

@@ -1,0 +1,140 @@
+"""`atod-play`: play a task by hand in a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+
+import atod_gym
+from atod_gym.errors import AtodError
+from atod_gym.types import TurnObservation
+
+HELP = """\
+  a number   plays the action with that number
+  a text     is played as it stands
+  ?          shows this help
+  q          quits (so do Ctrl-D and Ctrl-C)"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plays one episode.
+
+    Args:
+        arguments: command line without the program's name; None: that of the process.
+
+    Returns:
+        Exit status: 0 when the episode ended or the player left, 2 for a mistake of the user, which
+        is named in one line on standard error.
+    """
+    _accept_any_text()
+    options = _parser().parse_args(arguments)
+    try:
+        env = _make(options)
+        try:
+            return _play(env, options)
+        finally:
+            env.close()
+    # TypeError: the environment has no such setting (Gymnasium passes it on as it is).
+    except (AtodError, gymnasium.error.Error, TypeError) as error:
+        print(f"atod-play: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, EOFError):
+        print()
+        return 0
+    except BrokenPipeError:
+        # Whoever read the output has left; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="atod-play",
+        description="Play a task by hand.",
+        epilog=f"While playing:\n{HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "env_id",
+        nargs="?",
+        default=atod_gym.ENV_IDS[0],
+        help=f"one of {', '.join(atod_gym.ENV_IDS)} (default: %(default)s)",
+    )
+    parser.add_argument("--split", help="split of the tasks, such as train")
+    parser.add_argument("--data", help="auto, official, generated, or a path to data")
+    parser.add_argument("--task-id", help="play exactly this task")
+    parser.add_argument("--seed", type=int, help="picks the task (default: a random one)")
+    parser.add_argument("--backend", help="engine, such as native or alfworld")
+    parser.add_argument("--house-size", help="size of generated houses")
+    return parser
+
+
+def _make(options: argparse.Namespace) -> gymnasium.Env[Any, str]:
+    settings = {
+        name: getattr(options, name)
+        for name in ("split", "data", "backend", "house_size")
+        if getattr(options, name) is not None
+    }
+    if options.seed is not None and options.seed < 0:
+        raise gymnasium.error.Error(f"--seed must be >= 0, not {options.seed}")
+    return gymnasium.make(options.env_id, **settings)
+
+
+def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> int:
+    task = {} if options.task_id is None else {"task_id": options.task_id}
+    observation, info = env.reset(seed=options.seed, options=task)
+    print(f"Task {info['task_id']} ({info['split']}, {info['data']} data)")
+    print(f"Goal: {observation['instruction']}\n\n{observation['text']}\n\n{HELP}")
+    while True:
+        action = _ask(observation)
+        if action is None:
+            print("Bye.")
+            return 0
+        observation, _, terminated, truncated, info = env.step(action)
+        print(f"\n{observation['text']}")
+        if terminated or truncated:
+            end = "Solved" if info["success"] else "Not solved"
+            print(f"\n{end} after {info['turn_index']} turns (score {info['score']:g}).")
+            return 0
+
+
+def _ask(observation: TurnObservation) -> str | None:
+    """The player's next action; None when the player quits."""
+    actions = observation["admissible_actions"]
+    print()
+    for number, action in enumerate(actions, 1):
+        print(f"  {number:2d}  {action}")
+    while True:
+        answer = input(f"turn {observation['turn_index'] + 1}> ").strip()
+        if answer == "q":
+            return None
+        if answer == "?":
+            print(HELP)
+        elif answer.isascii() and answer.isdigit():
+            if 1 <= int(answer) <= len(actions):
+                return actions[int(answer) - 1]
+            print(f"There is no action {answer}; the numbers go from 1 to {len(actions)}.")
+        elif answer:
+            return answer
+
+
+def _accept_any_text() -> None:
+    """Takes any bytes typed and escapes what the terminal cannot show, so that play goes on."""
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        # A stream that something else has taken the place of may lack the method.
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors=errors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

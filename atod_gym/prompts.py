@@ -1,0 +1,190 @@
+"""From an observation to the user message of a turn: templates and how they are filled in.
+
+A template is a text with placeholders in braces, filled in as `str.format` does:
+
+| placeholder | value |
+|---|---|
+| `{instruction}` | the task in one sentence |
+| `{text}` | what the environment says now |
+| `{admissible_actions}` | one possible action per line |
+| `{history}` | the past turns that are shown, two lines each |
+| `{history_length}` | how many turns that is |
+| `{turn_number}` | number of this turn, counted from 1 |
+| `{reply_format}` | how to write the reply, for the parse profile |
+
+A paragraph (blank lines separate them) of which all placeholders are empty is left out, so that
+a heading disappears with its list. A template file may hold two templates, for the first turn and
+for later ones, with a line `---` between them.
+"""
+
+from __future__ import annotations
+
+import os
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from atod_gym.errors import InvalidSettingError
+from atod_gym.parsing import ParseProfile
+from atod_gym.types import HistoryObservation, TurnObservation
+
+PromptStyle = Literal["window", "chat"]
+PROMPT_STYLES: tuple[PromptStyle, ...] = get_args(PromptStyle)
+
+PLACEHOLDERS = (
+    "instruction",
+    "text",
+    "admissible_actions",
+    "history",
+    "history_length",
+    "turn_number",
+    "reply_format",
+)
+
+REPLY_FORMATS: dict[ParseProfile, str] = {
+    "plain": "Reply with the next action alone.",
+    "tags": (
+        "Think about what to do next inside <think> and </think>. Then write exactly one action "
+        "inside <action> and </action>."
+    ),
+    "compat": (
+        "Think about what to do next inside <think> and </think>. Then write exactly one action "
+        "inside <action> and </action>."
+    ),
+}
+"""What `{reply_format}` says, per parse profile."""
+
+
+def _placeholders(template: str) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+
+
+def _check_placeholders(template: str) -> None:
+    """Checks paragraph by paragraph, as they are filled in."""
+    advice = "Write {{ and }} for braces that are meant as such."
+    for paragraph in template.split("\n\n"):
+        try:
+            fields = list(string.Formatter().parse(paragraph))
+        except ValueError as error:
+            raise InvalidSettingError(
+                f"The prompt template has a stray brace ({error}). {advice}"
+            ) from error
+        for _, name, specification, conversion in fields:
+            if name is None:
+                continue
+            if name not in PLACEHOLDERS or specification or conversion:
+                known = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
+                shown = name + (f"!{conversion}" if conversion else "")
+                shown += f":{specification}" if specification else ""
+                raise InvalidSettingError(
+                    f"Unknown placeholder {{{shown}}} in a prompt template; known: {known}. "
+                    f"{advice}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTemplate:
+    """The template of the first turn and that of later turns, checked when made."""
+
+    first: str
+    later: str
+
+    def __post_init__(self) -> None:
+        for template in (self.first, self.later):
+            _check_placeholders(template)
+
+
+_HEAD = "Your task: {instruction}\n\n"
+_ACTIONS = "You can do one of these now:\n{admissible_actions}"
+
+WINDOW_TEMPLATE = PromptTemplate(
+    first=f"{_HEAD}This is turn 1. You observe:\n{{text}}\n\n{_ACTIONS}\n\n{{reply_format}}",
+    later=(
+        f"{_HEAD}This is turn {{turn_number}}.\n\n"
+        "What happened in the turns before it (the last {history_length}):\n{history}\n\n"
+        f"You observe now:\n{{text}}\n\n{_ACTIONS}\n\n{{reply_format}}"
+    ),
+)
+"""Default of the window style: every message stands alone."""
+
+CHAT_TEMPLATE = PromptTemplate(
+    first=f"{_HEAD}{{text}}\n\n{_ACTIONS}\n\n{{reply_format}}",
+    later=f"{{text}}\n\n{_ACTIONS}",
+)
+"""Default of the chat style: later messages add to the dialogue before them."""
+
+
+def load_template(path: str | os.PathLike[str]) -> PromptTemplate:
+    """Reads a template file; without a line `---` the one template serves all turns.
+
+    Raises:
+        InvalidSettingError: if the file cannot be read, has an unknown placeholder or a brace that
+            belongs to none, or has more than two parts.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettingError(
+            f"Cannot read the prompt template {os.fspath(path)}: {error}."
+        ) from error
+    parts: list[list[str]] = [[]]
+    for line in content.splitlines():
+        if line.strip() == "---":
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    templates = ["\n".join(lines).strip("\n") for lines in parts]
+    if len(templates) > 2:
+        raise InvalidSettingError(
+            f"The prompt template {os.fspath(path)} has {len(templates)} parts; at most two, for "
+            "the first and for later turns, can be separated by a line of ---."
+        )
+    try:
+        return PromptTemplate(templates[0], templates[-1])
+    except InvalidSettingError as error:
+        raise InvalidSettingError(f"{os.fspath(path)}: {error}") from error
+
+
+def render_prompt(
+    observation: TurnObservation | HistoryObservation,
+    *,
+    template: PromptTemplate,
+    profile: ParseProfile,
+    show_admissible: bool = True,
+) -> str:
+    """The user message for an observation.
+
+    Args:
+        observation: with or without history; its text may hold braces and anything else.
+        template: `first` is used when `turn_index` is 0.
+        profile: chooses the text of `{reply_format}`.
+        show_admissible: False leaves `{admissible_actions}` empty.
+    """
+    turn_index = int(observation["turn_index"])
+    # A plain observation has no such key; the type checker knows only one of the two types.
+    history = observation.get("history", ())
+    assert isinstance(history, tuple)
+    first_shown = turn_index - len(history) + 1
+    values = {
+        "instruction": observation["instruction"],
+        "text": observation["text"],
+        "admissible_actions": "\n".join(observation["admissible_actions"])
+        if show_admissible
+        else "",
+        "history": "\n".join(
+            f"[turn {number}] you observed: {turn['text']}\n[turn {number}] you did: "
+            f"{turn['action']}"
+            for number, turn in enumerate(history, first_shown)
+        ),
+        "history_length": str(len(history)) if history else "",
+        "turn_number": str(turn_index + 1),
+        "reply_format": REPLY_FORMATS[profile],
+    }
+    chosen = template.later if turn_index else template.first
+    paragraphs = []
+    for paragraph in chosen.split("\n\n"):
+        names = _placeholders(paragraph)
+        if not names or any(values[name] for name in names):
+            paragraphs.append(paragraph.format_map(values))
+    return "\n\n".join(paragraphs)

@@ -1,0 +1,100 @@
+"""Spaces for text: any Unicode string, and the turn-structured observation made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+MAX_TEXT_LENGTH = 1_000_000
+"""Default bound on the length of a text, in code points; no environment comes near it."""
+
+# Samples mix what tokenizers, parsers and terminals find easy and hard. Lone surrogates belong to
+# the space but are not sampled: they cannot be printed or written to a file as UTF-8.
+_SAMPLE_ALPHABET = tuple(map(chr, range(32, 127))) + tuple("\n\tàßñøĞλЖאع中日本語한🙂🛋️\u200d\u0301")
+_SAMPLE_LENGTH = 32
+
+
+class UnicodeText(spaces.Space[str]):
+    """All strings of `min_length` to `max_length` code points, whatever the code points are.
+
+    `gymnasium.spaces.Text` counts out its character set and refuses a plain English sentence by
+    default; this space looks at the length only. Samples are short (about 32 code points at most,
+    where the bounds allow) and drawn with `np_random`. Vector environments batch it into a tuple
+    of strings; as a text has no fixed size, `AsyncVectorEnv` needs `shared_memory=False`.
+    """
+
+    def __init__(
+        self,
+        max_length: int = MAX_TEXT_LENGTH,
+        *,
+        min_length: int = 0,
+        seed: int | np.random.Generator | None = None,
+    ) -> None:
+        """Bounds are in code points, both inclusive.
+
+        Raises:
+            ValueError: if not 0 <= min_length <= max_length.
+        """
+        if not 0 <= min_length <= max_length:
+            raise ValueError(
+                f"expected 0 <= min_length <= max_length, got {min_length} and {max_length}"
+            )
+        self.min_length = int(min_length)
+        self.max_length = int(max_length)
+        super().__init__(shape=None, dtype=str, seed=seed)
+
+    @property
+    def is_np_flattenable(self) -> bool:
+        """False: a text has no fixed shape."""
+        return False
+
+    def sample(self, mask: Any | None = None, probability: Any | None = None) -> str:
+        """Draws a short random text.
+
+        Raises:
+            ValueError: if a mask or probability is given; this space has no use for them.
+        """
+        if mask is not None or probability is not None:
+            raise ValueError("UnicodeText takes neither mask nor probability when sampling")
+        longest = min(self.max_length, max(self.min_length, _SAMPLE_LENGTH))
+        length = int(self.np_random.integers(self.min_length, longest + 1))
+        picks = self.np_random.integers(len(_SAMPLE_ALPHABET), size=length)
+        return "".join(_SAMPLE_ALPHABET[pick] for pick in picks)
+
+    def contains(self, x: Any) -> bool:
+        """Whether `x` is a `str` within the length bounds."""
+        return isinstance(x, str) and self.min_length <= len(x) <= self.max_length
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, UnicodeText)
+            and self.min_length == other.min_length
+            and self.max_length == other.max_length
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.min_length, self.max_length))
+
+    def __repr__(self) -> str:
+        return f"UnicodeText({self.min_length}, {self.max_length})"
+
+
+def turn_observation_space(max_turns: int) -> spaces.Dict:
+    """The space of `TurnObservation`.
+
+    Args:
+        max_turns: turn limit of the environment; `turn_index` runs from 0 to it, inclusive.
+
+    Returns:
+        A Dict of `admissible_actions` (tuple of texts), `instruction`, `text`, `turn_index`.
+    """
+    return spaces.Dict(
+        {
+            "instruction": UnicodeText(),
+            "text": UnicodeText(),
+            "admissible_actions": spaces.Sequence(UnicodeText()),
+            "turn_index": spaces.Discrete(max_turns + 1),
+        }
+    )

@@ -1,0 +1,68 @@
+"""Wrappers between an environment and a language model, and the stack that an agent needs.
+
+From the inside out, in the recommended order:
+
+    env -> History -> RecordTurns -> ParseAction -> InvalidActionPenalty -> ChatPrompt
+
+A completion enters at the outermost wrapper: `ChatPrompt` keeps it for the dialogue, `ParseAction`
+turns it into an action and the environment executes that. `agent_env` stacks what it takes.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import gymnasium
+
+from atod_gym.parsing import ParseProfile
+from atod_gym.prompts import PromptStyle
+from atod_gym.wrappers.chat_prompt import ChatPrompt
+from atod_gym.wrappers.history import History
+from atod_gym.wrappers.invalid_action_penalty import InvalidActionPenalty
+from atod_gym.wrappers.parse_action import ParseAction
+from atod_gym.wrappers.record_turns import RecordedTurn, RecordTurns
+
+__all__ = [
+    "ChatPrompt",
+    "History",
+    "InvalidActionPenalty",
+    "ParseAction",
+    "RecordTurns",
+    "RecordedTurn",
+    "agent_env",
+]
+
+
+def agent_env(
+    env: gymnasium.Env[Any, str],
+    *,
+    profile: ParseProfile = "tags",
+    style: PromptStyle = "chat",
+    history_window: int = 2,
+    template: str | os.PathLike[str] | None = None,
+    show_admissible: bool = True,
+) -> gymnasium.Env[Any, str]:
+    """An environment that speaks messages: observations are prompts, actions are completions.
+
+    Args:
+        env: an environment with turn-structured observations.
+        profile: how completions are parsed.
+        style: `chat`: the whole dialogue so far; `window`: one message, rebuilt every turn.
+        history_window: past turns shown in window style.
+        template: path of a template file, see `atod_gym.prompts`; None: the style's own.
+        show_admissible: whether prompts list the admissible actions.
+
+    Returns:
+        The stack. `info["action"]` is the action that was executed, `info["parse_error"]` says why
+        a completion did not parse.
+
+    Raises:
+        InvalidSettingError: if a setting is unknown or the template cannot be used.
+    """
+    if style == "window":
+        env = History(env, window=history_window)
+    env = ParseAction(env, profile=profile)
+    return ChatPrompt(
+        env, style=style, template=template, profile=profile, show_admissible=show_admissible
+    )

@@ -1,0 +1,289 @@
+"""Supervised starts: expert episodes, a tokenizer from their text, and models trained on them.
+
+Any environment whose class has `expert()` can be demonstrated. Episodes contain random admissible
+actions now and then, so that a model sees how to recover; only the expert's own turns are trained.
+Models are cached by a hash of everything that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from atod_gym.errors import AtodError
+from atod_gym.parsing import format_action
+from atod_gym.types import Message
+from atod_train.batching import make_batch
+from atod_train.config import RunConfig
+from atod_train.dialogue import DialogueEncoder
+from atod_train.policy import MODEL_SHAPES, Policy, build_policy, load_policy
+from atod_train.progress import progress
+from atod_train.rollout import EnvPool, seed_for, tasks_for_step
+from atod_train.tokenizer import build_word_tokenizer
+from atod_train.types import TokenizedTurn, Trajectory, Turn
+
+_RECIPE = 1
+"""Raised whenever the way of making demonstrations or starts changes, so that caches expire."""
+
+_EPISODES_PER_UPDATE = 16
+_WARM_UP = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class DemonstrationTurn:
+    """One turn of a demonstration."""
+
+    messages: tuple[Message, ...]
+    """New in this turn."""
+    completion: str
+    by_expert: bool
+    """False: a random action, executed but not trained."""
+
+
+Demonstration = tuple[DemonstrationTurn, ...]
+
+
+def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Demonstration]:
+    """Expert episodes on `count` tasks, each again once all were played; failures are left out.
+
+    Args:
+        pool: environments of the training split.
+        count: episodes.
+        noise: probability that a turn plays a random admissible action instead.
+        seed: seed of tasks and noise.
+
+    Raises:
+        AtodError: the environment has no scripted expert.
+    """
+    env = pool.take(1)[0]
+    unwrapped: Any = env.unwrapped
+    if not hasattr(unwrapped, "expert"):
+        raise AtodError(
+            f"{pool.config.id} has no scripted expert; give model.student and model.teacher as "
+            "paths of saved models instead."
+        )
+    rng = np.random.default_rng(seed_for(seed, 0, "demonstrations"))
+    episodes = []
+    with progress(count, "demonstrations") as advance:
+        for task_id in tasks_for_step(pool.task_ids, 1, count, seed):
+            episode = _demonstrate_one(env, unwrapped, task_id, pool, noise, rng)
+            if episode:
+                episodes.append(episode)
+            advance()
+    if not episodes:
+        raise AtodError("The scripted expert solved no task; raise env.max_turns.")
+    return episodes
+
+
+def _demonstrate_one(
+    env: Any, unwrapped: Any, task_id: str, pool: EnvPool, noise: float, rng: np.random.Generator
+) -> Demonstration | None:
+    messages, info = env.reset(options={"task_id": task_id})
+    observation = unwrapped.observation
+    expert = unwrapped.expert()
+    expert.reset(observation["instruction"], observation["text"])
+    turns: list[DemonstrationTurn] = []
+    action: str | None = None
+    ended = False
+    while not ended:
+        observation = unwrapped.observation
+        choices = observation["admissible_actions"]
+        chosen = expert.act(observation["text"], choices, action)
+        by_expert = not (choices and rng.random() < noise)
+        action = chosen if by_expert else choices[int(rng.integers(len(choices)))]
+        new = [Message(m["role"], m["content"]) for m in _after_assistant(messages)]
+        completion = format_action(action, pool.config.parse_profile)
+        turns.append(DemonstrationTurn(tuple(new), completion, by_expert))
+        messages, _, terminated, truncated, info = env.step(completion)
+        ended = terminated or truncated
+    return tuple(turns) if info["success"] else None
+
+
+def _after_assistant(messages: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    return list(messages[last + 1 :])
+
+
+def demonstration_texts(demonstrations: Iterable[Demonstration]) -> Iterable[str]:
+    """All text that demonstrations hold, for building a tokenizer."""
+    for demonstration in demonstrations:
+        for turn in demonstration:
+            yield turn.completion
+            for message in turn.messages:
+                yield message.content
+
+
+def tokenize(demonstration: Demonstration, dialogue: DialogueEncoder) -> Trajectory:
+    """A demonstration as a trajectory; `is_action_valid` marks the turns to train on."""
+    turns: list[Turn] = []
+    for index, turn in enumerate(demonstration):
+        extends = dialogue.style == "chat" and index > 0
+        prompt = (
+            dialogue.continuation(turn.messages, "stop")
+            if extends
+            else dialogue.first(turn.messages)
+        )
+        completion = tuple(dialogue.completion(turn.completion))
+        tokens = TokenizedTurn(
+            prompt_ids=tuple(prompt),
+            completion_ids=completion,
+            sampling_logprobs=(0.0,) * len(completion),
+            finish_reason="stop",
+            extends_previous=extends,
+        )
+        action = Turn(
+            index, turn.messages, turn.completion, turn.completion, 0.0, turn.by_expert, tokens
+        )
+        turns.append(action)
+    return Trajectory(0, "", "", tuple(turns), True, False, "terminated", True, 1.0)
+
+
+def train_on_demonstrations(
+    policy: Policy,
+    trajectories: Sequence[Trajectory],
+    *,
+    epochs: float,
+    lr: float,
+    seed: int,
+    tokens_per_microbatch: int = 16384,
+) -> list[float]:
+    """Cross-entropy on the expert's turns; warm-up, then cosine decay to a tenth.
+
+    Args:
+        policy: the model; it is changed.
+        trajectories: from `tokenize`.
+        epochs: passes over them; may be a fraction.
+        lr: highest learning rate.
+        seed: order of episodes.
+        tokens_per_microbatch: padded tokens that go through the model at once.
+
+    Returns:
+        Mean loss per token of each update, in nats.
+    """
+    updates = max(1, round(epochs * len(trajectories) / _EPISODES_PER_UPDATE))
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01
+    )
+    losses = []
+    numbers = list(range(len(trajectories)))
+    policy.model.train()
+    with progress(updates, f"supervised start of {policy.name}") as advance:
+        for update in range(updates):
+            warm = min(1.0, (update + 1) / max(1.0, _WARM_UP * updates))
+            decay = 0.55 + 0.45 * math.cos(math.pi * update / updates)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * warm * decay
+            chosen = tasks_for_step(
+                [str(i) for i in numbers], update + 1, _EPISODES_PER_UPDATE, seed
+            )
+            part = [trajectories[int(i)] for i in chosen]
+            losses.append(_supervised_update(policy, part, optimizer, tokens_per_microbatch))
+            advance(note=f"loss {losses[-1]:.3f}")
+    policy.model.eval()
+    return losses
+
+
+def _supervised_update(
+    policy: Policy,
+    trajectories: Sequence[Trajectory],
+    optimizer: torch.optim.Optimizer,
+    budget: int,
+) -> float:
+    batch = make_batch(trajectories, policy.pad_id)
+    trained = torch.tensor([turn.is_action_valid for t in trajectories for turn in t.turns])
+    mask = batch.completion_mask & trained[:, None]
+    count = mask.sum().clamp(min=1)
+    total = 0.0
+    optimizer.zero_grad(set_to_none=True)
+    for part in policy.microbatches(batch, budget):
+        loss = -(part.logprobs * mask[part.rows]).sum() / count
+        loss.backward()
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    optimizer.step()
+    return total
+
+
+# -- cached models -------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where models made from demonstrations are kept: $ATOD_CACHE, else ~/.cache/atod."""
+    return Path(os.environ.get("ATOD_CACHE") or Path.home() / ".cache" / "atod") / "models"
+
+
+class Starts:
+    """Makes the supervised student and teacher of a run, or takes them from the cache.
+
+    Args:
+        config: the run's settings.
+        pool: environments of the training split.
+    """
+
+    def __init__(self, config: RunConfig, pool: EnvPool) -> None:
+        self._config = config
+        self._pool = pool
+        self._demonstrations: list[Demonstration] | None = None
+
+    def student(self) -> Policy:
+        """The student before reinforcement learning; the same for every method and seed."""
+        model = self._config.model
+        return self._policy(model.student, model.student_epochs, 1, "student")
+
+    def teacher(self) -> Policy:
+        """The teacher; the same for every method and seed."""
+        model = self._config.model
+        return self._policy(model.teacher, model.teacher_epochs, 0, "teacher")
+
+    def _policy(self, name: str, epochs: float, seed: int, role: str) -> Policy:
+        if name not in MODEL_SHAPES:
+            return load_policy(name, name=role)
+        path = cache_folder() / self._key(name, epochs, seed)
+        if not (path / "config.json").is_file():
+            self._make(name, epochs, seed, role).save(path)
+        return load_policy(path, name=f"{role} ({name})")
+
+    def _key(self, name: str, epochs: float, seed: int) -> str:
+        env, model = self._config.env, self._config.model
+        depends = {
+            "recipe": _RECIPE,
+            "env": [env.id, sorted(env.options.items()), env.max_turns, env.prompt_style],
+            "prompt": [env.history_window, env.show_admissible, env.parse_profile],
+            "data": self._pool.content_hash,
+            "demonstrations": [model.demonstrations, model.demonstration_noise],
+            "model": [name, epochs, model.supervised_lr, seed],
+        }
+        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+        return f"{name}-{digest[:20]}"
+
+    def _make(self, name: str, epochs: float, seed: int, role: str) -> Policy:
+        model = self._config.model
+        if self._demonstrations is None:
+            self._demonstrations = demonstrate(
+                self._pool, model.demonstrations, model.demonstration_noise, seed=0
+            )
+        tokenizer: PreTrainedTokenizerBase = build_word_tokenizer(
+            demonstration_texts(self._demonstrations)
+        )
+        dialogue = DialogueEncoder(tokenizer, self._config.env.prompt_style)
+        trajectories = [tokenize(episode, dialogue) for episode in self._demonstrations]
+        policy = build_policy(name, tokenizer, seed, name=f"{role} ({name})")
+        train_on_demonstrations(
+            policy,
+            trajectories,
+            epochs=epochs,
+            lr=model.supervised_lr,
+            seed=seed,
+            tokens_per_microbatch=self._config.train.tokens_per_microbatch,
+        )
+        return policy

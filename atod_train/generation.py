@@ -1,0 +1,271 @@
+"""Batched sampling for many episodes at once, with a cache that outlives the turn.
+
+In chat style each turn feeds only what is new: the tokens that follow the last completion. In
+window style every turn starts afresh with its full prompt. Each episode draws from a random stream
+of its own, so what it samples does not depend on which other episodes are active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atod_gym.errors import AtodError
+from atod_train.dialogue import DialogueEncoder
+from atod_train.kv_cache import SlotCache
+from atod_train.policy import Policy
+from atod_train.types import FinishReason
+
+_PREFILL_MASK_ELEMENTS = 2**26
+"""Attention-mask elements of one prefill pass; more rows are fed in several passes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the model sampled in one turn of one episode."""
+
+    ids: tuple[int, ...]
+    """With the end-of-turn token if it came."""
+    logprobs: tuple[float, ...]
+    """One per id, under the distribution that was sampled from (temperature included); for greedy
+    decoding at temperature 1."""
+    finish_reason: FinishReason
+
+
+class _Episode:
+    """Where one episode stands in the cache."""
+
+    __slots__ = ("length", "pending", "slot", "stream")
+
+    def __init__(self, slot: int, seed: int) -> None:
+        self.slot = slot
+        self.length = 0  # tokens whose keys and values are in the cache
+        self.pending: list[int] = []  # sampled last and not yet fed
+        self.stream = torch.Generator().manual_seed(seed)
+
+
+class Generator:
+    """Samples completions for a batch of episodes.
+
+    Args:
+        policy: The model to sample from.
+        dialogue: Gives the stop tokens and the style (chat: the cache persists; window: no).
+        temperature: 1 samples from the model's own distribution; 0 is greedy.
+        max_completion_tokens: Longest completion, end-of-turn token included.
+        max_context: Longest sequence of prompt and completion tokens; by default the model's.
+        generator: CPU source of the episodes' random streams, advanced by `start` alone. Its state
+            and the prompts determine everything that is sampled.
+
+    Raises:
+        AtodError: A setting out of range, or a model with layers other than full attention.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        dialogue: DialogueEncoder,
+        *,
+        temperature: float = 1.0,
+        max_completion_tokens: int = 16,
+        max_context: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        kinds = set(getattr(policy.model.config, "layer_types", None) or ())
+        if kinds - {"full_attention"}:
+            raise AtodError(
+                f"Model {policy.name} has layers of type {', '.join(sorted(kinds))}; generation "
+                "needs full attention in every layer. Use another model."
+            )
+        if temperature < 0 or max_completion_tokens < 1:
+            raise AtodError("temperature must be >= 0 and max_completion_tokens >= 1.")
+        if max_context is not None and max_context > policy.max_positions:
+            raise AtodError(
+                f"max_context={max_context} is more than the {policy.max_positions} positions of "
+                f"model {policy.name}. Lower it."
+            )
+        self.policy = policy
+        self.dialogue = dialogue
+        self.temperature = temperature
+        self.max_completion_tokens = max_completion_tokens
+        self.max_context = max_context or policy.max_positions
+        self._generator = generator or torch.Generator().manual_seed(0)
+        self._episodes: list[_Episode] = []
+        self._cache = self._new_cache(0)
+
+    def start(self, episodes: int) -> None:
+        """Forget everything and begin `episodes` new episodes, the rows 0 .. episodes - 1."""
+        seeds = torch.randint(2**62, (episodes,), generator=self._generator).tolist()
+        self._episodes = [_Episode(slot, seed) for slot, seed in enumerate(seeds)]
+        self._cache = self._new_cache(episodes)
+
+    def context_length(self, row: int) -> int:
+        """Tokens of prompts and completions that an episode holds so far."""
+        episode = self._episodes[row]
+        return episode.length + len(episode.pending)
+
+    @torch.inference_mode()
+    def prompt(
+        self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> list[Completion | None]:
+        """Feed each given episode its new tokens and sample its next completion.
+
+        Only the rows given are computed; episodes that ended are simply not named any more.
+
+        Args:
+            new_ids: For each row the tokens to feed, at least one. Chat style: the first prompt,
+                later the continuation; window style: the full prompt each time.
+            rows: Distinct episode numbers.
+
+        Returns:
+            One completion per row, in the order of `rows`; None for an episode whose prompt and
+            longest completion would not fit `max_context` (it is left as it was).
+        """
+        for row in rows:
+            if self.dialogue.style == "window":
+                self._episodes[row].length, self._episodes[row].pending = 0, []
+        feeds = [
+            [*self._episodes[row].pending, *ids] for row, ids in zip(rows, new_ids, strict=True)
+        ]
+        if not all(feeds):
+            raise AtodError("A prompt holds no token.")
+        fitting = [
+            index
+            for index, (row, feed) in enumerate(zip(rows, feeds, strict=True))
+            if self._episodes[row].length + len(feed) + self.max_completion_tokens
+            <= self.max_context
+        ]
+        completions: list[Completion | None] = [None] * len(rows)
+        if fitting:
+            self._gather([self._episodes[rows[index]] for index in fitting])
+            fitting.sort(key=lambda index: self._episodes[rows[index]].slot)
+            episodes = [self._episodes[rows[index]] for index in fitting]
+            done = self._complete(episodes, [feeds[index] for index in fitting])
+            for index, completion in zip(fitting, done, strict=True):
+                completions[index] = completion
+        return completions
+
+    def _new_cache(self, slots: int) -> SlotCache:
+        return SlotCache(self.policy.model.config.num_hidden_layers, slots, self.policy.device)
+
+    def _gather(self, episodes: list[_Episode]) -> None:
+        """Give `episodes` the first slots; whoever is in the way changes places with them."""
+        count = len(episodes)
+        wanted = {id(episode) for episode in episodes}
+        outside = [episode for episode in episodes if episode.slot >= count]
+        in_the_way = [e for e in self._episodes if e.slot < count and id(e) not in wanted]
+        pairs = list(zip(outside, in_the_way, strict=True))
+        sources = [e.slot for pair in pairs for e in pair]
+        targets = [e.slot for first, second in pairs for e in (second, first)]
+        longest = max((e.length for pair in pairs for e in pair), default=0)
+        self._cache.move(sources, targets, longest)
+        for first, second in pairs:
+            first.slot, second.slot = second.slot, first.slot
+
+    def _complete(self, episodes: list[_Episode], feeds: list[list[int]]) -> list[Completion]:
+        """Prefill and decode the episodes, which hold the slots 0 .. k - 1."""
+        device = self.policy.device
+        widest = max(len(feed) for feed in feeds)
+        longest = max(episode.length for episode in episodes)
+        self._cache.reserve(longest + widest + self.max_completion_tokens)
+        logits = self._prefill(episodes, feeds)
+        ends = [episode.length + len(feed) for episode, feed in zip(episodes, feeds, strict=True)]
+        uniforms = self._uniforms(episodes)
+        sampled: list[list[int]] = [[] for _ in episodes]
+        scores: list[list[float]] = [[] for _ in episodes]
+        alive = list(range(len(episodes)))
+        positions = torch.tensor(ends, device=device)
+        for step in range(self.max_completion_tokens):
+            ids, logprobs = self._sample(logits, uniforms[: len(logits), step])
+            id_list, score_list = ids.tolist(), logprobs.tolist()
+            for row in alive:
+                sampled[row].append(id_list[row])
+                scores[row].append(score_list[row])
+            alive = [row for row in alive if id_list[row] not in self.dialogue.stop_ids]
+            if not alive or step + 1 == self.max_completion_tokens:
+                break
+            # Finished rows between the others are computed too, which costs less than moving the
+            # cache; what they write lies beyond their context and is overwritten next turn.
+            count = alive[-1] + 1
+            visible = max(ends[row] for row in alive) + step + 1
+            logits = self._forward(0, ids[:count, None], positions[:count, None] + step, visible)
+        return [
+            self._finish(episode, end, ids, values)
+            for episode, end, ids, values in zip(episodes, ends, sampled, scores, strict=True)
+        ]
+
+    def _finish(
+        self, episode: _Episode, end: int, ids: list[int], logprobs: list[float]
+    ) -> Completion:
+        # The last token was sampled but not fed: it goes first in the next turn.
+        episode.length = end + len(ids) - 1
+        episode.pending = [ids[-1]]
+        stopped = ids[-1] in self.dialogue.stop_ids
+        return Completion(tuple(ids), tuple(logprobs), "stop" if stopped else "length")
+
+    def _prefill(self, episodes: list[_Episode], feeds: list[list[int]]) -> Tensor:
+        """Feed the new tokens; logits [k, vocabulary] after the last of each row."""
+        device = self.policy.device
+        logits = []
+        first = 0
+        longest = max(e.length + len(feed) for e, feed in zip(episodes, feeds, strict=True))
+        widest = max(len(feed) for feed in feeds)
+        rows = max(1, _PREFILL_MASK_ELEMENTS // (widest * longest))
+        while first < len(episodes):
+            part = slice(first, first + rows)
+            widths = torch.tensor([len(feed) for feed in feeds[part]])
+            width = int(widths.max())
+            ids = torch.tensor([feed + feed[-1:] * (width - len(feed)) for feed in feeds[part]])
+            starts = torch.tensor([episode.length for episode in episodes[part]])
+            # Padding stands beyond the row's context: later tokens overwrite it before any looks.
+            positions = starts[:, None] + torch.arange(width)
+            visible = int((starts + widths).max())
+            last = (widths - 1).to(device)
+            logits.append(self._forward(first, ids.to(device), positions.to(device), visible, last))
+            first += rows
+        return torch.cat(logits)
+
+    def _forward(
+        self,
+        first_slot: int,
+        ids: Tensor,
+        positions: Tensor,
+        visible: int,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """One pass over [n, q] tokens; logits [n, vocabulary] at column `last` [n], or column 0."""
+        self._cache.aim(first_slot, positions, visible)
+        allowed = torch.arange(visible, device=ids.device) <= positions[:, :, None]
+        hidden = self.policy.hidden_states(
+            ids,
+            attention_mask=allowed[:, None],
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        row = torch.arange(len(ids), device=ids.device)
+        chosen = hidden[:, 0] if last is None else hidden[row, last]
+        return self.policy.logits(chosen)
+
+    def _uniforms(self, episodes: list[_Episode]) -> Tensor:
+        """[k, max_completion_tokens] float64 in [0, 1), each row from its episode's stream."""
+        size = self.max_completion_tokens
+        rows = [torch.rand(size, generator=e.stream, dtype=torch.float64) for e in episodes]
+        return torch.stack(rows).to(self.policy.device)
+
+    def _sample(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [n] int64 and their log-probs [n] float32."""
+        if self.temperature == 0:
+            logprobs = logits.log_softmax(dim=-1)
+            ids = logits.argmax(dim=-1)
+        else:
+            logprobs = (logits / self.temperature).log_softmax(dim=-1)
+            # Inverse of the cumulative distribution; in double precision, so that a large
+            # vocabulary leaves no gap at the end and an impossible token is never chosen.
+            cumulative = logprobs.double().exp().cumsum(dim=-1)
+            thresholds = uniforms[:, None] * cumulative[:, -1:]
+            ids = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1)
+            ids = ids.clamp(max=logits.shape[-1] - 1)
+        return ids, logprobs.gather(-1, ids[:, None]).squeeze(1)

@@ -1,0 +1,138 @@
+"""A key/value cache in which every row has its own length.
+
+One slot per episode; new keys and values are written where the slot's own context ends, so there
+are no gaps, rows of different lengths share a batch, and a row's numbers do not depend on its
+neighbours. Slots that are computed together are contiguous, so attention reads the cache in place
+instead of copying it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_CAPACITY_STEP = 128
+"""Capacity grows to a multiple of this many tokens, by at least a quarter."""
+
+
+class _Window:
+    """Which part of the cache the next forward pass writes and reads; shared by all layers."""
+
+    def __init__(self) -> None:
+        self.slots = 0
+        self.capacity = 0
+        self.slot_range = slice(0, 0)
+        self.slot_index = torch.empty(0, 1, dtype=torch.int64)
+        self.positions = torch.empty(0, 0, dtype=torch.int64)
+        self.visible = 0
+
+
+class _SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer: [slots, heads, capacity, head_width]."""
+
+    is_sliding = False
+
+    def __init__(self, window: _Window) -> None:
+        super().__init__()
+        self.window = window
+        self.stored_keys = self.stored_values = torch.empty(0)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        shape = (self.window.slots, key_states.shape[1], self.window.capacity)
+        # Zeros, not empty memory: a masked NaN would still spoil the attention sum.
+        self.stored_keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.stored_values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [n, heads, q, head_width] states; returns what they may attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        window = self.window
+        index = (window.slot_index, window.positions)
+        self.stored_keys.transpose(1, 2).index_put_(index, key_states.transpose(1, 2))
+        self.stored_values.transpose(1, 2).index_put_(index, value_states.transpose(1, 2))
+        return (
+            self.stored_keys[window.slot_range, :, : window.visible],
+            self.stored_values[window.slot_range, :, : window.visible],
+        )
+
+    def grow(self) -> None:
+        """Bring the storage to the window's capacity."""
+        if self.is_initialized and self.stored_keys.shape[2] < self.window.capacity:
+            extra = self.window.capacity - self.stored_keys.shape[2]
+            self.stored_keys = torch.nn.functional.pad(self.stored_keys, (0, 0, 0, extra))
+            self.stored_values = torch.nn.functional.pad(self.stored_values, (0, 0, 0, extra))
+
+    def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
+        """Put the contents of slots `sources` into slots `targets`, up to `length` tokens."""
+        if self.is_initialized:
+            self.stored_keys[targets, :, :length] = self.stored_keys[sources, :, :length]
+            self.stored_values[targets, :, :length] = self.stored_values[sources, :, :length]
+
+    def get_seq_length(self) -> int:
+        return self.window.visible
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.window.visible, 0
+
+    def get_max_length(self) -> int:
+        return self.window.capacity
+
+    # The name of get_max_length in earlier releases of transformers 5.
+    get_max_cache_shape = get_max_length
+
+
+class SlotCache(Cache):
+    """The cache of all layers; call `aim` before each forward pass.
+
+    Args:
+        layers: Number of decoder layers.
+        slots: Number of episodes it can hold.
+        device: Where the model is.
+    """
+
+    def __init__(self, layers: int, slots: int, device: torch.device) -> None:
+        self.window = _Window()
+        self.window.slots = slots
+        self.device = device
+        self._slot_layers = [_SlotLayer(self.window) for _ in range(layers)]
+        super().__init__(layers=list(self._slot_layers))
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in every slot."""
+        window = self.window
+        if tokens > window.capacity:
+            wanted = max(tokens, window.capacity * 5 // 4)
+            window.capacity = -(-wanted // _CAPACITY_STEP) * _CAPACITY_STEP
+            for layer in self._slot_layers:
+                layer.grow()
+
+    def aim(self, first_slot: int, positions: Tensor, visible: int) -> None:
+        """Say where the next forward pass stands.
+
+        Args:
+            first_slot: Its rows are the slots from here on.
+            positions: [n, q] int64: place of each new token in its slot.
+            visible: Number of positions that are attended to at most.
+        """
+        count = len(positions)
+        self.window.slot_range = slice(first_slot, first_slot + count)
+        self.window.slot_index = torch.arange(
+            first_slot, first_slot + count, device=self.device
+        ).unsqueeze(1)
+        self.window.positions = positions
+        self.window.visible = visible
+
+    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy slots onto others, all at once, so that a permutation needs no spare slot."""
+        if sources:
+            source = torch.tensor(sources, device=self.device)
+            target = torch.tensor(targets, device=self.device)
+            for layer in self._slot_layers:
+                layer.move(source, target, length)

@@ -1,0 +1,85 @@
+"""A progress bar on a terminal; elsewhere a plain line now and then, so that logs stay readable."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+
+class Advance(Protocol):
+    """What `progress` yields."""
+
+    def __call__(self, amount: int = 1, note: str = "") -> None:
+        """Counts `amount` more units as done; `note` is shown beside the bar."""
+
+
+@contextmanager
+def progress(
+    total: int,
+    description: str,
+    *,
+    every_seconds: float = 30.0,
+    stream: TextIO | None = None,
+) -> Iterator[Advance]:
+    """Shows how far a long piece of work is.
+
+    Args:
+        total: units of work in all.
+        description: what is being done, such as `training`.
+        every_seconds: away from a terminal: shortest time between two lines.
+        stream: where to show it; default: the standard error stream.
+
+    Yields:
+        A function to call after each unit.
+    """
+    stream = sys.stderr if stream is None else stream
+    if stream.isatty():
+        with _bar(total, description, stream) as advance:
+            yield advance
+        return
+    began = last = time.monotonic()
+    done = 0
+
+    def count(amount: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += amount
+        now = time.monotonic()
+        if now - last < every_seconds and done < total:
+            return
+        last = now
+        print(f"{description}: {done}/{total}, {now - began:.0f} s {note}".rstrip(), file=stream)
+        stream.flush()
+
+    yield count
+
+
+@contextmanager
+def _bar(total: int, description: str, stream: TextIO) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=Console(file=stream)) as bar:
+        task = bar.add_task(description, total=total, note="")
+
+        def advance(amount: int = 1, note: str = "") -> None:
+            bar.update(task, advance=amount, note=note)
+
+        yield advance

@@ -1,0 +1,239 @@
+"""Collects trajectories: many episodes at once, generation batched over the active ones only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+import atod_gym  # noqa: F401 - registers the environments
+from atod_gym.errors import AtodError, InvalidSettingError, TaskNotFoundError
+from atod_gym.types import Message, StepInfo
+from atod_gym.wrappers import agent_env
+from atod_train.config import EnvConfig
+from atod_train.generation import Completion, Generator
+from atod_train.metrics import PhaseTimes
+from atod_train.types import StopReason, TokenizedTurn, Trajectory, TrajectoryGroup, Turn
+
+
+class EnvPool:
+    """The environments of one split, made once and used again; they speak messages.
+
+    Args:
+        config: which environment, and how it is put to the model.
+        split: a split of the environment.
+
+    Raises:
+        AtodError: the environment refuses a setting; the message is the environment's.
+    """
+
+    def __init__(self, config: EnvConfig, split: str) -> None:
+        self.config = config
+        self.split = split
+        self._envs: list[gymnasium.Env[Any, str]] = []
+        first: Any = self.take(1)[0].unwrapped
+        self.task_ids: tuple[str, ...] = tuple(first.task_ids)
+        self.content_hash: str = first.manifest.content_hash
+        self.data: str = first.data
+
+    def take(self, count: int) -> list[gymnasium.Env[Any, str]]:
+        """The first `count` environments; missing ones are made."""
+        while len(self._envs) < count:
+            self._envs.append(self._make())
+        return self._envs[:count]
+
+    def close(self) -> None:
+        """Closes all environments; may be called twice."""
+        while self._envs:
+            self._envs.pop().close()
+
+    def _make(self) -> gymnasium.Env[Any, str]:
+        config = self.config
+        try:
+            env = gymnasium.make(
+                config.id,
+                disable_env_checker=True,
+                split=self.split,
+                data=config.data,
+                max_turns=config.max_turns,
+                **config.options,
+            )
+        except gymnasium.error.Error as error:
+            raise InvalidSettingError(f"env.id {config.id!r}: {error}") from error
+        except TypeError as error:
+            raise InvalidSettingError(f"env.options {config.options}: {error}") from error
+        return agent_env(
+            env,
+            profile=config.parse_profile,
+            style=config.prompt_style,
+            history_window=config.history_window,
+            show_admissible=config.show_admissible,
+        )
+
+
+def seed_for(seed: int, step: int, stream: str) -> int:
+    """A seed for one use at one step, so that a resumed run draws what it would have drawn."""
+    digest = hashlib.sha256(f"{seed}/{step}/{stream}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def tasks_for_step(task_ids: Sequence[str], step: int, count: int, seed: int) -> list[str]:
+    """The tasks of a step: consecutive pieces of one shuffled pass after the other.
+
+    Args:
+        task_ids: the split, in manifest order.
+        step: 1-based optimiser cycle.
+        count: tasks per step.
+        seed: seed of the run; the same seed gives the same tasks to every method.
+    """
+    chosen: list[str] = []
+    position = (step - 1) * count
+    while len(chosen) < count:
+        epoch, offset = divmod(position + len(chosen), len(task_ids))
+        order = np.random.default_rng(seed_for(seed, epoch, "tasks")).permutation(len(task_ids))
+        wanted = count - len(chosen)
+        chosen += [task_ids[i] for i in order[offset : offset + wanted]]
+    return chosen
+
+
+def is_valid(info: StepInfo, validity: str) -> bool:
+    """Whether the last action counts as valid: it parsed and, if strict, was admissible."""
+    return not info["parse_error"] and (validity == "format" or info["is_action_valid"])
+
+
+class _Episode:
+    """One episode while it is played."""
+
+    def __init__(self, env: gymnasium.Env[Any, str], group_id: int, task_id: str) -> None:
+        self.env = env
+        self.group_id = group_id
+        messages, info = env.reset(options={"task_id": task_id})
+        self.info: Any = info
+        self.messages = _new_messages(messages)
+        self.turns: list[Turn] = []
+        self.stop_reason: StopReason | None = None
+
+    def play(self, completion: Completion, text: str, ids: Sequence[int], pool: EnvPool) -> None:
+        """Executes a completion and records the turn."""
+        config = pool.config
+        messages, reward, terminated, truncated, info = self.env.step(text)
+        valid = is_valid(info, config.action_validity)  # type: ignore[arg-type]
+        tokens = TokenizedTurn(
+            prompt_ids=tuple(ids),
+            completion_ids=completion.ids,
+            sampling_logprobs=completion.logprobs,
+            finish_reason=completion.finish_reason,
+            extends_previous=config.prompt_style == "chat" and bool(self.turns),
+        )
+        penalty = 0.0 if valid else config.invalid_action_penalty
+        turn = Turn(
+            index=len(self.turns),
+            prompt=self.messages,
+            completion=text,
+            action=info["action"],
+            reward=float(reward) * config.success_reward - penalty,
+            is_action_valid=valid,
+            tokens=tokens,
+        )
+        self.turns.append(turn)
+        self.info = info
+        self.messages = _new_messages(messages)
+        if terminated or truncated:
+            self.stop_reason = "terminated" if terminated else "turn_limit"
+
+    def trajectory(self) -> Trajectory:
+        """The record of the episode, which has ended."""
+        assert self.stop_reason is not None
+        return Trajectory(
+            group_id=self.group_id,
+            task_id=self.info["task_id"],
+            task_type=self.info["task_type"],
+            turns=tuple(self.turns),
+            terminated=self.stop_reason == "terminated",
+            truncated=self.stop_reason != "terminated",
+            stop_reason=self.stop_reason,
+            success=bool(self.info["success"]),
+            score=float(self.info["score"]),
+        )
+
+
+def _new_messages(messages: Sequence[dict[str, str]]) -> tuple[Message, ...]:
+    """What a prompt adds to the one before: all that follows the last assistant message."""
+    new: list[Message] = []
+    for message in reversed(messages):
+        if message["role"] == "assistant":
+            break
+        new.append(Message(message["role"], message["content"]))  # type: ignore[arg-type]
+    return tuple(reversed(new))
+
+
+def collect(
+    pool: EnvPool,
+    generator: Generator,
+    task_ids: Sequence[str],
+    *,
+    group_size: int,
+    turn_limit: int,
+    times: PhaseTimes | None = None,
+) -> list[TrajectoryGroup]:
+    """Plays `group_size` episodes of each task, all at once, and records them.
+
+    Args:
+        pool: environments of the split that the tasks belong to.
+        generator: samples completions; its dialogue must have the pool's prompt style.
+        task_ids: the tasks, one group each.
+        group_size: G, episodes per task.
+        turn_limit: episodes are cut after this many turns (at most the environment's own limit).
+        times: takes the seconds of the phases `environment` and `generation`.
+
+    Returns:
+        One group per task, in the order given.
+
+    Raises:
+        AtodError: a first prompt does not fit the model's context.
+    """
+    times = times or PhaseTimes()
+    wanted = [(group, task) for group, task in enumerate(task_ids) for _ in range(group_size)]
+    with times.phase("environment"):
+        try:
+            envs = pool.take(len(wanted))
+            episodes = [_Episode(env, *task) for env, task in zip(envs, wanted, strict=True)]
+        except TaskNotFoundError as error:
+            raise AtodError(str(error)) from error
+    generator.start(len(episodes))
+    active = list(range(len(episodes)))
+    while active:
+        with times.phase("generation"):
+            prompts = [_prompt_ids(episodes[row], generator) for row in active]
+            completions = generator.prompt(prompts, active)
+            texts = [c and generator.dialogue.decode(c.ids) for c in completions]
+        with times.phase("environment"):
+            for row, ids, completion, text in zip(active, prompts, completions, texts, strict=True):
+                episode = episodes[row]
+                if completion is None or text is None:
+                    episode.stop_reason = "context_limit"
+                    continue
+                episode.play(completion, text, ids, pool)
+                if episode.stop_reason is None and len(episode.turns) >= turn_limit:
+                    episode.stop_reason = "turn_limit"
+        active = [row for row in active if episodes[row].stop_reason is None]
+    if not any(episode.turns for episode in episodes):
+        raise AtodError(
+            "No first prompt fits the model's context. Raise model.max_context, or choose a "
+            "shorter prompt (env.show_admissible, env.prompt_style)."
+        )
+    records = [episode.trajectory() for episode in episodes]
+    return [
+        TrajectoryGroup(task, tuple(records[i * group_size : (i + 1) * group_size]))
+        for i, task in enumerate(task_ids)
+    ]
+
+
+def _prompt_ids(episode: _Episode, generator: Generator) -> list[int]:
+    dialogue = generator.dialogue
+    if dialogue.style == "window" or not episode.turns:
+        return dialogue.first(episode.messages)
+    return dialogue.continuation(episode.messages, episode.turns[-1].tokens.finish_reason)

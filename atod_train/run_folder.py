@@ -1,0 +1,193 @@
+"""The folder of a run: its file names, and the files written once - config, manifest, summary.
+
+Files of a run folder, all UTF-8 JSON or JSON lines:
+
+    config.json         the resolved settings (`write_config`)
+    manifest.json       what was run on what: data and its hash, seeds, versions (`write_manifest`)
+    metrics.jsonl       one object per step (`MetricsWriter.write`)
+    evaluations.jsonl   one `Evaluation` per evaluated model, split and step
+    trajectories.jsonl  a few whole trajectories for people (`TrajectoryRecord`)
+    summary.json        totals at the end (`write_summary`)
+    tensorboard/        the numbers of metrics.jsonl as events
+    checkpoints/        one folder per checkpoint
+    report.html         the report of the run
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib import metadata as package_metadata
+from pathlib import Path
+from typing import Any
+
+from atod_gym.errors import AtodError
+from atod_train.config import AlgorithmConfig, EnvConfig, ModelConfig, RunConfig, TrainConfig
+
+METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+TRAJECTORIES_FILE = "trajectories.jsonl"
+CONFIG_FILE = "config.json"
+MANIFEST_FILE = "manifest.json"
+SUMMARY_FILE = "summary.json"
+PACKAGES = ("atod", "torch", "transformers", "tokenizers", "safetensors", "gymnasium", "numpy")
+
+
+class RunFolderError(AtodError):
+    """A file of a run folder is broken, absent, or was written out of order."""
+
+
+def without_infinities(value: Any) -> Any:
+    """NaN and infinity as None: JSON has neither, and other readers would refuse the line."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): without_infinities(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_infinities(item) for item in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    text = json.dumps(without_infinities(value), indent=2, default=str)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; an empty dict where the file is absent.
+
+    Raises:
+        RunFolderError: the file is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read ({error}); remove or repair it") from error
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{path} is not a JSON object; remove or repair it")
+    return value
+
+
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Writes the resolved settings as config.json."""
+    write_json(run_dir / CONFIG_FILE, asdict(config))
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """Reads config.json back.
+
+    Raises:
+        RunFolderError: it is absent, or has settings that this version does not know.
+    """
+    path = run_dir / CONFIG_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        env = record["env"]
+        env["eval_splits"] = tuple(env["eval_splits"])
+        return RunConfig(
+            env=EnvConfig(**env),
+            model=ModelConfig(**record["model"]),
+            algorithm=AlgorithmConfig(**record["algorithm"]),
+            train=TrainConfig(**record["train"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path} is no config of this version: {error}") from error
+
+
+def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Installed versions; "absent" where a package is not installed."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = package_metadata.version(name)
+        except package_metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def write_manifest(
+    run_dir: Path,
+    *,
+    method: str,
+    env_id: str,
+    data: str,
+    data_hash: str,
+    seeds: Mapping[str, int],
+    student_parameters: int,
+    teacher_parameters: int | None = None,
+    device: str = "cpu",
+    command: Sequence[str] | None = None,
+) -> None:
+    """Writes manifest.json: what was run, on which data, with which versions.
+
+    A manifest that is there already stays as it is, and the fact of resuming is added to its
+    list `resumed`, with the versions and the device of the resuming program.
+
+    Args:
+        run_dir: the run folder.
+        method: such as `atod`.
+        env_id: Gymnasium id.
+        data: which data is played: `official`, `generated` or a path.
+        data_hash: content hash of the task manifest.
+        seeds: name -> seed.
+        student_parameters: number of weights of the student.
+        teacher_parameters: number of weights of the teacher; None: there is no teacher.
+        device: such as `cpu` or the name of the GPU.
+        command: the command line; default: that of this process.
+    """
+    now = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": list(sys.argv if command is None else command),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "packages": package_versions(),
+    }
+    manifest = read_json(run_dir / MANIFEST_FILE)
+    if manifest:
+        manifest.setdefault("resumed", []).append(now)
+    else:
+        manifest = {
+            "method": method,
+            "env_id": env_id,
+            "data": {"name": data, "hash": data_hash},
+            "seeds": dict(seeds),
+            "parameters": {"student": student_parameters, "teacher": teacher_parameters},
+            **now,
+        }
+    write_json(run_dir / MANIFEST_FILE, manifest)
+
+
+def write_summary(
+    run_dir: Path,
+    *,
+    steps: int,
+    minutes: float,
+    tokens: int = 0,
+    trajectories: int = 0,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes summary.json at the end of a run.
+
+    Args:
+        run_dir: the run folder.
+        steps: steps done in all.
+        minutes: wall time over all parts of a resumed run.
+        tokens: completion tokens sampled.
+        trajectories: episodes played for training.
+        extra: further JSON values.
+    """
+    totals = {"steps": steps, "minutes": minutes, "tokens": tokens, "trajectories": trajectories}
+    write_json(run_dir / SUMMARY_FILE, {**totals, **(extra or {})})

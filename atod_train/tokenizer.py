@@ -1,0 +1,102 @@
+"""A word-level tokenizer for models that are trained from scratch on a small world of text.
+
+Environment text is plain English with numbered things ("You arrive at desk 1. On the desk 1, you
+see a mug 1, and a pen 2."). A model of a million parameters spends them best when every word, every
+number and every punctuation mark is one token. Text is lower-cased; every integer from 0 to 99 is
+in the vocabulary whether seen or not, so that "drawer 17" is never unknown.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+PAD_TOKEN = "<pad>"
+UNKNOWN_TOKEN = "<unk>"
+USER_TOKEN = "<user>"
+ASSISTANT_TOKEN = "<assistant>"
+END_TOKEN = "<end>"
+SPECIAL_TOKENS = (PAD_TOKEN, UNKNOWN_TOKEN, USER_TOKEN, ASSISTANT_TOKEN, END_TOKEN)
+"""In this order they have the ids 0 to 4."""
+
+INTEGERS = 100
+"""The integers 0 .. INTEGERS - 1 are always in the vocabulary."""
+
+# Tags such as <think>, words (with inner - ' /, as in "t-shirt" and "in/on"; digits allowed, as in
+# product codes), and single marks. Whitespace only separates.
+_PIECE = r"</?[a-z]+>|\w+(?:[-'/]\w+)*|[^\w\s]"
+
+# System and user messages look alike; an assistant message is what stands between <assistant> and
+# <end>, so that a dialogue only ever grows at its end.
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    f"{ASSISTANT_TOKEN} {{{{ message['content'] }}}} {END_TOKEN} "
+    "{% else %}"
+    f"{USER_TOKEN} {{{{ message['content'] }}}} "
+    "{% endif %}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{ASSISTANT_TOKEN} {{% endif %}}"
+)
+
+
+def _empty_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=UNKNOWN_TOKEN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex(_PIECE), behavior="isolated"),
+        ]
+    )
+    # Words are joined with single spaces; brackets close up, so that the action "search[red
+    # shoes]" comes back as it was written.
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="\u0000", cleanup=False),
+            decoders.Fuse(),
+            decoders.Replace(" [ ", "["),
+            decoders.Replace(" ]", "]"),
+        ]
+    )
+    return tokenizer
+
+
+def build_word_tokenizer(texts: Iterable[str], min_count: int = 1) -> PreTrainedTokenizerFast:
+    """Build a word-level tokenizer with a chat template from example texts.
+
+    The vocabulary is: the special tokens, the integers 0..99, then the words and marks of `texts`
+    in alphabetical order; it depends on the counts only, not on the order of the texts. Decoding
+    joins tokens with single spaces, so a lower-case command such as "take mug 1 from desk 1"
+    survives encoding and decoding unchanged.
+
+    Args:
+        texts: Texts to collect words from (observations, commands, instructions).
+        min_count: Words seen fewer times than this become `<unk>`.
+
+    Returns:
+        A fast tokenizer; `save_pretrained` and `from_pretrained` keep it, chat template included.
+        Its pad token is `<pad>`, its end-of-turn (eos) token `<end>`.
+    """
+    splitter = _empty_tokenizer({UNKNOWN_TOKEN: 0})
+    counts: Counter[str] = Counter()
+    for text in texts:
+        normal = splitter.normalizer.normalize_str(text)
+        counts.update(piece for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(normal))
+    fixed = (*SPECIAL_TOKENS, *(str(number) for number in range(INTEGERS)))
+    words = sorted({word for word, count in counts.items() if count >= min_count} - set(fixed))
+    vocabulary = {token: index for index, token in enumerate((*fixed, *words))}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_empty_tokenizer(vocabulary),
+        pad_token=PAD_TOKEN,
+        unk_token=UNKNOWN_TOKEN,
+        eos_token=END_TOKEN,
+        additional_special_tokens=[USER_TOKEN, ASSISTANT_TOKEN],
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer

@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.error import NameNotFound, ResetNeeded, VersionNotFound
+from gymnasium.utils.env_checker import check_env
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import atod_gym
+from atod_gym.envs.alfworld.env import ALFWorldEnv
+from atod_gym.envs.alfworld.generator import TASK_TYPES, write_games
+from atod_gym.errors import (
+    DataNotFoundError,
+    InvalidGameError,
+    InvalidSettingError,
+    TaskNotFoundError,
+)
+from atod_gym.types import StepInfo, TurnObservation
+
+SETTINGS: dict[str, Any] = {"data": "generated", "house_size": "tiny"}
+TASK = "tiny-train-0003-pick_heat_then_place_in_recep"
+
+
+def make(**changes: Any) -> ALFWorldEnv:
+    env = gymnasium.make("atod/ALFWorld-v0", **{**SETTINGS, **changes}).unwrapped
+    assert isinstance(env, ALFWorldEnv)
+    return env
+
+
+@pytest.mark.parametrize("env_id", atod_gym.ENV_IDS)
+def test_every_registered_environment_passes_every_check(env_id: str) -> None:
+    assert gymnasium.spec(env_id).max_episode_steps is None
+    for settings_ in ({"data": "generated"}, {"data": "generated", "render_mode": "ansi"}):
+        check_env(gymnasium.make(env_id, **settings_).unwrapped)
+
+
+def test_the_module_prefix_needs_no_import() -> None:
+    env = gymnasium.make("atod_gym:atod/ALFWorld-v0", **SETTINGS)
+    assert env.reset(seed=0)[1]["data"] == "generated"
+    env.close()
+    with pytest.raises(NameNotFound):
+        gymnasium.make("atod/ALFWord-v0")
+    with pytest.raises(VersionNotFound):
+        gymnasium.make("atod/ALFWorld-v7")
+
+
+def test_the_walkthrough_wins_on_its_last_turn() -> None:
+    env = make()
+    observation, info = env.reset(options={"task_id": TASK})
+    assert observation.keys() == TurnObservation.__annotations__.keys()
+    assert info.keys() == StepInfo.__annotations__.keys() - {"episode"}
+    assert observation["text"].endswith(f"Your task is to: {observation['instruction']}")
+    assert (info["task_id"], info["task_type"]) == (TASK, "pick_heat_then_place_in_recep")
+    assert (info["is_action_valid"], info["action"], info["turn_index"]) == (True, "", 0)
+    assert "help" not in observation["admissible_actions"]
+    assert list(observation["admissible_actions"]) == sorted(set(observation["admissible_actions"]))
+    *before, last = env.walkthrough
+    for number, action in enumerate(before, 1):
+        assert action in observation["admissible_actions"]
+        observation, reward, terminated, truncated, info = env.step(action)
+        assert (reward, terminated, truncated, info["success"]) == (0.0, False, False, False)
+        assert observation["turn_index"] == info["turn_index"] == number
+        assert "episode" not in info
+    observation, reward, terminated, truncated, info = env.step(last)
+    assert (reward, terminated, truncated) == (1.0, True, False)
+    assert (info["success"], info["score"], info["action"]) == (True, 1.0, last)
+    assert info.keys() == StepInfo.__annotations__.keys()
+    assert (info["episode"]["r"], info["episode"]["l"]) == (1.0, len(before) + 1)
+    assert info["episode"]["t"] >= 0
+    with pytest.raises(ResetNeeded, match="over"):
+        env.step("look")
+
+
+def test_winning_on_the_last_turn_is_no_truncation() -> None:
+    turns = len(_walkthrough())
+    env = make(max_turns=turns)
+    env.reset(options={"task_id": TASK})
+    ends = [env.step(action)[2:4] for action in env.walkthrough]
+    assert ends == [(False, False)] * (turns - 1) + [(True, False)]
+    env = make(max_turns=turns - 1)
+    env.reset(options={"task_id": TASK})
+    ends = [env.step(action)[2:4] for action in env.walkthrough[:-1]]
+    assert ends == [(False, False)] * (turns - 2) + [(False, True)]
+    with pytest.raises(ResetNeeded):
+        env.step("look")
+
+
+def _walkthrough() -> tuple[str, ...]:
+    env = make()
+    env.reset(options={"task_id": TASK})
+    return env.walkthrough
+
+
+def test_the_turn_limit_truncates_once_and_reports_the_episode() -> None:
+    env = make(max_turns=3)
+    env.reset(seed=0)
+    results = [env.step("look") for _ in range(3)]
+    assert [result[3] for result in results] == [False, False, True]
+    assert [result[2] for result in results] == [False] * 3
+    assert results[-1][4]["episode"]["l"] == 3
+    assert results[-1][0] in env.observation_space
+
+
+def test_seeds_and_task_ids_choose_the_task() -> None:
+    env, other = make(), make()
+    assert env.task_ids == env.manifest.task_ids == tuple(sorted(env.task_ids))
+    first = [env.reset(seed=5)[1]["task_id"], *(env.reset()[1]["task_id"] for _ in range(5))]
+    second = [other.reset(seed=5)[1]["task_id"], *(other.reset()[1]["task_id"] for _ in range(5))]
+    assert first == second
+    assert len(set(first)) > 1
+    picked = [env.reset(seed=5, options={"task_id": TASK}) for _ in range(2)]
+    assert picked[0] == picked[1]
+    # Naming the task draws nothing, so the seeded sequence starts behind it.
+    assert env.reset()[1]["task_id"] == first[0]
+
+
+def test_task_types_narrow_the_tasks_but_not_the_manifest() -> None:
+    env = make(task_types=["look_at_obj_in_light"])
+    assert 0 < len(env.task_ids) < len(env.manifest.task_ids)
+    assert env.reset(seed=1)[1]["task_type"] == "look_at_obj_in_light"
+    with pytest.raises(TaskNotFoundError, match="look_at_obj_in_light"):
+        env.reset(options={"task_id": TASK})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"backend": "thor"}, InvalidSettingError, "native, alfworld"),
+        ({"max_turns": 0}, InvalidSettingError, "max_turns"),
+        ({"max_turns": 2.5}, InvalidSettingError, "max_turns"),
+        ({"max_turns": True}, InvalidSettingError, "max_turns"),
+        ({"task_types": ["cook"]}, InvalidSettingError, "'cook'; known: pick_and_place_simple"),
+        ({"task_types": []}, InvalidSettingError, "empty"),
+        ({"task_types": "pick"}, InvalidSettingError, "list of names"),
+        ({"split": "test"}, DataNotFoundError, "train, valid_seen, valid_unseen"),
+        ({"split": None}, InvalidSettingError, "split"),
+        ({"house_size": "huge"}, InvalidSettingError, "tiny"),
+        ({"data": "nowhere"}, DataNotFoundError, "official, generated"),
+        ({"render_mode": "human"}, InvalidSettingError, "ansi"),
+    ],
+)
+def test_wrong_settings_are_named(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ALFWorldEnv(**{**SETTINGS, **changes})
+
+
+def test_wrong_calls_are_named() -> None:
+    env = make()
+    for call in (lambda: env.step("look"), lambda: env.walkthrough):
+        with pytest.raises(ResetNeeded, match="reset"):
+            call()
+    with pytest.raises(TaskNotFoundError, match=f"Did you mean .*{TASK}"):
+        env.reset(options={"task_id": TASK.replace("heat", "haet")})
+    with pytest.raises(TaskNotFoundError, match="An example: tiny-train-0000"):
+        env.reset(options={"task_id": "🙂"})
+    with pytest.raises(TaskNotFoundError):
+        env.reset(options={"task_id": 3})
+    with pytest.raises(InvalidSettingError, match=r"'task'.*'task_id'"):
+        env.reset(options={"task": TASK})
+    env.reset(seed=0)
+    for action in (None, b"look", 3, ["look"]):
+        with pytest.raises(TypeError, match=f"str.*not {type(action).__name__}"):
+            env.step(action)  # type: ignore[arg-type]
+    assert env.step("look")[4]["turn_index"] == 1
+
+
+ABUSE = [
+    "",
+    " ",
+    "look\nlook",
+    "go to",
+    "🙂",
+    "\ud800",
+    "\x00",
+    "{}",
+    "a" * 100_000,
+    "HELP",
+    "look.",
+]
+
+
+@pytest.mark.parametrize("action", ABUSE)
+def test_any_text_is_an_action(action: str) -> None:
+    env = make()
+    before, _ = env.reset(seed=0)
+    observation, reward, terminated, truncated, info = env.step(action)
+    assert observation["text"] == "Nothing happens."
+    assert observation["admissible_actions"] == before["admissible_actions"]
+    assert (reward, terminated, truncated) == (0.0, False, False)
+    assert (info["is_action_valid"], info["turn_index"], info["action"]) == (False, 1, action)
+    assert env.action_space.contains(action)
+    assert observation in env.observation_space
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=()), max_size=30) | st.integers(0, 60), max_size=12
+    ),
+    st.integers(0, 2**32 - 1),
+)
+def test_random_play_keeps_every_promise(moves: list[str | int], seed: int) -> None:
+    env = make(max_turns=10)
+    observation, _ = env.reset(seed=seed)
+    for move in moves:
+        admissible = observation["admissible_actions"]
+        action = move if isinstance(move, str) else admissible[move % len(admissible)]
+        observation, reward, terminated, truncated, info = env.step(action)
+        assert observation in env.observation_space
+        assert info["is_action_valid"] == (action.strip() in (*admissible, "help"))
+        assert reward == info["score"] == float(info["success"]) == float(terminated)
+        assert truncated == (not terminated and observation["turn_index"] == 10)
+        if terminated or truncated:
+            break
+
+
+def test_white_space_around_an_action_does_not_count_and_help_is_valid() -> None:
+    env = make()
+    env.reset(seed=0)
+    assert env.step("  look\n")[4]["is_action_valid"]
+    observation, *_, info = env.step("help")
+    assert info["is_action_valid"]
+    assert "look" in observation["text"]
+
+
+def test_observations_and_infos_are_new_objects() -> None:
+    env = make()
+    observation, info = env.reset(seed=0)
+    observation["text"] = info["task_id"] = "changed"
+    again, _, _, _, new_info = env.step("inventory")
+    assert again["text"] != "changed" != new_info["task_id"]
+
+
+def test_rendering_shows_the_last_command() -> None:
+    env = make(render_mode="ansi")
+    with pytest.raises(ResetNeeded):
+        env.render()
+    text = env.reset(seed=0)[0]["text"]
+    assert env.render() == f"{text}\n"
+    text = env.step("inventory")[0]["text"]
+    assert env.render() == f"> inventory\n\n{text}\n"
+
+
+def test_closing_twice_and_playing_on_after_a_reset() -> None:
+    env = make()
+    env.reset(seed=0)
+    env.close()
+    env.close()
+    with pytest.raises(ResetNeeded):
+        env.step("look")
+    assert env.reset(seed=0)[1]["turn_index"] == 0
+
+
+def test_the_spec_survives_json_and_the_environment_pickles(tmp_path: Path) -> None:
+    write_games(tmp_path, {"train": 6}, house_size="tiny")
+    env = gymnasium.make(
+        "atod/ALFWorld-v0", data=str(tmp_path), max_turns=7, task_types=[TASK_TYPES[0]]
+    )
+    assert env.spec is not None
+    copies = [gymnasium.make(EnvSpec.from_json(env.spec.to_json())),
+              pickle.loads(pickle.dumps(env.unwrapped))]  # fmt: skip
+    expected = env.reset(seed=3)
+    for copy in copies:
+        assert copy.reset(seed=3) == expected
+        assert copy.observation_space == env.observation_space
+        assert copy.unwrapped.max_turns == 7
+    assert expected[1]["data"] == env.unwrapped.data == str(tmp_path)  # type: ignore[attr-defined]
+
+
+def _make_vec(mode: str, **vector_settings: Any) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
+    return gymnasium.make_vec(
+        "atod/ALFWorld-v0",
+        num_envs=3,
+        vectorization_mode=mode,
+        vector_kwargs=vector_settings,
+        max_turns=3,
+        **SETTINGS,
+    )
+
+
+@pytest.mark.parametrize(("mode", "more"), [("sync", {}), ("async", {"shared_memory": False})])
+def test_vector_environments_agree_with_single_ones(mode: str, more: dict[str, Any]) -> None:
+    envs = _make_vec(mode, **more)
+    try:
+        observations, infos = envs.reset(seed=11)
+        assert observations in envs.observation_space
+        singles = [make(max_turns=3).reset(seed=11 + number) for number in range(3)]
+        assert observations["text"] == tuple(single[0]["text"] for single in singles)
+        assert list(infos["task_id"]) == [single[1]["task_id"] for single in singles]
+        for turn in range(1, 4):
+            observations, rewards, _, truncated, infos = envs.step(
+                ("look", "inventory", "nonsense")
+            )
+            assert observations["turn_index"].tolist() == [turn] * 3
+            assert list(infos["is_action_valid"]) == [True, True, False]
+            assert rewards.tolist() == [0.0] * 3
+        assert truncated.all()
+        assert infos["episode"]["l"].tolist() == [3] * 3
+        observations, *_ = envs.step(("look",) * 3)
+        assert observations["turn_index"].tolist() == [0] * 3
+        assert envs.step(envs.action_space.sample())[0] in envs.observation_space
+    finally:
+        envs.close()
+
+
+def test_shared_memory_is_refused_with_advice() -> None:
+    with warnings.catch_warnings():
+        # Gymnasium's destructor trips over the half-made object.
+        warnings.simplefilter("ignore")
+        with pytest.raises((TypeError, ValueError), match="shared_memory"):
+            _make_vec("async")
+
+
+def test_gymnasium_statistics_fit_beside_ours() -> None:
+    env = gymnasium.wrappers.RecordEpisodeStatistics(make(max_turns=1), stats_key="statistics")
+    env.reset(seed=0)
+    info = env.step("look")[4]
+    assert (info["statistics"]["r"], info["statistics"]["l"]) == (0.0, 1)
+    assert info["episode"].keys() == info["statistics"].keys()
+    assert np.isfinite(info["episode"]["t"])
+
+
+def test_a_corrupt_game_is_named_when_its_task_is_played(tmp_path: Path) -> None:
+    files = write_games(tmp_path, {"train": 6}, house_size="tiny")
+    broken = {
+        "cut": b'{"solvable": true, "pddl_domain": "(define',
+        "lacking": b'{"solvable": true}',
+        "nonsense": b'{"solvable": true, "pddl_domain": "(", "grammar": "x", "pddl_problem": "("}',
+    }
+    for path, content in zip(files, broken.values(), strict=False):
+        path.write_bytes(content)
+    env = make(data=str(tmp_path))
+    for path in files[:3]:
+        with pytest.raises(InvalidGameError) as caught:
+            env.reset(options={"task_id": f"{path.parts[-3]}/{path.parts[-2]}"})
+        assert str(path) in str(caught.value)
+        with pytest.raises(ResetNeeded):
+            env.step("look")
+    files[3].unlink()
+    task_id = f"{files[3].parts[-3]}/{files[3].parts[-2]}"
+    with pytest.raises(InvalidGameError, match="cannot be read"):
+        env.reset(options={"task_id": task_id})
+    env.reset(options={"task_id": f"{files[4].parts[-3]}/{files[4].parts[-2]}"})
+    assert env.step("look")[4]["is_action_valid"]

@@ -1,0 +1,206 @@
+"""The native engine against the official one, its own rules, and what it must refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alfworld_parity import compare_game
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atod_gym.envs.alfworld.generator import generate_game, generated_task_ids
+from atod_gym.envs.alfworld.grammar import enumerate_items, parse_grammar, parse_symbols
+from atod_gym.envs.alfworld.native import NativeEngine, compile_game, entity_names
+from atod_gym.envs.alfworld.pddl import parse_expression, parse_problem, typed_list
+from atod_gym.errors import InvalidGameError, UnsupportedGameError
+
+TASK_TYPES = (
+    "look_at_obj_in_light",
+    "pick_and_place_simple",
+    "pick_clean_then_place_in_recep",
+    "pick_cool_then_place_in_recep",
+    "pick_heat_then_place_in_recep",
+    "pick_two_obj_and_place",
+)
+
+
+@pytest.fixture(scope="module")
+def game() -> dict[str, Any]:
+    return dict(generate_game(generated_task_ids("train", "tiny")[0]))
+
+
+def test_every_official_walkthrough_wins_on_its_last_step(alfworld_data: Path) -> None:
+    games = sorted(alfworld_data.glob("*/*/*/game.tw-pddl"))
+    assert len(games) == 3827
+    for path in games:
+        engine = NativeEngine(path)
+        wins = []
+        for command in engine.walkthrough:
+            assert command in engine.last.admissible_commands
+            wins.append(engine.step(command).won)
+        assert wins == [False] * (len(wins) - 1) + [True], path
+
+
+@pytest.mark.parametrize("task_type", TASK_TYPES)
+def test_official_engine_answers_the_same(alfworld_data: Path, task_type: str) -> None:
+    pytest.importorskip("alfworld")
+    games = sorted(alfworld_data.glob(f"valid_unseen/{task_type}*/*/game.tw-pddl"))
+    for mode, lines in compare_game(games[len(games) // 2], ("random", "expert"), 20).items():
+        assert len(lines) > 3
+        assert not any(lines), mode
+
+
+def test_official_engine_plays_generated_games_the_same() -> None:
+    pytest.importorskip("alfworld")
+    for house_size in ("tiny", "medium"):
+        path_or_game = dict(generate_game(generated_task_ids("valid_unseen", house_size)[7]))
+        for lines in compare_game(path_or_game, ("walkthrough", "random"), 20).values():
+            assert len(lines) > 3
+            assert not any(lines)
+
+
+def _changed(game: dict[str, Any], key: str, old: str, new: str) -> dict[str, Any]:
+    assert old in game[key]
+    return {**game, key: game[key].replace(old, new)}
+
+
+def _both(game: dict[str, Any]) -> None:
+    for lines in compare_game(game, ("walkthrough", "random"), 15).values():
+        assert not any(lines)
+
+
+def test_a_changed_action_schema_changes_the_engine(alfworld_data: Path) -> None:
+    path = sorted(alfworld_data.glob("valid_seen/pick_and_place*/*/game.tw-pddl"))[0]
+    game = json.loads(path.read_text())
+    pick_up = "(not (holdsAny ?a))  ; agent's hands are empty."
+    several = _changed(game, "pddl_domain", pick_up, "")
+    engine = NativeEngine(several)
+    for command in engine.walkthrough[:-1]:
+        state = engine.step(command)
+        if command.startswith("take"):
+            break
+    more = [c for c in state.admissible_commands if c.startswith("take")]
+    state = engine.step(more[0]) if more else state
+    assert more, "with the precondition gone, a second object can be taken"
+    assert engine.step("inventory").feedback.count(" a ") == 2
+    pytest.importorskip("alfworld")
+    _both(several)
+
+
+def test_a_changed_grammar_changes_the_engine(alfworld_data: Path) -> None:
+    path = sorted(alfworld_data.glob("valid_seen/pick_heat*/*/game.tw-pddl"))[0]
+    game = json.loads(path.read_text())
+    told = _changed(game, "grammar", "You arrive at {r.name}.", "Here is the {r.name}!")
+    told = _changed(told, "grammar", '"take {o} from {r}"', '"grab {o} off {r}"')
+    told = _changed(told, "grammar", '"rhs": ", and "', '"rhs": " as well as "')
+    engine = NativeEngine(told)
+    go = next(c for c in engine.walkthrough if c.startswith("go to"))
+    assert engine.step(go).feedback.startswith("Here is the ")
+    assert " as well as " in engine.reset().feedback
+    pytest.importorskip("alfworld")
+    _both(told)
+
+
+def test_old_data_says_put(alfworld_data: Path) -> None:
+    path = sorted(alfworld_data.glob("valid_seen/pick_and_place*/*/game.tw-pddl"))[0]
+    game = _changed(
+        json.loads(path.read_text()), "grammar", '"move {o} to {r}"', '"put {o} in/on {r}"'
+    )
+    engine = NativeEngine(game)
+    for command in engine.walkthrough[:-1]:
+        state = engine.step(command)
+    assert any(c.startswith("put ") and " in/on " in c for c in state.admissible_commands)
+    assert not any(c.startswith("move ") for c in state.admissible_commands)
+
+
+def test_reset_starts_the_same_game_anew(game: dict[str, Any]) -> None:
+    engine = NativeEngine(game)
+    first = engine.reset()
+    for command in engine.walkthrough:
+        engine.step(command)
+    assert engine.reset() == first
+    other = NativeEngine(compile_game(game))
+    engine.step(engine.walkthrough[0])
+    assert other.reset() == first
+
+
+@given(st.text())
+def test_any_text_is_answered(command: str) -> None:
+    engine = NativeEngine(_ANY_GAME)
+    state = engine.step(command)
+    assert state.feedback == "Nothing happens." or command.strip() in state.admissible_commands
+    assert state.admissible_commands == engine.reset().admissible_commands
+
+
+_ANY_GAME = compile_game(generate_game(generated_task_ids("train", "tiny")[1]))
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new", "error"),
+    [
+        ("pddl_domain", "(:action ", "(:derived (x) ())\n(:action ", UnsupportedGameError),
+        ("pddl_domain", ":effect (and", ":effect (forall (?x - object) (and", InvalidGameError),
+        ("pddl_domain", "(:predicates", "(:predicates (", InvalidGameError),
+        ("pddl_problem", "(:init", "(:innit", InvalidGameError),
+        ("pddl_problem", "(:goal", "(:goal (", InvalidGameError),
+        ("pddl_problem", "(:init", "(:init (flies dog)", InvalidGameError),
+        ("grammar", "action ", "acton ", InvalidGameError),
+        ("grammar", "{r.name}", "{r.desc}", UnsupportedGameError),
+        ("grammar", "{r.name}", "{__import__('os').getcwd()}", UnsupportedGameError),
+    ],
+)
+def test_what_is_not_understood_is_refused(
+    game: dict[str, Any], key: str, old: str, new: str, error: type[Exception]
+) -> None:
+    changed = {**game, key: game[key].replace(old, new, 1)}
+    if changed[key] == game[key]:
+        changed[key] = game[key].replace(old.replace("r.name", "o.name"), new, 1)
+    with pytest.raises(error) as caught:
+        compile_game(changed)
+    if error is UnsupportedGameError:
+        assert 'backend="alfworld"' in str(caught.value)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    missing = tmp_path / "none.tw-pddl"
+    with pytest.raises(InvalidGameError, match=r"none\.tw-pddl"):
+        NativeEngine(missing)
+    for content in ('{"pddl_domain": ', "[]", "{}", '{"pddl_domain": 3}'):
+        path = tmp_path / "game.tw-pddl"
+        path.write_text(content)
+        with pytest.raises(InvalidGameError, match=r"game\.tw-pddl"):
+            NativeEngine(path)
+
+
+def test_names_count_down_along_sorted_ids() -> None:
+    ids = {"mug_bar_b", "mug_bar_a", "sink_bar_1_bar_sinkbasin", "agent1"}
+    assert entity_names(ids) == {
+        "mug_bar_a": "mug 2",
+        "mug_bar_b": "mug 1",
+        "sink_bar_1_bar_sinkbasin": "sinkbasin 1",
+        "agent1": "agent1 ",
+    }
+
+
+def test_lists_are_told_as_the_grammar_says() -> None:
+    told = [enumerate_items(list("abc")[:n], "nothing", ", ", ", and ") for n in range(4)]
+    assert told == ["nothing", "a", "a, and b", "a, b, and c"]
+
+
+def test_small_parsers() -> None:
+    assert typed_list(["a", "b", "-", "t", "c"]) == (("a", "t"), ("b", "t"), ("c", "object"))
+    assert parse_expression("(a (b c) d)") == ["a", ["b", "c"], "d"]
+    with pytest.raises(InvalidGameError):
+        parse_expression("(a (b)")
+    kinds = [symbol.kind for symbol in parse_symbols("A {r.name}: [{o.name | p(o:object)}] #x#")]
+    assert kinds == ["literal", "value", "literal", "list", "literal", "rule"]
+    problem = parse_problem(
+        "(define (problem p) (:objects A - T) (:init (P A) ; no\n (= (total-cost) 0)) (:goal (P A)))"
+    )
+    assert problem.facts == {"p": [["p", "a"]]}
+    assert problem.goal == "(:goal (p a))"
+    grammar = parse_grammar('# note\naction Go { template :: "go"; feedback :: "#x#"; }')
+    assert grammar.actions["go"].template == "go"

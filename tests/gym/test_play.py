@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import pytest
+
+import atod_gym
+from atod_gym import play
+
+TASK = "tiny-train-0003-pick_heat_then_place_in_recep"
+REPOSITORY = Path(atod_gym.__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-W", "error", "-m", "atod_gym.play", "--data", "generated"]
+COMMAND += ["--house-size", "tiny"]
+
+
+def atod_play(
+    typed: str | bytes, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the program with `typed` on its standard input."""
+    finished = subprocess.run(
+        [*COMMAND, *arguments],
+        input=typed if isinstance(typed, bytes) else typed.encode(),
+        capture_output=True,
+        timeout=60,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **variables},
+        check=False,
+    )
+    out, err = finished.stdout.decode(), finished.stderr.decode()
+    return subprocess.CompletedProcess(COMMAND, finished.returncode, out, err)
+
+
+def test_a_task_can_be_won_by_text_and_by_number() -> None:
+    env = gymnasium.make("atod/ALFWorld-v0", data="generated", house_size="tiny").unwrapped
+    observation, _ = env.reset(options={"task_id": TASK})
+    typed = []
+    for turn, action in enumerate(env.walkthrough):  # type: ignore[attr-defined]
+        number = observation["admissible_actions"].index(action) + 1
+        typed.append(str(number) if turn % 2 else action)
+        observation = env.step(action)[0]
+    played = atod_play("\n".join(typed), "--task-id", TASK)
+    assert (played.returncode, played.stderr) == (0, "")
+    assert TASK in played.stdout
+    assert f"Goal: {observation['instruction']}" in played.stdout
+    assert f"Solved after {len(typed)} turns (score 1)." in played.stdout
+
+
+def test_help_wrong_numbers_and_empty_lines_cost_no_turn() -> None:
+    played = atod_play("?\n\n999\n0\nlook\nnonsense\nq\n", "--seed", "1")
+    assert (played.returncode, played.stderr) == (0, "")
+    assert played.stdout.count("turn 1> ") == 5
+    assert "There is no action 999" in played.stdout
+    assert played.stdout.count("shows this help") == 2
+    assert "Nothing happens." in played.stdout
+    assert played.stdout.rstrip().endswith("Bye.")
+
+
+def test_the_same_seed_shows_the_same_task() -> None:
+    first, second = (atod_play("q\n", "--seed", "3").stdout for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("typed", ["", "look", "look\n", b"\xff\xfe\n", "🙂\n"])
+def test_the_end_of_the_input_ends_the_game_cleanly(typed: str | bytes) -> None:
+    played = atod_play(typed, "--seed", "1")
+    assert (played.returncode, played.stderr) == (0, "")
+
+
+def test_a_terminal_without_unicode_does_not_stop_the_game() -> None:
+    played = atod_play("look\nq\n", "--seed", "1", PYTHONIOENCODING="ascii")
+    assert (played.returncode, played.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["atod/ALFWord-v0"], "ALFWorld"),
+        (["nonsense id"], "nonsense id"),
+        (["--task-id", "nowhere"], "No task 'nowhere'"),
+        (["--split", "test"], "valid_seen"),
+        (["--data", "nowhere"], "No ALFWorld games"),
+        (["--backend", "thor"], "native, alfworld"),
+        (["--house-size", "huge"], "tiny"),
+        (["--seed", "-1"], "--seed must be >= 0"),
+        (["CartPole-v1"], "unexpected keyword argument"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert play.main([*COMMAND[5:], *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("atod-play: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_mistakes_in_the_command_line_exit_with_2() -> None:
+    with pytest.raises(SystemExit) as caught:
+        play.main(["--seed", "x"])
+    assert caught.value.code == 2
+
+
+def test_a_reader_that_leaves_causes_no_traceback() -> None:
+    process = subprocess.Popen(
+        COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=REPOSITORY,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.stdin.write(b"look\n" * 5)
+    process.stdin.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+def test_an_interrupt_ends_the_game_cleanly() -> None:
+    process = subprocess.Popen(
+        COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=REPOSITORY,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.read(1)  # The game has started; what follows may still be in the buffer.
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, b"")

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atod_gym.errors import InvalidSettingError
+from atod_gym.prompts import (
+    CHAT_TEMPLATE,
+    PLACEHOLDERS,
+    WINDOW_TEMPLATE,
+    PromptTemplate,
+    load_template,
+    render_prompt,
+)
+from atod_gym.types import HistoryObservation, TurnObservation
+
+any_text = st.text(st.characters(exclude_categories=()), max_size=60)
+
+
+def observed(text: str = "You see a mug.", turn_index: int = 0) -> TurnObservation:
+    return {
+        "instruction": "find a mug",
+        "text": text,
+        "admissible_actions": ("look", "take mug 1"),
+        "turn_index": turn_index,
+    }
+
+
+def test_window_prompt_of_a_later_turn() -> None:
+    observation: HistoryObservation = {
+        **observed(turn_index=3),
+        "history": (
+            {"text": "A room.", "action": "look"},
+            {"text": "A desk.", "action": "go to desk 1"},
+        ),
+    }
+    prompt = render_prompt(observation, template=WINDOW_TEMPLATE, profile="plain")
+    assert prompt.split("\n\n") == [
+        "Your task: find a mug",
+        "This is turn 4.",
+        "What happened in the turns before it (the last 2):\n"
+        "[turn 2] you observed: A room.\n[turn 2] you did: look\n"
+        "[turn 3] you observed: A desk.\n[turn 3] you did: go to desk 1",
+        "You observe now:\nYou see a mug.",
+        "You can do one of these now:\nlook\ntake mug 1",
+        "Reply with the next action alone.",
+    ]
+
+
+def test_paragraphs_without_content_are_left_out() -> None:
+    prompt = render_prompt(
+        observed(turn_index=1), template=CHAT_TEMPLATE, profile="tags", show_admissible=False
+    )
+    assert prompt == "You see a mug."
+    later = render_prompt(observed(turn_index=1), template=WINDOW_TEMPLATE, profile="tags")
+    assert "What happened" not in later
+
+
+def test_first_chat_prompt_holds_task_observation_and_reply_format() -> None:
+    prompt = render_prompt(observed(), template=CHAT_TEMPLATE, profile="tags")
+    assert prompt.startswith("Your task: find a mug\n\nYou see a mug.\n\n")
+    assert "<action> and </action>" in prompt
+
+
+@given(any_text)
+def test_observations_cannot_break_the_formatting(text: str) -> None:
+    template = PromptTemplate("[{text}]", "[{text}]")
+    assert render_prompt(observed(text), template=template, profile="plain") in (f"[{text}]", "")
+
+
+@pytest.mark.parametrize("text", ["{", "}", "{}", "{0}", "{instruction}", "{text!r:>9}", "%s"])
+def test_braces_in_observations_stay_as_they_are(text: str) -> None:
+    prompt = render_prompt(observed(text), template=CHAT_TEMPLATE, profile="plain")
+    assert f"\n\n{text}\n\n" in prompt
+
+
+def test_a_file_may_hold_one_or_two_templates(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("{text}\n\nWhat now?\n", encoding="utf-8")
+    assert load_template(path) == PromptTemplate("{text}\n\nWhat now?", "{text}\n\nWhat now?")
+    path.write_text("{instruction}\n---\n{text} {{so}}\n", encoding="utf-8")
+    template = load_template(str(path))
+    assert template == PromptTemplate("{instruction}", "{text} {{so}}")
+    later = render_prompt(observed("Hm.", 1), template=template, profile="plain")
+    assert later == "Hm. {so}"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{observation}", r"\{observation\}.*known: \{instruction\}"),
+        ("{text.upper}", "text.upper"),
+        ("{text!r}", "text!r"),
+        ("{text:>10}", "text:>10"),
+        ("{}", "Unknown placeholder"),
+        ("{text", "brace"),
+        ("text}", "brace"),
+        ("{te\n\nxt}", "brace"),
+        ("a\n---\nb\n---\nc", "3 parts"),
+    ],
+)
+def test_unusable_templates_are_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(InvalidSettingError, match=message) as caught:
+        load_template(path)
+    assert str(path) in str(caught.value)
+
+
+def test_unreadable_template_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettingError, match="nowhere"):
+        load_template(tmp_path / "nowhere.txt")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidSettingError, match="bytes"):
+        load_template(tmp_path / "bytes.txt")
+
+
+def test_every_placeholder_has_a_value() -> None:
+    template = "|".join(f"{{{name}}}" for name in PLACEHOLDERS)
+    assert render_prompt(
+        observed(), template=PromptTemplate(template, template), profile="compat"
+    ).startswith("find a mug|You see a mug.|look\ntake mug 1|||1|Think")

@@ -1,0 +1,243 @@
+"""What a run writes: lines that survive kills and resumes, phase times, manifest, progress."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig
+from atod_train.intervals import EvaluationResult, TaskResult
+from atod_train.metrics import (
+    Evaluation,
+    MetricsWriter,
+    PhaseTimes,
+    TrajectoryRecord,
+    TurnDisplay,
+    read_evaluations,
+    read_metrics,
+    read_trajectories,
+)
+from atod_train.progress import progress
+from atod_train.run_folder import (
+    RunFolderError,
+    package_versions,
+    read_config,
+    read_json,
+    write_config,
+    write_manifest,
+    write_summary,
+)
+
+
+def make_evaluation(step: int) -> Evaluation:
+    task = TaskResult("t1", "pick", True, 1.0, 5, 1)
+    return Evaluation(step, "student", EvaluationResult("valid", "generated", "greedy", (task,)))
+
+
+def make_trajectory(step: int) -> TrajectoryRecord:
+    odd_text = 'line\u2028separator\n"quote" \ud800 lone surrogate'
+    return TrajectoryRecord(
+        step, "t1", False, (TurnDisplay(odd_text, "go", "go", True, 0.5, 0.1, 0.2, 1.0),)
+    )
+
+
+def write_steps(run_dir, steps, **options) -> None:
+    with MetricsWriter(run_dir, tensorboard=False, **options) as writer:
+        for step in steps:
+            writer.write({"step": step, "loss": step / 2})
+            writer.write_evaluation(make_evaluation(step))
+            writer.write_trajectory(make_trajectory(step))
+
+
+def test_lines_come_back_and_infinities_become_null(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write({"step": 1, "loss": math.nan, "return": math.inf, "kappa": 0.1})
+        assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "return": None, "kappa": 0.1}]
+    writer.close()
+    assert read_evaluations(tmp_path) == []
+
+
+def test_resume_removes_later_steps_and_the_torn_line_from_every_file(tmp_path):
+    write_steps(tmp_path, [1, 2, 3, 4])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    write_steps(tmp_path, [3, 4, 5], resume_step=2)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert read_evaluations(tmp_path) == [make_evaluation(step) for step in (1, 2, 3, 4, 5)]
+    assert read_trajectories(tmp_path) == [make_trajectory(step) for step in (1, 2, 3, 4, 5)]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write_evaluation(make_evaluation(0))
+    write_steps(tmp_path, [1, 2])
+    write_steps(tmp_path, [1], resume_step=0)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+    assert [evaluation.step for evaluation in read_evaluations(tmp_path)] == [0, 1]
+
+
+def test_a_new_run_refuses_the_folder_of_an_old_one(tmp_path):
+    write_steps(tmp_path, [1])
+    with pytest.raises(RunFolderError, match="resume it, or choose a new folder"):
+        MetricsWriter(tmp_path, tensorboard=False)
+
+
+@pytest.mark.parametrize("metrics", [{"step": 2}, {"step": 1}, {"loss": 1.0}, {"step": "3"}])
+def test_steps_must_rise(tmp_path, metrics):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write({"step": 2})
+        with pytest.raises(RunFolderError, match="cannot follow step 2"):
+            writer.write(metrics)
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}'])
+def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(RunFolderError, match="line 2 of"):
+        read_metrics(tmp_path)
+
+
+def test_a_record_that_is_no_trajectory_is_named(tmp_path):
+    (tmp_path / "trajectories.jsonl").write_text('{"step": 1, "turns": []}\n')
+    with pytest.raises(RunFolderError, match="task_id"):
+        read_trajectories(tmp_path)
+
+
+def test_events_are_written_without_warnings_and_resumed(tmp_path):
+    program = """
+        import sys
+        from pathlib import Path
+        from atod_train.metrics import MetricsWriter
+        for resume, steps in ((None, (1, 2, 3)), (1, (2, 3))):
+            with MetricsWriter(Path(sys.argv[1]), resume_step=resume) as writer:
+                for step in steps:
+                    writer.write({"step": step, "loss": float(step + (resume or 0) * 10)})
+    """
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (1, 1.0),
+        (2, 12.0),
+        (3, 13.0),
+    ]
+
+
+def test_phases_add_up_and_inner_phases_are_not_counted_twice(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    times = PhaseTimes()
+    with times.phase("generation"):
+        now[0] += 2.0
+        with times.phase("environment"):
+            now[0] += 0.5
+        now[0] += 1.0
+    now[0] += 0.25
+    with times.phase("environment"):
+        now[0] += 4.0
+    assert times.take() == {
+        "seconds/generation": 3.0,
+        "seconds/environment": 4.5,
+        "seconds/other": 0.25,
+    }
+    now[0] += 1.0
+    assert times.take() == {"seconds/other": 1.0}
+
+
+def test_a_phase_ends_when_it_raises():
+    times = PhaseTimes()
+    with pytest.raises(KeyError), times.phase("update"):
+        raise KeyError
+    assert times.take()["seconds/update"] < 1.0
+
+
+def test_config_survives_and_foreign_settings_are_refused(tmp_path):
+    config = RunConfig(
+        env=EnvConfig(eval_splits=("valid_seen",), options={"house_size": "small"}),
+        algorithm=AlgorithmConfig(method="opd"),
+    )
+    write_config(tmp_path, config)
+    assert read_config(tmp_path) == config
+    record = read_json(tmp_path / "config.json")
+    record["train"]["momentum"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(RunFolderError, match="momentum"):
+        read_config(tmp_path)
+    with pytest.raises(RunFolderError, match="no config"):
+        read_config(tmp_path / "absent")
+
+
+def test_manifest_keeps_its_beginning_when_a_run_is_resumed(tmp_path):
+    def write(command: str) -> None:
+        write_manifest(
+            tmp_path,
+            method="atod",
+            env_id="atod/ALFWorld-v0",
+            data="generated",
+            data_hash="abc",
+            seeds={"train": 3},
+            student_parameters=870_000,
+            command=["atod-train", command],
+        )
+
+    write("first")
+    write("second")
+    manifest = read_json(tmp_path / "manifest.json")
+    assert manifest["command"] == ["atod-train", "first"]
+    assert manifest["data"] == {"name": "generated", "hash": "abc"}
+    assert manifest["parameters"] == {"student": 870_000, "teacher": None}
+    assert manifest["packages"]["torch"] == package_versions(["torch"])["torch"] != "absent"
+    assert [part["command"][1] for part in manifest["resumed"]] == ["second"]
+
+
+def test_summary_and_broken_json(tmp_path):
+    write_summary(tmp_path, steps=5, minutes=math.inf, extra={"best": 0.5})
+    assert read_json(tmp_path / "summary.json")["minutes"] is None
+    assert read_json(tmp_path / "absent.json") == {}
+    (tmp_path / "summary.json").write_text("[]")
+    with pytest.raises(RunFolderError, match="not a JSON object"):
+        read_json(tmp_path / "summary.json")
+
+
+def test_progress_away_from_a_terminal_is_a_line_now_and_then(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with progress(100, "training", every_seconds=30, stream=stream) as advance:
+        for step in range(1, 101):
+            now[0] += 1.0
+            advance(note=f"loss {step}")
+    assert stream.getvalue().splitlines() == [
+        "training: 30/100, 30 s loss 30",
+        "training: 60/100, 60 s loss 60",
+        "training: 90/100, 90 s loss 90",
+        "training: 100/100, 100 s loss 100",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with progress(2, "[not markup]", stream=stream) as advance:
+        advance(2, note="done")
+    assert "[not markup]" in stream.getvalue()
+    assert "2/2" in stream.getvalue()
