@@ -237,10 +237,14 @@ class Generator:
     ) -> Tensor:
         """One pass over [n, q] tokens; logits [n, vocabulary] at column `last` [n], or column 0."""
         self._cache.aim(first_slot, positions, visible)
-        allowed = torch.arange(visible, device=ids.device) <= positions[:, :, None]
+        future = torch.arange(visible, device=ids.device) > positions[:, :, None]
+        # Additive from the start: a boolean mask would be converted in every layer.
+        precision = self.policy.autocast_dtype or self.policy.model.dtype
+        mask = torch.zeros(future.shape, dtype=precision, device=ids.device)
+        mask.masked_fill_(future, float("-inf"))
         hidden = self.policy.hidden_states(
             ids,
-            attention_mask=allowed[:, None],
+            attention_mask=mask[:, None],
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,

@@ -47,6 +47,7 @@ class ModelShape:
 
 
 MODEL_SHAPES = {
+    "micro": ModelShape(layers=1, width=32, heads=2, mlp_width=64),
     "tiny": ModelShape(layers=4, width=128, heads=4, mlp_width=352),
     "small": ModelShape(layers=6, width=224, heads=7, mlp_width=608),
 }

@@ -53,14 +53,13 @@ class EnvPool:
     def _make(self) -> gymnasium.Env[Any, str]:
         config = self.config
         try:
-            env = gymnasium.make(
-                config.id,
-                disable_env_checker=True,
-                split=self.split,
-                data=config.data,
-                max_turns=config.max_turns,
+            settings: dict[str, Any] = {
+                "split": self.split,
+                "data": config.data,
+                "max_turns": config.max_turns,
                 **config.options,
-            )
+            }
+            env = gymnasium.make(config.id, disable_env_checker=True, **settings)
         except gymnasium.error.Error as error:
             raise InvalidSettingError(f"env.id {config.id!r}: {error}") from error
         except TypeError as error:
@@ -209,11 +208,11 @@ def collect(
         with times.phase("generation"):
             prompts = [_prompt_ids(episodes[row], generator) for row in active]
             completions = generator.prompt(prompts, active)
-            texts = [c and generator.dialogue.decode(c.ids) for c in completions]
+            texts = ["" if c is None else generator.dialogue.decode(c.ids) for c in completions]
         with times.phase("environment"):
             for row, ids, completion, text in zip(active, prompts, completions, texts, strict=True):
                 episode = episodes[row]
-                if completion is None or text is None:
+                if completion is None:
                     episode.stop_reason = "context_limit"
                     continue
                 episode.play(completion, text, ids, pool)

@@ -45,6 +45,7 @@ def run_study(config: RunConfig, out: Path) -> Path:
     methods = config.study.methods or (config.algorithm.method,)
     seeds = config.study.seeds or (config.train.seed,)
     _check_steps(config)
+    _check_folder(out)
     train_pool = EnvPool(config.env, "train")
     eval_pools = [EnvPool(config.env, split) for split in config.env.eval_splits]
     try:
@@ -88,6 +89,20 @@ def _check_steps(config: RunConfig) -> None:
             raise AtodError(f"train.{name} must be at least 1, not {getattr(train, name)}.")
     if train.lr <= 0 or train.temperature <= 0:
         raise AtodError("train.lr and train.temperature must be above 0.")
+
+
+def _check_folder(out: Path) -> None:
+    """Tries to write before minutes are spent on what could not be kept."""
+    probe = out / ".probe"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise AtodError(
+            f"The folder {out} cannot be written ({error.strerror}); choose another one with "
+            "--study.out."
+        ) from error
 
 
 def _evaluate_known(

@@ -6,11 +6,9 @@ from a checkpoint goes on bit for bit (same machine, same number of threads).
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +37,13 @@ from atod_train.config import RunConfig
 from atod_train.dialogue import DialogueEncoder
 from atod_train.evaluate import evaluate
 from atod_train.generation import Generator
+from atod_train.interrupts import interruptible
 from atod_train.intervals import EvaluationMode
 from atod_train.metrics import (
     Evaluation,
     MetricsWriter,
     PhaseTimes,
     TrajectoryRecord,
-    TurnDisplay,
 )
 from atod_train.policy import Policy
 from atod_train.progress import progress
@@ -58,6 +56,7 @@ from atod_train.run_folder import (
     write_manifest,
     write_summary,
 )
+from atod_train.step_records import batch_metrics, trajectories_to_show
 from atod_train.teacher import LocalTeacher
 from atod_train.training_state import (
     model_tensors,
@@ -68,7 +67,6 @@ from atod_train.training_state import (
 from atod_train.types import Batch, Trajectory
 
 _CHECKPOINTS_KEPT = 2
-_SHOWN_TRAJECTORIES = 2
 
 
 class StoppedByUser(Exception):
@@ -142,8 +140,8 @@ class Trainer:
         settings = self.config.train
         with (
             MetricsWriter(self.run_dir, resume_step=self.done.step if resumed else None) as writer,
-            _interruptible() as interrupted,
-            progress(settings.steps, self._label()) as advance,
+            interruptible() as interrupted,
+            progress(settings.steps, f"{self.config.algorithm.method}, seed {settings.seed}") as advance,
         ):
             advance(self.done.step)
             if self.done.step == 0:
@@ -166,11 +164,10 @@ class Trainer:
                 for evaluation in evaluations:
                     writer.write_evaluation(evaluation)
                 self.done.minutes += (time.perf_counter() - began) / 60
-                stop = bool(interrupted)
-                if last or stop or step % max(1, settings.save_every) == 0:
+                    if last or interrupted or step % max(1, settings.save_every) == 0:
                     self._save()
                 advance(note=_note(metrics))
-                if stop and not last:
+                if interrupted and not last:
                     raise StoppedByUser(
                         f"stopped after step {step} of {settings.steps}; the same command with "
                         "--study.resume goes on from there"
@@ -184,9 +181,6 @@ class Trainer:
             trajectories=self.done.trajectories,
             extra={"best_step": self.done.best_step, "finished": True},
         )
-
-    def _label(self) -> str:
-        return f"{self.config.algorithm.method}, seed {self.config.train.seed}"
 
     def _open(self, resume: bool) -> bool:
         """Writes config and manifest, or restores the last checkpoint; True if it resumes."""
@@ -281,10 +275,12 @@ class Trainer:
         self.done.trajectories += len(trajectories)
         metrics = {
             "step": step,
-            **_batch_metrics(batch, trajectories, old, advantages),
+            **batch_metrics(batch, trajectories, old, advantages),
             **update,
         }
-        shown = _shown(step, batch, trajectories, advantages, self.teacher is not None)
+        shown = trajectories_to_show(
+            step, batch, trajectories, advantages, self.teacher is not None
+        )
         return metrics, shown
 
     def _collect(self, step: int) -> list[Trajectory]:
@@ -395,95 +391,9 @@ class Trainer:
         }
 
 
-# -- what is told about a step ---------------------------------------------------------------------
-
-
 def _parameters(policy: Policy) -> int:
     return sum(parameter.numel() for parameter in policy.model.parameters())
 
 
-def _batch_metrics(
-    batch: Batch, trajectories: Sequence[Trajectory], old: Tensor, advantages: Advantages
-) -> dict[str, float]:
-    mask = batch.completion_mask
-    tokens = mask.sum().clamp(min=1)
-    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
-
-    def token_mean(values: Tensor) -> float:
-        return float(masked(values.abs(), mask).sum() / tokens)
-
-    return {
-        "kappa": advantages.kappa,
-        "rho": advantages.rho,
-        "opd_signal": token_mean(advantages.opd_term),
-        "rl_signal": token_mean(advantages.rl_term),
-        "turn_weight": float(advantages.turn_weights.mean()),
-        "disagreement": float(advantages.disagreement.mean()),
-        "uncertainty": float(advantages.uncertainty.mean()),
-        "train_success": sum(t.success for t in trajectories) / len(trajectories),
-        "return": float(batch.returns.mean()),
-        "turns": len(turns) / len(trajectories),
-        "invalid_share": sum(not turn.is_action_valid for turn in turns) / len(turns),
-        "rollout/logprob_drift": token_mean(batch.sampling_logprobs - old),
-    }
-
-
-def _shown(
-    step: int,
-    batch: Batch,
-    trajectories: Sequence[Trajectory],
-    advantages: Advantages,
-    has_teacher: bool,
-) -> list[TrajectoryRecord]:
-    """A solved and a failed trajectory, if there are both, for people to read."""
-    solved = [i for i, t in enumerate(trajectories) if t.success]
-    failed = [i for i, t in enumerate(trajectories) if not t.success]
-    records = []
-    for number in (*solved[:1], *failed[:1], *solved[1:])[:_SHOWN_TRAJECTORIES]:
-        rows = (batch.trajectory_index == number).nonzero().squeeze(1).tolist()
-        turns = []
-        for row, turn in zip(rows, trajectories[number].turns, strict=True):
-            display = TurnDisplay(
-                text="\n".join(m.content for m in turn.prompt if m.role == "user"),
-                completion=turn.completion,
-                action=turn.action,
-                valid=turn.is_action_valid,
-                reward=turn.reward,
-                uncertainty=float(advantages.uncertainty[row]),
-            )
-            if has_teacher:
-                display = replace(
-                    display,
-                    disagreement=float(advantages.disagreement[row]),
-                    weight=float(advantages.turn_weights[row]),
-                )
-            turns.append(display)
-        record = trajectories[number]
-        records.append(TrajectoryRecord(step, record.task_id, record.success, tuple(turns)))
-    return records
-
-
 def _note(metrics: dict[str, Any]) -> str:
     return f"success {metrics['train_success']:.2f}, turns {metrics['turns']:.1f}"
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """The first Ctrl-C is noted, to stop after the step; a second one stops at once."""
-    noted: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-        print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
-
-    try:
-        previous = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not in the main thread: leave signals alone
-        yield noted
-        return
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -13,7 +13,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("atod_gym", "env_servers", "atod_train")
-MAX_LINES = 400
+MAX_LINES = {"package": 400, "tests": 600}
 
 # The one place of each optional package that the environments may use.
 OPTIONAL_IN_GYM = {
@@ -23,14 +23,14 @@ OPTIONAL_IN_GYM = {
 }
 # A module may import from its own layer and from the layers above it in this list.
 TRAINER_LAYERS = (
-    "types config metrics",
-    "atod baselines",
-    "batching",
-    "policy generation teacher",
+    "types config intervals progress interrupts run_folder metrics",
+    "atod weight_variants baselines",
+    "batching tokenizer dialogue",
+    "policy kv_cache generation teacher",
     "rollout",
-    "evaluate checkpoint",
+    "demonstrations evaluate checkpoint training_state step_records",
     "trainer",
-    "presets study report",
+    "presets report_data report_figures report_page report study",
     "cli",
 )
 
@@ -153,4 +153,5 @@ def test_files_stay_short(folder: str) -> None:
         str(path.relative_to(REPOSITORY)): len(path.read_text(encoding="utf-8").splitlines())
         for path in (REPOSITORY / folder).rglob("*.py")
     }
-    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+    most = MAX_LINES["tests" if folder == "tests" else "package"]
+    assert {name: length for name, length in lengths.items() if length > most} == {}

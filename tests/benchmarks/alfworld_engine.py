@@ -2,9 +2,9 @@
 
     python tests/benchmarks/alfworld_engine.py --data <json_2.1.1>
 
-Both engines play the same games with the same commands (walkthrough, then a random walk), and compute
-the admissible commands on every step. A cold reset is a game file that was not read before: load and
-first state.
+Both engines play the same games with the same commands (walkthrough, then a random walk), and
+compute the admissible commands on every step. A cold reset is a game file that was not read before:
+load and first state.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alfworld_parity import random_chooser
+
 from atod_gym.envs.alfworld import native
 from atod_gym.envs.alfworld.engine import GameEngine
 from atod_gym.envs.alfworld.native import NativeEngine

@@ -5,8 +5,8 @@
 Every validation game and `--train-games` training games (evenly spread, all task types) are
 played three times: along the walkthrough, along a random walk with invalid commands mixed in, and
 along the scripted expert. After each command the feedback, the admissible commands and `won` are
-compared. The official engine needs hours for all of it: each play is appended to the results file, and a
-second run goes on where the first one stopped. Exit code 1 if there is any difference.
+compared. The official engine needs hours for all of it: each play is appended to the results file,
+and a second run goes on where the first one stopped. Exit code 1 if there is any difference.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from atod_gym.envs.alfworld.expert import ScriptedExpert
-
 from atod_gym.envs.alfworld.engine import EngineState
+from atod_gym.envs.alfworld.expert import ScriptedExpert
 from atod_gym.envs.alfworld.native import NativeEngine
 from atod_gym.envs.alfworld.official import OfficialEngine
 

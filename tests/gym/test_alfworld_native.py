@@ -198,7 +198,8 @@ def test_small_parsers() -> None:
     kinds = [symbol.kind for symbol in parse_symbols("A {r.name}: [{o.name | p(o:object)}] #x#")]
     assert kinds == ["literal", "value", "literal", "list", "literal", "rule"]
     problem = parse_problem(
-        "(define (problem p) (:objects A - T) (:init (P A) ; no\n (= (total-cost) 0)) (:goal (P A)))"
+        "(define (problem p) (:objects A - T)"
+        " (:init (P A) ; no\n (= (total-cost) 0)) (:goal (P A)))"
     )
     assert problem.facts == {"p": [["p", "a"]]}
     assert problem.goal == "(:goal (p a))"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -228,6 +229,16 @@ def test_grouped_query_attention_of_another_architecture() -> None:
     batch = make_batch(play(generator, SHRINKING, 6), 0)
     recomputed = policy.completion_logprobs(batch)
     torch.testing.assert_close(batch.sampling_logprobs, recomputed, rtol=0, atol=1e-4)
+
+
+def test_lower_precision_stays_close() -> None:
+    policy = dataclasses.replace(POLICY, autocast_dtype=torch.bfloat16)
+    generator = Generator(policy, DialogueEncoder(POLICY.tokenizer), max_completion_tokens=5)
+    batch = make_batch(play(generator, SHRINKING, 6), 0)
+    recomputed = policy.completion_logprobs(batch)
+    difference = (batch.sampling_logprobs - recomputed).abs()[batch.completion_mask]
+    # The weights of these tests are scaled up, and so is the rounding.
+    assert difference.mean() < 0.2
 
 
 def test_sliding_window_layers_are_refused() -> None:

@@ -1,0 +1,77 @@
+"""What is told about a step: its numbers, and a few trajectories for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from atod_train.atod import masked
+from atod_train.baselines import Advantages
+from atod_train.metrics import TrajectoryRecord, TurnDisplay
+from atod_train.types import Batch, Trajectory
+
+_SHOWN_TRAJECTORIES = 2
+
+
+def batch_metrics(
+    batch: Batch, trajectories: Sequence[Trajectory], old: Tensor, advantages: Advantages
+) -> dict[str, float]:
+    """The numbers of a step that follow from its rollout and advantages; keys as in `metrics`."""
+    mask = batch.completion_mask
+    tokens = mask.sum().clamp(min=1)
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+
+    def token_mean(values: Tensor) -> float:
+        return float(masked(values.abs(), mask).sum() / tokens)
+
+    return {
+        "kappa": advantages.kappa,
+        "rho": advantages.rho,
+        "opd_signal": token_mean(advantages.opd_term),
+        "rl_signal": token_mean(advantages.rl_term),
+        "turn_weight": float(advantages.turn_weights.mean()),
+        "disagreement": float(advantages.disagreement.mean()),
+        "uncertainty": float(advantages.uncertainty.mean()),
+        "train_success": sum(t.success for t in trajectories) / len(trajectories),
+        "return": float(batch.returns.mean()),
+        "turns": len(turns) / len(trajectories),
+        "invalid_share": sum(not turn.is_action_valid for turn in turns) / len(turns),
+        "rollout/logprob_drift": token_mean(batch.sampling_logprobs - old),
+    }
+
+
+def trajectories_to_show(
+    step: int,
+    batch: Batch,
+    trajectories: Sequence[Trajectory],
+    advantages: Advantages,
+    has_teacher: bool,
+) -> list[TrajectoryRecord]:
+    """A solved and a failed trajectory, if there are both, for people to read."""
+    solved = [i for i, t in enumerate(trajectories) if t.success]
+    failed = [i for i, t in enumerate(trajectories) if not t.success]
+    records = []
+    for number in (*solved[:1], *failed[:1], *solved[1:])[:_SHOWN_TRAJECTORIES]:
+        rows = (batch.trajectory_index == number).nonzero().squeeze(1).tolist()
+        turns = []
+        for row, turn in zip(rows, trajectories[number].turns, strict=True):
+            display = TurnDisplay(
+                text="\n".join(m.content for m in turn.prompt if m.role == "user"),
+                completion=turn.completion,
+                action=turn.action,
+                valid=turn.is_action_valid,
+                reward=turn.reward,
+                uncertainty=float(advantages.uncertainty[row]),
+            )
+            if has_teacher:
+                display = replace(
+                    display,
+                    disagreement=float(advantages.disagreement[row]),
+                    weight=float(advantages.turn_weights[row]),
+                )
+            turns.append(display)
+        record = trajectories[number]
+        records.append(TrajectoryRecord(step, record.task_id, record.success, tuple(turns)))
+    return records

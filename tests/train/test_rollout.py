@@ -1,0 +1,158 @@
+"""Collecting trajectories on generated games with a small random model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from atod_gym.errors import AtodError
+from atod_train.config import EnvConfig, RunConfig
+from atod_train.demonstrations import (
+    demonstrate,
+    demonstration_texts,
+    tokenize,
+    train_on_demonstrations,
+)
+from atod_train.dialogue import DialogueEncoder
+from atod_train.evaluate import evaluate
+from atod_train.generation import Generator
+from atod_train.policy import ModelShape, Policy, build_policy
+from atod_train.rollout import EnvPool, collect, is_valid, seed_for, tasks_for_step
+from atod_train.tokenizer import build_word_tokenizer
+
+ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=4)
+SHAPE = ModelShape(layers=1, width=32, heads=2, mlp_width=64, max_positions=1024)
+
+
+@pytest.fixture(scope="module")
+def pool() -> EnvPool:
+    return EnvPool(ENV, "train")
+
+
+@pytest.fixture(scope="module")
+def policy(pool: EnvPool) -> Policy:
+    texts = demonstration_texts(
+        demonstrate(
+            EnvPool(
+                EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=20), "train"
+            ),
+            20,
+            0.0,
+            0,
+        )
+    )
+    return build_policy(SHAPE, build_word_tokenizer(texts), seed=0)
+
+
+def test_every_task_comes_once_per_pass() -> None:
+    ids = [str(i) for i in range(10)]
+    drawn = [task for step in range(1, 6) for task in tasks_for_step(ids, step, 4, seed=3)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == ids
+    assert drawn[:10] != drawn[10:20]
+    assert drawn[:8] == tasks_for_step(ids, 1, 8, seed=3)
+    assert tasks_for_step(ids, 1, 4, seed=4) != drawn[:4]
+
+
+def test_seeds_depend_on_everything() -> None:
+    seeds = {seed_for(s, t, n) for s in (0, 1) for t in (0, 1) for n in ("a", "b")}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**62 for seed in seeds)
+
+
+def test_validity() -> None:
+    strict = {"parse_error": "", "is_action_valid": False}
+    assert not is_valid(strict, "strict")  # type: ignore[arg-type]
+    assert is_valid(strict, "format")  # type: ignore[arg-type]
+    assert not is_valid({"parse_error": "no", "is_action_valid": True}, "format")
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_groups_hold_what_was_played(pool: EnvPool, policy: Policy, style: str) -> None:
+    config = EnvConfig(
+        data="generated",
+        options={"house_size": "tiny"},
+        max_turns=4,
+        prompt_style=style,  # type: ignore[arg-type]
+    )
+    chosen = EnvPool(config, "train")
+    dialogue = DialogueEncoder(policy.tokenizer, config.prompt_style)
+    generator = Generator(policy, dialogue, max_completion_tokens=5)
+    tasks = chosen.task_ids[:2]
+    groups = collect(chosen, generator, tasks, group_size=3, turn_limit=3)
+    assert [group.task_id for group in groups] == list(tasks)
+    for number, group in enumerate(groups):
+        assert len(group.trajectories) == 3
+        for record in group.trajectories:
+            assert (record.group_id, record.task_id) == (number, group.task_id)
+            assert record.truncated
+            assert record.stop_reason == "turn_limit"
+            assert [turn.index for turn in record.turns] == [0, 1, 2]
+            for turn in record.turns:
+                assert turn.tokens.extends_previous == (style == "chat" and turn.index > 0)
+                assert len(turn.tokens.completion_ids) == len(turn.tokens.sampling_logprobs)
+                assert dialogue.decode(turn.tokens.completion_ids) == turn.completion
+                expected = 0.0 if turn.is_action_valid else -0.1
+                assert turn.reward == pytest.approx(expected)
+            assert record.episode_return == pytest.approx(sum(t.reward for t in record.turns))
+    chosen.close()
+    chosen.close()
+
+
+def test_same_generator_state_same_trajectories(pool: EnvPool, policy: Policy) -> None:
+    def play() -> object:
+        generator = Generator(
+            policy,
+            DialogueEncoder(policy.tokenizer),
+            max_completion_tokens=5,
+            generator=torch.Generator().manual_seed(5),
+        )
+        return collect(pool, generator, pool.task_ids[:2], group_size=2, turn_limit=4)
+
+    assert play() == play()
+
+
+def test_context_limit_ends_an_episode(pool: EnvPool, policy: Policy) -> None:
+    dialogue = DialogueEncoder(policy.tokenizer)
+    generator = Generator(policy, dialogue, max_completion_tokens=5, max_context=110)
+    groups = collect(pool, generator, pool.task_ids[:8], group_size=1, turn_limit=4)
+    reasons = {record.stop_reason for group in groups for record in group.trajectories}
+    assert "context_limit" in reasons
+    short = Generator(policy, dialogue, max_completion_tokens=5, max_context=20)
+    with pytest.raises(AtodError, match="context"):
+        collect(pool, short, pool.task_ids[:1], group_size=1, turn_limit=4)
+
+
+def test_unknown_environments_and_options_are_named() -> None:
+    with pytest.raises(AtodError, match="NoSuchGame"):
+        EnvPool(EnvConfig(id="atod/NoSuchGame-v0"), "train")
+    with pytest.raises(AtodError, match="house_colour"):
+        EnvPool(EnvConfig(data="generated", options={"house_colour": "red"}), "train")
+
+
+def test_evaluation_plays_every_task_once(pool: EnvPool, policy: Policy) -> None:
+    config = RunConfig(
+        env=EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=2, eval_tasks=7)
+    )
+    chosen = EnvPool(config.env, "valid_seen")
+    for mode in ("greedy", "sampled"):
+        result = evaluate(policy, chosen, config, mode)  # type: ignore[arg-type]
+        assert [task.task_id for task in result.tasks] == list(chosen.task_ids[:7])
+        assert (result.split, result.data, result.mode) == ("valid_seen", "generated", mode)
+    assert result.mean_turns == 2
+
+
+def test_a_small_model_learns_from_demonstrations() -> None:
+    """A model of 60,000 parameters learns to go where the expert goes."""
+    pool = EnvPool(
+        EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=20), "train"
+    )
+    episodes = demonstrate(pool, 48, 0.1, seed=1)
+    assert any(not turn.by_expert for episode in episodes for turn in episode)
+    tokenizer = build_word_tokenizer(demonstration_texts(episodes))
+    dialogue = DialogueEncoder(tokenizer)
+    policy = build_policy(SHAPE, tokenizer, seed=0)
+    trajectories = [tokenize(episode, dialogue) for episode in episodes]
+    losses = train_on_demonstrations(policy, trajectories, epochs=40, lr=3e-3, seed=0)
+    assert len(losses) == 120
+    assert losses[0] > 4.5
+    assert losses[-1] < 0.5 * losses[0]

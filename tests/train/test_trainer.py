@@ -1,0 +1,263 @@
+"""Runs of a few steps: resuming bit for bit, stopping, refusing, and learning."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from atod_gym.errors import AtodError
+from atod_train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from atod_train.config import (
+    AlgorithmConfig,
+    EnvConfig,
+    ModelConfig,
+    RunConfig,
+    StudyConfig,
+    TrainConfig,
+)
+from atod_train.metrics import read_metrics
+from atod_train.report_data import read_run
+from atod_train.run_folder import RunFolderError, read_json
+from atod_train.study import run_study
+
+CONFIG = RunConfig(
+    env=EnvConfig(
+        data="generated",
+        options={"house_size": "tiny"},
+        max_turns=6,
+        eval_splits=("valid_seen",),
+        eval_tasks=4,
+    ),
+    model=ModelConfig(
+        student="micro", teacher="micro", demonstrations=16, student_epochs=2, teacher_epochs=4
+    ),
+    algorithm=AlgorithmConfig(anneal_steps=4),
+    train=TrainConfig(
+        steps=6,
+        tasks_per_step=2,
+        group_size=2,
+        minibatches=2,
+        eval_every=3,
+        save_every=1,
+        max_completion_tokens=8,
+        threads=1,
+    ),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["ATOD_CACHE"] = str(folder)
+    return folder
+
+
+def _with(config: RunConfig, **train: object) -> RunConfig:
+    return replace(config, train=replace(config.train, **train))  # type: ignore[arg-type]
+
+
+def _resuming(config: RunConfig) -> RunConfig:
+    return replace(config, study=replace(config.study, resume=True))
+
+
+def _numbers(run_dir: Path) -> list[dict[str, object]]:
+    rows = read_metrics(run_dir)
+    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    run_study(CONFIG, out)
+    return out / "atod-seed0"
+
+
+def test_a_run_writes_what_it_promises(whole_run: Path) -> None:
+    for name in (
+        "config.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "trajectories.jsonl",
+        "summary.json",
+        "models/last/model.safetensors",
+        "models/best/model.safetensors",
+    ):
+        assert (whole_run / name).is_file(), name
+    assert (whole_run.parent / "report.html").is_file()
+    assert list((whole_run / "tensorboard").iterdir())
+    rows = read_metrics(whole_run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[0]["kappa"] == pytest.approx(1.0 - 0.9 / 4)
+    assert rows[-1]["rho"] == 2.0
+    assert max(float(row["rollout/logprob_drift"]) for row in rows) < 1e-3
+    for phase in ("environment", "generation", "teacher", "update"):
+        assert all(row[f"seconds/{phase}"] > 0 for row in rows)
+    run = read_run(whole_run)
+    board = ("valid_seen", "greedy")
+    assert run.start(board) is not None
+    assert run.teacher(board) is not None
+    assert [e.step for e in run.course(board)] == [0, 3, 6]
+    manifest = read_json(whole_run / "manifest.json")
+    assert manifest["data"]["name"] == "generated"
+    assert len(manifest["data"]["hash"]) == 64
+
+
+def test_three_steps_and_three_more_are_six(whole_run: Path, tmp_path: Path) -> None:
+    run_study(_with(CONFIG, steps=3), tmp_path)
+    (tmp_path / "atod-seed0" / "summary.json").unlink()
+    run_study(_resuming(CONFIG), tmp_path)
+    resumed = tmp_path / "atod-seed0"
+    assert _numbers(resumed) == _numbers(whole_run)
+    ours = load_checkpoint(latest_checkpoint(resumed) or Path())
+    theirs = load_checkpoint(latest_checkpoint(whole_run) or Path())
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name, tensor in ours.tensors.items():
+        assert torch.equal(tensor, theirs.tensors[name]), name
+
+
+_SCRIPT = """
+import sys, dataclasses
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import test_trainer as t
+from atod_train.study import run_study
+from atod_train.trainer import StoppedByUser
+try:
+    run_study(t._resuming(t.CONFIG), Path(sys.argv[1]))
+except StoppedByUser as stop:
+    print(stop)
+    sys.exit(130)
+"""
+
+
+def _start(out: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _SCRIPT, str(out), str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while len(read_metrics(run_dir) if run_dir.exists() else ()) < step:
+        assert process.poll() is None, "the run ended too early"
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_kill_9_and_ctrl_c_lose_nothing(whole_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "atod-seed0"
+    for step in (1, 2):
+        process = _start(tmp_path)
+        _wait_for_step(run_dir, step, process)
+        process.kill()
+        process.communicate()
+    process = _start(tmp_path)
+    _wait_for_step(run_dir, 3, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    if process.returncode != 0:  # it may have been in its last step
+        assert process.returncode == 130
+        assert "--study.resume" in output
+        process = _start(tmp_path)
+        process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert _numbers(run_dir) == _numbers(whole_run)
+
+
+def test_a_folder_is_not_overwritten(whole_run: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"--study\.resume"):
+        run_study(CONFIG, whole_run.parent)
+    other = replace(CONFIG, algorithm=replace(CONFIG.algorithm, kappa_min=0.2))
+    (whole_run / "summary.json").rename(whole_run / "kept.json")
+    try:
+        with pytest.raises(RunFolderError, match=r"kappa_min"):
+            run_study(_resuming(other), whole_run.parent)
+    finally:
+        (whole_run / "kept.json").rename(whole_run / "summary.json")
+
+
+def test_a_checkpoint_of_another_model_is_refused(whole_run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "atod-seed0"
+    target.mkdir()
+    (whole_run / "checkpoints").rename(tmp_path / "moved")
+    try:
+        (tmp_path / "moved").rename(target / "checkpoints")
+        other = replace(CONFIG, model=replace(CONFIG.model, student="tiny", student_epochs=0.1))
+        (target / "config.json").write_text(json.dumps({}))
+        (target / "config.json").unlink()
+        with pytest.raises(CheckpointError, match="another model"):
+            run_study(other, tmp_path)
+    finally:
+        (target / "checkpoints").rename(whole_run / "checkpoints")
+
+
+@pytest.mark.parametrize("method", ["opd", "grpo", "mix", "sod", "tcod", "sdar"])
+def test_every_method_runs(method: str, tmp_path: Path) -> None:
+    config = replace(_with(CONFIG, steps=2), study=StudyConfig(methods=(method,)))  # type: ignore[arg-type]
+    run_study(config, tmp_path)
+    rows = read_metrics(tmp_path / f"{method}-seed0")
+    assert len(rows) == 2
+    assert ("seconds/teacher" in rows[0]) == (method != "grpo")
+    if method == "tcod":
+        assert rows[0]["turns"] == 1.0
+
+
+def test_window_style_trains_too(tmp_path: Path) -> None:
+    env = replace(CONFIG.env, prompt_style="window", show_admissible=True, parse_profile="tags")
+    config = _with(replace(CONFIG, env=env), steps=1, max_completion_tokens=24)
+    run_study(config, tmp_path)
+    assert len(read_metrics(tmp_path / "atod-seed0")) == 1
+
+
+def test_settings_without_meaning_are_named(tmp_path: Path) -> None:
+    with pytest.raises(AtodError, match=r"train\.steps"):
+        run_study(_with(CONFIG, steps=0), tmp_path)
+    missing = replace(CONFIG, model=replace(CONFIG.model, student=str(tmp_path / "none")))
+    with pytest.raises(AtodError, match="none"):
+        run_study(missing, tmp_path / "out")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 and not os.access("/proc", os.R_OK), reason="needs /proc")
+def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "atod_train.cli",
+            "quickstart",
+            "--study.out",
+            str(blocked / "x"),
+            "--model.demonstrations",
+            "16",
+            "--model.student",
+            "micro",
+            "--model.teacher",
+            "micro",
+            "--env.eval-tasks",
+            "2",
+            "--train.steps",
+            "1",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "error" in done.stderr
