@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from atod_gym.errors import AtodError
+from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.types import Batch, TokenizedTurn, Trajectory
 
 
@@ -164,7 +164,7 @@ def split_minibatches(batch: Batch, count: int, generator: torch.Generator) -> l
         Parts whose numbers of sequences differ by at most one; together they hold every row once.
     """
     if count < 1:
-        raise AtodError(f"A step needs at least 1 minibatch, not {count}.")
+        raise InvalidSettingError(f"A step needs at least 1 minibatch, not {count}.")
     order = torch.randperm(len(batch.input_ids), generator=generator)
     parts = order.tensor_split(min(count, len(order)))
     return [select_sequences(batch, part.sort().values) for part in parts]

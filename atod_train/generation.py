@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atod_gym.errors import AtodError
+from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.dialogue import DialogueEncoder
 from atod_train.kv_cache import SlotCache
 from atod_train.policy import Policy
@@ -60,7 +60,8 @@ class Generator:
             and the prompts determine everything that is sampled.
 
     Raises:
-        AtodError: A setting out of range, or a model with layers other than full attention.
+        InvalidSettingError: A setting out of range.
+        AtodError: A model with layers other than full attention.
     """
 
     def __init__(
@@ -80,9 +81,9 @@ class Generator:
                 "needs full attention in every layer. Use another model."
             )
         if temperature < 0 or max_completion_tokens < 1:
-            raise AtodError("temperature must be >= 0 and max_completion_tokens >= 1.")
+            raise InvalidSettingError("temperature must be >= 0 and max_completion_tokens >= 1.")
         if max_context is not None and max_context > policy.max_positions:
-            raise AtodError(
+            raise InvalidSettingError(
                 f"max_context={max_context} is more than the {policy.max_positions} positions of "
                 f"model {policy.name}. Lower it."
             )

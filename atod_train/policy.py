@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from atod_gym.errors import AtodError
+from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.batching import Minibatch, length_buckets, select_sequences
 from atod_train.types import Batch
 
@@ -264,12 +264,12 @@ def build_policy(
         name: Name for reports; by default the preset's name, or "custom".
 
     Raises:
-        AtodError: No preset of that name.
+        InvalidSettingError: No preset of that name.
     """
     label = shape if isinstance(shape, str) else "custom"
     if isinstance(shape, str):
         if shape not in MODEL_SHAPES:
-            raise AtodError(
+            raise InvalidSettingError(
                 f"There is no model preset {shape!r}. Use one of {', '.join(MODEL_SHAPES)}, or the "
                 "path of a saved model with load_policy."
             )
