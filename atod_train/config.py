@@ -58,7 +58,7 @@ class ModelConfig:
     student_epochs: float = 1.0
     teacher_epochs: float = 8.0
     demonstration_noise: float = 0.1
-    """Probability of a random admissible action in place of the expert's, for recovery."""
+    """Probability of a random action in place of the expert's, to show how to recover."""
     supervised_lr: float = 1e-3
     max_context: int = 2048
     """Longest sequence in tokens; an episode that would outgrow it is truncated."""
@@ -106,8 +106,8 @@ class TrainConfig:
     eval_every: int = 20
     save_every: int = 20
     seed: int = 0
-    threads: int = 0
-    """CPU threads for torch; 0: torch's own choice."""
+    threads: int = 1
+    """CPU threads of each process; 0: torch's own choice. Too many slow small models down."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ class StudyConfig:
     """Methods to run one after the other; empty: algorithm.method alone."""
     seeds: tuple[int, ...] = ()
     """Seeds to run each method with; empty: train.seed alone."""
+    jobs: int = 1
+    """Runs at the same time, each in a process of its own."""
     resume: bool = False
     """Go on with what is in the folder: finished runs are kept, others continue."""
 

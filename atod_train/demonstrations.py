@@ -1,7 +1,8 @@
 """Supervised starts: expert episodes, a tokenizer from their text, and models trained on them.
 
-Any environment whose class has `expert()` can be demonstrated. Episodes contain random admissible
-actions now and then, so that a model sees how to recover; only the expert's own turns are trained.
+Any environment whose class has `expert()` can be demonstrated. Episodes contain random actions now
+and then (of those that were admissible at some turn, so not always now), so that a model sees how
+to recover; only the expert's own turns are trained.
 Models are cached by a hash of everything that they depend on.
 """
 
@@ -18,24 +19,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from atod_gym.errors import AtodError
 from atod_gym.parsing import format_action
 from atod_gym.types import Message
-from atod_train.batching import make_batch
+from atod_train.batching import length_buckets, make_batch
 from atod_train.config import RunConfig
 from atod_train.dialogue import DialogueEncoder
+from atod_train.metrics import EvaluatedModel
 from atod_train.policy import MODEL_SHAPES, Policy, build_policy, load_policy
 from atod_train.progress import progress
 from atod_train.rollout import EnvPool, seed_for, tasks_for_step
 from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import TokenizedTurn, Trajectory, Turn
+from atod_train.types import Batch, TokenizedTurn, Trajectory, Turn
 
 _RECIPE = 1
 """Raised whenever the way of making demonstrations or starts changes, so that caches expire."""
 
-_EPISODES_PER_UPDATE = 16
+OBSERVATION_WEIGHT = 0.2
+"""Weight of a token of the environment's text in the loss of a supervised start: to foretell what
+is said teaches a model from scratch to copy names, which the expert's few tokens do not."""
+
+_EPISODES_PER_UPDATE = 8
 _WARM_UP = 0.05
 
 
@@ -59,7 +66,7 @@ def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Demo
     Args:
         pool: environments of the training split.
         count: episodes.
-        noise: probability that a turn plays a random admissible action instead.
+        noise: probability that a turn plays a random action instead.
         seed: seed of tasks and noise.
 
     Raises:
@@ -94,13 +101,15 @@ def _demonstrate_one(
     expert.reset(observation["instruction"], observation["text"])
     turns: list[DemonstrationTurn] = []
     action: str | None = None
+    seen: list[str] = []
     ended = False
     while not ended:
         observation = unwrapped.observation
         choices = observation["admissible_actions"]
+        seen.extend(choices)
         chosen = expert.act(observation["text"], choices, action)
-        by_expert = not (choices and rng.random() < noise)
-        action = chosen if by_expert else choices[int(rng.integers(len(choices)))]
+        by_expert = not (seen and rng.random() < noise)
+        action = chosen if by_expert else seen[int(rng.integers(len(seen)))]
         new = [Message(m["role"], m["content"]) for m in _after_assistant(messages)]
         completion = format_action(action, pool.config.parse_profile)
         turns.append(DemonstrationTurn(tuple(new), completion, by_expert))
@@ -200,18 +209,39 @@ def _supervised_update(
     budget: int,
 ) -> float:
     batch = make_batch(trajectories, policy.pad_id)
-    trained = torch.tensor([turn.is_action_valid for t in trajectories for turn in t.turns])
-    mask = batch.completion_mask & trained[:, None]
-    count = mask.sum().clamp(min=1)
+    weights = _token_weights(batch, trajectories)
     total = 0.0
     optimizer.zero_grad(set_to_none=True)
-    for part in policy.microbatches(batch, budget):
-        loss = -(part.logprobs * mask[part.rows]).sum() / count
+    for bucket in length_buckets(batch.attention_mask.sum(dim=1), budget):
+        longest = int(batch.attention_mask[bucket].sum(dim=1).max())
+        ids = batch.input_ids[bucket, :longest]
+        weight = weights[bucket, 1:longest]
+        logits = policy.logits(policy.hidden_states(ids[:, :-1]))
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        loss = (losses * weight.flatten()).sum() / weights.sum()
         loss.backward()
         total += float(loss.detach())
     torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
     optimizer.step()
     return total
+
+
+def _token_weights(batch: Batch, trajectories: Sequence[Trajectory]) -> Tensor:
+    """[S, L] float32: 1 for the expert's tokens, less for the environment's, 0 for noise."""
+    weights = batch.attention_mask * OBSERVATION_WEIGHT
+    by_expert = [turn.is_action_valid for t in trajectories for turn in t.turns]
+    rows = zip(
+        batch.sequence_index.tolist(),
+        batch.start.tolist(),
+        batch.completion_mask.sum(dim=1).tolist(),
+        by_expert,
+        strict=True,
+    )
+    for sequence, start, length, trained in rows:
+        weights[sequence, start : start + length] = float(trained)
+    return weights
 
 
 # -- cached models -------------------------------------------------------------------------------
@@ -235,17 +265,15 @@ class Starts:
         self._pool = pool
         self._demonstrations: list[Demonstration] | None = None
 
-    def student(self) -> Policy:
-        """The student before reinforcement learning; the same for every method and seed."""
+    def policy(self, role: EvaluatedModel) -> Policy:
+        """The teacher, or the student's start; the same for every method and seed."""
         model = self._config.model
-        return self._policy(model.student, model.student_epochs, 1, "student")
-
-    def teacher(self) -> Policy:
-        """The teacher; the same for every method and seed."""
-        model = self._config.model
-        return self._policy(model.teacher, model.teacher_epochs, 0, "teacher")
-
-    def _policy(self, name: str, epochs: float, seed: int, role: str) -> Policy:
+        if role == "student":
+            name, epochs, seed = model.student, model.student_epochs, 1
+        else:
+            name, epochs, seed = model.teacher, model.teacher_epochs, 0
+        if self._config.train.threads:
+            torch.set_num_threads(self._config.train.threads)
         if name not in MODEL_SHAPES:
             return load_policy(name, name=role)
         path = cache_folder() / self._key(name, epochs, seed)

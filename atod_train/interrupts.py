@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def interruptible() -> Iterator[list[int]]:
+def interruptible(announce: bool = True) -> Iterator[list[int]]:
     """The first Ctrl-C is noted, to stop after the step; a second one stops at once."""
     noted: list[int] = []
 
@@ -16,7 +16,8 @@ def interruptible() -> Iterator[list[int]]:
         if noted:
             raise KeyboardInterrupt
         noted.append(number)
-        print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
+        if announce:
+            print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
 
     try:
         previous = signal.signal(signal.SIGINT, note)

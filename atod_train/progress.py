@@ -16,6 +16,15 @@ class Advance(Protocol):
         """Counts `amount` more units as done; `note` is shown beside the bar."""
 
 
+_plain = False
+
+
+def plain_lines() -> None:
+    """From now on this process shows plain lines even on a terminal."""
+    global _plain
+    _plain = True
+
+
 @contextmanager
 def progress(
     total: int,
@@ -36,7 +45,7 @@ def progress(
         A function to call after each unit.
     """
     stream = sys.stderr if stream is None else stream
-    if stream.isatty():
+    if stream.isatty() and not _plain:
         with _bar(total, description, stream) as advance:
             yield advance
         return

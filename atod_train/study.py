@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -15,10 +19,15 @@ from atod_train.baselines import needs_teacher
 from atod_train.config import RunConfig
 from atod_train.demonstrations import Starts
 from atod_train.evaluate import evaluate
-from atod_train.intervals import EvaluationResult, mean_interval, paired_by_task
-from atod_train.metrics import Evaluation
-from atod_train.policy import Policy
-from atod_train.progress import progress
+from atod_train.interrupts import interruptible
+from atod_train.intervals import (
+    EvaluationMode,
+    EvaluationResult,
+    mean_interval,
+    paired_by_task,
+)
+from atod_train.metrics import EvaluatedModel, Evaluation
+from atod_train.progress import plain_lines, progress
 from atod_train.report import write_report
 from atod_train.report_data import RunSummary, read_run
 from atod_train.rollout import EnvPool
@@ -26,11 +35,19 @@ from atod_train.run_folder import SUMMARY_FILE, read_json
 from atod_train.trainer import Trainer
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One run of a study."""
+
+    config: RunConfig
+    folder: Path
+
+
 def run_study(config: RunConfig, out: Path) -> Path:
     """Makes the start and the teacher, trains every method with every seed, writes the report.
 
     Args:
-        config: the settings; `study` says which methods and seeds.
+        config: the settings; `study` says which methods and seeds, and how many at the same time.
         out: folder of the study; one folder per run in it.
 
     Returns:
@@ -40,50 +57,121 @@ def run_study(config: RunConfig, out: Path) -> Path:
         AtodError: a setting, file or environment that cannot be used; the message says what to do.
         StoppedByUser: after Ctrl-C.
     """
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    methods = config.study.methods or (config.algorithm.method,)
-    seeds = config.study.seeds or (config.train.seed,)
-    _check_steps(config)
+    _check_settings(config)
     _check_folder(out)
+    runs = [
+        _Run(
+            replace(
+                config,
+                algorithm=replace(config.algorithm, method=method),
+                train=replace(config.train, seed=seed),
+            ),
+            out / f"{method}-seed{seed}",
+        )
+        for seed in config.study.seeds or (config.train.seed,)
+        for method in config.study.methods or (config.algorithm.method,)
+    ]
+    left = [run for run in runs if not _is_finished(run)]
+    if left:
+        wants_teacher = any(needs_teacher(run.config.algorithm.method) for run in runs)
+        roles: list[EvaluatedModel] = ["teacher", "student"] if wants_teacher else ["student"]
+        with _workers(config.study.jobs) as call_all:
+            call_all(_make_start, [(config, role) for role in roles])
+            wanted = [(config, role, split) for role in roles for split in config.env.eval_splits]
+            known = [e for part in call_all(_evaluate_start, wanted) for e in part]
+            call_all(_train, [(run, known) for run in left])
+    return write_report(out, [read_run(run.folder) for run in runs])
+
+
+def _is_finished(run: _Run) -> bool:
+    return run.config.study.resume and bool(read_json(run.folder / SUMMARY_FILE).get("finished"))
+
+
+# -- pieces of work, each of which can run in a process of its own --------------------------------
+
+
+def _make_start(config: RunConfig, role: EvaluatedModel) -> None:
+    """Makes a start unless it is cached or a saved model."""
+    pool = EnvPool(config.env, "train")
+    try:
+        Starts(config, pool).policy(role)
+    finally:
+        pool.close()
+
+
+def _evaluate_start(config: RunConfig, role: EvaluatedModel, split: str) -> list[Evaluation]:
+    """The start or the teacher on one split, greedy and sampled."""
+    train_pool, pool = EnvPool(config.env, "train"), EnvPool(config.env, split)
+    modes: tuple[EvaluationMode, ...] = ("greedy", "sampled")
+    try:
+        policy = Starts(config, train_pool).policy(role)
+        with progress(len(modes), f"evaluating the {role} on {split}") as advance:
+            found = []
+            for mode in modes:
+                found.append(Evaluation(0, role, evaluate(policy, pool, config, mode)))
+                advance()
+            return found
+    finally:
+        train_pool.close()
+        pool.close()
+
+
+def _train(run: _Run, known: Sequence[Evaluation]) -> None:
+    """One run, from the start or from its last checkpoint."""
+    config = run.config
     train_pool = EnvPool(config.env, "train")
     eval_pools = [EnvPool(config.env, split) for split in config.env.eval_splits]
     try:
         starts = Starts(config, train_pool)
-        wants_teacher = any(needs_teacher(method) for method in methods)
-        teacher = starts.teacher() if wants_teacher else None
-        student = starts.student()
-        run_dirs = [out / f"{method}-seed{seed}" for seed in seeds for method in methods]
-        known: Sequence[Evaluation] = ()
-        for run_dir, (seed, method) in zip(
-            run_dirs, ((s, m) for s in seeds for m in methods), strict=True
-        ):
-            if config.study.resume and read_json(run_dir / SUMMARY_FILE).get("finished"):
-                continue
-            known = known or _evaluate_known(student, teacher, eval_pools, config)
-            run_config = replace(
-                config,
-                algorithm=replace(config.algorithm, method=method),
-                train=replace(config.train, seed=seed),
-            )
-            trainer = Trainer(
-                run_config,
-                run_dir,
-                starts.student(),
-                teacher if needs_teacher(method) else None,
-                train_pool,
-                eval_pools,
-                known,
-            )
-            trainer.run(resume=config.study.resume)
+        teacher = starts.policy("teacher") if needs_teacher(config.algorithm.method) else None
+        trainer = Trainer(
+            config, run.folder, starts.policy("student"), teacher, train_pool, eval_pools, known
+        )
+        trainer.run(resume=config.study.resume)
     finally:
         for pool in (train_pool, *eval_pools):
             pool.close()
-    return write_report(out, [read_run(run_dir) for run_dir in run_dirs])
 
 
-def _check_steps(config: RunConfig) -> None:
+CallAll = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
+"""Calls a function with each of the argument lists, some at the same time."""
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[CallAll]:
+    """Calls in this process if `jobs` is 1, else in that many processes."""
+    if jobs == 1:
+        yield lambda function, calls: [function(*arguments) for arguments in calls]
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet_worker) as executor:
+
+        def call_all(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+            # The first Ctrl-C reaches the workers too, which then finish their steps.
+            with interruptible(announce=False):
+                futures = [executor.submit(function, *arguments) for arguments in calls]
+                return [future.result() for future in futures]
+
+        try:
+            yield call_all
+        except BaseException:
+            executor.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _quiet_worker() -> None:
+    """Several progress bars would overwrite each other."""
+    plain_lines()
+    transformers.utils.logging.disable_progress_bar()
+
+
+# -- checks ---------------------------------------------------------------------------------------
+
+
+def _check_settings(config: RunConfig) -> None:
     train = config.train
+    if config.study.jobs < 1:
+        raise AtodError(f"study.jobs must be at least 1, not {config.study.jobs}.")
     for name in ("steps", "tasks_per_step", "group_size", "minibatches", "max_completion_tokens"):
         if getattr(train, name) < 1:
             raise AtodError(f"train.{name} must be at least 1, not {getattr(train, name)}.")
@@ -105,28 +193,7 @@ def _check_folder(out: Path) -> None:
         ) from error
 
 
-def _evaluate_known(
-    student: Policy, teacher: Policy | None, pools: Sequence[EnvPool], config: RunConfig
-) -> list[Evaluation]:
-    """The start and the teacher on every evaluation split, greedy and sampled."""
-    policies = [("student", student), *([("teacher", teacher)] if teacher else [])]
-    wanted = [
-        (role, policy, pool, mode)
-        for role, policy in policies
-        for pool in pools
-        for mode in ("greedy", "sampled")
-    ]
-    known = []
-    with progress(len(wanted), "evaluating start and teacher") as advance:
-        for role, policy, pool, mode in wanted:
-            assert policy is not None
-            result = evaluate(policy, pool, config, mode)  # type: ignore[arg-type]
-            known.append(Evaluation(0, role, result))  # type: ignore[arg-type]
-            advance()
-    return known
-
-
-# -- the table -------------------------------------------------------------------------------------
+# -- the table ------------------------------------------------------------------------------------
 
 
 def print_table(runs: Sequence[RunSummary], console: Console) -> None:

@@ -1,13 +1,15 @@
 """A word-level tokenizer for models that are trained from scratch on a small world of text.
 
 Environment text is plain English with numbered things ("You arrive at desk 1. On the desk 1, you
-see a mug 1, and a pen 2."). A model of a million parameters spends them best when every word, every
-number and every punctuation mark is one token. Text is lower-cased; every integer from 0 to 99 is
-in the vocabulary whether seen or not, so that "drawer 17" is never unknown.
+see a mug 1, and a pen 2."). A model of a million parameters spends them best when every thing,
+word and punctuation mark is one token: "desk 1" is one, so that naming it is copying one token.
+Text is lower-cased. A noun that was seen with a number is known with some larger numbers too, and
+every integer from 0 to 99 is in the vocabulary for itself.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -25,9 +27,13 @@ SPECIAL_TOKENS = (PAD_TOKEN, UNKNOWN_TOKEN, USER_TOKEN, ASSISTANT_TOKEN, END_TOK
 INTEGERS = 100
 """The integers 0 .. INTEGERS - 1 are always in the vocabulary."""
 
-# Tags such as <think>, words (with inner - ' /, as in "t-shirt" and "in/on"; digits allowed, as in
-# product codes), and single marks. Whitespace only separates.
-_PIECE = r"</?[a-z]+>|\w+(?:[-'/]\w+)*|[^\w\s]"
+NUMBERS_BEYOND = 5
+"""A noun seen with the numbers 1 .. n is in the vocabulary with 1 .. n + NUMBERS_BEYOND."""
+
+# Tags such as <think>, things (a word and its number), words (with inner - ' /, as in "t-shirt" and
+# "in/on"; digits allowed, as in product codes), and single marks. Whitespace only separates.
+_PIECE = r"</?[a-z]+>|[a-z]+ \d{1,2}(?!\w)|\w+(?:[-'/]\w+)*|[^\w\s]"
+_THING = re.compile(r"([a-z]+) (\d{1,2})")
 
 # System and user messages look alike; an assistant message is what stands between <assistant> and
 # <end>, so that a dialogue only ever grows at its end.
@@ -46,12 +52,7 @@ _CHAT_TEMPLATE = (
 def _empty_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=UNKNOWN_TOKEN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Split(Regex(_PIECE), behavior="isolated"),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="removed", invert=True)
     # Words are joined with single spaces; brackets close up, so that the action "search[red
     # shoes]" comes back as it was written.
     tokenizer.decoder = decoders.Sequence(
@@ -68,10 +69,10 @@ def _empty_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
 def build_word_tokenizer(texts: Iterable[str], min_count: int = 1) -> PreTrainedTokenizerFast:
     """Build a word-level tokenizer with a chat template from example texts.
 
-    The vocabulary is: the special tokens, the integers 0..99, then the words and marks of `texts`
-    in alphabetical order; it depends on the counts only, not on the order of the texts. Decoding
-    joins tokens with single spaces, so a lower-case command such as "take mug 1 from desk 1"
-    survives encoding and decoding unchanged.
+    The vocabulary is: the special tokens, the integers 0..99, then the things, words and marks of
+    `texts` in alphabetical order; it depends on the counts only, not on the order of the texts.
+    Decoding joins tokens with single spaces, so a lower-case command such as "take mug 1 from
+    desk 1" survives encoding and decoding unchanged.
 
     Args:
         texts: Texts to collect words from (observations, commands, instructions).
@@ -86,6 +87,10 @@ def build_word_tokenizer(texts: Iterable[str], min_count: int = 1) -> PreTrained
     for text in texts:
         normal = splitter.normalizer.normalize_str(text)
         counts.update(piece for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(normal))
+    for thing, count in list(counts.items()):
+        if (match := _THING.fullmatch(thing)) and count >= min_count:
+            for number in range(1, int(match[2]) + NUMBERS_BEYOND + 1):
+                counts[f"{match[1]} {number}"] += min_count
     fixed = (*SPECIAL_TOKENS, *(str(number) for number in range(INTEGERS)))
     words = sorted({word for word, count in counts.items() if count >= min_count} - set(fixed))
     vocabulary = {token: index for index, token in enumerate((*fixed, *words))}

@@ -138,10 +138,11 @@ class Trainer:
         """
         resumed = self._open(resume)
         settings = self.config.train
+        label = f"{self.config.algorithm.method}, seed {settings.seed}"
         with (
             MetricsWriter(self.run_dir, resume_step=self.done.step if resumed else None) as writer,
             interruptible() as interrupted,
-            progress(settings.steps, f"{self.config.algorithm.method}, seed {settings.seed}") as advance,
+            progress(settings.steps, label) as advance,
         ):
             advance(self.done.step)
             if self.done.step == 0:
@@ -164,7 +165,7 @@ class Trainer:
                 for evaluation in evaluations:
                     writer.write_evaluation(evaluation)
                 self.done.minutes += (time.perf_counter() - began) / 60
-                    if last or interrupted or step % max(1, settings.save_every) == 0:
+                if last or interrupted or step % max(1, settings.save_every) == 0:
                     self._save()
                 advance(note=_note(metrics))
                 if interrupted and not last:
