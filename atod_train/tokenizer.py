@@ -3,8 +3,8 @@
 Environment text is plain English with numbered things ("You arrive at desk 1. On the desk 1, you
 see a mug 1, and a pen 2."). A model of a million parameters spends them best when every thing,
 word and punctuation mark is one token: "desk 1" is one, so that naming it is copying one token.
-Text is lower-cased. A noun that was seen with a number is known with some larger numbers too, and
-every integer from 0 to 99 is in the vocabulary for itself.
+Text is lower-cased. A noun that was seen with a number is known alone and with some larger numbers
+too, and every integer from 0 to 99 is in the vocabulary for itself.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def build_word_tokenizer(texts: Iterable[str], min_count: int = 1) -> PreTrained
         counts.update(piece for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(normal))
     for thing, count in list(counts.items()):
         if (match := _THING.fullmatch(thing)) and count >= min_count:
+            counts[match[1]] += min_count
             for number in range(1, int(match[2]) + NUMBERS_BEYOND + 1):
                 counts[f"{match[1]} {number}"] += min_count
     fixed = (*SPECIAL_TOKENS, *(str(number) for number in range(INTEGERS)))

@@ -8,7 +8,7 @@ from atod_gym.types import Message
 from atod_train.dialogue import DialogueEncoder
 from atod_train.tokenizer import build_word_tokenizer
 
-WORDS = "system user assistant you see a mug take 1 2 go to desk reply be brief thought"
+WORDS = "system user 1 assistant you see a mug 1 take go to desk 2 reply be brief thought"
 SYSTEM = Message("system", "be brief")
 MUG = Message("user", "you see a mug 1")
 DESK = Message("user", "you see a desk 2")
