@@ -57,9 +57,10 @@ class ModelConfig:
     """Expert episodes for the supervised starts of presets."""
     student_epochs: float = 1.0
     teacher_epochs: float = 8.0
-    demonstration_noise: float = 0.1
+    demonstration_noise: float = 0.2
     """Probability of a random action in place of the expert's, to show how to recover."""
-    supervised_lr: float = 1e-3
+    supervised_lr: float = 3e-3
+    """Highest learning rate of the supervised starts (embeddings; matrices: Muon at 6 times it)."""
     max_context: int = 2048
     """Longest sequence in tokens; an episode that would outgrow it is truncated."""
 
@@ -102,7 +103,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     temperature: float = 1.0
     max_completion_tokens: int = 16
-    tokens_per_microbatch: int = 16384
+    tokens_per_microbatch: int = 2048
+    """Padded tokens that go through a model at once; small values keep a CPU's caches warm."""
     eval_every: int = 20
     save_every: int = 20
     seed: int = 0

@@ -38,11 +38,14 @@ from atod_train.types import Batch, TokenizedTurn, Trajectory, Turn
 _RECIPE = 1
 """Raised whenever the way of making demonstrations or starts changes, so that caches expire."""
 
-OBSERVATION_WEIGHT = 0.2
+OBSERVATION_WEIGHT = 0.3
 """Weight of a token of the environment's text in the loss of a supervised start: to foretell what
 is said teaches a model from scratch to copy names, which the expert's few tokens do not."""
 
-_EPISODES_PER_UPDATE = 8
+MUON_RATIO = 6.0
+"""Learning rate of Muon as a multiple of AdamW's."""
+
+_EPISODES_PER_UPDATE = 4
 _WARM_UP = 0.05
 
 
@@ -180,9 +183,7 @@ def train_on_demonstrations(
         Mean loss per token of each update, in nats.
     """
     updates = max(1, round(epochs * len(trajectories) / _EPISODES_PER_UPDATE))
-    optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01
-    )
+    optimizers = _supervised_optimizers(policy, lr)
     losses = []
     numbers = list(range(len(trajectories)))
     policy.model.train()
@@ -190,13 +191,14 @@ def train_on_demonstrations(
         for update in range(updates):
             warm = min(1.0, (update + 1) / max(1.0, _WARM_UP * updates))
             decay = 0.55 + 0.45 * math.cos(math.pi * update / updates)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * warm * decay
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * warm * decay
             chosen = tasks_for_step(
                 [str(i) for i in numbers], update + 1, _EPISODES_PER_UPDATE, seed
             )
             part = [trajectories[int(i)] for i in chosen]
-            losses.append(_supervised_update(policy, part, optimizer, tokens_per_microbatch))
+            losses.append(_supervised_update(policy, part, optimizers, tokens_per_microbatch))
             advance(note=f"loss {losses[-1]:.3f}")
     policy.model.eval()
     return losses
@@ -205,13 +207,13 @@ def train_on_demonstrations(
 def _supervised_update(
     policy: Policy,
     trajectories: Sequence[Trajectory],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     budget: int,
 ) -> float:
     batch = make_batch(trajectories, policy.pad_id)
     weights = _token_weights(batch, trajectories)
     total = 0.0
-    optimizer.zero_grad(set_to_none=True)
+    policy.model.zero_grad(set_to_none=True)
     for bucket in length_buckets(batch.attention_mask.sum(dim=1), budget):
         longest = int(batch.attention_mask[bucket].sum(dim=1).max())
         ids = batch.input_ids[bucket, :longest]
@@ -224,8 +226,25 @@ def _supervised_update(
         loss.backward()
         total += float(loss.detach())
     torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return total
+
+
+def _supervised_optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
+    matrices, others = [], []
+    for name, parameter in policy.model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+        (matrices if is_matrix else others).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=MUON_RATIO * lr, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
 
 
 def _token_weights(batch: Batch, trajectories: Sequence[Trajectory]) -> Tensor:

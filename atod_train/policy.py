@@ -48,10 +48,11 @@ class ModelShape:
 
 MODEL_SHAPES = {
     "micro": ModelShape(layers=1, width=32, heads=2, mlp_width=64),
+    "mini": ModelShape(layers=2, width=128, heads=4, mlp_width=256),
     "tiny": ModelShape(layers=4, width=128, heads=4, mlp_width=352),
     "small": ModelShape(layers=6, width=224, heads=7, mlp_width=608),
 }
-"""0.8 M and 3.7 M parameters, plus `width` for each word of the vocabulary."""
+"""Without the embedding (`width` for each word): 0.01, 0.33, 0.8 and 3.7 M parameters."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "quickstart": Preset(
-        "generated houses, CPU only, about ten minutes: start, teacher, ATOD, OPD and GRPO",
+        "generated houses, CPU only, about ten minutes: start, teacher, ATOD and OPD",
         RunConfig(
             env=EnvConfig(
                 data="generated",
@@ -33,20 +33,34 @@ PRESETS: dict[str, Preset] = {
                 eval_splits=("valid_unseen",),
             ),
             model=ModelConfig(
-                demonstrations=1000, student_epochs=1.0, teacher_epochs=6.0, max_context=1024
+                student="mini",
+                teacher="mini",
+                demonstrations=3000,
+                student_epochs=1.0,
+                teacher_epochs=2.5,
+                max_context=1024,
             ),
             algorithm=AlgorithmConfig(anneal_steps=30),
-            train=TrainConfig(steps=50, tasks_per_step=8, group_size=8, eval_every=10),
-            study=StudyConfig(methods=("atod", "opd", "grpo")),
+            train=TrainConfig(
+                steps=40, tasks_per_step=8, group_size=8, max_completion_tokens=8, eval_every=10
+            ),
+            study=StudyConfig(methods=("atod", "opd"), jobs=2),
         ),
     ),
     "alfworld-tiny": Preset(
         "official ALFWorld games (--env.data), a student of about a million parameters",
         RunConfig(
             env=EnvConfig(data="official", max_turns=30),
-            model=ModelConfig(demonstrations=3553, student_epochs=2.0, teacher_epochs=8.0),
+            model=ModelConfig(
+                student="tiny",
+                teacher="small",
+                demonstrations=3553,
+                student_epochs=1.0,
+                teacher_epochs=4.0,
+            ),
             algorithm=AlgorithmConfig(anneal_steps=60),
-            train=TrainConfig(steps=100, tasks_per_step=16, group_size=8),
+            train=TrainConfig(steps=100, tasks_per_step=16, group_size=8, max_completion_tokens=10),
+            study=StudyConfig(methods=("atod", "opd", "grpo"), jobs=2),
         ),
     ),
 }

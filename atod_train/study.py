@@ -231,7 +231,7 @@ def _cells(result: EvaluationResult, start: EvaluationResult | None) -> list[str
     low, high = result.interval
     gain = ""
     if start is not None:
-        interval = paired_by_task(start, result)
+        interval = paired_by_task(result, start)
         if interval is not None:
             difference = 100 * (result.success_rate - start.success_rate)
             gain = f"{difference:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
