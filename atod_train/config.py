@@ -41,9 +41,10 @@ class EnvConfig:
     success_reward: float = 10.0
     """The environment's reward is multiplied by this."""
     invalid_action_penalty: float = 0.1
-    """Subtracted from the reward of a turn whose action is not valid."""
-    action_validity: Literal["strict", "format"] = "strict"
-    """strict: the action must be admissible; format: the completion must parse (as published)."""
+    """Subtracted from the reward of a turn with an invalid action, see action_validity."""
+    action_validity: Literal["strict", "format"] = "format"
+    """What the penalty is for. format: completions that do not parse (as published); strict: also
+    actions that are not admissible, which lets groups without success learn to play safe."""
 
 
 @dataclass(frozen=True)

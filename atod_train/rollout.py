@@ -119,7 +119,7 @@ class _Episode:
         """Executes a completion and records the turn."""
         config = pool.config
         messages, reward, terminated, truncated, info = self.env.step(text)
-        valid = is_valid(info, config.action_validity)  # type: ignore[arg-type]
+        penalized = not is_valid(info, config.action_validity)  # type: ignore[arg-type]
         tokens = TokenizedTurn(
             prompt_ids=tuple(ids),
             completion_ids=completion.ids,
@@ -127,15 +127,16 @@ class _Episode:
             finish_reason=completion.finish_reason,
             extends_previous=config.prompt_style == "chat" and bool(self.turns),
         )
-        penalty = 0.0 if valid else config.invalid_action_penalty
+        penalty = config.invalid_action_penalty if penalized else 0.0
         turn = Turn(
             index=len(self.turns),
             prompt=self.messages,
             completion=text,
             action=info["action"],
             reward=float(reward) * config.success_reward - penalty,
-            is_action_valid=valid,
+            is_action_valid=is_valid(info, "strict"),  # type: ignore[arg-type]
             tokens=tokens,
+            penalty=penalty,
         )
         self.turns.append(turn)
         self.info = info

@@ -312,7 +312,6 @@ class Trainer:
         teacher_logprobs: Tensor | None,
         step: int,
     ) -> Advantages:
-        penalty = self.config.env.invalid_action_penalty
         signals = Signals(
             old_logprobs=old,
             teacher_logprobs=teacher_logprobs,
@@ -322,9 +321,7 @@ class Trainer:
             turn_rewards=batch.turn_rewards,
             returns=batch.returns,
             group_index=batch.group_index,
-            turn_penalties=torch.tensor(
-                [0.0 if u.is_action_valid else penalty for t in trajectories for u in t.turns]
-            ),
+            turn_penalties=torch.tensor([u.penalty for t in trajectories for u in t.turns]),
         )
         return compute_advantages(signals, self.config.algorithm, step)
 

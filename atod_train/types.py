@@ -48,7 +48,10 @@ class Turn:
     reward: float
     """Environment reward of this turn, after scaling and invalid-action penalty."""
     is_action_valid: bool
+    """Strictly: the completion parsed and the action was admissible."""
     tokens: TokenizedTurn
+    penalty: float = 0.0
+    """What `reward` was lessened by for an invalid action."""
 
 
 @dataclass(frozen=True, slots=True)

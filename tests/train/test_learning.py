@@ -1,4 +1,4 @@
-"""A tiny agent gets better: from a weak start towards its teacher, on a few generated tasks."""
+"""A tiny agent gets better: it learns to solve games it could not solve, in under a minute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atod_train.config import AlgorithmConfig, EnvConfig, Method, RunConfig, TrainConfig
+from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig, TrainConfig
 from atod_train.demonstrations import (
     demonstrate,
     demonstration_texts,
@@ -18,7 +18,7 @@ from atod_train.demonstrations import (
 from atod_train.dialogue import DialogueEncoder
 from atod_train.evaluate import evaluate
 from atod_train.metrics import read_metrics
-from atod_train.policy import ModelShape, Policy, build_policy
+from atod_train.policy import ModelShape, Policy, build_policy, load_policy
 from atod_train.rollout import EnvPool
 from atod_train.tokenizer import build_word_tokenizer
 from atod_train.trainer import Trainer
@@ -27,17 +27,16 @@ SHAPE = ModelShape(layers=2, width=64, heads=2, mlp_width=128, max_positions=102
 ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=14, eval_splits=())
 CONFIG = RunConfig(
     env=ENV,
-    algorithm=AlgorithmConfig(anneal_steps=10),
+    algorithm=AlgorithmConfig(anneal_steps=12),
     train=TrainConfig(
         steps=12,
         tasks_per_step=4,
         group_size=8,
         minibatches=4,
-        lr=5e-4,
+        lr=1e-3,
         eval_every=0,
         save_every=100,
         max_completion_tokens=8,
-        tokens_per_microbatch=4096,
     ),
 )
 
@@ -52,40 +51,37 @@ def pool() -> EnvPool:
 
 @pytest.fixture(scope="module")
 def policies(pool: EnvPool) -> tuple[Policy, Policy]:
-    """A weak student and a teacher, both from the same demonstrations."""
+    """A student that solves some episodes and a teacher, both made from demonstrations."""
     torch.set_num_threads(1)
     episodes = demonstrate(pool, 48, 0.2, seed=0)
     tokenizer = build_word_tokenizer(demonstration_texts(episodes))
     trajectories = [tokenize(episode, DialogueEncoder(tokenizer)) for episode in episodes]
     made = []
-    for seed, epochs in ((1, 10.0), (0, 16.0)):
+    for seed, epochs in ((1, 4.0), (0, 10.0)):
         policy = build_policy(SHAPE, tokenizer, seed)
         train_on_demonstrations(policy, trajectories, epochs=epochs, lr=3e-3, seed=seed)
         made.append(policy)
     return made[0], made[1]
 
 
-def _copy(policy: Policy, folder: Path) -> Policy:
-    from atod_train.policy import load_policy
+def test_demonstrations_make_a_model_that_plays(
+    pool: EnvPool, policies: tuple[Policy, Policy]
+) -> None:
+    untrained = build_policy(SHAPE, policies[1].tokenizer, seed=3)
+    assert evaluate(untrained, pool, CONFIG).success_rate == 0.0
+    assert evaluate(policies[1], pool, CONFIG).success_rate >= 0.75
 
-    policy.save(folder)
-    return load_policy(folder)
 
-
-@pytest.mark.parametrize("method", ["atod", "opd"])
-def test_the_student_gets_better(
-    pool: EnvPool, policies: tuple[Policy, Policy], method: Method, tmp_path: Path
+def test_atod_makes_the_student_better(
+    pool: EnvPool, policies: tuple[Policy, Policy], tmp_path: Path
 ) -> None:
     start, teacher = policies
-    config = replace(CONFIG, algorithm=replace(CONFIG.algorithm, method=method))
-    student = _copy(start, tmp_path / "start")
+    start.save(tmp_path / "start")
+    student = load_policy(tmp_path / "start")
+    config = replace(CONFIG, algorithm=replace(CONFIG.algorithm, method="atod"))
     Trainer(config, tmp_path / "run", student, teacher, pool, []).run()
-    success = [float(row["train_success"]) for row in read_metrics(tmp_path / "run")]
-    first, last = sum(success[:3]) / 3, sum(success[-3:]) / 3
-    before, after, best = (
-        evaluate(policy, pool, config, "sampled").success_rate
-        for policy in (start, student, teacher)
-    )
-    print(f"{method}: {first:.2f} -> {last:.2f}; {before:.2f} -> {after:.2f}, teacher {best:.2f}")
-    assert best >= 0.75
+    rows = read_metrics(tmp_path / "run")
+    success = [float(row["train_success"]) for row in rows]
+    first, last = sum(success[:2]) / 2, sum(success[-3:]) / 3
+    print(f"success while training: {first:.2f} -> {last:.2f}")
     assert last > first + 0.2

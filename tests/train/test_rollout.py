@@ -72,6 +72,7 @@ def test_groups_hold_what_was_played(pool: EnvPool, policy: Policy, style: str) 
         data="generated",
         options={"house_size": "tiny"},
         max_turns=4,
+        action_validity="strict" if style == "chat" else "format",
         prompt_style=style,  # type: ignore[arg-type]
     )
     chosen = EnvPool(config, "train")
@@ -91,8 +92,9 @@ def test_groups_hold_what_was_played(pool: EnvPool, policy: Policy, style: str) 
                 assert turn.tokens.extends_previous == (style == "chat" and turn.index > 0)
                 assert len(turn.tokens.completion_ids) == len(turn.tokens.sampling_logprobs)
                 assert dialogue.decode(turn.tokens.completion_ids) == turn.completion
-                expected = 0.0 if turn.is_action_valid else -0.1
-                assert turn.reward == pytest.approx(expected)
+                expected = 0.0 if turn.is_action_valid or style == "window" else 0.1
+                assert turn.penalty == expected
+                assert turn.reward == pytest.approx(-expected)
             assert record.episode_return == pytest.approx(sum(t.reward for t in record.turns))
     chosen.close()
     chosen.close()
