@@ -145,7 +145,7 @@ _ANY_GAME = compile_game(generate_game(generated_task_ids("train", "tiny")[1]))
         ("pddl_domain", ":effect (and", ":effect (forall (?x - object) (and", InvalidGameError),
         ("pddl_domain", "(:predicates", "(:predicates (", InvalidGameError),
         ("pddl_problem", "(:init", "(:innit", InvalidGameError),
-        ("pddl_problem", "(:goal", "(:goal (", InvalidGameError),
+        ("pddl_problem", "(:goal", "(:goal (", UnsupportedGameError),
         ("pddl_problem", "(:init", "(:init (flies dog)", InvalidGameError),
         ("grammar", "action ", "acton ", InvalidGameError),
         ("grammar", "{r.name}", "{r.desc}", UnsupportedGameError),
