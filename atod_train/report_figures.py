@@ -355,7 +355,11 @@ def time_figure(key: str, runs: Sequence[RunSummary]) -> ReportFigure | None:
         return None
     groups = by_method(runs)
     curves = {m: [mean_curve(seeds, f"seconds/{n}") for n in names] for m, seeds in groups.items()}
-    means = {m: [sum(v) / len(v) if v else 0.0 for _, v in c] for m, c in curves.items()}
+    # A phase that most steps do not have, such as evaluation, counts as 0 in those.
+    means = {
+        m: [sum(v) / max(1, *(len(steps) for steps, _ in c)) for _, v in c]
+        for m, c in curves.items()
+    }
     colours = [_PHASE_COLOURS.get(n, _OTHER_COLOURS[i % 4]) for i, n in enumerate(names)]
 
     def paint(figure: Any) -> None:

@@ -29,11 +29,11 @@ CONFIG = RunConfig(
     env=ENV,
     algorithm=AlgorithmConfig(anneal_steps=12),
     train=TrainConfig(
-        steps=12,
+        steps=15,
         tasks_per_step=4,
         group_size=8,
         minibatches=4,
-        lr=1e-3,
+        lr=3e-4,
         eval_every=0,
         save_every=100,
         max_completion_tokens=8,
@@ -57,7 +57,7 @@ def policies(pool: EnvPool) -> tuple[Policy, Policy]:
     tokenizer = build_word_tokenizer(demonstration_texts(episodes))
     trajectories = [tokenize(episode, DialogueEncoder(tokenizer)) for episode in episodes]
     made = []
-    for seed, epochs in ((1, 4.0), (0, 10.0)):
+    for seed, epochs in ((1, 9.0), (0, 16.0)):
         policy = build_policy(SHAPE, tokenizer, seed)
         train_on_demonstrations(policy, trajectories, epochs=epochs, lr=3e-3, seed=seed)
         made.append(policy)
@@ -82,6 +82,7 @@ def test_atod_makes_the_student_better(
     Trainer(config, tmp_path / "run", student, teacher, pool, []).run()
     rows = read_metrics(tmp_path / "run")
     success = [float(row["train_success"]) for row in rows]
+    print([round(value, 2) for value in success])
     first, last = sum(success[:2]) / 2, sum(success[-3:]) / 3
     print(f"success while training: {first:.2f} -> {last:.2f}")
     assert last > first + 0.2

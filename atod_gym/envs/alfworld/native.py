@@ -8,7 +8,6 @@ process (`logic`), a game file fills indexes, and a step is a few loops over the
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import threading
@@ -22,6 +21,7 @@ from atod_gym.envs.alfworld.engine import EngineState
 from atod_gym.envs.alfworld.joins import TYPE_PREDICATE
 from atod_gym.envs.alfworld.logic import Commands, Goal, Logic, Program, State, compile_logic
 from atod_gym.envs.alfworld.pddl import Problem, objects_of_type, parse_problem
+from atod_gym.envs.alfworld.splits import read_game
 from atod_gym.errors import AtodError, InvalidGameError
 
 NOTHING_HAPPENS = "Nothing happens."
@@ -156,13 +156,7 @@ def _facts(problem: Problem, logic: Logic, entities: set[str]) -> dict[str, list
 
 @functools.lru_cache(maxsize=256)
 def _load_cached(path: str, modified: int, size: int) -> NativeGame:
-    try:
-        with open(path, encoding="utf-8") as file:
-            game = json.load(file)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InvalidGameError(f"{path} is not a game file: it is not JSON ({error}).") from error
-    if not isinstance(game, dict):
-        raise InvalidGameError(f"{path} is not a game file: it is not a JSON object.")
+    game = read_game(path)
     try:
         return compile_game(game)
     except AtodError as error:
