@@ -80,4 +80,4 @@ def test_atod_brings_the_student_closer_to_its_teacher(
     Trainer(CONFIG, tmp_path / "run", student, teacher, pool, []).run()
     distance = [float(row["disagreement"]) for row in read_metrics(tmp_path / "run")]
     print([round(value, 2) for value in distance])
-    assert sum(distance[-3:]) / 3 < 0.8 * sum(distance[:3]) / 3
+    assert sum(distance[-3:]) / 3 < 0.85 * sum(distance[:3]) / 3
