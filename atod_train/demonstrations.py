@@ -31,7 +31,7 @@ from atod_train.dialogue import DialogueEncoder
 from atod_train.metrics import EvaluatedModel
 from atod_train.policy import MODEL_SHAPES, Policy, build_policy, load_policy
 from atod_train.progress import progress
-from atod_train.rollout import EnvPool, seed_for, tasks_for_step
+from atod_train.rollout import EnvPool, new_messages, seed_for, tasks_for_step
 from atod_train.tokenizer import build_word_tokenizer
 from atod_train.types import Batch, TokenizedTurn, Trajectory, Turn
 
@@ -113,17 +113,11 @@ def _demonstrate_one(
         chosen = expert.act(observation["text"], choices, action)
         by_expert = not (seen and rng.random() < noise)
         action = chosen if by_expert else seen[int(rng.integers(len(seen)))]
-        new = [Message(m["role"], m["content"]) for m in _after_assistant(messages)]
         completion = format_action(action, pool.config.parse_profile)
-        turns.append(DemonstrationTurn(tuple(new), completion, by_expert))
+        turns.append(DemonstrationTurn(new_messages(messages), completion, by_expert))
         messages, _, terminated, truncated, info = env.step(completion)
         ended = terminated or truncated
     return tuple(turns) if info["success"] else None
-
-
-def _after_assistant(messages: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-    return list(messages[last + 1 :])
 
 
 def demonstration_texts(demonstrations: Iterable[Demonstration]) -> Iterable[str]:

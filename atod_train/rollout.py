@@ -111,7 +111,7 @@ class _Episode:
         self.group_id = group_id
         messages, info = env.reset(options={"task_id": task_id})
         self.info: Any = info
-        self.messages = _new_messages(messages)
+        self.messages = new_messages(messages)
         self.turns: list[Turn] = []
         self.stop_reason: StopReason | None = None
 
@@ -140,7 +140,7 @@ class _Episode:
         )
         self.turns.append(turn)
         self.info = info
-        self.messages = _new_messages(messages)
+        self.messages = new_messages(messages)
         if terminated or truncated:
             self.stop_reason = "terminated" if terminated else "turn_limit"
 
@@ -160,7 +160,7 @@ class _Episode:
         )
 
 
-def _new_messages(messages: Sequence[dict[str, str]]) -> tuple[Message, ...]:
+def new_messages(messages: Sequence[dict[str, str]]) -> tuple[Message, ...]:
     """What a prompt adds to the one before: all that follows the last assistant message."""
     new: list[Message] = []
     for message in reversed(messages):

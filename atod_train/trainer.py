@@ -115,7 +115,6 @@ class Trainer:
         if needs_teacher(config.algorithm.method) and teacher is not None:
             budget = config.train.tokens_per_microbatch
             self.teacher = LocalTeacher(teacher, student, tokens_per_microbatch=budget)
-        self._teacher_policy = teacher
         self._train_pool, self._eval_pools, self._known = train_pool, eval_pools, known
         self._dialogue = DialogueEncoder(student.tokenizer, config.env.prompt_style)
         self._optimizer = torch.optim.AdamW(

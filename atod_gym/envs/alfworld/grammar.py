@@ -246,8 +246,6 @@ class TextWriter:
             return repr(symbol.text)
         if symbol.kind == "rule":
             return self._rule(symbol.text, scope, depth)
-        if symbol.kind == "value" and not symbol.query:
-            return self._value(symbol.text, scope, depth)
         if not symbol.query:
             return self._value(symbol.text, scope, depth)
         items = self._items(symbol, scope, depth)

@@ -13,7 +13,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def compile_game(game: Mapping[str, Any]) -> NativeGame:
         program, goal, constants, names, state, walkthrough, EngineState(intro, (), won)
     )
     start = EngineState(intro, compiled.admissible(state)[2], won)
-    return NativeGame(program, goal, constants, names, state, walkthrough, start, compiled.places)
+    return replace(compiled, start=start)
 
 
 def _facts(problem: Problem, logic: Logic, entities: set[str]) -> dict[str, list[list[str]]]:
