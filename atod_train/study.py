@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atod_gym.errors import AtodError
+from atod_train.atod import Schedule
 from atod_train.baselines import needs_teacher
 from atod_train.config import RunConfig
 from atod_train.demonstrations import Starts
@@ -177,6 +178,20 @@ def _check_settings(config: RunConfig) -> None:
             raise AtodError(f"train.{name} must be at least 1, not {getattr(train, name)}.")
     if train.lr <= 0 or train.temperature <= 0:
         raise AtodError("train.lr and train.temperature must be above 0.")
+    algorithm = config.algorithm
+    if algorithm.dual_clip <= 1:
+        raise AtodError("algorithm.dual_clip must be above 1 (inf: none).")
+    try:
+        Schedule(
+            algorithm.kappa_init,
+            algorithm.kappa_min,
+            algorithm.rho_init,
+            algorithm.rho_max,
+            algorithm.anneal_steps,
+            algorithm.shape,
+        )
+    except ValueError as error:
+        raise AtodError(f"algorithm: {error}.") from error
 
 
 def _check_folder(out: Path) -> None:

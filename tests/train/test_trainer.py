@@ -225,6 +225,10 @@ def test_window_style_trains_too(tmp_path: Path) -> None:
 def test_settings_without_meaning_are_named(tmp_path: Path) -> None:
     with pytest.raises(AtodError, match=r"train\.steps"):
         run_study(_with(CONFIG, steps=0), tmp_path)
+    for setting in ({"kappa_init": 0.05}, {"rho_max": 0.5}, {"dual_clip": 1.0}):
+        wrong = replace(CONFIG, algorithm=replace(CONFIG.algorithm, **setting))
+        with pytest.raises(AtodError, match="algorithm"):
+            run_study(wrong, tmp_path)
     missing = replace(CONFIG, model=replace(CONFIG.model, student=str(tmp_path / "none")))
     with pytest.raises(AtodError, match="none"):
         run_study(missing, tmp_path / "out")
