@@ -245,12 +245,7 @@ def _coefficients(settings: AlgorithmConfig, step: int) -> tuple[float, float]:
         needs_teacher(settings.method)  # refuses unknown names
         return _FIXED_COEFFICIENTS[settings.method]
     schedule = Schedule(
-        kappa_init=settings.kappa_init,
-        kappa_min=settings.kappa_min,
-        rho_init=settings.rho_init,
-        rho_max=settings.rho_max,
-        anneal_steps=settings.anneal_steps,
-        shape=settings.shape,
+        *settings.kappa, *settings.rho, anneal_steps=settings.anneal_steps, shape=settings.shape
     )
     return schedule.coefficients(step)
 

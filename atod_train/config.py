@@ -41,10 +41,7 @@ class EnvConfig:
     success_reward: float = 10.0
     """The environment's reward is multiplied by this."""
     invalid_action_penalty: float = 0.1
-    """Subtracted from the reward of a turn with an invalid action, see action_validity."""
-    action_validity: Literal["strict", "format"] = "format"
-    """What the penalty is for. format: completions that do not parse (as published); strict: also
-    actions that are not admissible, which lets groups without success learn to play safe."""
+    """Subtracted from the reward of a turn whose completion does not parse (as published)."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +55,6 @@ class ModelConfig:
     """Expert episodes for the supervised starts of presets."""
     student_epochs: float = 1.0
     teacher_epochs: float = 8.0
-    demonstration_noise: float = 0.2
-    """Probability of a random action in place of the expert's, to show how to recover."""
-    supervised_lr: float = 3e-3
-    """Highest learning rate of the supervised starts (embeddings; matrices: Muon at 6 times it)."""
     max_context: int = 2048
     """Longest sequence in tokens; an episode that would outgrow it is truncated."""
 
@@ -71,10 +64,10 @@ class AlgorithmConfig:
     """The method and its constants; defaults are the paper's."""
 
     method: Method = "atod"
-    kappa_init: float = 1.0
-    kappa_min: float = 0.1
-    rho_init: float = 1.0
-    rho_max: float = 2.0
+    kappa: tuple[float, float] = (1.0, 0.1)
+    """Coefficient of the teacher's part: kappa_init, kappa_min."""
+    rho: tuple[float, float] = (1.0, 2.0)
+    """Coefficient of the reward's part: rho_init, rho_max."""
     anneal_steps: int = 80
     shape: Shape = "linear"
     turn_weights: WeightVariant = "soft_or"
@@ -83,8 +76,8 @@ class AlgorithmConfig:
     weight_smoothing: float = 0.0
     mean_preserving: bool = False
     advantage_over: Literal["trajectories", "turns"] = "trajectories"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip: tuple[float, float] = (0.2, 0.2)
+    """The ratio is clipped to [1 - clip[0], 1 + clip[1]]."""
     dual_clip: float = 3.0
     aggregation: Aggregation = "token-mean"
     entropy_bonus: float = 0.0
@@ -100,8 +93,6 @@ class TrainConfig:
     minibatches: int = 4
     """Optimiser updates per step."""
     lr: float = 5e-4
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
     temperature: float = 1.0
     max_completion_tokens: int = 16
     tokens_per_microbatch: int = 2048

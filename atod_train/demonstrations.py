@@ -42,6 +42,12 @@ OBSERVATION_WEIGHT = 0.3
 """Weight of a token of the environment's text in the loss of a supervised start: to foretell what
 is said teaches a model from scratch to copy names, which the expert's few tokens do not."""
 
+NOISE = 0.2
+"""Probability of a random action in place of the expert's, to show how to recover."""
+
+SUPERVISED_LR = 3e-3
+"""Highest learning rate of AdamW in a supervised start."""
+
 MUON_RATIO = 6.0
 """Learning rate of Muon as a multiple of AdamW's."""
 
@@ -302,8 +308,8 @@ class Starts:
             "env": [env.id, sorted(env.options.items()), env.max_turns, env.prompt_style],
             "prompt": [env.history_window, env.show_admissible, env.parse_profile],
             "data": self._pool.content_hash,
-            "demonstrations": [model.demonstrations, model.demonstration_noise],
-            "model": [name, epochs, model.supervised_lr, seed],
+            "demonstrations": [model.demonstrations, NOISE],
+            "model": [name, epochs, SUPERVISED_LR, seed],
         }
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         return f"{name}-{digest[:20]}"
@@ -311,9 +317,7 @@ class Starts:
     def _make(self, name: str, epochs: float, seed: int, role: str) -> Policy:
         model = self._config.model
         if self._demonstrations is None:
-            self._demonstrations = demonstrate(
-                self._pool, model.demonstrations, model.demonstration_noise, seed=0
-            )
+            self._demonstrations = demonstrate(self._pool, model.demonstrations, NOISE, seed=0)
         tokenizer: PreTrainedTokenizerBase = build_word_tokenizer(
             demonstration_texts(self._demonstrations)
         )
@@ -324,7 +328,7 @@ class Starts:
             policy,
             trajectories,
             epochs=epochs,
-            lr=model.supervised_lr,
+            lr=SUPERVISED_LR,
             seed=seed,
             tokens_per_microbatch=self._config.train.tokens_per_microbatch,
         )

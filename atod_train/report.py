@@ -163,10 +163,10 @@ def _facts(runs: Sequence[RunSummary]) -> str:
     train = [run.config.get("train", {}) for run in runs]
     batch = {f"{t['tasks_per_step']} x {t['group_size']}" for t in train if "group_size" in t}
     anneal = {
-        f"kappa {a['kappa_init']} to {a['kappa_min']}, rho {a['rho_init']} to {a['rho_max']} "
-        f"over {a['anneal_steps']} steps, {a['shape']}"
+        "kappa {} to {}, rho {} to {} ".format(*a["kappa"], *a["rho"])
+        + f"over {a['anneal_steps']} steps, {a['shape']}"
         for a in algorithm
-        if {"kappa_init", "kappa_min", "rho_init", "rho_max", "anneal_steps", "shape"} <= a.keys()
+        if {"kappa", "rho", "anneal_steps", "shape"} <= a.keys()
     }
     commands = [shlex.join(map(str, m["command"])) for m in manifests if m.get("command")]
     packages = [

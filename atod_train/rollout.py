@@ -11,7 +11,7 @@ import numpy as np
 
 import atod_gym  # noqa: F401 - registers the environments
 from atod_gym.errors import AtodError, InvalidSettingError, TaskNotFoundError
-from atod_gym.types import Message, StepInfo
+from atod_gym.types import Message
 from atod_gym.wrappers import agent_env
 from atod_train.config import EnvConfig
 from atod_train.generation import Completion, Generator
@@ -98,11 +98,6 @@ def tasks_for_step(task_ids: Sequence[str], step: int, count: int, seed: int) ->
     return chosen
 
 
-def is_valid(info: StepInfo, validity: str) -> bool:
-    """Whether the last action counts as valid: it parsed and, if strict, was admissible."""
-    return not info["parse_error"] and (validity == "format" or info["is_action_valid"])
-
-
 class _Episode:
     """One episode while it is played."""
 
@@ -119,7 +114,6 @@ class _Episode:
         """Executes a completion and records the turn."""
         config = pool.config
         messages, reward, terminated, truncated, info = self.env.step(text)
-        penalized = not is_valid(info, config.action_validity)  # type: ignore[arg-type]
         tokens = TokenizedTurn(
             prompt_ids=tuple(ids),
             completion_ids=completion.ids,
@@ -127,14 +121,14 @@ class _Episode:
             finish_reason=completion.finish_reason,
             extends_previous=config.prompt_style == "chat" and bool(self.turns),
         )
-        penalty = config.invalid_action_penalty if penalized else 0.0
+        penalty = config.invalid_action_penalty if info["parse_error"] else 0.0
         turn = Turn(
             index=len(self.turns),
             prompt=self.messages,
             completion=text,
             action=info["action"],
             reward=float(reward) * config.success_reward - penalty,
-            is_action_valid=is_valid(info, "strict"),  # type: ignore[arg-type]
+            is_action_valid=info["is_action_valid"] and not info["parse_error"],
             tokens=tokens,
             penalty=penalty,
         )

@@ -94,13 +94,16 @@ def read_config(run_dir: Path) -> RunConfig:
     path = run_dir / CONFIG_FILE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        env = record["env"]
-        env["eval_splits"] = tuple(env["eval_splits"])
+        # JSON knows lists only, where the settings have tuples.
+        parts: dict[str, dict[str, Any]] = {
+            part: {k: tuple(v) if isinstance(v, list) else v for k, v in record[part].items()}
+            for part in ("env", "model", "algorithm", "train")
+        }
         return RunConfig(
-            env=EnvConfig(**env),
-            model=ModelConfig(**record["model"]),
-            algorithm=AlgorithmConfig(**record["algorithm"]),
-            train=TrainConfig(**record["train"]),
+            env=EnvConfig(**parts["env"]),
+            model=ModelConfig(**parts["model"]),
+            algorithm=AlgorithmConfig(**parts["algorithm"]),
+            train=TrainConfig(**parts["train"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{path} is no config of this version: {error}") from error

@@ -182,14 +182,7 @@ def _check_settings(config: RunConfig) -> None:
     if algorithm.dual_clip <= 1:
         raise AtodError("algorithm.dual_clip must be above 1 (inf: none).")
     try:
-        Schedule(
-            algorithm.kappa_init,
-            algorithm.kappa_min,
-            algorithm.rho_init,
-            algorithm.rho_max,
-            algorithm.anneal_steps,
-            algorithm.shape,
-        )
+        Schedule(*algorithm.kappa, *algorithm.rho, algorithm.anneal_steps, algorithm.shape)
     except ValueError as error:
         raise AtodError(f"algorithm: {error}.") from error
 

@@ -67,6 +67,7 @@ from atod_train.training_state import (
 from atod_train.types import Batch, Trajectory
 
 _CHECKPOINTS_KEPT = 2
+_WEIGHT_DECAY, _MAX_GRAD_NORM = 0.01, 1.0  # as published
 
 
 class StoppedByUser(Exception):
@@ -120,7 +121,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             student.model.parameters(),
             lr=config.train.lr,
-            weight_decay=config.train.weight_decay,
+            weight_decay=_WEIGHT_DECAY,
             foreach=True,
         )
         self._times = PhaseTimes()
@@ -350,8 +351,8 @@ class Trainer:
                     old[rows],
                     advantages.values[rows],
                     here,
-                    clip_low=algorithm.clip_low,
-                    clip_high=algorithm.clip_high,
+                    clip_low=algorithm.clip[0],
+                    clip_high=algorithm.clip[1],
                     dual_clip=algorithm.dual_clip,
                     normalizer=scale,
                 )
@@ -375,9 +376,7 @@ class Trainer:
                     ("tokens", tokens),
                 ):
                     sums[name] = sums.get(name, 0.0) + value
-            norm = torch.nn.utils.clip_grad_norm_(
-                self.student.model.parameters(), settings.max_grad_norm
-            )
+            norm = torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), _MAX_GRAD_NORM)
             sums["grad_norm"] = sums.get("grad_norm", 0.0) + float(norm) / len(parts)
             self._optimizer.step()
         tokens = max(1.0, sums["tokens"])

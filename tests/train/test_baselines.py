@@ -89,7 +89,7 @@ def test_grpo_shares_the_group_advantage_among_all_tokens() -> None:
 @pytest.mark.parametrize("step", [1, 40, 200])
 def test_atod_without_teacher_share_is_grpo_bit_for_bit(step: int) -> None:
     signals = make_signals()
-    atod = with_method("atod", kappa_init=0.0, kappa_min=0.0, rho_init=1.0, rho_max=1.0)
+    atod = with_method("atod", kappa=(0.0, 0.0), rho=(1.0, 1.0))
     values = compute_advantages(signals, atod, step).values
     assert torch.equal(values, compute_advantages(signals, with_method("grpo"), step).values)
 
@@ -98,9 +98,7 @@ def test_atod_without_teacher_share_is_grpo_bit_for_bit(step: int) -> None:
 @pytest.mark.parametrize("step", [1, 40, 200])
 def test_atod_without_reward_share_and_weights_is_opd_bit_for_bit(method: str, step: int) -> None:
     signals = make_signals()
-    atod = with_method(
-        "atod", kappa_init=1.0, kappa_min=1.0, rho_init=0.0, rho_max=0.0, turn_weights="uniform"
-    )
+    atod = with_method("atod", kappa=(1.0, 1.0), rho=(0.0, 0.0), turn_weights="uniform")
     opd = compute_advantages(signals, with_method(method), step)
     assert torch.equal(compute_advantages(signals, atod, step).values, opd.values)
     assert torch.equal(opd.values, delta(signals))

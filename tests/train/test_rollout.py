@@ -17,7 +17,7 @@ from atod_train.dialogue import DialogueEncoder
 from atod_train.evaluate import evaluate
 from atod_train.generation import Generator
 from atod_train.policy import ModelShape, Policy, build_policy
-from atod_train.rollout import EnvPool, collect, is_valid, seed_for, tasks_for_step
+from atod_train.rollout import EnvPool, collect, seed_for, tasks_for_step
 from atod_train.tokenizer import build_word_tokenizer
 
 ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=4)
@@ -59,20 +59,13 @@ def test_seeds_depend_on_everything() -> None:
     assert all(0 <= seed < 2**62 for seed in seeds)
 
 
-def test_validity() -> None:
-    strict = {"parse_error": "", "is_action_valid": False}
-    assert not is_valid(strict, "strict")  # type: ignore[arg-type]
-    assert is_valid(strict, "format")  # type: ignore[arg-type]
-    assert not is_valid({"parse_error": "no", "is_action_valid": True}, "format")
-
-
 @pytest.mark.parametrize("style", ["chat", "window"])
 def test_groups_hold_what_was_played(pool: EnvPool, policy: Policy, style: str) -> None:
     config = EnvConfig(
         data="generated",
         options={"house_size": "tiny"},
         max_turns=4,
-        action_validity="strict" if style == "chat" else "format",
+        parse_profile="tags" if style == "chat" else "plain",
         prompt_style=style,  # type: ignore[arg-type]
     )
     chosen = EnvPool(config, "train")

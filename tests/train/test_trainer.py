@@ -180,10 +180,10 @@ def test_kill_9_and_ctrl_c_lose_nothing(whole_run: Path, tmp_path: Path) -> None
 def test_a_folder_is_not_overwritten(whole_run: Path) -> None:
     with pytest.raises(RunFolderError, match=r"--study\.resume"):
         run_study(CONFIG, whole_run.parent)
-    other = replace(CONFIG, algorithm=replace(CONFIG.algorithm, kappa_min=0.2))
+    other = replace(CONFIG, algorithm=replace(CONFIG.algorithm, kappa=(1.0, 0.2)))
     (whole_run / "summary.json").rename(whole_run / "kept.json")
     try:
-        with pytest.raises(RunFolderError, match=r"kappa_min"):
+        with pytest.raises(RunFolderError, match=r"kappa"):
             run_study(_resuming(other), whole_run.parent)
     finally:
         (whole_run / "kept.json").rename(whole_run / "summary.json")
@@ -225,7 +225,7 @@ def test_window_style_trains_too(tmp_path: Path) -> None:
 def test_settings_without_meaning_are_named(tmp_path: Path) -> None:
     with pytest.raises(AtodError, match=r"train\.steps"):
         run_study(_with(CONFIG, steps=0), tmp_path)
-    for setting in ({"kappa_init": 0.05}, {"rho_max": 0.5}, {"dual_clip": 1.0}):
+    for setting in ({"kappa": (0.05, 0.1)}, {"rho": (1.0, 0.5)}, {"dual_clip": 1.0}):
         wrong = replace(CONFIG, algorithm=replace(CONFIG.algorithm, **setting))
         with pytest.raises(AtodError, match="algorithm"):
             run_study(wrong, tmp_path)
