@@ -336,19 +336,20 @@ def test_a_corrupt_game_is_named_when_its_task_is_played(tmp_path: Path) -> None
         "cut": b'{"solvable": true, "pddl_domain": "(define',
         "lacking": b'{"solvable": true}',
         "nonsense": b'{"solvable": true, "pddl_domain": "(", "grammar": "x", "pddl_problem": "("}',
+        "cut early": files[3].read_bytes()[:500],
     }
     for path, content in zip(files, broken.values(), strict=False):
         path.write_bytes(content)
     env = make(data=str(tmp_path))
-    for path in files[:3]:
+    for path in files[:4]:
         with pytest.raises(InvalidGameError) as caught:
             env.reset(options={"task_id": f"{path.parts[-3]}/{path.parts[-2]}"})
         assert str(path) in str(caught.value)
         with pytest.raises(ResetNeeded):
             env.step("look")
-    files[3].unlink()
-    task_id = f"{files[3].parts[-3]}/{files[3].parts[-2]}"
+    files[4].unlink()
+    task_id = f"{files[4].parts[-3]}/{files[4].parts[-2]}"
     with pytest.raises(InvalidGameError, match="cannot be read"):
         env.reset(options={"task_id": task_id})
-    env.reset(options={"task_id": f"{files[4].parts[-3]}/{files[4].parts[-2]}"})
+    env.reset(options={"task_id": f"{files[5].parts[-3]}/{files[5].parts[-2]}"})
     assert env.step("look")[4]["is_action_valid"]

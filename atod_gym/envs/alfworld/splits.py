@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -25,7 +24,6 @@ from atod_gym.errors import (
     DataNotFoundError,
     InvalidGameError,
     InvalidSettingError,
-    TaskNotFoundError,
 )
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
@@ -214,16 +212,6 @@ def check_task_types(task_types: object) -> tuple[str, ...]:
     return tuple(name for name in TASK_TYPES if name in task_types)
 
 
-def task_not_found(task_id: object, task_ids: tuple[str, ...], split: str) -> TaskNotFoundError:
-    """The error for an unknown task id; proposes the closest known ones."""
-    close = difflib.get_close_matches(str(task_id)[:200], task_ids, n=2, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(close)}?" if close else f" An example: {task_ids[0]}."
-    return TaskNotFoundError(
-        f"No task {str(task_id)[:200]!r} among the {len(task_ids)} of split {split!r}.{hint} "
-        "env.unwrapped.task_ids lists them."
-    )
-
-
 def _open_files(root: Path, split: str, label: str) -> GameFiles:
     if not (root / split).is_dir():
         found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
@@ -266,12 +254,31 @@ def _scan(root: Path, split: str, name: str) -> TaskManifest:
         for trial_folder in _folders(task_folder):
             try:
                 content = (trial_folder / GAME_FILE).read_bytes()
-            except OSError:
-                continue  # Official data has trials without a game; others cannot be played.
-            if _SOLVABLE.search(content):
+            except FileNotFoundError:
+                continue  # Official data has trials without a game.
+            except OSError as error:
+                path = trial_folder / GAME_FILE
+                raise InvalidGameError(
+                    f"Cannot read the game file {path}: {error.strerror or error}."
+                ) from error
+            if _SOLVABLE.search(content) or _is_damaged(content):
                 digest = hashlib.sha256(content).hexdigest()
                 digests[f"{task_folder.name}/{trial_folder.name}"] = digest
     return TaskManifest(name, split, tuple(sorted(digests)), content_hash(digests))
+
+
+def _is_damaged(content: bytes) -> bool:
+    """Whether a file is no JSON: such a game stays a task, whose reset then names the file.
+
+    Left out, a damaged download would quietly make a split smaller.
+    """
+    if b'"solvable"' in content:
+        return False
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def _folders(folder: Path) -> list[Path]:
