@@ -11,6 +11,7 @@ __all__ = ["ENV_IDS"]
 
 _ENTRY_POINTS = {
     "atod/ALFWorld-v0": "atod_gym.envs.alfworld.env:ALFWorldEnv",
+    "atod/WebShop-v0": "atod_gym.envs.webshop:WebShopEnv",
 }
 
 ENV_IDS: tuple[str, ...] = tuple(_ENTRY_POINTS)

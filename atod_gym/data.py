@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 import os
@@ -9,9 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from atod_gym.errors import TaskNotFoundError
+
 DATA_VARIABLE = "ATOD_DATA"
 """Environment variable that names a folder with data of all environments."""
 
+# Comparing takes about 20 microseconds each; some splits have millions of tasks.
+_MOST_COMPARED = 10_000
 _announced: set[str] = set()
 
 
@@ -48,6 +53,17 @@ def content_hash(digests: Mapping[str, str]) -> str:
     for task_id in sorted(digests):
         total.update(f"{task_id} {digests[task_id]}\n".encode("utf-8", "surrogateescape"))
     return total.hexdigest()
+
+
+def task_not_found(task_id: object, task_ids: tuple[str, ...], split: str) -> TaskNotFoundError:
+    """The error for an unknown task id; proposes the closest known ones."""
+    candidates = task_ids[:_MOST_COMPARED]
+    close = difflib.get_close_matches(str(task_id)[:200], candidates, n=2, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(close)}?" if close else f" An example: {task_ids[0]}."
+    return TaskNotFoundError(
+        f"No task {str(task_id)[:200]!r} among the {len(task_ids)} of split {split!r}.{hint} "
+        "env.unwrapped.task_ids lists them."
+    )
 
 
 def cache_folder() -> Path:

@@ -32,3 +32,16 @@ class UnsupportedGameError(AtodError):
 
 class MissingExtraError(AtodError, ImportError):
     """An optional package is needed; the message names the extra to install."""
+
+
+class ServerError(AtodError):
+    """A server cannot be reached, or its answer is an error or makes no sense.
+
+    The message names the URL and the command to run.
+    """
+
+    def __init__(self, message: str, *, status: int = 0, code: str = "") -> None:
+        """Keeps the HTTP status (0: no usable answer came) and the server's own error code."""
+        super().__init__(message)
+        self.status = status
+        self.code = code

@@ -18,13 +18,16 @@ from atod_gym.types import ParsedAction
 ParseProfile = Literal["plain", "tags", "compat"]
 PARSE_PROFILES: tuple[ParseProfile, ...] = get_args(ParseProfile)
 
+LAST_CHARACTERS = 30
+"""How much of a completion without tags counts as the action, in published ALFWorld runs."""
+
 _CJK = re.compile("[\u4e00-\u9fff]")
 _OPEN, _CLOSE = "<action>", "</action>"
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 
 
 def parse_completion(
-    text: str, *, profile: ParseProfile = "tags", last_characters: int = 30
+    text: str, *, profile: ParseProfile = "tags", last_characters: int = LAST_CHARACTERS
 ) -> ParsedAction:
     """Finds the action in a completion; any text gives a result.
 

@@ -71,13 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="picks the task (default: a random one)")
     parser.add_argument("--backend", help="engine, such as native or alfworld")
     parser.add_argument("--house-size", help="size of generated houses")
+    parser.add_argument("--server-url", help="a running server, such as http://127.0.0.1:3000")
     return parser
 
 
 def _make(options: argparse.Namespace) -> gymnasium.Env[Any, str]:
     settings = {
         name: getattr(options, name)
-        for name in ("split", "data", "backend", "house_size")
+        for name in ("split", "data", "backend", "house_size", "server_url")
         if getattr(options, name) is not None
     }
     if options.seed is not None and options.seed < 0:
@@ -89,18 +90,23 @@ def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> int:
     task = {} if options.task_id is None else {"task_id": options.task_id}
     observation, info = env.reset(seed=options.seed, options=task)
     print(f"Task {info['task_id']} ({info['split']}, {info['data']} data)")
-    print(f"Goal: {observation['instruction']}\n\n{observation['text']}\n\n{HELP}")
+    print(f"Goal: {observation['instruction']}\n\n{_page(observation)}\n\n{HELP}")
     while True:
         action = _ask(observation)
         if action is None:
             print("Bye.")
             return 0
         observation, _, terminated, truncated, info = env.step(action)
-        print(f"\n{observation['text']}")
+        print(f"\n{_page(observation)}")
         if terminated or truncated:
             end = "Solved" if info["success"] else "Not solved"
             print(f"\n{end} after {info['turn_index']} turns (score {info['score']:g}).")
             return 0
+
+
+def _page(observation: TurnObservation) -> str:
+    """The text in lines: that of a web page has its parts in one line, with marks between them."""
+    return observation["text"].replace(" [SEP] ", "\n")
 
 
 def _ask(observation: TurnObservation) -> str | None:
@@ -117,10 +123,16 @@ def _ask(observation: TurnObservation) -> str | None:
             print(HELP)
         elif answer.isascii() and answer.isdigit():
             if 1 <= int(answer) <= len(actions):
-                return actions[int(answer) - 1]
+                return _filled_in(actions[int(answer) - 1])
             print(f"There is no action {answer}; the numbers go from 1 to {len(actions)}.")
         elif answer:
             return answer
+
+
+def _filled_in(action: str) -> str:
+    """Asks for the words of a search, which stands in the list without them."""
+    blank = "<query>"
+    return action.replace(blank, input("query> ").strip()) if blank in action else action
 
 
 def _accept_any_text() -> None:

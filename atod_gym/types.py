@@ -48,7 +48,8 @@ class StepInfo(TypedDict, total=False):
     success: bool
     """Whether the goal is reached now."""
     score: float
-    """The benchmark's own number now; for ALFWorld 1.0 on success, else 0.0."""
+    """The benchmark's own number now; for ALFWorld 1.0 on success, else 0.0; for WebShop the
+    original's score of the purchase, 0 to 1, and 0.0 before it."""
     action: str
     """The action that the environment executed last; empty after reset."""
     is_action_valid: bool
@@ -58,6 +59,40 @@ class StepInfo(TypedDict, total=False):
     turn_index: int
     episode: dict[str, float]
     """At the end: `r` (return), `l` (turns), `t` (seconds), as RecordEpisodeStatistics has it."""
+
+
+class RewardDetails(TypedDict, total=False):
+    """What a purchase in WebShop earned, part by part; names as in the original.
+
+    reward = (r_att w_att + r_option w_option + r_price w_price) r_type
+    """
+
+    reward: float
+    r_type: float
+    r_att: float
+    """Share of the goal's attributes that the product has."""
+    w_att: float
+    r_option: float
+    """Share of the goal's options that were chosen; absent where the goal has none."""
+    w_option: float
+    """Absent where the goal has no options."""
+    r_price: bool
+    """Whether the price is within the goal's limit."""
+    w_price: float
+    query_match: bool
+    category_match: bool
+    title_score: float
+    """Agreement of the nouns of both titles, 0 to 1."""
+
+
+class WebShopInfo(StepInfo, total=False):
+    """The `info` of WebShop; `reward_details` is there on a purchase only."""
+
+    noun_tagger: str
+    """What finds nouns in titles for the reward: `spacy` as in the original, else `words`."""
+    message: str
+    """What the server says about an action that did nothing, for people; mostly empty."""
+    reward_details: RewardDetails
 
 
 @dataclass(frozen=True, slots=True)

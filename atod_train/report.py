@@ -218,7 +218,7 @@ def _rate_cell(result: EvaluationResult, remark: str = "") -> str:
 
 
 def _conduct(result: EvaluationResult) -> list[str]:
-    return [f"{result.mean_turns:.1f}", percent(result.invalid_share)]
+    return [percent(result.mean_score), f"{result.mean_turns:.1f}", percent(result.invalid_share)]
 
 
 def _still_models(runs: Sequence[RunSummary], board: Board) -> list[tuple[str, EvaluationResult]]:
@@ -273,11 +273,11 @@ def _result_table(runs: Sequence[RunSummary], board: Board) -> str:
                 for values in (rates, bests)
             ]
             name = f"<b>{escape(method)}, mean of {len(rates)} seeds</b>"
-            rows.append([name, _NONE, *cells, _NONE, _NONE, _NONE])
+            rows.append([name, _NONE, *cells, *[_NONE] * 4])
     head = ["model", "tasks", "last success", "best success", "change from start, points"]
     data = {e.result.data for run in runs for e in run.evaluations}
     caption = f"{escape(board[0])}, {escape(board[1])} ({_distinct(sorted(data))} data)"
-    return table(caption, [*head, "turns", "invalid turns"], rows)
+    return table(caption, [*head, "score", "turns", "invalid turns"], rows)
 
 
 def _type_table(runs: Sequence[RunSummary], board: Board) -> str:

@@ -194,6 +194,7 @@ def collect(
     with times.phase("environment"):
         try:
             envs = pool.take(len(wanted))
+            _prefetch_resets(envs, [task for _, task in wanted])
             episodes = [_Episode(env, *task) for env, task in zip(envs, wanted, strict=True)]
         except TaskNotFoundError as error:
             raise AtodError(str(error)) from error
@@ -205,6 +206,11 @@ def collect(
             completions = generator.prompt(prompts, active)
             texts = ["" if c is None else generator.dialogue.decode(c.ids) for c in completions]
         with times.phase("environment"):
+            played = [row for row, given in zip(active, completions, strict=True) if given]
+            _prefetch_steps(
+                [episodes[row].env for row in played],
+                [text for text, given in zip(texts, completions, strict=True) if given],
+            )
             for row, ids, completion, text in zip(active, prompts, completions, texts, strict=True):
                 episode = episodes[row]
                 if completion is None:
@@ -224,6 +230,25 @@ def collect(
         TrajectoryGroup(task, tuple(records[i * group_size : (i + 1) * group_size]))
         for i, task in enumerate(task_ids)
     ]
+
+
+def _prefetch_resets(envs: Sequence[gymnasium.Env[Any, str]], task_ids: Sequence[str]) -> None:
+    """One request for all first pages, where the environments live in a server."""
+    inner: Any = envs[0].unwrapped
+    if hasattr(inner, "prefetch_resets"):
+        inner.prefetch_resets(envs, task_ids)
+
+
+def _prefetch_steps(envs: Sequence[gymnasium.Env[Any, str]], completions: Sequence[str]) -> None:
+    """One request for a turn of all episodes, where the environments live in a server."""
+    if not envs or not hasattr(envs[0].unwrapped, "prefetch_steps"):
+        return
+    inner: Any = envs[0].unwrapped
+    actions = [
+        env.get_wrapper_attr("parse")(text).action
+        for env, text in zip(envs, completions, strict=True)
+    ]
+    inner.prefetch_steps(envs, actions)
 
 
 def _prompt_ids(episode: _Episode, generator: Generator) -> list[int]:

@@ -35,6 +35,7 @@ def batch_metrics(
         "disagreement": float(advantages.disagreement.mean()),
         "uncertainty": float(advantages.uncertainty.mean()),
         "train_success": sum(t.success for t in trajectories) / len(trajectories),
+        "train_score": sum(t.score for t in trajectories) / len(trajectories),
         "return": float(batch.returns.mean()),
         "turns": len(turns) / len(trajectories),
         "invalid_share": sum(not turn.is_action_valid for turn in turns) / len(turns),

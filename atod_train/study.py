@@ -209,7 +209,7 @@ def print_table(runs: Sequence[RunSummary], console: Console) -> None:
     for board in dict.fromkeys(board for run in runs for board in run.boards):
         split, mode = board
         table = Table(title=f"{split}, {mode}: success rate with 95 % interval")
-        for column in ("model", "success", "turns", "invalid", "gain over start (paired)"):
+        for column in ("model", "success", "score", "turns", "invalid", "gain over start (paired)"):
             table.add_column(column)
         start, teacher = runs[0].start(board), None
         for run in runs:
@@ -245,6 +245,7 @@ def _cells(result: EvaluationResult, start: EvaluationResult | None) -> list[str
             gain = f"{difference:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
     return [
         f"{100 * result.success_rate:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+        f"{100 * result.mean_score:.1f}",
         f"{result.mean_turns:.1f}",
         f"{100 * result.invalid_share:.0f} %",
         gain,

@@ -35,6 +35,15 @@ def alfworld_data(data_folder: Path) -> Path:
     return _unpacked(archive) / "json_2.1.1"
 
 
+@pytest.fixture(scope="session")
+def webshop_data(data_folder: Path) -> Path:
+    """The folder with the official small set of WebShop and what the original did with it."""
+    folder = data_folder / "webshop"
+    if not (folder / "golden").is_dir():
+        _missing(f"no WebShop data in {data_folder}")
+    return folder
+
+
 @pytest.fixture
 def no_user_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keeps `data="auto"` from finding what the machine happens to have."""

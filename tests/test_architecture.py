@@ -34,7 +34,7 @@ TRAINER_LAYERS = (
     "cli",
 )
 
-GYM_LIBRARIES = {"numpy", "gymnasium", "requests"}
+GYM_LIBRARIES = {"numpy", "gymnasium", "requests", "urllib3"}
 
 
 def sources(package: str) -> dict[str, Path]:
@@ -137,7 +137,7 @@ def test_importing_the_environments_imports_nothing_heavy() -> None:
     code = (
         "import sys, atod_gym\n"
         "heavy = {'torch', 'transformers', 'textworld', 'alfworld', 'fast_downward', 'requests',"
-        " 'matplotlib', 'atod_gym.envs.alfworld.env'}\n"
+        " 'urllib3', 'matplotlib', 'atod_gym.envs.alfworld.env', 'atod_gym.envs.webshop'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run(

@@ -8,8 +8,9 @@ import gymnasium
 from gymnasium.utils import RecordConstructorArgs
 
 from atod_gym.errors import InvalidSettingError
-from atod_gym.parsing import ParseProfile, check_profile, parse_completion
+from atod_gym.parsing import LAST_CHARACTERS, ParseProfile, check_profile, parse_completion
 from atod_gym.spaces import UnicodeText
+from atod_gym.types import ParsedAction
 
 
 class ParseAction(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
@@ -23,9 +24,15 @@ class ParseAction(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
         self,
         env: gymnasium.Env[Any, str],
         profile: ParseProfile = "tags",
-        last_characters: int = 30,
+        last_characters: int | None = None,
     ) -> None:
         """See `parse_completion` for the arguments.
+
+        Args:
+            env: the environment.
+            profile: how completions are parsed.
+            last_characters: None: what published runs had, which the environment names in its
+                `metadata` if it is not 30.
 
         Raises:
             InvalidSettingError: for an unknown profile or a negative number of characters.
@@ -33,11 +40,25 @@ class ParseAction(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
         RecordConstructorArgs.__init__(self, profile=profile, last_characters=last_characters)
         gymnasium.Wrapper.__init__(self, env)
         check_profile(profile)
+        if last_characters is None:
+            last_characters = int(env.unwrapped.metadata.get("last_characters", LAST_CHARACTERS))
         if last_characters < 0:
             raise InvalidSettingError(f"last_characters must be >= 0, not {last_characters}.")
         self.profile = profile
         self.last_characters = last_characters
         self.action_space = UnicodeText()
+
+    def parse(self, completion: str) -> ParsedAction:
+        """What `step` finds in a completion, without playing it.
+
+        Raises:
+            TypeError: if the completion is not a `str`.
+        """
+        if not isinstance(completion, str):
+            raise TypeError(f"a completion is a str, not {type(completion).__name__}")
+        return parse_completion(
+            completion, profile=self.profile, last_characters=self.last_characters
+        )
 
     def step(self, action: str) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Parses the completion, executes its action and reports how the parsing went.
@@ -45,11 +66,7 @@ class ParseAction(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
         Raises:
             TypeError: if the completion is not a `str`.
         """
-        if not isinstance(action, str):
-            raise TypeError(f"a completion is a str, not {type(action).__name__}")
-        parsed = parse_completion(
-            action, profile=self.profile, last_characters=self.last_characters
-        )
+        parsed = self.parse(action)
         observation, reward, terminated, truncated, info = self.env.step(parsed.action)
         return (
             observation,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import sys
 import time
@@ -143,6 +144,7 @@ def main() -> int:
     parser.add_argument("--train-games", type=int, default=500)
     parser.add_argument("--steps", type=int, default=25, help="commands of a random walk")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--jobs", type=int, default=1, help="games at the same time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long")
     options = parser.parse_args()
     rows = (
@@ -152,23 +154,33 @@ def main() -> int:
     )
     done = {(row["game"], row["mode"]) for row in rows}
     games = chosen_games(options.data, options.train_games)
-    end = time.monotonic() + 60 * options.minutes
-    for number, game in enumerate(games):
+    left = []
+    for game in games:
         name = str(game.parent.relative_to(options.data))
         modes = tuple(mode for mode in options.modes if (name, mode) not in done)
-        if not modes:
-            continue
-        if time.monotonic() > end:
-            break
-        with options.results.open("a") as file:
-            for mode, lines in compare_game(game, modes, options.steps).items():
-                wrong = [line for line in lines if line]
-                row = {"game": name, "mode": mode, "states": len(lines), "differences": wrong}
-                rows.append(row)
-                file.write(json.dumps(row) + "\n")
-        if number % 20 == 0:
-            print(f"{number + 1}/{len(games)} games", file=sys.stderr, flush=True)
+        if modes:
+            left.append((name, game, modes, options.steps))
+    end = time.monotonic() + 60 * options.minutes
+    # The official engine slows down with every game that a process has loaded.
+    with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=15) as pool:
+        for number, found in enumerate(pool.imap(play_game, left), start=1):
+            rows += found
+            with options.results.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in found)
+            if number % 20 == 0:
+                print(f"{number} of {len(left)} games", file=sys.stderr, flush=True)
+            if time.monotonic() > end:
+                break
     return summarise(rows, len(games))
+
+
+def play_game(task: tuple[str, Path, tuple[str, ...], int]) -> list[dict[str, object]]:
+    """The rows of the results file for one game."""
+    name, game, modes, steps = task
+    return [
+        {"game": name, "mode": mode, "states": len(lines), "differences": list(filter(None, lines))}
+        for mode, lines in compare_game(game, modes, steps).items()
+    ]
 
 
 def summarise(rows: list[dict[str, object]], games: int) -> int:

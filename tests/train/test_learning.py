@@ -56,7 +56,7 @@ def policies(pool: EnvPool) -> tuple[Policy, Policy]:
     tokenizer = build_word_tokenizer(demonstration_texts(episodes))
     trajectories = [tokenize(episode, DialogueEncoder(tokenizer)) for episode in episodes]
     made = []
-    for seed, epochs in ((1, 8.0), (0, 18.0)):
+    for seed, epochs in ((1, 14.0), (0, 24.0)):
         policy = build_policy(SHAPE, tokenizer, seed)
         train_on_demonstrations(policy, trajectories, epochs=epochs, lr=3e-3, seed=seed)
         made.append(policy)

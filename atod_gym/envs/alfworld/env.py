@@ -11,10 +11,10 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 from gymnasium.utils import EzPickle
 
-from atod_gym.data import TaskManifest
+from atod_gym.data import TaskManifest, task_not_found
 from atod_gym.envs.alfworld.engine import EngineState, GameEngine
 from atod_gym.envs.alfworld.expert import ScriptedExpert
-from atod_gym.envs.alfworld.splits import check_task_types, open_tasks, task_not_found
+from atod_gym.envs.alfworld.splits import check_task_types, open_tasks
 from atod_gym.errors import (
     InvalidGameError,
     InvalidSettingError,

@@ -1,0 +1,167 @@
+"""The life of a server process: its token, socket, start-up line, parent and end."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from types import FrameType
+from typing import NoReturn
+
+import uvicorn
+from starlette.types import ASGIApp
+
+# Clients keep one connection for a whole run, with pauses as long as a training step.
+KEEP_ALIVE_SECONDS = 600
+SHUTDOWN_SECONDS = 2
+_BACKLOG = 2048
+_PARENT_POLL_SECONDS = 0.5
+
+
+class StartError(Exception):
+    """The server cannot start; the message is one line that says what to do."""
+
+
+def read_token(variable: str | None) -> str | None:
+    """The token in an environment variable.
+
+    Raises:
+        StartError: if the variable is named but empty, not set, or no ASCII word.
+    """
+    if variable is None:
+        return None
+    token = os.environ.get(variable, "")
+    if not token or not token.isascii() or any(character.isspace() for character in token):
+        raise StartError(
+            f"--token-env: the environment variable {variable} must hold the token, ASCII without"
+            " spaces"
+        )
+    return token
+
+
+def open_socket(host: str, port: int, *, has_token: bool) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Warns when others can reach it without a token.
+
+    Raises:
+        StartError: if the address is unknown or the port is taken or not allowed.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise StartError(f"--host {host}: {error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise StartError(
+            f"cannot listen on {host} port {port} ({error.strerror}); choose another --port, or 0"
+        ) from error
+    bound = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    if not bound.is_loopback and not has_token:
+        print(
+            f"warning: {host} is reachable from other machines and no token is asked for; use"
+            " --token-env or --host 127.0.0.1",
+            file=sys.stderr,
+            flush=True,
+        )
+    return listener
+
+
+def watch_parent(pid: int) -> None:
+    """Ends this process, as SIGTERM would, once another process is gone, however it ended."""
+    threading.Thread(target=_end_with, args=(pid,), name="parent-watch", daemon=True).start()
+
+
+def _end_with(pid: int) -> None:
+    try:
+        _wait_for_end(pid)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _wait_for_end(pid: int) -> None:
+    is_parent = os.getppid() == pid
+    if sys.platform == "linux" and hasattr(os, "pidfd_open"):
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        except OSError:
+            # A kernel without it, or one that does not allow it.
+            pass
+        else:
+            # Readable from the moment the process ends, even while nobody has reaped it.
+            waiting = select.poll()
+            waiting.register(handle, select.POLLIN)
+            waiting.poll()
+            return
+    while os.getppid() == pid if is_parent else _exists(pid):
+        time.sleep(_PARENT_POLL_SECONDS)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def exit_on_signals() -> None:
+    """Makes SIGTERM and SIGINT end the process with status 0, also before it serves."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+class _AnnouncedServer(uvicorn.Server):
+    """Prints one line of JSON once it answers."""
+
+    def __init__(self, config: uvicorn.Config, announcement: dict[str, object]) -> None:
+        super().__init__(config)
+        self._announcement = announcement
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(json.dumps(self._announcement), flush=True)
+
+
+def serve(app: ASGIApp, listener: socket.socket, *, service: str) -> None:
+    """Serves until SIGTERM or SIGINT; prints `{"ready": true, "url", "service"}` once it answers.
+
+    Args:
+        app: the application.
+        listener: from `open_socket`.
+        service: the name for the start-up line.
+    """
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+    server = _AnnouncedServer(config, {"ready": True, "url": url, "service": service})
+    server.run(sockets=[listener])

@@ -1,0 +1,264 @@
+"""The arrays of a search index, in memory or as a folder of .npy files that are mapped, not read.
+
+The folder holds one file per array and `index.json` with everything else. It is written under
+another name and renamed when complete: a folder under its final name is never half an index.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = "atod-bm25"
+VERSION = 1
+DESCRIPTION_FILE = "index.json"
+
+
+class SearchIndexError(Exception):
+    """A folder that is no usable search index; the message says why and what to do."""
+
+
+class StringTable:
+    """Strings as one run of UTF-8 bytes with offsets: a few bytes each, however many there are.
+
+    Args:
+        content: uint8 [bytes], all strings one after the other.
+        offsets: int64 [strings + 1], where each begins; the last is the number of bytes.
+    """
+
+    def __init__(self, content: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        self._content = content.data
+        self._offsets = offsets.data
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: int) -> bytes:
+        """The UTF-8 bytes of one string."""
+        return bytes(self._content[self._offsets[row] : self._offsets[row + 1]])
+
+    def texts(self, rows: Sequence[int]) -> list[str]:
+        """The strings of some rows."""
+        content, offsets = self._content, self._offsets
+        return [
+            str(content[offsets[row] : offsets[row + 1]], "utf-8", "surrogatepass") for row in rows
+        ]
+
+    def find(self, text: str) -> int | None:
+        """The row of a string, by binary search; the table must be sorted by bytes."""
+        wanted = text.encode("utf-8", "surrogatepass")
+        row = bisect_left(self, wanted)
+        return row if row < len(self) and self[row] == wanted else None
+
+
+@dataclass(frozen=True)
+class IndexDescription:
+    """What `index.json` says besides the arrays."""
+
+    k1: float
+    b: float
+    documents: int
+    documents_with_terms: int
+    tokens: int
+    """Sum of the documents' lengths in terms."""
+    content_hash: str
+    """SHA-256 over ids and texts in order, see `IndexBuilder`."""
+
+
+@dataclass(frozen=True)
+class IndexArrays:
+    """Postings by term: those of term t stand at `starts[t]:starts[t + 1]`, documents ascending."""
+
+    docs: NDArray[np.int32]
+    """[postings], the document's row."""
+    codes: NDArray[np.uint16] | NDArray[np.uint32]
+    """[postings], index into `factors`: frequency and document length in one number."""
+    starts: NDArray[np.int64]
+    """[terms + 1]"""
+    factors: NDArray[np.float32]
+    """[codes], see `similarity.factors`."""
+    best: NDArray[np.float32]
+    """[terms], the largest factor among the term's postings."""
+    term_bytes: NDArray[np.uint8]
+    term_offsets: NDArray[np.int64]
+    """Both as in `StringTable`; terms are sorted by their bytes."""
+    id_bytes: NDArray[np.uint8]
+    id_offsets: NDArray[np.int64]
+    """Both as in `StringTable`; ids in document order."""
+    ranks: NDArray[np.int32]
+    """[documents], the place of the document's id among all ids sorted by their bytes."""
+
+
+ARRAY_TYPES = {
+    "docs": "int32",
+    "codes": "uint16 uint32",
+    "starts": "int64",
+    "factors": "float32",
+    "best": "float32",
+    "term_bytes": "uint8",
+    "term_offsets": "int64",
+    "id_bytes": "uint8",
+    "id_offsets": "int64",
+    "ranks": "int32",
+}
+
+
+class ArrayStore:
+    """Where new arrays are made: in memory, or as .npy files in a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def new(self, name: str, length: int, dtype: str) -> NDArray[Any]:
+        """An array [length] to be filled."""
+        if self._folder is None or length == 0:
+            array: NDArray[Any] = np.empty(length, dtype)
+            if self._folder is not None:
+                np.save(self._folder / f"{name}.npy", array, allow_pickle=False)
+            return array
+        path = self._folder / f"{name}.npy"
+        return np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=(length,))
+
+    def filled(self, name: str, content: NDArray[Any]) -> NDArray[Any]:
+        """An array with this content."""
+        array = self.new(name, len(content), content.dtype.name)
+        array[:] = content
+        return array
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which becomes `folder` when the block ends without an error.
+
+    Raises:
+        SearchIndexError: there is something at `folder` already (an empty folder is fine).
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise SearchIndexError(f"{folder} exists already: open it, or delete it and build again")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}-partial-{secrets.token_hex(4)}"
+    partial.mkdir()
+    try:
+        yield partial
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        try:
+            partial.rename(folder)
+        except OSError as error:
+            raise SearchIndexError(
+                f"{folder} appeared while its index was built: open it, or delete it and build"
+                " again"
+            ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_description(folder: Path, description: IndexDescription, arrays: IndexArrays) -> None:
+    """Writes `index.json`; the arrays' files are there already."""
+    shapes = {
+        field.name: {
+            "dtype": getattr(arrays, field.name).dtype.name,
+            "length": len(getattr(arrays, field.name)),
+        }
+        for field in fields(arrays)
+    }
+    content = {"format": FORMAT, "version": VERSION, **asdict(description), "arrays": shapes}
+    (folder / DESCRIPTION_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def open_folder(folder: Path) -> tuple[IndexDescription, IndexArrays]:
+    """Maps the arrays of a folder; nothing but `index.json` is read.
+
+    Raises:
+        SearchIndexError: the folder is missing, damaged, or of another program or version.
+    """
+    content = _read_description(folder)
+    try:
+        description = IndexDescription(
+            **{field.name: content[field.name] for field in fields(IndexDescription)}
+        )
+        shapes = {name: content["arrays"][name] for name in ARRAY_TYPES}
+        arrays = {
+            name: _mapped(folder / f"{name}.npy", shape["dtype"], shape["length"])
+            for name, shape in shapes.items()
+        }
+        loaded = IndexArrays(**arrays)
+        _check(folder, description, loaded)
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder, f"{DESCRIPTION_FILE}: {error!r}") from error
+    return description, loaded
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SearchIndexError(
+            f"{folder} is no search index, it has no {DESCRIPTION_FILE}: build one with"
+            " BM25Index.build(documents, folder=...)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, f"{DESCRIPTION_FILE}: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise SearchIndexError(f"{folder} is no search index of this program; give another folder")
+    if content.get("version") != VERSION:
+        raise SearchIndexError(
+            f"{folder} has version {content.get('version')!r} of the index format, this program"
+            f" reads {VERSION}: delete the folder and build the index again"
+        )
+    return content
+
+
+def _mapped(path: Path, dtype: str, length: int) -> NDArray[Any]:
+    try:
+        array: NDArray[Any]
+        if length:
+            array = np.lib.format.open_memmap(path, mode="r")
+        else:
+            # An empty array cannot be mapped.
+            with path.open("rb") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path.parent, f"{path.name}: {error}") from error
+    if (
+        dtype not in ARRAY_TYPES[path.stem].split()
+        or array.dtype.name != dtype
+        or array.shape != (length,)
+    ):
+        raise _damaged(path.parent, f"{path.name} is not an array of {length!r} {dtype!r}")
+    return np.asarray(array)
+
+
+def _check(folder: Path, description: IndexDescription, arrays: IndexArrays) -> None:
+    """What can be checked without reading the arrays."""
+    terms = len(arrays.best)
+    documents = description.documents
+    ends = (
+        (arrays.starts, terms, len(arrays.docs)),
+        (arrays.term_offsets, terms, len(arrays.term_bytes)),
+        (arrays.id_offsets, documents, len(arrays.id_bytes)),
+    )
+    for offsets, count, end in ends:
+        if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != end:
+            raise _damaged(folder, "its arrays do not fit each other")
+    if len(arrays.codes) != len(arrays.docs) or len(arrays.ranks) != documents:
+        raise _damaged(folder, "its arrays do not fit each other")
+
+
+def _damaged(folder: Path, reason: str) -> SearchIndexError:
+    return SearchIndexError(
+        f"the search index {folder} is damaged ({reason}): delete it and build it again"
+    )

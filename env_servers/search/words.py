@@ -1,0 +1,117 @@
+"""Splits text into words exactly as Lucene 9's StandardTokenizer does.
+
+The rules are those of the grammar that Lucene generates its tokenizer from
+(`StandardTokenizerImpl.jflex`): the word boundaries of Unicode Standard Annex #29, version 12.1,
+with these choices: runs of South East Asian characters (Thai and others) are one word, every Han
+and Hiragana character is a word, emoji sequences are words, and at each place the longest word
+counts. A word ends after 255 UTF-16 units; what follows is the next word.
+
+Text is first turned into one character class per character (`word_classes`), then regular
+expressions over the classes find the words. Pure ASCII text, which is most of it, takes a short cut
+that gives the same words.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from itertools import accumulate
+
+from env_servers.search.word_classes import class_table
+
+MAX_UNITS = 255
+"""The length at which Lucene cuts a word, in UTF-16 units."""
+
+# What may follow a character without ending its word (UAX #29, rule WB4); emoji sequences treat
+# the presentation selectors V and W separately.
+_EXTEND = "[EZVWYTXFs]*"
+_EMOJI_EXTEND = "[EZYTXFs]*"
+
+_LETTERS = f"[LAG]{_EXTEND}(?:[MO']{_EXTEND}[LHAG]{_EXTEND})*"
+_DIGITS = f"[ND]{_EXTEND}(?:[CO']{_EXTEND}[ND]{_EXTEND})*"
+# A Hebrew letter takes a single quote, or a double quote with another Hebrew letter; one that
+# stands behind a middle character takes neither.
+_HEBREW = f"H{_EXTEND}(?:'{_EXTEND}|\"{_EXTEND}H{_EXTEND}|(?:[MO']{_EXTEND}[LHAG]{_EXTEND})*)"
+_PIECE = f"(?:(?:K{_EXTEND})+|(?:{_LETTERS}|{_DIGITS}|{_HEBREW})+)"
+_JOINER = f"(?:U{_EXTEND})"
+_WORD = f"{_JOINER}*{_PIECE}(?:{_JOINER}+{_PIECE})*{_JOINER}*"
+
+_PICTURE = f"[PA]{_EMOJI_EXTEND}"
+_MODIFIER = f"F{_EMOJI_EXTEND}"
+# Pictures joined by ZWJ. `_EMOJI_EXTEND` also takes the ZWJ, hence the look behind.
+_EMOJI = (
+    f"Z*{_PICTURE}VT+X"
+    f"|(?:Z*{_PICTURE}|{_MODIFIER}(?<=Z){_PICTURE})"
+    f"(?:(?<=Z){_PICTURE}|VZ+{_PICTURE}|VZ{_MODIFIER}(?<=Z){_PICTURE})*(?:VZ{_MODIFIER}|V)?"
+    f"|{_MODIFIER}"
+)
+_KEY_CAP = f"k{_EMOJI_EXTEND}(?:VY|Y){_EMOJI_EXTEND}"
+_FLAG = f"R{_EXTEND}R{_EXTEND}"
+_SINGLE = f"[IJ]{_EXTEND}"
+_COMPLEX = "[Ss][EZVWYTXFsS]*"
+
+# The same, but the joiners before the first piece are taken all or not at all (as an atomic group).
+_CAREFUL_WORD_PATTERN = re.compile(f"(?=({_JOINER}*))\\1{_WORD}")
+_OTHER_PATTERN = re.compile(f"{_EMOJI}|{_KEY_CAP}|{_FLAG}|{_SINGLE}|{_COMPLEX}")
+# Most words are letters and digits with nothing behind them that could belong to them.
+_PLAIN = "[LDN]+(?![^.])"
+_ANY_PATTERN = re.compile(f"{_PLAIN}|{_WORD}|{_EMOJI}|{_KEY_CAP}|{_FLAG}|{_SINGLE}|{_COMPLEX}")
+_START_PATTERN = re.compile("[LHAGNDKUPZFkRIJSs]")
+# What a word can begin with, but not end with; of what is in such a run only U and Z can begin one.
+_PREFIX_PATTERN = re.compile("U[UEVWYTX]*|Z+|")
+# Text with this in its classes needs the careful way: A is both a letter and an emoji, and in a
+# run that is long enough a word may have to be cut.
+_CAREFUL_PATTERN = re.compile(r"A|[^.]{128}")
+
+_ASCII_PATTERN = re.compile(
+    "[0-9A-Za-z_]+(?:(?:(?<=[A-Za-z])[.:'](?=[A-Za-z])|(?<=[0-9])[.,;'](?=[0-9]))[0-9A-Za-z_]+)*"
+)
+
+_CLASSES = class_table()
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text, in order, as they stand in it.
+
+    Any string is fine: lone surrogates and control characters end words like spaces do.
+    """
+    if text.isascii():
+        found = _ASCII_PATTERN.findall(text)
+        if "_" in text:
+            found = [word for word in found if word.strip("_")]
+        if not found or len(max(found, key=len)) <= MAX_UNITS:
+            return found
+    return _split_any(text)
+
+
+def _split_any(text: str) -> list[str]:
+    """`split_words` for any text, without the short cut."""
+    classes = text.translate(_CLASSES)
+    if _CAREFUL_PATTERN.search(classes) is None:
+        spans = [match.span() for match in _ANY_PATTERN.finditer(classes)]
+        return [text[begin:end] for begin, end in spans]
+    return _split_carefully(text, classes)
+
+
+def _split_carefully(text: str, classes: str) -> list[str]:
+    """Word by word, looking at no more than 255 units at a time, as Lucene's buffer does."""
+    found = []
+    wide = max(text, default="") > "\uffff"
+    units = [0, *accumulate(2 if character > "\uffff" else 1 for character in text)] if wide else []
+    start = _START_PATTERN.search(classes)
+    while start is not None:
+        begin = start.start()
+        limit = bisect_right(units, units[begin] + MAX_UNITS) - 1 if wide else begin + MAX_UNITS
+        words = (
+            _CAREFUL_WORD_PATTERN.match(classes, begin, limit),
+            _OTHER_PATTERN.match(classes, begin, limit),
+        )
+        end = max((word.end() for word in words if word is not None), default=begin)
+        if end > begin:
+            found.append(text[begin:end])
+        else:
+            # In a long run of such characters none has the end of the run in its window.
+            prefix = _PREFIX_PATTERN.match(classes, begin)
+            end = max(begin + 1, prefix.end() - MAX_UNITS + 1 if prefix else 0)
+        start = _START_PATTERN.search(classes, end)
+    return found

@@ -1,0 +1,29 @@
+"""The shop of the WebShop benchmark, without Java, HTML parsing or a model that tags nouns.
+
+Source: princeton-nlp/WebShop, the text environment (`web_agent_site/envs/web_agent_text_env.py`),
+its engine and goals. On the official small set the texts, clickables, goals, prices, rankings and
+rewards are the same, byte for byte. What differs:
+
+1. `search[<c>]` and `search[<a> ..]` raise in the original and leave a session in which buying
+   raises too. Here they do nothing and say why, and an open product stays open.
+2. `search[<r>]` draws 50 products from the process's random stream, anew for every page of results.
+   Here the session's name chooses them, once for each search.
+3. The original tells pages apart by words in their address, so that a search for `search_results`,
+   `item_page` or `done` makes later buttons do other things. Here such a search is like any other.
+4. `next >` leads on without end, as in the original; on pages behind the last result
+   `Outcome.message` says so. It also says why an action did nothing. No text changes by it.
+5. Without spaCy and its small English model the nouns of titles are approximated, see `nouns`;
+   `Shop.noun_tagger` tells which way was used.
+6. Reviews in the data are shown, and the mean of their stars is the rating. The official files have
+   none: `Rating: N.A.`, and nothing on the page of reviews.
+7. The original seeds its draws only before it shuffles the goals. Here `goal_seed` also seeds those
+   of prices and limits, so that a goal is the same in every process. Goals are named by their
+   place; the original's random choice of one at a reset is not offered.
+8. A product that the attribute file does not name has no goal, and data of another shape is named
+   in a `ShopDataError`; the original raises `KeyError` and the like.
+9. A choice without a text is not listed as clickable, since no action can name it.
+
+Kept although it may look wrong: an option whose value has an opening bracket cannot be clicked; the
+plain text does not show which options are chosen; the page after a purchase does not show the goal;
+a search is possible from every page, also after the purchase.
+"""

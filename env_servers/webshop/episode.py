@@ -1,0 +1,242 @@
+"""One customer in the shop: the state of an episode and how actions change it.
+
+Source: `SimServer` and `WebAgentTextEnv.step` of the original's `web_agent_text_env.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from env_servers.webshop.actions import parse_action
+from env_servers.webshop.goals import Goal
+from env_servers.webshop.pages import (
+    BACK,
+    BUY,
+    NEXT,
+    PREVIOUS,
+    RESULTS_PER_PAGE,
+    SEARCH,
+    SUB_PAGES,
+    Page,
+    PageWriter,
+    Purchase,
+    SubPage,
+)
+from env_servers.webshop.reward import RewardDetails, reward_details
+from env_servers.webshop.searching import SearchError
+
+if TYPE_CHECKING:
+    from env_servers.webshop.shop import Shop
+
+_SITE = "http://127.0.0.1:3000"
+_HOW_TO_ACT = "Nothing was done: write search[keywords] or click[name of a button]."
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one action did."""
+
+    page: Page
+    executed: bool
+    """Whether the action did something: strict validity."""
+    over: bool
+    """Whether something has been bought, now or before."""
+    score: float
+    """0 to 1 when this action bought something, else 0."""
+    details: RewardDetails | None
+    """The reward's parts when this action bought something."""
+    message: str
+    """Why nothing was done, or a hint, in one sentence; else empty."""
+
+
+class Episode:
+    """One customer with one goal. Not thread-safe; a few kilobytes.
+
+    After a purchase nothing is left to click, but a search still works, as in the original.
+    """
+
+    __slots__ = ("_action_counts", "_chosen", "_goal", "_name", "_over", "_page", "_results",
+                 "_row", "_rows", "_shop", "_visited", "_writer")  # fmt: skip
+
+    def __init__(self, shop: Shop, goal: Goal, name: str) -> None:
+        """Starts on the search page.
+
+        Args:
+            shop: may be shared by any number of episodes and threads.
+            goal: one of the shop's goals.
+            name: the session's name; it is part of `url`, and chooses what `search[<r>]` finds.
+        """
+        self._shop = shop
+        self._goal = goal
+        self._name = name
+        self._writer = PageWriter(goal.instruction, shop.settings.text_style)
+        self._over = False
+        self._rows: tuple[int, ...] = ()
+        self._row = -1
+        self._enter()
+
+    @property
+    def goal(self) -> Goal:
+        """What the customer wants."""
+        return self._goal
+
+    @property
+    def page(self) -> Page:
+        """The page that the customer sees."""
+        return self._page
+
+    @property
+    def over(self) -> bool:
+        """Whether something has been bought."""
+        return self._over
+
+    @property
+    def chosen_options(self) -> dict[str, str]:
+        """The options chosen for the current product: name -> value."""
+        return dict(self._chosen)
+
+    @property
+    def action_counts(self) -> dict[str, int]:
+        """Pages opened since the last search page, by the original's names for them."""
+        return dict(self._action_counts)
+
+    @property
+    def url(self) -> str:
+        """The address that the original's page has."""
+        kind = self._page.kind
+        if kind == "search":
+            return f"{_SITE}/{self._name}"
+        if kind == "results":
+            return f"{_SITE}/search_results/{self._name}/{self._place()}"
+        if kind == "item":
+            return self._item_url()
+        asin = self._shop.catalogue[self._row].asin
+        if kind == "sub_page":
+            return (
+                f"{_SITE}/item_sub_page/{self._name}/{asin}/{self._place()}/"
+                f"{self._page.sub_page}/{self._chosen}"
+            )
+        return f"{_SITE}/done/{self._name}/{asin}/{self._chosen}"
+
+    def step(self, action: str) -> Outcome:
+        """Does `search[keywords]` or `click[name]`; any text is accepted.
+
+        What means nothing, or is not on the page, changes nothing.
+        """
+        parsed = parse_action(action)
+        if parsed is None:
+            return self._nothing(_HOW_TO_ACT)
+        if parsed.verb == "search":
+            return self._search(parsed.argument)
+        return self._click(parsed.argument)
+
+    def _search(self, keywords: str) -> Outcome:
+        try:
+            rows = self._shop.search_rows(keywords, self._name)
+        except SearchError as error:
+            return self._nothing(str(error))
+        self._rows = rows
+        return self._show_results(keywords, 1)
+
+    def _click(self, name: str) -> Outcome:
+        page = self._page
+        if name not in page.clickables or name == SEARCH:
+            return self._nothing(
+                "Nothing was done: to search, write search[keywords]."
+                if name == SEARCH
+                else "Nothing was done: this page has no such button."
+            )
+        if name == BUY:
+            return self._buy()
+        if name == BACK:
+            self._enter()
+            return self._shown()
+        if page.kind == "results":
+            if name == NEXT:
+                return self._show_results(page.keywords, page.page_number + 1)
+            if name == PREVIOUS:
+                return self._show_results(page.keywords, page.page_number - 1)
+            return self._open_product(page.clickables.index(name) - len(page.clickables))
+        if name == PREVIOUS:
+            if page.kind == "sub_page":
+                return self._show_item()
+            return self._show_results(page.keywords, page.page_number)
+        if name in SUB_PAGES:
+            return self._show_sub_page(SUB_PAGES[name])
+        self._action_counts["options"] += 1
+        self._chosen[self._shop.view(self._row).option_names[name]] = name
+        return self._show_item()
+
+    def _enter(self) -> None:
+        """Goes to the search page; all that was done before is forgotten."""
+        self._rows = ()
+        self._row = -1
+        self._chosen: dict[str, str] = {}
+        self._visited: set[str] = set()
+        self._action_counts: Counter[str] = Counter()
+        self._page = self._results = self._writer.search()
+
+    def _show_results(self, keywords: str, page_number: int) -> Outcome:
+        first = (page_number - 1) * RESULTS_PER_PAGE
+        lines = [self._shop.line(row) for row in self._rows[first : first + RESULTS_PER_PAGE]]
+        self._row = -1
+        self._chosen = {}
+        self._action_counts["search"] += 1
+        self._page = self._results = self._writer.results(
+            keywords, page_number, len(self._rows), lines, self._visited
+        )
+        if lines or page_number == 1:
+            return self._shown()
+        return self._shown("This page is empty: the results end before it.")
+
+    def _open_product(self, place: int) -> Outcome:
+        """Opens a product of the results page; `place` counts from the page's end, from -1."""
+        on_page = len(self._page.products)
+        first = (self._page.page_number - 1) * RESULTS_PER_PAGE
+        self._row = self._rows[first + on_page + place]
+        self._visited.add(self._page.products[place].asin)
+        self._action_counts["asin"] += 1
+        return self._show_item()
+
+    def _show_item(self) -> Outcome:
+        view = self._shop.view(self._row)
+        url = self._item_url() if self._shop.settings.text_style == "text_rich" else ""
+        self._page = self._writer.item(view, self._chosen, self._results, url)
+        return self._shown()
+
+    def _show_sub_page(self, sub_page: SubPage) -> Outcome:
+        view = self._shop.view(self._row)
+        self._action_counts[sub_page] += 1
+        self._page = self._writer.sub_page(view, sub_page, self._chosen, self._results)
+        return self._shown()
+
+    def _buy(self) -> Outcome:
+        product = self._shop.catalogue[self._row]
+        price = self._shop.price(self._row)
+        details = reward_details(
+            self._goal, product, price, self._chosen.values(), self._shop.tagger
+        )
+        purchase = Purchase(product, tuple(self._chosen.items()), price, details)
+        self._action_counts["purchase"] += 1
+        self._over = True
+        self._page = self._writer.done(purchase)
+        return Outcome(self._page, True, True, details.reward, details, "")
+
+    def _shown(self, hint: str = "") -> Outcome:
+        return Outcome(self._page, True, self._over, 0.0, None, hint)
+
+    def _nothing(self, why: str) -> Outcome:
+        return Outcome(self._page, False, self._over, 0.0, None, why)
+
+    def _item_url(self) -> str:
+        asin = self._shop.catalogue[self._row].asin
+        options = json.dumps(self._chosen)
+        return f"{_SITE}/item_page/{self._name}/{asin}/{self._place()}/{options}"
+
+    def _place(self) -> str:
+        """The part of an address that names a page of results."""
+        keywords = self._results.keywords.replace(" ", "+")
+        return f"{keywords}/{self._results.page_number}"

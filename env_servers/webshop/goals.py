@@ -1,0 +1,286 @@
+"""Goals: what customers are sent to buy, drawn and ordered as the original does it.
+
+Source: `web_agent_site/engine/goal.py` and `SimServer.__init__` of the original. Every way to
+choose the options of a product is a goal of its own, so the full catalogue has millions of them;
+they are kept as numbers, and a goal is made when it is asked for.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from env_servers.webshop.catalogue import Catalogue
+from env_servers.webshop.columns import Columns
+from env_servers.webshop.prices import draw_limit, draw_prices, limit_text
+from env_servers.webshop.products import Instruction, Product, ShopDataError
+
+MOST_GOALS = 2**32 - 1
+_CACHED_GOALS = 4096
+_CACHED_WISHES = 1024
+_Pair = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One goal: the instruction, and what the reward compares the purchase with."""
+
+    index: int
+    """Place in the original's order after its shuffle."""
+    asin: str
+    """The product that the goal was made from."""
+    name: str
+    """That product's title."""
+    instruction: str
+    price_upper: float
+    """Highest price in dollars that counts as cheap enough; 1,000,000 where there is no limit."""
+    options: tuple[tuple[str, str], ...] | tuple[str, ...]
+    """Synthetic goals: (name, value) pairs sorted by name. Human goals: values."""
+    attributes: tuple[str, ...]
+    weight: float
+    """Relative chance of being drawn by the original's random reset."""
+    category: str
+    query: str
+    product_category: str
+
+    @property
+    def task_type(self) -> str:
+        """The coarse category."""
+        return self.category
+
+
+@dataclass(frozen=True, slots=True)
+class GoalTable:
+    """The drawn numbers behind the goals.
+
+    A wish is what several goals have in common: an instruction of a product with a price limit.
+    """
+
+    prices: NDArray[np.float64]
+    """[products]: the drawn prices in dollars."""
+    rows: NDArray[np.int32]
+    """[wishes]: row of the product in the catalogue."""
+    limits: NDArray[np.float64]
+    """[wishes]: price limit in dollars."""
+    weights: NDArray[np.float64]
+    """[wishes]: of each of the wish's goals."""
+    ends: NDArray[np.int64]
+    """[wishes]: number of goals up to and with this wish, before the shuffle."""
+    order: NDArray[np.uint32]
+    """[goals]: place before the shuffle of the goal at each place after it."""
+
+    def save(self, path: Path) -> None:
+        """Writes one file for each array into a folder that exists."""
+        for field in fields(self):
+            np.save(path / f"{field.name}.npy", getattr(self, field.name))
+
+    @classmethod
+    def open(cls, path: Path) -> GoalTable:
+        """Maps what `save` wrote."""
+        arrays: dict[str, Any] = {
+            field.name: np.load(path / f"{field.name}.npy", mmap_mode="r") for field in fields(cls)
+        }
+        return cls(**arrays)
+
+
+def draw_synthetic(columns: Columns, seed: int) -> GoalTable:
+    """Draws prices, limits and order of the synthetic goals.
+
+    Raises:
+        ShopDataError: if there are no goals, or more than can be shuffled.
+    """
+    rng = Random(seed)
+    prices = draw_prices(columns.low, columns.high, rng)
+    limits = [draw_limit(price, rng) for price in prices[columns.goal_rows].tolist()]
+    ends = np.cumsum(columns.combinations, dtype=np.float64)
+    if len(ends) == 0 or not 0 < ends[-1] <= MOST_GOALS:
+        raise ShopDataError(
+            f"The instructions give {int(ends[-1]) if len(ends) else 0:,} goals; a shop needs from "
+            f"1 to {MOST_GOALS:,}. Use human_goals=True or another attribute file."
+        )
+    return GoalTable(
+        prices=prices,
+        rows=columns.goal_rows,
+        limits=np.array(limits),
+        weights=_synthetic_weights(columns),
+        ends=np.cumsum(columns.combinations),
+        order=_shuffled(int(ends[-1]), seed),
+    )
+
+
+def draw_human(
+    columns: Columns, instructions: Mapping[str, Sequence[Instruction]], seed: int
+) -> tuple[GoalTable, tuple[Instruction, ...]]:
+    """Draws prices, limits and order of the human goals.
+
+    Returns:
+        The table, and the instruction of each wish.
+
+    Raises:
+        ShopDataError: if no human instruction belongs to a product of the catalogue.
+    """
+    rng = Random(seed)
+    prices = draw_prices(columns.low, columns.high, rng)
+    found = {row: asin for asin in instructions if (row := columns.find(asin)) is not None}
+    rows, limits, wishes = [], [], []
+    for row in sorted(found):
+        for instruction in instructions[found[row]]:
+            if instruction.attributes:
+                rows.append(row)
+                limits.append(draw_limit(float(prices[row]), rng))
+                wishes.append(instruction)
+    if not wishes:
+        raise ShopDataError(
+            "No human instruction belongs to a product of this catalogue: items_human_ins and "
+            "items_shuffle are not from the same set. Get both from one place, or use "
+            "human_goals=False."
+        )
+    count = len(wishes)
+    table = GoalTable(
+        prices=prices,
+        rows=np.array(rows, np.int32),
+        limits=np.array(limits),
+        weights=np.ones(count),
+        ends=np.arange(1, count + 1),
+        order=_shuffled(count, seed),
+    )
+    return table, tuple(wishes)
+
+
+def _shuffled(count: int, seed: int) -> NDArray[np.uint32]:
+    # The original seeds a second time here.
+    order = array("I", range(count))
+    Random(seed).shuffle(order)
+    return np.array(order, np.uint32)
+
+
+def _synthetic_weights(columns: Columns) -> NDArray[np.float64]:
+    """[wishes]: mean over the attributes of 1 / (number of goals with the attribute)."""
+    ids = columns.attribute_ids.tolist()
+    ends = columns.attribute_ends.tolist()
+    parts = [ids[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    goals = [0] * (max(ids) + 1)
+    for part, combinations in zip(parts, columns.combinations.tolist(), strict=True):
+        for number in part:
+            goals[number] += combinations
+    # A product with an option that has no value gives no goal.
+    return np.array([sum(1.0 / (goals[n] or 1) for n in part) / len(part) for part in parts])
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    product: Product
+    instruction: Instruction
+    choices: tuple[tuple[_Pair, ...], ...]
+    """(name, value) pairs of each option, sorted by name."""
+    limit: float
+    limit_text: str
+    weight: float
+    start: int
+    """Number of goals before this wish's."""
+
+
+class Goals(Sequence[Goal]):
+    """All goals of a shop in the original's order; made when asked for. Thread-safe."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        table: GoalTable,
+        human: Sequence[Instruction] | None = None,
+    ) -> None:
+        """Takes the drawn numbers.
+
+        Args:
+            catalogue: of the columns that the table was drawn from.
+            table: the drawn numbers.
+            human: the instruction of each wish; None: the products' own, synthetic ones.
+        """
+        self._catalogue = catalogue
+        self._table = table
+        self._human = human
+        # Single numbers are read much faster through these than from arrays.
+        self._order, self._ends = memoryview(table.order), memoryview(table.ends)  # type: ignore[arg-type]
+        self._wish = lru_cache(_CACHED_WISHES)(self._make_wish)
+        self._goal = lru_cache(_CACHED_GOALS)(self._make_goal)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Goal:  # type: ignore[override]
+        if not 0 <= index < len(self._order):
+            raise IndexError(f"no goal {index}; there are {len(self)}")
+        return self._goal(index)
+
+    def __iter__(self) -> Iterator[Goal]:
+        return map(self._make_goal, range(len(self)))
+
+    def price(self, row: int) -> float:
+        """The drawn price of a product, in dollars."""
+        return float(self._table.prices[row])
+
+    def _make_goal(self, index: int) -> Goal:
+        place = self._order[index]
+        wish = self._wish(bisect_right(self._ends, place))
+        product, instruction = wish.product, wish.instruction
+        options: tuple[_Pair, ...] | tuple[str, ...]
+        if self._human is None:
+            options = _combination(wish.choices, place - wish.start)
+            chosen = ", and ".join([f"{name}: {value}" for name, value in options])
+            text = f"{instruction.text} with {chosen}" if chosen else instruction.text
+        else:
+            options = instruction.options
+            text = instruction.text.strip(".")
+        return Goal(
+            index=index,
+            asin=product.asin,
+            name=product.title,
+            instruction=text + wish.limit_text,
+            price_upper=wish.limit,
+            options=options,
+            attributes=instruction.attributes,
+            weight=wish.weight,
+            category=product.category,
+            query=product.query,
+            product_category=product.product_category,
+        )
+
+    def _make_wish(self, number: int) -> _Wish:
+        row = int(self._table.rows[number])
+        product = self._catalogue[row]
+        if self._human is not None:
+            instruction = self._human[number]
+        else:
+            instruction = cast("Instruction", self._catalogue.instruction(row))
+        choices = tuple(
+            tuple((name, value) for value in values) for name, values in sorted(product.options)
+        )
+        limit = float(self._table.limits[number])
+        return _Wish(
+            product=product,
+            instruction=instruction,
+            choices=choices,
+            limit=limit,
+            limit_text=limit_text(limit),
+            weight=float(self._table.weights[number]),
+            start=self._ends[number - 1] if number else 0,
+        )
+
+
+def _combination(choices: tuple[tuple[_Pair, ...], ...], number: int) -> tuple[_Pair, ...]:
+    """One way to choose a pair of each option; the last option changes fastest."""
+    chosen = []
+    for pairs in reversed(choices):
+        number, place = divmod(number, len(pairs))
+        chosen.append(pairs[place])
+    chosen.reverse()
+    return tuple(chosen)

@@ -1,0 +1,228 @@
+"""Opens a catalogue with its search index: small ones in memory, large ones from a cache folder.
+
+The full official catalogue is one JSON array of about 5 GB. It is read once, entry by entry, and
+written to `atod/webshop/<key>` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`) as
+lines, columns and an index, which later starts map. The folder appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from env_servers.search.bm25 import BM25Index
+from env_servers.search.storage import SearchIndexError
+from env_servers.webshop.catalogue import (
+    Catalogue,
+    StoredRecords,
+    record_line,
+    value_line,
+)
+from env_servers.webshop.columns import Columns, ColumnsBuilder
+from env_servers.webshop.data_files import DataFiles
+from env_servers.webshop.products import Record, ShopDataError, indexed_text, parse_record
+
+STORED_FROM = 16 << 20
+"""Product files of more bytes than this are kept in the cache folder; compressed ones count
+sixfold."""
+_COMPRESSION = 6
+_LONGEST_ASIN = 10
+_REPORT_EVERY = 100_000
+_RECORDS, _STARTS, _INDEX = "records.jsonl", "starts.npy", "index"
+
+_LOG = logging.getLogger("env_servers")
+
+Entry = Mapping[str, Any]
+Find = Callable[[str], Entry | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """A catalogue, its search index, and where it is stored."""
+
+    catalogue: Catalogue
+    index: BM25Index
+    """Row numbers of its hits are rows of the catalogue."""
+    folder: Path | None
+    """Further files that belong to this catalogue may be kept here; None: in memory."""
+
+
+def stock_in_memory(items: Iterable[Entry], find_entry: Find, source: str) -> Stock:
+    """Takes in a small catalogue.
+
+    Args:
+        items: entries as in the product file.
+        find_entry: asin -> entry of the attribute file.
+        source: where the items come from, for messages.
+
+    Raises:
+        ShopDataError: if an entry is not as in the official files or there is no product.
+    """
+    builder = ColumnsBuilder()
+    records = list(_records(items, find_entry, builder, source))
+    index = BM25Index.build((r.product.asin, indexed_text(r.product)) for r in records)
+    return Stock(Catalogue(records, builder.columns()), index, None)
+
+
+def stock_from_files(files: DataFiles) -> Stock:
+    """Opens the catalogue of a folder; a large one is stored in the cache folder on first use.
+
+    Raises:
+        ShopDataError: if a file is broken, or the cache folder cannot be written.
+    """
+    if _expanded_bytes(files.items) <= STORED_FROM:
+        entries = dict(files.read_attributes())
+        return stock_in_memory(files.read_items(), entries.get, str(files.items))
+    folder = _cache_folder() / files.cache_key()
+    with stored_in(folder):
+        if not folder.is_dir():
+            _store(files, folder)
+        return _open_stored(folder)
+
+
+@contextmanager
+def stored_in(folder: Path) -> Iterator[None]:
+    """Explains what goes wrong with stored files.
+
+    Raises:
+        ShopDataError: in place of errors of files and of reading them.
+    """
+    try:
+        yield
+    except (OSError, ValueError, SearchIndexError) as error:
+        raise ShopDataError(
+            f"Cannot use {folder}, where the catalogue is stored: {error}. Delete this folder if "
+            "it exists (it is made again). It needs about as much room as the product file; "
+            "$XDG_CACHE_HOME names another place for it."
+        ) from error
+
+
+def _records(
+    items: Iterable[Entry], find_entry: Find, builder: ColumnsBuilder, source: str
+) -> Iterator[Record]:
+    """The products that the original takes: without an asin twice, or one that is none."""
+    count = 0
+    for place, item in enumerate(items):
+        asin = item.get("asin")
+        if not isinstance(asin, str) or not asin or "\0" in asin:
+            raise ShopDataError(f"{source}: entry {place} has no 'asin'. Download the file again.")
+        if asin == "nan" or len(asin) > _LONGEST_ASIN or asin in builder:
+            continue
+        try:
+            record = parse_record(item, find_entry(asin))
+            builder.add(record)
+        except (ValueError, AttributeError) as error:
+            raise ShopDataError(
+                f"{source}: entry {place} ({asin}): {error}. Correct the entry (in this file or "
+                "the attribute file) or download the files again."
+            ) from error
+        count += 1
+        yield record
+    if not count:
+        raise ShopDataError(f"{source} holds no product. Download the file again.")
+
+
+def _store(files: DataFiles, folder: Path) -> None:
+    """Writes the catalogue of a large product file."""
+    _LOG.warning("First use of %s: storing its catalogue in %s.", files.items, folder)
+    with new_folder(folder) as partial, tempfile.TemporaryFile(dir=partial) as file:
+        entries = _StoredEntries(files.read_attributes(), file)
+        _write(partial, files.read_items(), entries.find, str(files.items))
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to fill; it gets its name at the end, if nothing went wrong.
+
+    Where the folder has appeared meanwhile, made by another process, that one stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial-"))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(folder: Path, items: Iterable[Entry], find_entry: Find, source: str) -> None:
+    """Stores records and index in one pass, then the columns."""
+    builder = ColumnsBuilder()
+    starts = array("q", [0])
+
+    def documents() -> Iterator[tuple[str, str]]:
+        with (folder / _RECORDS).open("wb") as file:
+            for record in _records(items, find_entry, builder, source):
+                starts.append(starts[-1] + file.write(record_line(record)))
+                yield record.product.asin, indexed_text(record.product)
+                if len(starts) % _REPORT_EVERY == 1:
+                    _LOG.warning("%d products are stored.", len(starts) - 1)
+
+    BM25Index.build(documents(), folder=folder / _INDEX)
+    np.save(folder / _STARTS, np.array(starts))
+    builder.columns().save(folder)
+
+
+def _open_stored(folder: Path) -> Stock:
+    starts = np.load(folder / _STARTS, mmap_mode="r")
+    if starts[-1] != (folder / _RECORDS).stat().st_size:
+        raise ValueError(f"{_RECORDS} is not complete")
+    catalogue = Catalogue(StoredRecords(folder / _RECORDS, starts), Columns.open(folder))
+    return Stock(catalogue, BM25Index.open(folder / _INDEX), folder)
+
+
+def _expanded_bytes(path: Path) -> int:
+    return path.stat().st_size * (1 if path.suffix == ".json" else _COMPRESSION)
+
+
+def _cache_folder() -> Path:
+    configured = os.environ.get("XDG_CACHE_HOME")
+    return (Path(configured) if configured else Path.home() / ".cache") / "atod" / "webshop"
+
+
+class _StoredEntries:
+    """The entries of a large attribute file, put aside in a file and found by asin."""
+
+    def __init__(self, entries: Iterable[tuple[str, Entry]], file: IO[bytes]) -> None:
+        asins = bytearray()
+        starts = array("q")
+        for asin, entry in entries:
+            key = asin.encode("utf-8", "surrogatepass")
+            # Others are no products, see `_records`.
+            if len(asin) <= _LONGEST_ASIN and "\0" not in asin:
+                asins += key.ljust(4 * _LONGEST_ASIN, b"\0")
+                starts.append(file.tell())
+                file.write(value_line(entry))
+        self._file = file
+        self._asins = (
+            np.frombuffer(asins, dtype=f"S{4 * _LONGEST_ASIN}") if starts else np.array([], "S1")
+        )
+        self._order = np.argsort(self._asins, kind="stable")
+        self._asins = self._asins[self._order]
+        self._starts = np.array(starts)
+
+    def find(self, asin: str) -> Entry | None:
+        key = asin.encode("utf-8", "surrogatepass")
+        # The last one counts, as in an object read at once.
+        place = int(np.searchsorted(self._asins, key, side="right")) - 1
+        if place < 0 or self._asins[place] != key:
+            return None
+        self._file.seek(self._starts[self._order[place]])
+        entry: Entry = json.loads(self._file.readline())
+        return entry

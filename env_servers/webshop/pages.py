@@ -1,0 +1,269 @@
+"""Pages of the shop: what stands on them, as text and as parts for drawing them.
+
+Source: the templates of the original, `web_agent_site/templates/*.html`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from env_servers.webshop.page_text import (
+    SEPARATOR,
+    Piece,
+    PieceKind,
+    button,
+    plain_text,
+    rich_text,
+    text_piece,
+)
+from env_servers.webshop.products import Product
+from env_servers.webshop.reward import RewardDetails
+
+PageKind = Literal["search", "results", "item", "sub_page", "done"]
+SubPage = Literal["Description", "Features", "Reviews", "Attributes"]
+
+RESULTS_PER_PAGE = 10
+BACK, PREVIOUS, NEXT, BUY = "back to search", "< prev", "next >", "buy now"
+"""Names of buttons, as `click[..]` takes them."""
+SEARCH = "search"
+"""Listed as clickable on the search page, though clicking it does nothing."""
+SUB_PAGES: dict[str, SubPage] = {
+    "description": "Description",
+    "features": "Features",
+    "reviews": "Reviews",
+    "attributes": "Attributes",
+}
+"""Sub pages by the names of their buttons, in page order."""
+
+_BACK, _PREVIOUS, _NEXT = button("Back to Search"), button("< Prev"), button("Next >")
+_TEMPLATE_MARKS = str.maketrans(
+    {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "'": "\\u0027"}
+)  # How the template language writes JSON.
+_BEFORE_CODE = ("Thank you for shopping with us!", "Your code: ", "None",
+                " (Paste it in your MTurk interface.)", "Purchased", "asin")  # fmt: skip
+_AFTER_OPTIONS = (
+    "attrs", "None", "category", "None", "query", "None", "product category", "None", "Target",
+    "asin", "options", "attrs", "price upper", "instuction text", "category", "product category",
+    "query", "Goal ", "None", "Reward", "Your score (min 0.0, max 1.0)",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Purchase:
+    """What was bought."""
+
+    product: Product
+    options: tuple[tuple[str, str], ...]
+    """Chosen (name, value) pairs, in the order of choosing."""
+    price: float
+    """The drawn price in dollars."""
+    details: RewardDetails
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page, as text for agents and as parts for drawing it."""
+
+    kind: PageKind
+    instruction: str
+    text: str
+    """Exactly the original's observation, in the shop's text style."""
+    clickables: tuple[str, ...]
+    """What `click[..]` accepts, in page order and lower case."""
+    has_search_bar: bool = False
+    keywords: str = ""
+    """The last search, on results, item and sub pages."""
+    page_number: int = 1
+    """Of the results, from 1."""
+    total_results: int = 0
+    products: tuple[Product, ...] = ()
+    """On a results page: the products of this page, at most ten."""
+    product: Product | None = None
+    """On item and sub pages, and on the done page."""
+    sub_page: SubPage | None = None
+    chosen_options: tuple[tuple[str, str], ...] = ()
+    """(name, value) pairs, in the order of choosing."""
+    purchase: Purchase | None = None
+    """On the done page."""
+
+
+class ResultLine:
+    """What a results page shows of one product, worked out once."""
+
+    __slots__ = ("pieces", "product", "text")
+
+    def __init__(self, product: Product) -> None:
+        """Works it out."""
+        self.product = product
+        self.pieces = (
+            Piece(PieceKind.LINK, product.asin),
+            text_piece(product.title),
+            text_piece(product.price_text),
+        )
+        self.text = plain_text(self.pieces)
+
+
+class ItemView:
+    """What the page of a product shows below the instruction, worked out once."""
+
+    __slots__ = ("clickables", "option_names", "pieces", "product", "text")
+
+    def __init__(self, product: Product, show_attributes: bool) -> None:
+        """Works it out.
+
+        Args:
+            product: what is shown.
+            show_attributes: whether the page has the Attributes button.
+        """
+        names = [name for name in SUB_PAGES if show_attributes or name != "attributes"]
+        pieces = [_PREVIOUS]
+        option_names: dict[str, str] = {}
+        for name, values in product.options:
+            pieces.append(text_piece(name))
+            for value in values:
+                pieces.append(Piece(PieceKind.OPTION, value))
+                # A value under two names is one clickable, of the last name.
+                if value:
+                    option_names[value] = name
+        facts = product.title, f"Price: {product.price_text}", f"Rating: {product.rating}"
+        pieces += map(text_piece, facts)
+        pieces += [button(SUB_PAGES[name]) for name in names]
+        pieces.append(button("Buy Now"))
+        self.product = product
+        self.pieces = tuple(pieces)
+        self.text = plain_text(pieces)
+        self.clickables = tuple(dict.fromkeys((BACK, PREVIOUS, *names, BUY, *option_names)))
+        self.option_names = option_names
+        """Option value -> name."""
+
+
+class PageWriter:
+    """Writes the pages that one customer sees."""
+
+    def __init__(self, instruction: str, text_style: str) -> None:
+        """Prepares what is on every page.
+
+        Args:
+            instruction: of the customer's goal.
+            text_style: `text` or `text_rich`.
+        """
+        self._instruction = instruction
+        self._is_rich = text_style == "text_rich"
+        self._head = (text_piece("Instruction:"), text_piece(instruction), _BACK)
+        self._head_text = plain_text(self._head)
+
+    def search(self) -> Page:
+        """The page with the search bar."""
+        pieces = [text_piece("WebShop"), text_piece("Instruction: "),
+                  text_piece(self._instruction), button("Search")]  # fmt: skip
+        text = rich_text(pieces, "", ()) if self._is_rich else plain_text(pieces)
+        return Page("search", self._instruction, text, (SEARCH,), has_search_bar=True)
+
+    def results(
+        self,
+        keywords: str,
+        page_number: int,
+        total: int,
+        lines: Sequence[ResultLine],
+        visited: Collection[str],
+    ) -> Page:
+        """One page of the products that a search found; `lines` are those of this page."""
+        count = f"Page {page_number} (Total results: {total})"
+        if self._is_rich:
+            turning = (_PREVIOUS, _NEXT) if page_number > 1 else (_NEXT,)
+            listed = [piece for line in lines for piece in line.pieces]
+            pieces = [*self._head, text_piece(count), *turning, *listed]
+            text = rich_text(pieces, "", visited)
+        else:
+            turning_text = "< Prev [SEP] Next >" if page_number > 1 else "Next >"
+            text = SEPARATOR.join(
+                [self._head_text, count, turning_text, *[line.text for line in lines]]
+            )
+        buttons = (BACK, PREVIOUS, NEXT) if page_number > 1 else (BACK, NEXT)
+        return Page(
+            "results",
+            self._instruction,
+            text,
+            (*buttons, *[line.product.asin.lower() for line in lines]),
+            keywords=keywords,
+            page_number=page_number,
+            total_results=total,
+            products=tuple([line.product for line in lines]),
+        )
+
+    def item(self, view: ItemView, chosen: Mapping[str, str], results: Page, url: str) -> Page:
+        """The page of a product.
+
+        Args:
+            view: of the product.
+            chosen: option name -> value.
+            results: the page that led there.
+            url: the page's address; of use for rich text only.
+        """
+        if self._is_rich:
+            text = rich_text((*self._head, *view.pieces), url, ())
+        else:
+            text = self._head_text + SEPARATOR + view.text
+        return Page(
+            "item",
+            self._instruction,
+            text,
+            view.clickables,
+            keywords=results.keywords,
+            page_number=results.page_number,
+            total_results=results.total_results,
+            product=view.product,
+            chosen_options=tuple(chosen.items()),
+        )
+
+    def sub_page(
+        self, view: ItemView, sub_page: SubPage, chosen: Mapping[str, str], results: Page
+    ) -> Page:
+        """A page with one kind of facts about a product."""
+        pieces = [*self._head, _PREVIOUS, *map(text_piece, _facts(view.product, sub_page))]
+        return Page(
+            "sub_page",
+            self._instruction,
+            rich_text(pieces, "", ()) if self._is_rich else plain_text(pieces),
+            (BACK, PREVIOUS),
+            keywords=results.keywords,
+            page_number=results.page_number,
+            total_results=results.total_results,
+            product=view.product,
+            sub_page=sub_page,
+            chosen_options=tuple(chosen.items()),
+        )
+
+    def done(self, purchase: Purchase) -> Page:
+        """The page after a purchase. It does not show the goal, as the original's does not."""
+        options = json.dumps(dict(purchase.options), sort_keys=True).translate(_TEMPLATE_MARKS)
+        texts = (*_BEFORE_CODE, purchase.product.asin, "options", options, *_AFTER_OPTIONS,
+                 str(purchase.details.reward), "Reward Details ", "None")  # fmt: skip
+        pieces = [text_piece(text) for text in texts]
+        return Page(
+            "done",
+            self._instruction,
+            rich_text(pieces, "", ()) if self._is_rich else plain_text(pieces),
+            (),
+            product=purchase.product,
+            chosen_options=purchase.options,
+            purchase=purchase,
+        )
+
+
+def _facts(product: Product, sub_page: SubPage) -> list[str]:
+    if sub_page == "Description":
+        return [product.description]
+    if sub_page == "Features":
+        return [f" {bullet}" for bullet in product.bullets]
+    if sub_page == "Attributes":
+        attributes = [f" {attribute}" for attribute in product.attributes]
+        return [*attributes, product.category, product.query, product.product_category]
+    return [
+        text
+        for review in product.reviews
+        for text in (f'"{review.title}"', f"{review.stars:g}", review.body)
+    ]

@@ -1,0 +1,299 @@
+"""The live sessions of a shop: one episode each, kept until closed, or expired for idleness.
+
+Thread-safe: the store may be used from any number of threads. The steps of one session follow one
+another; steps of different sessions do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from env_servers.service import ServiceError
+from env_servers.webshop.episode import Episode, Outcome
+from env_servers.webshop.pages import Page
+from env_servers.webshop.shop import Shop
+
+_ID_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SessionState:
+    """Where a session is now."""
+
+    session_id: str
+    task_id: str
+    task_type: str
+    turn_index: int
+    """Steps made so far."""
+    page: Page
+    over: bool
+    score: float
+    """0 until the purchase."""
+    message: str
+    """What the engine said about the last step; mostly empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The answer to one step; a repeated step gets an equal one."""
+
+    session_id: str
+    turn_index: int
+    """Steps made so far, this one included."""
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFigures:
+    """Counts since the start, but `live`, which is now."""
+
+    live: int
+    created: int
+    closed: int
+    expired: int
+    steps: int
+    step_seconds: float
+    """Time within the engine."""
+
+
+class _Session:
+    """One episode with its last step; the lock is held while it is stepped or read."""
+
+    __slots__ = ("episode", "last_action", "last_outcome", "lock", "score", "task_id", "task_type",
+                 "touched", "turn_index")  # fmt: skip
+
+    def __init__(self, episode: Episode, task_id: str, task_type: str, now: float) -> None:
+        self.episode = episode
+        self.task_id = task_id
+        self.task_type = task_type
+        self.touched = now
+        self.turn_index = 0
+        self.score = 0.0
+        self.last_action = ""
+        self.last_outcome: Outcome | None = None
+        self.lock = threading.Lock()
+
+
+class SessionStore:
+    """The sessions of one shop."""
+
+    def __init__(
+        self,
+        shop: Shop,
+        *,
+        capacity: int,
+        idle_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Starts empty.
+
+        Args:
+            shop: shared by all sessions.
+            capacity: the most live sessions.
+            idle_seconds: a session that nobody used for so long is gone.
+            clock: seconds, never going back.
+        """
+        self.shop = shop
+        self.capacity = capacity
+        self.idle_seconds = idle_seconds
+        self._clock = clock
+        self._lock = threading.Lock()
+        # In the order of last use, so that the idle ones are in front.
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
+        self._created = 0
+        self._closed = 0
+        self._expired = 0
+        self._steps = 0
+        self._step_seconds = 0.0
+
+    def create(self, task_id: str) -> SessionState:
+        """Starts a session for one task.
+
+        Raises:
+            ServiceError: 404 unknown_task, 503 at_capacity.
+        """
+        try:
+            goal = self.shop.goal(task_id)
+        except KeyError:
+            raise ServiceError(
+                404, "unknown_task", "There is no such task; GET /tasks/{split} lists them."
+            ) from None
+        with self._lock:
+            self._check_capacity()
+        session_id = secrets.token_urlsafe(_ID_BYTES)
+        session = _Session(
+            Episode(self.shop, goal, str(goal.index)), task_id, goal.task_type, self._clock()
+        )
+        state = self._state(session_id, session)
+        with self._lock:
+            # Another thread may have taken the last place meanwhile.
+            self._check_capacity()
+            self._sessions[session_id] = session
+            self._created += 1
+        return state
+
+    def create_in_split(self, split: str, seed: int) -> SessionState:
+        """Starts a session for the task of a split that the seed picks, always the same one.
+
+        Raises:
+            ServiceError: 404 unknown_split or unknown_task, 503 at_capacity.
+        """
+        places = self.split_range(split)
+        if not places:
+            raise ServiceError(404, "unknown_task", f"The split {split} of this shop has no tasks.")
+        place = places[Random(seed).randrange(len(places))]
+        return self.create(f"{self.shop.name}/{place}")
+
+    def split_range(self, split: str) -> range:
+        """The places of a split's goals, which are the last part of their task ids.
+
+        Raises:
+            ServiceError: 404 unknown_split.
+        """
+        if split not in self.shop.splits:
+            known = ", ".join(self.shop.splits)
+            raise ServiceError(404, "unknown_split", f"There is no such split; known: {known}.")
+        return self.shop.split_range(split)
+
+    def step(self, session_id: str, turn_index: int, action: str) -> StepResult:
+        """Plays one action, or returns the answer again if it was the last one played.
+
+        Args:
+            session_id: from `create`.
+            turn_index: how many steps the session has made; repeating a step repeats its index.
+            action: any text.
+
+        Raises:
+            ServiceError: 404 unknown_session, 409 wrong_turn_index or episode_over.
+        """
+        session = self._touch(session_id)
+        with session.lock:
+            if turn_index == session.turn_index - 1 and session.last_outcome is not None:
+                if action != session.last_action:
+                    raise _wrong_turn(session.turn_index, "that step was made with another action")
+                return StepResult(session_id, session.turn_index, session.last_outcome)
+            if turn_index != session.turn_index:
+                raise _wrong_turn(session.turn_index, "steps are made in order")
+            if session.episode.over:
+                raise ServiceError(
+                    409, "episode_over", "Something has been bought; create a new session."
+                )
+            started = time.perf_counter()
+            outcome = session.episode.step(action)
+            seconds = time.perf_counter() - started
+            session.last_action = action
+            session.last_outcome = outcome
+            session.turn_index += 1
+            if outcome.over:
+                session.score = outcome.score
+            result = StepResult(session_id, session.turn_index, outcome)
+        with self._lock:
+            self._steps += 1
+            self._step_seconds += seconds
+        return result
+
+    def state(self, session_id: str) -> SessionState:
+        """Where a session is now; counts as use.
+
+        Raises:
+            ServiceError: 404 unknown_session.
+        """
+        session = self._touch(session_id)
+        with session.lock:
+            return self._state(session_id, session)
+
+    def close(self, session_id: str) -> None:
+        """Ends a session.
+
+        Raises:
+            ServiceError: 404 unknown_session.
+        """
+        with self._lock:
+            self._expire()
+            if self._sessions.pop(session_id, None) is None:
+                raise _unknown_session()
+            self._closed += 1
+
+    def expire(self) -> float:
+        """Drops the sessions that were idle for too long.
+
+        Returns:
+            Seconds until the next one could be due.
+        """
+        with self._lock:
+            self._expire()
+            for session in self._sessions.values():
+                return session.touched + self.idle_seconds - self._clock()
+            return self.idle_seconds
+
+    def figures(self) -> StoreFigures:
+        """The counts, after dropping idle sessions."""
+        with self._lock:
+            self._expire()
+            return StoreFigures(
+                live=len(self._sessions),
+                created=self._created,
+                closed=self._closed,
+                expired=self._expired,
+                steps=self._steps,
+                step_seconds=self._step_seconds,
+            )
+
+    def _touch(self, session_id: str) -> _Session:
+        with self._lock:
+            self._expire()
+            session = self._sessions.get(session_id)
+            if session is None:
+                raise _unknown_session()
+            session.touched = self._clock()
+            self._sessions.move_to_end(session_id)
+        return session
+
+    def _check_capacity(self) -> None:
+        self._expire()
+        if len(self._sessions) >= self.capacity:
+            raise ServiceError(
+                503,
+                "at_capacity",
+                f"All {self.capacity} sessions are in use; close some, or raise --capacity.",
+            )
+
+    def _expire(self) -> None:
+        oldest_allowed = self._clock() - self.idle_seconds
+        while self._sessions:
+            session_id, session = next(iter(self._sessions.items()))
+            if session.touched > oldest_allowed:
+                return
+            del self._sessions[session_id]
+            self._expired += 1
+
+    @staticmethod
+    def _state(session_id: str, session: _Session) -> SessionState:
+        return SessionState(
+            session_id=session_id,
+            task_id=session.task_id,
+            task_type=session.task_type,
+            turn_index=session.turn_index,
+            page=session.episode.page,
+            over=session.episode.over,
+            score=session.score,
+            message=session.last_outcome.message if session.last_outcome else "",
+        )
+
+
+def _unknown_session() -> ServiceError:
+    return ServiceError(
+        404, "unknown_session", "There is no such session: closed, expired or never created."
+    )
+
+
+def _wrong_turn(turn_index: int, reason: str) -> ServiceError:
+    return ServiceError(
+        409, "wrong_turn_index", f"The session is at turn_index {turn_index}; {reason}."
+    )

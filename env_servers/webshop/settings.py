@@ -1,0 +1,47 @@
+"""What a shop is opened with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Splits = Literal["original", "verl-agent"]
+TextStyle = Literal["text", "text_rich"]
+NounTagger = Literal["auto", "spacy", "words"]
+_CHOICES = {"splits": Splits, "text_style": TextStyle, "noun_tagger": NounTagger}
+
+
+@dataclass(frozen=True, slots=True)
+class ShopSettings:
+    """The settings of one shop; two shops with equal settings and data are equal."""
+
+    data: str = "generated"
+    """`generated`, or the path of a folder with files in the official format."""
+    goal_seed: int = 233
+    """Seeds the drawn prices and price limits, and again the order of the goals."""
+    human_goals: bool = False
+    """Goals from the human instructions instead of the synthetic ones."""
+    show_attributes: bool = False
+    """Item pages have a fourth sub page, Attributes."""
+    splits: str = "original"
+    """`original` (test, dev, train) or `verl-agent` (val, train)."""
+    text_style: str = "text"
+    """`text` or `text_rich`, the two observation modes of the original that agents read."""
+    noun_tagger: str = "auto"
+    """`spacy`, `words`, or `auto`: spaCy where it and its model are installed, else words."""
+
+    def __post_init__(self) -> None:
+        """Refuses values without a meaning.
+
+        Raises:
+            ValueError: names the setting and its possible values.
+        """
+        for name, choices in _CHOICES.items():
+            value: Any = getattr(self, name)
+            if value not in get_args(choices):
+                known = ", ".join(get_args(choices))
+                raise ValueError(f"unknown {name} {value!r}; known: {known}")
+        if isinstance(self.goal_seed, bool) or not isinstance(self.goal_seed, int):
+            raise ValueError(f"goal_seed must be an integer, not {self.goal_seed!r}")
+        if not self.data:
+            raise ValueError('data must be "generated" or the path of a folder')

@@ -1,0 +1,204 @@
+"""The shop: catalogue, goals and search, shared by all episodes."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+from env_servers.webshop.catalogue import Catalogue
+from env_servers.webshop.data_files import DataFiles
+from env_servers.webshop.goals import Goal, Goals, GoalTable, draw_human, draw_synthetic
+from env_servers.webshop.loading import (
+    Stock,
+    new_folder,
+    stock_from_files,
+    stock_in_memory,
+    stored_in,
+)
+from env_servers.webshop.nouns import NounTagger, open_tagger
+from env_servers.webshop.pages import ItemView, ResultLine
+from env_servers.webshop.products import ShopDataError
+from env_servers.webshop.searching import Searcher
+from env_servers.webshop.settings import ShopSettings
+from env_servers.webshop.splits import Manifest, content_hash, split_ranges
+
+_CACHED_VIEWS = 2048
+_CACHED_LINES = 2048
+_OFFICIAL_SEED = 233
+# SHA-256 over the asins of the official small set, in file order, with line breaks between them.
+_SMALL_SET = "760805d883558e0c31ace7d6490740bb6f58ccf978c955ff097808ea186c6832"
+_FULL_SET_FROM = 1_100_000
+"""A catalogue with as many products is taken for the official full set."""
+
+
+class Shop:
+    """One shop; thread-safe, and the same for all its episodes."""
+
+    def __init__(
+        self, settings: ShopSettings, label: str, stock: Stock, goals: Goals, tagger: NounTagger
+    ) -> None:
+        """Puts the parts together; `open` makes them."""
+        self.settings = settings
+        self.label = label
+        """`generated`, `official`, or the path of the data."""
+        self.catalogue: Catalogue = stock.catalogue
+        self.goals = goals
+        """In the original's order."""
+        self.tagger = tagger
+        self.name = _name(settings, label, len(stock.catalogue))
+        """The shop in task ids, such as `webshop/official-1000`."""
+        self._searcher = Searcher(stock.catalogue, stock.index)
+        self._ranges = split_ranges(settings.splits, len(goals), official=label == "official")
+        self._task_ids: dict[str, tuple[str, ...]] = {}
+        self._manifests: dict[str, Manifest] = {}
+        self.view = lru_cache(_CACHED_VIEWS)(self._make_view)
+        """Row of the catalogue -> the page of the product."""
+        self.line = lru_cache(_CACHED_LINES)(self._make_line)
+        """Row of the catalogue -> the product on a page of results."""
+
+    @classmethod
+    def open(cls, settings: ShopSettings) -> Shop:
+        """Opens a shop: a small one takes about a second, a stored one less.
+
+        Raises:
+            ShopDataError: if data is missing or broken; names the file and says what to do.
+        """
+        tagger = open_tagger(settings.noun_tagger)
+        if settings.data == "generated":
+            if settings.human_goals:
+                raise ShopDataError("The generated shop has no human goals: use human_goals=False.")
+            stock, label = _generated(), settings.data
+            goals = _synthetic_goals(stock, settings.goal_seed)
+        else:
+            files = DataFiles.find(settings.data)
+            stock = stock_from_files(files)
+            label = "official" if _is_official(stock.catalogue) else settings.data
+            if settings.human_goals:
+                table, wishes = draw_human(
+                    stock.catalogue.columns, files.read_human(), settings.goal_seed
+                )
+                goals = Goals(stock.catalogue, table, wishes)
+            else:
+                goals = _synthetic_goals(stock, settings.goal_seed)
+        return cls(settings, label, stock, goals, tagger)
+
+    @property
+    def noun_tagger(self) -> str:
+        """`spacy` or `words`: which one the reward uses."""
+        return self.tagger.name
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits."""
+        return tuple(self._ranges)
+
+    def split_range(self, split: str) -> range:
+        """The places of a split's goals in `goals`; at once, however many they are.
+
+        Raises:
+            KeyError: if there is no such split.
+        """
+        return self._ranges[split]
+
+    def task_ids(self, split: str) -> tuple[str, ...]:
+        """The split's task ids, sorted as text.
+
+        Raises:
+            KeyError: if there is no such split.
+        """
+        if split not in self._task_ids:
+            every = [f"{self.name}/{index}" for index in self._ranges[split]]
+            self._task_ids[split] = tuple(sorted(every))
+        return self._task_ids[split]
+
+    def manifest(self, split: str) -> Manifest:
+        """The split's manifest; made when it is first asked for.
+
+        Raises:
+            KeyError: if there is no such split.
+        """
+        if split not in self._manifests:
+            task_ids = self.task_ids(split)
+            start = len(self.name) + 1
+            total = content_hash((name, self.goals[int(name[start:])]) for name in task_ids)
+            self._manifests[split] = Manifest(self.name, split, task_ids, total)
+        return self._manifests[split]
+
+    def goal(self, task_id: str) -> Goal:
+        """The goal of a task.
+
+        Raises:
+            KeyError: if there is no such task in any split.
+        """
+        index = self._index(task_id)
+        if f"{self.name}/{index}" != task_id or not 0 <= index < len(self.goals):
+            raise KeyError(task_id)
+        return self.goals[index]
+
+    def search(self, keywords: str) -> tuple[str, ...]:
+        """The asins that a search finds, best first; at most 50, but for `<c>` and `<q>`.
+
+        Raises:
+            SearchError: for a special search that means nothing.
+        """
+        return tuple([self.catalogue[row].asin for row in self.search_rows(keywords, "")])
+
+    def search_rows(self, keywords: str, name: str) -> tuple[int, ...]:
+        """The rows of the catalogue that a search finds, see `Searcher.rows`."""
+        return self._searcher.rows(keywords, name)
+
+    def price(self, row: int) -> float:
+        """The drawn price of a product in dollars."""
+        return self.goals.price(row)
+
+    def _make_view(self, row: int) -> ItemView:
+        return ItemView(self.catalogue[row], self.settings.show_attributes)
+
+    def _make_line(self, row: int) -> ResultLine:
+        return ResultLine(self.catalogue[row])
+
+    def _index(self, task_id: str) -> int:
+        digits = task_id.rpartition("/")[2]
+        return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 12 else -1
+
+
+def _name(settings: ShopSettings, label: str, products: int) -> str:
+    """Names what the tasks depend on, so that different tasks have different ids."""
+    if label == "generated":
+        name = "webshop/generated"
+    else:
+        kind = "official" if label == "official" else "custom"
+        name = f"webshop/{kind}-{products}"
+    if settings.human_goals:
+        name += "-human"
+    if settings.goal_seed != _OFFICIAL_SEED:
+        name += f"-seed{settings.goal_seed}"
+    return name
+
+
+def _is_official(catalogue: Catalogue) -> bool:
+    if len(catalogue) >= _FULL_SET_FROM:
+        return True
+    asins = "\n".join(catalogue.columns.asins.tolist()) if len(catalogue) == 1000 else ""
+    return hashlib.sha256(asins.encode("utf-8", "surrogatepass")).hexdigest() == _SMALL_SET
+
+
+def _generated() -> Stock:
+    # Needed for this kind of shop only.
+    from env_servers.webshop.generator import generate_shop
+
+    shop = generate_shop()
+    return stock_in_memory(shop.items, shop.instructions.get, "the generated shop")
+
+
+def _synthetic_goals(stock: Stock, seed: int) -> Goals:
+    """Draws the goals, or opens those drawn before with the same seed."""
+    columns = stock.catalogue.columns
+    if stock.folder is None:
+        return Goals(stock.catalogue, draw_synthetic(columns, seed))
+    folder = stock.folder / f"goals-{seed}"
+    with stored_in(stock.folder):
+        if not folder.is_dir():
+            with new_folder(folder) as partial:
+                draw_synthetic(columns, seed).save(partial)
+        return Goals(stock.catalogue, GoalTable.open(folder))

@@ -1,0 +1,63 @@
+"""Which goals belong to which split, and manifests that pin them down."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from env_servers.webshop.goals import Goal
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The tasks of one split, the same on every machine."""
+
+    name: str
+    """The shop, such as `webshop/official-1000`."""
+    split: str
+    task_ids: tuple[str, ...]
+    """Sorted, without duplicates."""
+    content_hash: str
+    """64 hexadecimal digits, see `content_hash`."""
+
+
+def split_ranges(rule: str, goals: int, official: bool) -> dict[str, range]:
+    """The indexes of the goals of each split, in the original's order of goals.
+
+    Args:
+        rule: `original`: test 0-499, dev 500-1,499, train from 1,500 on; `verl-agent`: val 0-499,
+            train from 500 on.
+        goals: number of goals.
+        official: whether these sizes count; else every split before train gets a tenth.
+    """
+    names, sizes = {
+        "original": (("test", "dev"), (500, 1000)),
+        "verl-agent": (("val",), (500,)),
+    }[rule]
+    found = {}
+    start = 0
+    for name, size in zip(names, sizes, strict=True):
+        end = min(goals, start + (size if official else goals // 10))
+        found[name] = range(start, end)
+        start = end
+    found["train"] = range(start, goals)
+    return found
+
+
+def content_hash(tasks: Iterable[tuple[str, Goal]]) -> str:
+    """The hash of a set of tasks.
+
+    Args:
+        tasks: (task id, goal), sorted by id.
+
+    Returns:
+        SHA-256 over one line `<task id> <digest>` per task; the digest is SHA-256 over the tuple
+        of asin, instruction, options and price_upper as `ascii` writes it.
+    """
+    total = hashlib.sha256()
+    for task_id, goal in tasks:
+        content = ascii((goal.asin, goal.instruction, goal.options, goal.price_upper))
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        total.update(f"{task_id} {digest}\n".encode())
+    return total.hexdigest()

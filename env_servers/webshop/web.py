@@ -1,0 +1,183 @@
+"""The shop as web pages: for people, and for agents that use a browser.
+
+The same sessions and the same engine as the JSON API. A page holds no scripts and asks no other
+machine for anything. Every button posts the action it stands for with the session's turn index, and
+the answer leads back to the session's one address, which always shows where the session is now:
+pressing twice, or pressing a button of an old page, plays nothing twice and ends on the right page.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import secrets
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from env_servers.service import ServiceError, read_body, well_formed
+from env_servers.webshop.pictures import picture_of
+from env_servers.webshop.sessions import SessionStore
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+PREFIX = "/shop"
+_TEMPLATES = Path(__file__).parent / "templates"
+_MOST_FIELDS = 16
+_EXAMPLES = 6
+# They would end the query inside `search[..]`.
+_NOT_IN_QUERY = re.compile(r"[\[\]\s]+")
+
+
+class ShopPages:
+    """The handlers of the web pages."""
+
+    def __init__(self, store: SessionStore, max_body: int) -> None:
+        self._store = store
+        self._max_body = max_body
+
+    def routes(self) -> list[Route]:
+        """The addresses of the pages; the root leads to the shop."""
+        return [
+            Route("/", self.front, methods=["GET"]),
+            Route(PREFIX, self.choose, methods=["GET"]),
+            Route(f"{PREFIX}/new", self.new, methods=["POST"]),
+            Route(f"{PREFIX}/{{session_id}}", self.show, methods=["GET"]),
+            Route(f"{PREFIX}/{{session_id}}/act", self.act, methods=["POST"]),
+        ]
+
+    async def front(self, request: Request) -> Response:
+        """GET /: the shop."""
+        return _see(PREFIX)
+
+    async def choose(self, request: Request) -> Response:
+        """GET /shop: choose a task."""
+        shop = self._store.shop
+        split = request.query_params.get("split", shop.splits[0])
+        places = self._store.split_range(split)
+        examples = places[:: max(1, len(places) // _EXAMPLES)][:_EXAMPLES]
+        return _page(
+            "choose.html",
+            splits=[(name, len(shop.split_range(name))) for name in shop.splits],
+            split=split,
+            examples=[(f"{shop.name}/{place}", shop.goals[place]) for place in examples],
+            label=shop.label,
+            product_count=len(shop.catalogue),
+        )
+
+    async def new(self, request: Request) -> Response:
+        """POST /shop/new: a session for `task_id`, or for a random task of `split`."""
+        form = await self._form(request)
+        task_id = form.get("task_id", "").strip()
+        if not task_id:
+            split = form.get("split", self._store.shop.splits[0])
+            state = self._store.create_in_split(split, secrets.randbits(32))
+        else:
+            state = self._store.create(task_id)
+        return _see(f"{PREFIX}/{state.session_id}")
+
+    async def show(self, request: Request) -> Response:
+        """GET /shop/{session_id}: the page the session is on."""
+        state = self._store.state(request.path_params["session_id"])
+        return _page(f"{state.page.kind}.html", state=state, page=state.page)
+
+    async def act(self, request: Request) -> Response:
+        """POST /shop/{session_id}/act: plays `action`, or a search for `query`."""
+        session_id = request.path_params["session_id"]
+        form = await self._form(request)
+        action = form.get("action", "")
+        if "query" in form:
+            query = _NOT_IN_QUERY.sub(" ", form["query"]).strip()
+            action = f"search[{query}]" if query else ""
+        turn_index = form.get("turn_index", "")
+        try:
+            turn = int(turn_index) if action else -1
+        except ValueError:
+            raise ServiceError(422, "invalid_body", "turn_index must be a whole number.") from None
+        if not action:
+            self._store.state(session_id)
+        else:
+            try:
+                self._store.step(session_id, turn, action)
+            except ServiceError as error:
+                # A button of an old page: show where the session is now instead.
+                if error.status != 409:
+                    raise
+        return _see(f"{PREFIX}/{session_id}")
+
+    async def _form(self, request: Request) -> dict[str, str]:
+        body = await read_body(request, self._max_body)
+        try:
+            fields = parse_qs(
+                body.decode("ascii"), keep_blank_values=True, max_num_fields=_MOST_FIELDS
+            )
+        except ValueError:
+            raise ServiceError(422, "invalid_body", "This is not a form of this shop.") from None
+        return {name: well_formed(values[0]) for name, values in fields.items()}
+
+
+def error_page(request: Request, error: ServiceError) -> Response | None:
+    """The error as a page where a person is looking; None elsewhere."""
+    path = request.url.path
+    if path != PREFIX and not path.startswith(f"{PREFIX}/"):
+        return None
+    return _page("error.html", error.status, error=error)
+
+
+def _see(address: str) -> Response:
+    return RedirectResponse(address, 303, headers={"cache-control": "no-store"})
+
+
+def _page(template: str, status: int = 200, **values: object) -> Response:
+    html = _environment().get_template(template).render(values)
+    return Response(
+        html.encode("utf-8", "replace"),
+        status,
+        media_type="text/html",
+        headers={
+            "content-security-policy": _content_security_policy(),
+            # The back button asks again, and so shows where the session is now.
+            "cache-control": "no-store",
+            "referrer-policy": "no-referrer",
+            "x-content-type-options": "nosniff",
+        },
+    )
+
+
+@cache
+def _environment() -> Environment:
+    # Imported with the first page: a server for agents alone does without.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        auto_reload=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(style=Markup(_style()), picture_of=picture_of)
+    return environment
+
+
+@cache
+def _style() -> str:
+    return (_TEMPLATES / "style.html").read_text(encoding="utf-8")
+
+
+@cache
+def _content_security_policy() -> str:
+    digest = base64.b64encode(hashlib.sha256(_style().encode()).digest()).decode("ascii")
+    return (
+        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self';"
+        " base-uri 'none'; frame-ancestors 'none'"
+    )

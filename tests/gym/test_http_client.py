@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from atod_gym import http_client
+from atod_gym.errors import InvalidSettingError, ServerError
+from atod_gym.http_client import ATTEMPTS, JsonClient, check_server_url
+
+# Every address misbehaves in its own way, the first `times` times that it is asked.
+SERVER = """
+import json, socket, struct, sys, time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+seen = Counter()
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def answer(self):
+        url = urlsplit(self.path)
+        options = {name: values[0] for name, values in parse_qs(url.query).items()}
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        seen[self.path] += 1
+        if url.path != "/" and seen[self.path] <= int(options.get("times", 1000)):
+            return getattr(self, "do_" + url.path.strip("/"))(options)
+        self.say(200, json.dumps({
+            "method": self.command, "body": json.loads(body or b"null"), "seen": seen[self.path],
+            "type": self.headers.get("Content-Type"), "token": self.headers.get("Authorization"),
+            "port": self.client_address[1],
+        }).encode())
+
+    do_GET = do_POST = do_DELETE = answer
+
+    def say(self, status, body, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_drop(self, options):
+        self.close_connection = True
+
+    def do_reset(self, options):
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
+
+    def do_short(self, options):
+        self.say(200, b"{}", **{"Content-Length": 1000})
+        self.close_connection = True
+
+    def do_slow(self, options):
+        time.sleep(float(options["seconds"]))
+        self.say(200, b"{}")
+
+    def do_status(self, options):
+        self.say(int(options["status"]), options.get("body", "{}").encode(), Location="/")
+
+    def do_huge(self, options):
+        self.say(200, b'"' + b"x" * 3_000_000 + b'"')
+
+    def do_deep(self, options):
+        self.say(200, b"[" * 200_000)
+
+    def do_garbage(self, options):
+        self.wfile.write(b"nonsense\\r\\n\\r\\n")
+        self.close_connection = True
+
+    def do_idle(self, options):
+        # Answers, then closes a connection that it had promised to keep.
+        self.say(200, b"{}")
+        self.wfile.flush()
+        self.close_connection = True
+
+    def log_message(self, *arguments):
+        pass
+
+    def handle(self):
+        try:
+            super().handle()
+        except (OSError, ValueError):
+            pass
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+
+server = Server(("127.0.0.1", int(sys.argv[1])), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
+class Running:
+    """The misbehaving server in a process of its own."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(port)], stdout=subprocess.PIPE
+        )
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    running = Running()
+    yield running
+    running.end()
+
+
+@pytest.fixture(autouse=True)
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "RETRY_DELAYS", (0.0, 0.01, 0.01, 0.01))
+
+
+def client(server: Running, **settings: Any) -> JsonClient:
+    return JsonClient(server.url, advice="Run: the command", **settings)
+
+
+def test_json_goes_there_and_back_on_one_connection(server: Running) -> None:
+    connected = client(server, token="secret")
+    first = connected.post("/", {"text": "é🙂\ud800\x00", "number": 1.5})
+    assert first["body"] == {"text": "é🙂\ud800\x00", "number": 1.5}
+    assert (first["method"], first["type"]) == ("POST", "application/json")
+    assert first["token"] == "Bearer secret"
+    second, third = connected.get("/"), connected.delete("/")
+    assert (second["method"], third["method"]) == ("GET", "DELETE")
+    assert first["port"] == second["port"] == third["port"]
+    connected.close()
+    assert connected.get("/")["port"] != first["port"]
+    assert client(server).get("/")["token"] is None
+
+
+@pytest.mark.parametrize("failure", ["drop", "reset", "short", "garbage", "status"])
+def test_a_failure_that_passes_is_not_noticed(server: Running, failure: str) -> None:
+    for status in (502, 503, 504) if failure == "status" else (0,):
+        path = f"/{failure}?times={ATTEMPTS - 1}&status={status}"
+        assert client(server).post(path, {"turn": 3})["body"] == {"turn": 3}
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        ("drop", "without response"),
+        ("reset", "reset by peer"),
+        ("short", "IncompleteRead|Connection broken"),
+        ("garbage", "BadStatusLine|nonsense"),
+        ("slow", "timed out"),
+    ],
+)
+def test_a_failure_that_stays_is_an_error_with_url_and_command(
+    server: Running, failure: str, reason: str
+) -> None:
+    path = f"/{failure}?stays&seconds=0.5"
+    with pytest.raises(ServerError, match=reason) as caught:
+        client(server, timeout=0.1).get(path)
+    message = str(caught.value)
+    assert message.startswith(f"GET {server.url}{path} failed (tried {ATTEMPTS} times)")
+    assert message.endswith("Run: the command")
+    assert (caught.value.status, caught.value.code) == (0, "")
+
+
+def test_the_number_of_attempts_is_kept(server: Running) -> None:
+    for attempts in (1, 3, ATTEMPTS):
+        with pytest.raises(ServerError, match=f"once|{attempts} times"):
+            client(server, attempts=attempts).get(f"/drop?attempts={attempts}&times={attempts}")
+        path = f"/drop?attempts={attempts}&times={attempts}"
+        assert client(server).get(path)["seen"] == attempts + 1
+
+
+def test_a_late_answer_is_not_taken_for_the_next_one(server: Running) -> None:
+    connected = client(server, timeout=0.2, attempts=1)
+    with pytest.raises(ServerError, match="timed out"):
+        connected.get("/slow?late&seconds=0.4")
+    time.sleep(0.3)
+    assert connected.post("/", "next")["body"] == "next"
+
+
+def test_errors_of_the_server_are_passed_on_at_once(server: Running) -> None:
+    body = '{"error": {"code": "episode_over", "message": "Create a new session."}}'
+    for status in (401, 404, 409, 413, 422, 500):
+        path = f"/status?status={status}&body={body.replace(' ', '%20')}"
+        with pytest.raises(ServerError, match=f"Create a new session.*{status}") as caught:
+            client(server).get(path)
+        assert (caught.value.status, caught.value.code) == (status, "episode_over")
+        copy = pickle.loads(pickle.dumps(caught.value))
+        assert (str(copy), copy.status, copy.code) == (str(caught.value), status, "episode_over")
+    path = f"/status?status=503&body={body.replace(' ', '%20')}"
+    with pytest.raises(ServerError, match="Create a new session") as caught:
+        client(server).get(path)
+    assert caught.value.status == 503
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/status?status=200&body=no", "/status?status=200&body=[1]", "/status?status=302", "/deep",
+     "/status?status=404&body=<html>", "/status?status=500&body=%FF", "/huge"],
+)  # fmt: skip
+def test_answers_that_make_no_sense_are_shown(server: Running, path: str) -> None:
+    with pytest.raises(ServerError, match=r"expected JSON object.*right URL") as caught:
+        client(server).get(path)
+    assert server.url in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_endless_answers_are_cut(server: Running) -> None:
+    connected = client(server, max_answer_bytes=1_000_000)
+    with pytest.raises(ServerError, match="more than 1000000 bytes"):
+        connected.get("/huge")
+    assert connected.get("/")["method"] == "GET"
+
+
+def test_a_connection_closed_meanwhile_is_replaced(server: Running) -> None:
+    connected = client(server, attempts=1)
+    for number in range(20):
+        assert connected.get(f"/idle?{number}") == {}
+        time.sleep(0.02)
+        assert connected.get("/")["method"] == "GET"
+
+
+def test_a_restarted_server_is_found_again() -> None:
+    running = Running()
+    connected = client(running)
+    assert connected.get("/")["seen"] == 1
+    running.end()
+    with pytest.raises(ServerError, match=r"[Cc]onnection refused.*Run: the command"):
+        connected.get("/")
+    again = Running(running.port)
+    assert connected.get("/")["seen"] == 1
+    again.end()
+
+
+def test_threads_share_a_client(server: Running) -> None:
+    connected = client(server)
+    wrong: list[object] = []
+
+    def work(name: str) -> None:
+        for number in range(30):
+            body = f"{name}-{number}"
+            if connected.post("/", body)["body"] != body:
+                wrong.append(body)
+
+    threads = [threading.Thread(target=work, args=(f"thread{n}",)) for n in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_both_sides_of_a_fork_use_connections_of_their_own(server: Running) -> None:
+    connected = client(server)
+    port = connected.get("/")["port"]
+    child = os.fork()
+    if child == 0:
+        fine = all(connected.post("/", n)["body"] == n for n in range(50))
+        other = connected.get("/")["port"] != port
+        os._exit(0 if fine and other else 1)
+    assert all(connected.post("/", -n)["body"] == -n for n in range(50))
+    assert connected.get("/")["port"] == port
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_interrupt_leaves_a_client_that_works(server: Running) -> None:
+    connected = client(server)
+    main = threading.get_ident()
+    timer = threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        connected.get("/slow?interrupted&seconds=5")
+    timer.join()
+    assert connected.post("/", "next")["body"] == "next"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://127.0.0.1:3000/", "http://127.0.0.1:3000"),
+        ("https://shop.example/path/", "https://shop.example/path"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+    ],
+)
+def test_urls(url: str, expected: str) -> None:
+    assert check_server_url(url) == expected
+
+
+def test_a_path_in_the_url_is_kept(server: Running) -> None:
+    below = JsonClient(f"{server.url}/status", advice="")
+    with pytest.raises(ServerError, match="/status\\?status=404"):
+        below.get("?status=404")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"url": "127.0.0.1:3000"}, "looks like"),
+        ({"url": "ftp://host"}, "looks like"),
+        ({"url": "http://"}, "looks like"),
+        ({"url": "http://host:99999"}, "looks like"),
+        ({"url": ""}, "looks like"),
+        ({"url": 3000}, "looks like"),
+        ({"url": "http://user:word@host"}, "`token`"),
+        ({"url": "http://host/?a=b"}, "behind the path"),
+        ({"timeout": 0}, "timeout must be > 0"),
+        ({"timeout": float("nan")}, "timeout must be > 0"),
+        ({"timeout": "long"}, "timeout must be a number"),
+        ({"connect_timeout": -1}, "connect_timeout"),
+        ({"attempts": 0}, "attempts"),
+        ({"attempts": 99}, "attempts"),
+        ({"token": "line\nbreak"}, "ASCII"),
+        ({"token": "schlüssel"}, "ASCII"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSettingError, match=message):
+        JsonClient(**{"url": "http://127.0.0.1:3000", "advice": "", **settings})
+
+
+def test_nothing_listens_and_nobody_is_there() -> None:
+    for url in ("http://127.0.0.1:9", "http://no-such-host.invalid:80"):
+        with pytest.raises(ServerError, match=f"{url}.*Run: it") as caught:
+            JsonClient(url, advice="Run: it", attempts=2, connect_timeout=2).get("/health")
+        assert "0x" not in str(caught.value)

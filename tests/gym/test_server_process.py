@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from atod_gym import server_process
+from atod_gym.errors import MissingExtraError, ServerError
+from atod_gym.server_process import shared_server
+
+REPOSITORY = Path(server_process.__file__).resolve().parent.parent
+
+# Keeps what a server promises, unless its first argument names something else.
+TINY_SERVER = """
+import json, os, signal, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+service, mode = sys.argv[1:3]
+assert sys.argv[-4:-1] == ["--port", "0", "--parent"] and int(sys.argv[-1]) == os.getppid()
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        pid = 1 if mode == "impostor" else os.getpid()
+        body = json.dumps({"status": "ok", "service": service, "pid": pid}).encode()
+        self.send_response(404 if mode == "no-health" else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+print("a warning before the start", file=sys.stderr, flush=True)
+if mode == "broken":
+    sys.exit("atod-serve: error: no products in this folder")
+if mode == "missing":
+    import no_such_package
+if mode == "advice":
+    sys.exit("atod-serve: error: something is missing; pip install 'atod[servers]'")
+if mode == "chatty":
+    print("Welcome!", flush=True)
+if mode == "silent":
+    time.sleep(100)
+if mode == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+server = HTTPServer(("127.0.0.1", 0), Handler)
+name = "other" if mode == "misnamed" else service
+url = f"http://127.0.0.1:{server.server_address[1]}"
+print(json.dumps({"ready": True, "url": url, "service": name}), flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture(autouse=True)
+def tiny_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], list[int]]]:
+    """Puts the tiny server in place of the real ones; ends those that a test has started."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "tiny_server.py").write_text(TINY_SERVER, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{REPOSITORY}")
+    monkeypatch.setenv("ATOD_RUNNING_SERVERS", "{}")
+    monkeypatch.setattr(server_process, "SERVER_MODULE", "tiny_server")
+    monkeypatch.setattr(server_process, "_servers", {})
+    started: list[server_process._OwnProcess] = []
+
+    class Noted(server_process._OwnProcess):
+        def __init__(self, command: list[str]) -> None:
+            super().__init__(command)
+            started.append(self)
+
+    monkeypatch.setattr(server_process, "_OwnProcess", Noted)
+    yield lambda: [own.pid for own in started]
+    for own in started:
+        own.end()
+
+
+def is_gone(pid: int, seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_one_server_for_each_service_and_settings(tiny_server: Callable[[], list[int]]) -> None:
+    first = shared_server("shop", ["fine", "--size", "3"])
+    assert first.is_alive()
+    assert first.pid in tiny_server()
+    assert f"-m tiny_server shop fine --size 3 --port 0 --parent {os.getpid()}" in first.command
+    assert shared_server("shop", ("fine", "--size", "3")) is first
+    others = [shared_server("shop", ["fine"]), shared_server("library", ["fine", "--size", "3"])]
+    assert len({first.url, *(other.url for other in others)}) == 3
+    assert len(tiny_server()) == 3
+    # Ctrl-C in a terminal goes to the group of processes that was started from it.
+    assert os.getsid(first.pid) == first.pid
+
+
+def test_threads_that_ask_at_once_get_one_server(tiny_server: Callable[[], list[int]]) -> None:
+    urls: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: urls.append(shared_server("shop", ["fine"]).url))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(urls), len(set(urls)), len(tiny_server())) == (8, 1, 1)
+
+
+def test_a_server_that_died_is_replaced_and_its_last_words_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first = shared_server("shop", ["fine"])
+    assert first.last_words() == ""
+    os.kill(first.pid, signal.SIGKILL)
+    assert is_gone_as_child(first)
+    with caplog.at_level(logging.WARNING, logger="atod_gym"):
+        second = shared_server("shop", ["fine"])
+    assert second.is_alive()
+    assert second.url != first.url
+    assert f"{first.url} has ended" in caplog.text
+    assert first.last_words() == "a warning before the start"
+
+
+def is_gone_as_child(server: server_process.RunningServer) -> bool:
+    deadline = time.monotonic() + 10
+    while server.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not server.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("mode", "error", "message"),
+    [
+        ("broken", ServerError, "it ended at once.*no products in this folder.*tiny_server shop"),
+        ("missing", MissingExtraError, r"pip install 'atod\[servers\]'.*no_such_package"),
+        ("advice", MissingExtraError, r"pip install 'atod\[servers\]'.*something is missing"),
+        ("chatty", ServerError, "instead of its start-up line it printed b'Welcome!"),
+        ("misnamed", ServerError, "instead of its start-up line"),
+        ("impostor", ServerError, r"http://127.0.0.1:\d+/health does not answer"),
+        ("no-health", ServerError, r"http://127.0.0.1:\d+/health does not answer"),
+        ("silent", ServerError, r"not ready after 2 seconds.*a warning before the start"),
+    ],
+)
+def test_a_server_that_does_not_start_says_why_and_is_gone(
+    mode: str,
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_server: Callable[[], list[int]],
+) -> None:
+    if mode == "silent":
+        monkeypatch.setattr(server_process, "START_SECONDS", 2.0)
+    with pytest.raises(error, match=f"(?s){message}"):
+        shared_server("shop", [mode])
+    assert len(tiny_server()) == 1
+    assert is_gone(tiny_server()[0])
+
+
+def test_without_the_servers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_process, "SERVER_MODULE", "env_servers_that_are_not_there.cli")
+    with pytest.raises(MissingExtraError, match=r"pip install 'atod\[servers\]'"):
+        shared_server("shop", ["fine"])
+
+
+def test_a_long_start_is_announced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_process, "_PATIENCE_SECONDS", 0.02)
+    with caplog.at_level(logging.WARNING, logger="atod_gym"):
+        shared_server("shop", ["fine"])
+    assert caplog.text.count("Waiting for the server") == 1
+    assert "tiny_server shop fine" in caplog.text
+
+
+def test_an_interrupt_while_starting_leaves_nothing_behind(
+    tiny_server: Callable[[], list[int]],
+) -> None:
+    main = threading.get_ident()
+    timer = threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        shared_server("shop", ["silent"])
+    timer.join()
+    assert is_gone(tiny_server()[0])
+
+
+SCRIPT = """
+import os, sys
+from atod_gym import server_process
+server_process.SERVER_MODULE = "tiny_server"
+server_process._STOP_SECONDS = 0.5
+server = server_process.shared_server("shop", [sys.argv[1]])
+if sys.argv[2] == "fork":
+    child = os.fork()
+    if child == 0:
+        assert server.is_alive() and server_process.shared_server("shop", [sys.argv[1]]) is server
+        sys.exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert server.is_alive()
+print(server.pid, server.url)
+if sys.argv[2] == "raise":
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "end"),
+    [("fine", "return"), ("fine", "raise"), ("fine", "fork"), ("stubborn", "return")],
+)
+def test_it_ends_with_the_process_and_without_a_warning(mode: str, end: str) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", SCRIPT, mode, end],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (finished.returncode, finished.stderr) == (3 if end == "raise" else 0, "")
+    assert is_gone(int(finished.stdout.split()[0]))
+
+
+def test_programs_started_from_here_get_servers_of_their_own() -> None:
+    server = shared_server("shop", ["fine"])
+    finished = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "fine", "return"],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert server.url not in finished.stdout
+    assert server.is_alive()
+
+
+WORKERS = """
+import multiprocessing, sys
+from atod_gym import server_process
+server_process.SERVER_MODULE = "tiny_server"
+
+def url(number):
+    return server_process.shared_server("shop", ["fine"]).url
+
+if __name__ == "__main__":
+    server = server_process.shared_server("shop", ["fine"])
+    with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
+        assert pool.map(url, range(4)) == [server.url] * 4
+    assert server.is_alive()
+"""
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_worker_processes_share_the_server(method: str, tmp_path: Path) -> None:
+    # In a program of its own: a process has one fork server, with the environment of its start.
+    program = tmp_path / "program.py"
+    program.write_text(WORKERS, encoding="utf-8")
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", str(program), method],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_while_another_thread_starts_a_server_does_not_hang() -> None:
+    with server_process._lock:
+        child = os.fork()
+        if child == 0:
+            got = server_process._lock.acquire(timeout=5)
+            os._exit(0 if got else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_workers_do_not_trust_an_old_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = shared_server("shop", ["fine"])
+    monkeypatch.setattr(multiprocessing, "parent_process", object)
+    key = json.dumps(["shop", "fine"])
+    for note in (
+        "{}", "nonsense", json.dumps({key: "x"}), json.dumps({key: [server.url, server.pid + 1]}),
+        json.dumps({key: ["http://127.0.0.1:9", server.pid]}),
+    ):  # fmt: skip
+        monkeypatch.setattr(server_process, "_servers", {})
+        monkeypatch.setenv("ATOD_RUNNING_SERVERS", note)
+        assert shared_server("shop", ["fine"]).url != server.url
+    monkeypatch.setattr(server_process, "_servers", {})
+    monkeypatch.setenv("ATOD_RUNNING_SERVERS", json.dumps({key: [server.url, server.pid]}))
+    assert shared_server("shop", ["fine"]).url == server.url

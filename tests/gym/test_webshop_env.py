@@ -1,0 +1,537 @@
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.error import ResetNeeded
+from gymnasium.utils.env_checker import check_env
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import atod_gym
+from atod_gym import data as atod_data
+from atod_gym.envs.webshop import WebShopEnv
+from atod_gym.errors import (
+    DataNotFoundError,
+    InvalidSettingError,
+    ServerError,
+    TaskNotFoundError,
+)
+from atod_gym.types import RewardDetails, TurnObservation, WebShopInfo
+from atod_gym.wrappers import ParseAction, agent_env
+
+TASK = "webshop/generated/200"
+REPOSITORY = Path(atod_gym.__file__).resolve().parent.parent
+AT_END = {"episode", "reward_details"}
+
+
+def make(**changes: Any) -> WebShopEnv:
+    env = gymnasium.make("atod/WebShop-v0", **{"data": "generated", **changes}).unwrapped
+    assert isinstance(env, WebShopEnv)
+    return env
+
+
+def expert_actions(env: WebShopEnv, task_id: str) -> tuple[list[str], float]:
+    """What the scripted shopper does, and its score."""
+    observation, info = env.reset(options={"task_id": task_id})
+    expert = env.expert()
+    expert.reset(observation["instruction"], observation["text"])
+    actions: list[str] = []
+    over = False
+    while not over:
+        last = actions[-1] if actions else None
+        actions.append(expert.act(observation["text"], observation["admissible_actions"], last))
+        observation, _, terminated, truncated, info = env.step(actions[-1])
+        over = terminated or truncated
+    return actions, info["score"]
+
+
+@pytest.fixture(scope="module")
+def solved() -> tuple[str, list[str]]:
+    """A task that the scripted shopper buys the right thing for, and how."""
+    env = make()
+    for task_id in env.task_ids[:20]:
+        actions, score = expert_actions(env, task_id)
+        if score == 1.0:
+            return task_id, actions
+    pytest.fail("the scripted shopper solved none of 20 tasks")
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"render_mode": "ansi"}, {"text_style": "text_rich", "split": "test"}]
+)
+def test_every_check_passes(more: dict[str, Any]) -> None:
+    assert gymnasium.spec("atod/WebShop-v0").max_episode_steps is None
+    check_env(make(**more))
+
+
+def test_the_module_prefix_needs_no_import() -> None:
+    env = gymnasium.make("atod_gym:atod/WebShop-v0", data="generated")
+    assert env.reset(seed=0)[1]["data"] == "generated"
+    env.close()
+
+
+def test_the_right_purchase_wins_on_its_last_turn(solved: tuple[str, list[str]]) -> None:
+    task_id, actions = solved
+    env = make()
+    observation, info = env.reset(options={"task_id": task_id})
+    assert observation.keys() == TurnObservation.__annotations__.keys()
+    assert info.keys() == WebShopInfo.__annotations__.keys() - AT_END
+    assert observation["text"].startswith("WebShop [SEP] Instruction: [SEP] ")
+    assert observation["instruction"] in observation["text"]
+    assert (info["task_id"], info["split"], info["data"]) == (task_id, "train", "generated")
+    assert (info["is_action_valid"], info["action"], info["turn_index"]) == (True, "", 0)
+    assert observation["admissible_actions"] == ("search[<query>]",)
+    for number, action in enumerate(actions[:-1], 1):
+        observation, reward, terminated, truncated, info = env.step(action)
+        assert (reward, terminated, truncated, info["success"]) == (0.0, False, False, False)
+        assert observation["turn_index"] == info["turn_index"] == number
+        assert list(observation["admissible_actions"]) == sorted(
+            set(observation["admissible_actions"])
+        )
+        assert info["is_action_valid"]
+        assert info.keys() == WebShopInfo.__annotations__.keys() - AT_END
+    assert actions[-1] == "click[buy now]"
+    assert actions[-1] in observation["admissible_actions"]
+    observation, reward, terminated, truncated, info = env.step(actions[-1])
+    assert (reward, terminated, truncated) == (1.0, True, False)
+    assert (info["success"], info["score"], info["action"]) == (True, 1.0, actions[-1])
+    assert info.keys() == WebShopInfo.__annotations__.keys()
+    assert info["reward_details"].keys() <= RewardDetails.__annotations__.keys()
+    assert info["reward_details"]["reward"] == 1.0
+    assert info["noun_tagger"] in ("words", "spacy")
+    assert (info["episode"]["r"], info["episode"]["l"]) == (1.0, len(actions))
+    assert "Your score (min 0.0, max 1.0) [SEP] 1.0" in observation["text"]
+    with pytest.raises(ResetNeeded, match="over"):
+        env.step("search[x]")
+
+
+def test_a_wrong_purchase_has_a_score_and_no_reward(solved: tuple[str, list[str]]) -> None:
+    env = make()
+    tasks = [task_id for task_id in env.task_ids if task_id != solved[0]][:5]
+    scores = []
+    for task_id in tasks:
+        env.reset(options={"task_id": task_id})
+        for action in solved[1][:-1]:
+            env.step(action)
+        _, reward, terminated, _, info = env.step(solved[1][-1])
+        assert terminated
+        assert (reward, info["success"]) == (0.0, False)
+        scores.append(info["score"])
+    assert all(0 <= score < 1 for score in scores)
+    assert any(score > 0 for score in scores)
+
+
+def test_buying_on_the_last_turn_is_no_truncation(solved: tuple[str, list[str]]) -> None:
+    task_id, actions = solved
+    env = make(max_turns=len(actions))
+    env.reset(options={"task_id": task_id})
+    ends = [env.step(action)[2:4] for action in actions]
+    assert ends == [(False, False)] * (len(actions) - 1) + [(True, False)]
+    env = make(max_turns=len(actions) - 1)
+    env.reset(options={"task_id": task_id})
+    ends = [env.step(action)[2:4] for action in actions[:-1]]
+    assert ends == [(False, False)] * (len(actions) - 2) + [(False, True)]
+    with pytest.raises(ResetNeeded):
+        env.step(actions[-1])
+
+
+def test_the_turn_limit_truncates_once_and_reports_the_episode() -> None:
+    env = make(max_turns=3)
+    env.reset(seed=0)
+    results = [env.step("search[red shoes]") for _ in range(3)]
+    assert [result[3] for result in results] == [False, False, True]
+    assert [result[2] for result in results] == [False] * 3
+    assert results[-1][4]["episode"]["l"] == 3
+    assert results[-1][0] in env.observation_space
+
+
+def test_seeds_and_task_ids_choose_the_task() -> None:
+    env, other = make(), make()
+    assert env.task_ids == env.manifest.task_ids == tuple(sorted(env.task_ids))
+    first = [env.reset(seed=5)[1]["task_id"], *(env.reset()[1]["task_id"] for _ in range(5))]
+    second = [other.reset(seed=5)[1]["task_id"], *(other.reset()[1]["task_id"] for _ in range(5))]
+    assert first == second
+    assert len(set(first)) > 1
+    picked = [env.reset(seed=5, options={"task_id": env.task_ids[7]}) for _ in range(2)]
+    assert picked[0] == picked[1]
+    # Naming the task draws nothing, so the seeded sequence starts behind it.
+    assert env.reset()[1]["task_id"] == first[0]
+
+
+def test_splits_are_disjoint_and_follow_the_rule() -> None:
+    rules = {"original": ("train", "dev", "test"), "verl-agent": ("train", "val")}
+    alls = []
+    for rule, splits in rules.items():
+        manifests = [make(split=split, split_rule=rule).manifest for split in splits]
+        ids = [task_id for manifest in manifests for task_id in manifest.task_ids]
+        assert len(set(ids)) == len(ids)
+        assert len({manifest.content_hash for manifest in manifests}) == len(splits)
+        assert all(manifest.task_ids for manifest in manifests)
+        alls.append(set(ids))
+    assert alls[0] == alls[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"max_turns": 0}, InvalidSettingError, "max_turns"),
+        ({"max_turns": 2.5}, InvalidSettingError, "max_turns"),
+        ({"max_turns": True}, InvalidSettingError, "max_turns"),
+        ({"split": "valid_seen"}, DataNotFoundError, "there are: .*train"),
+        ({"split": None}, InvalidSettingError, "split"),
+        ({"data": "nowhere"}, DataNotFoundError, "official, generated, or a folder"),
+        ({"data": 3.5}, TypeError, "PathLike"),
+        ({"render_mode": "human"}, InvalidSettingError, "ansi"),
+        ({"split_rule": "mine"}, InvalidSettingError, "original, verl-agent"),
+        ({"text_style": "html"}, InvalidSettingError, "text, text_rich"),
+        ({"goal_seed": "x"}, InvalidSettingError, "goal_seed"),
+        ({"human_goals": 1}, InvalidSettingError, "human_goals"),
+        ({"timeout": -1}, InvalidSettingError, "timeout"),
+        ({"token": 5}, InvalidSettingError, "token"),
+        ({"server_url": "shop"}, InvalidSettingError, "http://127.0.0.1:3000"),
+        ({"server_url": "http://127.0.0.1:9"}, ServerError, "http://127.0.0.1:9.*atod-serve webs"),
+    ],
+)
+def test_wrong_settings_are_named(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        WebShopEnv(**{"data": "generated", **changes})
+
+
+def test_wrong_calls_are_named() -> None:
+    env = make()
+    for call in (lambda: env.step("x"), lambda: env.observation):
+        with pytest.raises(ResetNeeded, match="reset"):
+            call()
+    task_id = env.task_ids[0]
+    with pytest.raises(TaskNotFoundError, match=f"Did you mean .*{task_id[:-1]}"):
+        env.reset(options={"task_id": task_id.replace("generated", "genreated")})
+    with pytest.raises(TaskNotFoundError, match=f"An example: {task_id}"):
+        env.reset(options={"task_id": "🙂"})
+    with pytest.raises(TaskNotFoundError):
+        env.reset(options={"task_id": 3})
+    with pytest.raises(TaskNotFoundError):
+        env.reset(options={"task_id": make(split="test").task_ids[0]})
+    with pytest.raises(InvalidSettingError, match=r"'task'.*'task_id'"):
+        env.reset(options={"task": task_id})
+    env.reset(seed=0)
+    for action in (None, b"search[x]", 3, ["search[x]"]):
+        with pytest.raises(TypeError, match=f"str.*not {type(action).__name__}"):
+            env.step(action)  # type: ignore[arg-type]
+    assert env.step("search[x]")[4]["turn_index"] == 1
+
+
+ABUSE = [
+    *("", " ", "search", "search[]", "search[a\nb]", "click[search]", "click[buy now]"),
+    *("Search[x]", "🙂", "\ud800", "\x00", "{}", "a" * 100_000, "click[" * 1000, "<r>[x]"),
+]
+
+
+@pytest.mark.parametrize("action", ABUSE)
+def test_any_text_is_an_action(action: str) -> None:
+    env = make()
+    before, _ = env.reset(seed=0)
+    observation, reward, terminated, truncated, info = env.step(action)
+    assert observation == {**before, "turn_index": 1}
+    assert (reward, terminated, truncated) == (0.0, False, False)
+    assert (info["is_action_valid"], info["turn_index"], info["action"]) == (False, 1, action)
+    assert env.action_space.contains(action)
+    assert observation in env.observation_space
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=()), max_size=30).map("search[{}]".format)
+        | st.text("abc[]<>searchlik ", max_size=30)
+        | st.integers(0, 60),
+        max_size=12,
+    ),
+    st.integers(0, 2**32 - 1),
+)
+def test_random_play_keeps_every_promise(moves: list[str | int], seed: int) -> None:
+    env = make(max_turns=10)
+    observation, _ = env.reset(seed=seed)
+    for move in moves:
+        admissible = observation["admissible_actions"]
+        action = move if isinstance(move, str) else admissible[move % len(admissible)]
+        observation, reward, terminated, truncated, info = env.step(action)
+        assert observation in env.observation_space
+        if action in admissible:
+            assert info["is_action_valid"]
+        assert reward == float(info["success"])
+        assert terminated == ("reward_details" in info)
+        assert info["score"] == (info["reward_details"]["reward"] if terminated else 0.0)
+        assert truncated == (not terminated and observation["turn_index"] == 10)
+        if terminated or truncated:
+            break
+    env.close()
+
+
+def test_a_search_works_from_every_page(solved: tuple[str, list[str]]) -> None:
+    task_id, actions = solved
+    env = make()
+    found = set()
+    for count in range(len(actions)):
+        env.reset(options={"task_id": task_id})
+        for action in [*actions[:count], "click[description]"]:
+            env.step(action)
+        observation, *_, info = env.step("search[red shoes]")
+        assert info["is_action_valid"]
+        found.add(observation["text"])
+    assert len(found) == 1
+    assert "Page 1 (Total results: " in found.pop()
+
+
+def test_observations_and_infos_are_new_objects(solved: tuple[str, list[str]]) -> None:
+    env = make()
+    observation, info = env.reset(options={"task_id": solved[0]})
+    observation["text"] = info["task_id"] = "changed"
+    for action in solved[1]:
+        again, _, _, _, new_info = env.step(action)
+    assert again["text"] != "changed" != new_info["task_id"]
+    new_info["reward_details"]["reward"] = 5.0
+    assert env._info(env._session.turn)["reward_details"]["reward"] == 1.0  # type: ignore[arg-type]
+
+
+def test_rendering_shows_the_last_action() -> None:
+    env = make(render_mode="ansi")
+    with pytest.raises(ResetNeeded):
+        env.render()
+    text = env.reset(seed=0)[0]["text"]
+    assert env.render() == f"{text}\n"
+    text = env.step("search[shoes]")[0]["text"]
+    assert env.render() == f"> search[shoes]\n\n{text}\n"
+
+
+def test_closing_twice_and_playing_on_after_a_reset() -> None:
+    env = make()
+    env.reset(seed=0)
+    env.close()
+    env.close()
+    with pytest.raises(ResetNeeded):
+        env.step("search[x]")
+    assert env.reset(seed=0)[1]["turn_index"] == 0
+
+
+def test_the_spec_survives_json_and_the_environment_pickles() -> None:
+    env = gymnasium.make("atod/WebShop-v0", data="generated", max_turns=7, text_style="text_rich")
+    assert env.spec is not None
+    copies = [gymnasium.make(EnvSpec.from_json(env.spec.to_json())),
+              pickle.loads(pickle.dumps(env.unwrapped))]  # fmt: skip
+    expected = env.reset(seed=3)
+    assert "[button] Search [button_]" in expected[0]["text"]
+    for copy in copies:
+        assert copy.reset(seed=3) == expected
+        assert copy.observation_space == env.observation_space
+        assert copy.unwrapped.max_turns == 7
+
+
+def _make_vec(mode: str, **vector_settings: Any) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
+    return gymnasium.make_vec(
+        "atod/WebShop-v0",
+        num_envs=3,
+        vectorization_mode=mode,
+        vector_kwargs=vector_settings,
+        max_turns=3,
+        data="generated",
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "more"),
+    [
+        ("sync", {}),
+        ("async", {"shared_memory": False, "context": "fork"}),
+        ("async", {"shared_memory": False, "context": "spawn"}),
+    ],
+)
+def test_vector_environments_agree_with_single_ones(mode: str, more: dict[str, Any]) -> None:
+    envs = _make_vec(mode, **more)
+    try:
+        # Worker processes play in the server of this one.
+        assert len({*envs.get_attr("server_url"), make().server_url}) == 1
+        observations, infos = envs.reset(seed=11)
+        assert observations in envs.observation_space
+        singles = [make(max_turns=3).reset(seed=11 + number) for number in range(3)]
+        assert observations["text"] == tuple(single[0]["text"] for single in singles)
+        assert list(infos["task_id"]) == [single[1]["task_id"] for single in singles]
+        for turn in range(1, 4):
+            observations, rewards, _, truncated, infos = envs.step(
+                ("search[shoes]", "search[lamp]", "nonsense")
+            )
+            assert observations["turn_index"].tolist() == [turn] * 3
+            assert list(infos["is_action_valid"]) == [True, True, False]
+            assert rewards.tolist() == [0.0] * 3
+        assert truncated.all()
+        assert infos["episode"]["l"].tolist() == [3] * 3
+        observations, *_ = envs.step(("x",) * 3)
+        assert observations["turn_index"].tolist() == [0] * 3
+        assert envs.step(envs.action_space.sample())[0] in envs.observation_space
+    finally:
+        envs.close()
+
+
+def test_purchases_in_vector_environments(solved: tuple[str, list[str]]) -> None:
+    envs = gymnasium.make_vec(
+        "atod/WebShop-v0", num_envs=2, vectorization_mode="sync", data="generated"
+    )
+    envs.reset(options={"task_id": solved[0]})
+    for action in solved[1]:
+        *_, infos = envs.step((action, "search[x]"))
+    assert infos["reward_details"]["reward"].tolist() == [1.0, 0.0]
+    assert infos["_reward_details"].tolist() == [True, False]
+    envs.close()
+
+
+def test_gymnasium_statistics_fit_beside_ours() -> None:
+    env = gymnasium.wrappers.RecordEpisodeStatistics(make(max_turns=1), stats_key="statistics")
+    env.reset(seed=0)
+    info = env.step("search[x]")[4]
+    assert (info["statistics"]["r"], info["statistics"]["l"]) == (0.0, 1)
+    assert info["episode"].keys() == info["statistics"].keys()
+    assert np.isfinite(info["episode"]["t"])
+
+
+def test_agents_and_published_parsing() -> None:
+    """Without tags, published WebShop runs executed the last 20 characters, lower-cased."""
+    env = agent_env(make(), profile="compat", style="window")
+    env.reset(seed=0)
+    *_, info = env.step("I would say SEARCH[wool coat 123]")
+    assert info["action"] == "search[wool coat 123]"[-20:]
+    assert not info["is_action_valid"]
+    *_, info = env.step("<think>x</think><action>Search[Wool Coat]</action>")
+    assert (info["action"], info["parse_error"]) == ("search[wool coat]", "")
+    assert info["is_action_valid"]
+    spec = EnvSpec.from_json(env.spec.to_json())  # type: ignore[union-attr]
+    assert gymnasium.make(spec).get_wrapper_attr("last_characters") == 20
+    assert ParseAction(make(), last_characters=30).last_characters == 30
+    household = gymnasium.make("atod/ALFWorld-v0", data="generated", house_size="tiny")
+    assert ParseAction(household).last_characters == 30
+
+
+@pytest.mark.usefixtures("no_user_data")
+def test_data_is_looked_for_and_else_generated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("WEBSHOP_DATA", raising=False)
+    monkeypatch.setattr(atod_data, "_announced", set())
+    with caplog.at_level(logging.WARNING, logger="atod_gym"):
+        assert [make(data="auto").data for _ in range(2)] == ["generated"] * 2
+    assert caplog.text.count("no official data found") == 1
+    with pytest.raises(DataNotFoundError, match=r"looked in .*princeton-nlp/WebShop.*WEBSHOP_DATA"):
+        make(data="official")
+    with pytest.raises(DataNotFoundError, match="a folder with items_shuffle_1000"):
+        make(data=str(tmp_path))
+    (tmp_path / "items_shuffle_1000.json").write_text("[]", encoding="utf-8")
+    monkeypatch.setenv("WEBSHOP_DATA", str(tmp_path))
+    for data in ("auto", "official", tmp_path):
+        with pytest.raises(ServerError, match=f"(?s)did not start.*{tmp_path}"):
+            make(data=data)
+
+
+def test_official_data(webshop_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOD_DATA", str(webshop_data.parent))
+    env = make(data="official", split="test")
+    assert make(data="auto", split="test").server_url == env.server_url
+    assert (env.data, len(env.task_ids)) == ("official", 500)
+    by_path = make(data=webshop_data, split="test")
+    assert by_path.manifest == env.manifest
+    assert by_path.reset(seed=1)[1]["data"] == env.data
+    train, dev = (make(data="official", split=split) for split in ("train", "dev"))
+    assert (len(train.task_ids), len(dev.task_ids)) == (5410, 1000)
+    assert "webshop/official-1000/4315" in train.task_ids
+    with pytest.raises(InvalidSettingError, match="data='official', but data='generated'"):
+        make(data="generated", server_url=env.server_url)
+    assert make(data="official", server_url=env.server_url).reset()[1]["data"] == "official"
+
+
+def kill_server(env: WebShopEnv) -> None:
+    pid = env._session.server._client.get("/health")["pid"]
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while env._session.server._running.is_alive() and time.monotonic() < deadline:  # type: ignore[union-attr]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("at", ["step", "reset", "start", "batch"])
+def test_a_server_that_dies_is_named_and_a_reset_starts_another(at: str) -> None:
+    # A server of its own, so that the other tests keep theirs.
+    env, other = (make(goal_seed=7, max_turns=5) for _ in range(2))
+    assert env.server_url == other.server_url != make().server_url
+    first = env.reset(seed=1)
+    other.reset(seed=1)
+    if at == "start":
+        env.close()
+    url = env.server_url
+    kill_server(env)
+    if at == "step":
+        with pytest.raises(
+            ServerError, match=r"env_servers.cli webshop.*reset\(\) starts"
+        ) as caught:
+            env.step("search[x]")
+        assert url in str(caught.value)
+    if at == "batch":
+        task_id = first[1]["task_id"]
+        WebShopEnv.prefetch_resets([env, other], [task_id] * 2)
+        assert other.reset(options={"task_id": task_id}) == first
+    assert env.reset(seed=1) == first
+    assert env.server_url != url
+    assert other.reset(seed=1) == first
+    assert other.server_url == env.server_url
+    assert other.step("search[x]")[4]["turn_index"] == 1
+
+
+def test_the_extra_is_named_where_servers_cannot_start(tmp_path: Path) -> None:
+    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(\"No module named 'uvicorn'\", "
+                                         "name='uvicorn')", encoding="utf-8")  # fmt: skip
+    code = "import gymnasium; gymnasium.make('atod_gym:atod/WebShop-v0', data='generated')"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    last = finished.stderr.strip().splitlines()[-1]
+    assert "MissingExtraError" in last
+    assert "pip install 'atod[servers]'" in last
+
+
+def test_the_shop_can_be_played_in_a_terminal(solved: tuple[str, list[str]]) -> None:
+    typed = ["1", "red shoes", *solved[1]]
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "atod_gym.play", "atod/WebShop-v0",
+         "--data", "generated", "--task-id", solved[0]],
+        input="\n".join(typed), capture_output=True, text=True, timeout=60, check=False,
+        cwd=REPOSITORY, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert "query> " in finished.stdout
+    assert "Page 1 (Total results: " in finished.stdout
+    assert "[SEP]" not in finished.stdout
+    assert f"Solved after {len(solved[1]) + 1} turns (score 1)." in finished.stdout
+
+
+def test_making_another_environment_asks_the_server_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make()
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a request")
+
+    monkeypatch.setattr("atod_gym.http_client.JsonClient.request", refuse)
+    assert make(split="train").task_ids
+    assert isinstance(make().expert, Callable)  # type: ignore[arg-type]

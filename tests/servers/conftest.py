@@ -1,0 +1,40 @@
+"""Fixtures for the servers' tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from served_shop import ServerProcess, StartServer, write_small_shop
+
+from env_servers.webshop.settings import ShopSettings
+from env_servers.webshop.shop import Shop
+
+
+@pytest.fixture(scope="session")
+def shop_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data of a small shop."""
+    folder = tmp_path_factory.mktemp("shop")
+    write_small_shop(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_shop(shop_folder: Path) -> Shop:
+    """The shop of `shop_folder`."""
+    return Shop.open(ShopSettings(data=str(shop_folder), noun_tagger="words"))
+
+
+@pytest.fixture
+def start_server() -> Iterator[StartServer]:
+    """Starts servers, and ends them after the test."""
+    started: list[ServerProcess] = []
+
+    def start(*arguments: str, environment: dict[str, str] | None = None) -> ServerProcess:
+        started.append(ServerProcess(list(arguments), environment))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()

@@ -1,0 +1,256 @@
+"""Catalogues from files: small ones in memory, large ones from the cache folder."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from env_servers.webshop import json_stream, loading
+from env_servers.webshop.episode import Episode
+from env_servers.webshop.generator import generate_shop
+from env_servers.webshop.products import ShopDataError
+from env_servers.webshop.settings import ShopSettings
+from env_servers.webshop.shop import Shop
+
+SHOP = generate_shop(seed=3, products=40)
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes the files of a shop into a folder of its own."""
+
+    def write_files(items: Any = SHOP.items, instructions: Any = SHOP.instructions) -> Path:
+        folder = tmp_path / "data"
+        folder.mkdir(exist_ok=True)
+        (folder / "items_shuffle.json").write_text(json.dumps(items))
+        (folder / "items_ins_v2.json").write_text(json.dumps(instructions))
+        return folder
+
+    return write_files
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Every catalogue counts as large and is stored below this folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(loading, "STORED_FROM", 0)
+    return tmp_path / "cache" / "atod" / "webshop"
+
+
+def open_shop(folder: Path, **settings: Any) -> Shop:
+    return Shop.open(ShopSettings(data=str(folder), noun_tagger="words", **settings))
+
+
+def walk(shop: Shop) -> list[str]:
+    """Texts of a short visit."""
+    goal = shop.goals[5]
+    episode = Episode(shop, goal, "5")
+    actions = [f"search[{goal.query}]", f"click[{goal.asin}]"]
+    actions += [f"click[{value}]" for _, value in goal.options]
+    actions += ["click[features]", "click[< prev]", "click[buy now]"]
+    return [episode.step(action).page.text for action in actions]
+
+
+def test_a_stored_catalogue_is_the_same_shop(
+    write: Write, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write()
+    stored = open_shop(folder)
+    assert (cache / os.listdir(cache)[0] / "goals-233").is_dir()
+    monkeypatch.setattr(loading, "STORED_FROM", 1 << 30)
+    in_memory = open_shop(folder)
+    assert list(stored.catalogue) == list(in_memory.catalogue)
+    assert list(stored.goals) == list(in_memory.goals)
+    assert stored.label == in_memory.label == str(folder)
+    assert stored.name == "webshop/custom-40"
+    for split in stored.splits:
+        assert stored.manifest(split) == in_memory.manifest(split)
+    for keywords in ("steel", "<c> garden", "<q> x", f"<q> {stored.goals[0].query}"):
+        assert stored.search(keywords) == in_memory.search(keywords)
+    assert walk(stored) == walk(in_memory)
+
+
+def test_the_second_start_reads_no_source(
+    write: Write, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write()
+    first = open_shop(folder)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(json_stream, "_open", fail)
+    monkeypatch.setattr("env_servers.webshop.shop.draw_synthetic", fail)
+    assert list(open_shop(folder).goals) == list(first.goals)
+    assert len(os.listdir(cache)) == 1
+
+
+def test_changed_files_are_stored_anew(write: Write, cache: Path) -> None:
+    open_shop(write())
+    changed = open_shop(write(SHOP.items[:20]))
+    assert len(changed.catalogue) == 20
+    assert len(os.listdir(cache)) == 2
+
+
+def test_a_failed_start_leaves_nothing_behind(write: Write, cache: Path) -> None:
+    broken = [*SHOP.items[:30], {**SHOP.items[30], "pricing": "free"}]
+    with pytest.raises(ShopDataError, match="entry 30"):
+        open_shop(write(broken))
+    assert os.listdir(cache) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["records.jsonl", "starts.npy", "asins.npy", "goals-233/order.npy", "index/docs.npy"]
+)
+def test_damaged_stored_files_are_named(write: Write, cache: Path, name: str) -> None:
+    folder = write()
+    open_shop(folder)
+    (stored,) = cache.iterdir()
+    path = stored / name
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ShopDataError, match=f"Cannot use {stored}.*Delete this folder"):
+        open_shop(folder)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_cache_folder_that_cannot_be_written(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ShopDataError, match="XDG_CACHE_HOME"):
+        open_shop(write())
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize("number", ["", "_1000"])
+def test_compressed_files(
+    write: Write, number: str, suffix: str, pack: Callable[[bytes], bytes]
+) -> None:
+    folder = write()
+    expected = list(open_shop(folder).goals)
+    for name in ("items_shuffle", "items_ins_v2"):
+        plain = folder / f"{name}.json"
+        (folder / f"{name}{number}.json{suffix}").write_bytes(pack(plain.read_bytes()))
+        plain.unlink()
+    assert list(open_shop(folder).goals) == expected
+
+
+def test_entries_that_the_original_leaves_out(write: Write) -> None:
+    first, second, *_ = SHOP.items
+    extra = [{**second, "asin": "nan"}, {**second, "asin": "B0123456789"}, {**first, "name": "x"}]
+    shop = open_shop(write([first, *extra, second]))
+    assert [product.asin for product in shop.catalogue] == [first["asin"], second["asin"]]
+    assert shop.catalogue[0].title == first["name"]
+    assert shop.catalogue.find(second["asin"]) == shop.catalogue[1]
+    assert shop.catalogue.find("B000000000") is None
+
+
+@pytest.mark.parametrize(
+    ("items", "instructions", "said"),
+    [
+        ([], {}, "holds no product"),
+        ({"a": 1}, {}, r"expected '\['"),
+        ([1], {}, "entry 0 is not an object"),
+        ([{"name": "x"}], {}, "entry 0 has no 'asin'"),
+        ([{"asin": "B\0"}], {}, "entry 0 has no 'asin'"),
+        ([{"asin": "B1"}], {}, r"entry 0 \(B1\): 'name'"),
+        (SHOP.items, [], r"expected '{'"),
+        (SHOP.items, {"B1": []}, "'B1' is not an object"),
+        (SHOP.items, {}, "0 goals"),
+    ],
+)
+def test_wrong_shapes(write: Write, items: Any, instructions: Any, said: str) -> None:
+    with pytest.raises(ShopDataError, match=said) as caught:
+        open_shop(write(items, instructions))
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 500, -3, -1])
+def test_truncated_files(write: Write, keep: int) -> None:
+    folder = write()
+    path = folder / "items_shuffle.json"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ShopDataError, match="items_shuffle"):
+        open_shop(folder)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b"[{}] x", b"[{},]", b"[{} {}]"])
+def test_files_that_are_no_json(write: Write, content: bytes) -> None:
+    folder = write()
+    (folder / "items_shuffle.json").write_bytes(content)
+    with pytest.raises(ShopDataError, match="items_shuffle"):
+        open_shop(folder)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_truncated_archives(write: Write, suffix: str, pack: Callable[[bytes], bytes]) -> None:
+    folder = write()
+    plain = folder / "items_shuffle.json"
+    packed = pack(plain.read_bytes())
+    plain.unlink()
+    for content in (packed[: len(packed) // 2], b"not packed"):
+        (folder / f"items_shuffle.json{suffix}").write_bytes(content)
+        with pytest.raises(ShopDataError, match="items_shuffle"):
+            open_shop(folder)
+
+
+def test_missing_files(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(ShopDataError, match="There is no folder"):
+        open_shop(tmp_path / "nowhere")
+    folder = write()
+    with pytest.raises(ShopDataError, match="items_human_ins"):
+        open_shop(folder, human_goals=True)
+    (folder / "items_ins_v2.json").unlink()
+    with pytest.raises(ShopDataError, match="items_ins_v2"):
+        open_shop(folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(ShopDataError, match="items_shuffle_1000"):
+        open_shop(folder)
+
+
+def test_human_instructions_of_other_products(write: Write) -> None:
+    folder = write()
+    entry = {"instruction": "a.", "instruction_attributes": ["b"], "instruction_options": []}
+    path = folder / "items_human_ins.json"
+    path.write_text(json.dumps({"B000000000": [entry]}))
+    with pytest.raises(ShopDataError, match="not from the same set"):
+        open_shop(folder, human_goals=True)
+    path.write_text(json.dumps({SHOP.items[0]["asin"]: [entry, {**entry, "instruction": 1}]}))
+    with pytest.raises(ShopDataError, match="items_human_ins"):
+        open_shop(folder, human_goals=True)
+    with pytest.raises(ShopDataError, match="human_goals=False"):
+        Shop.open(ShopSettings(human_goals=True))
+
+
+def test_entries_across_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [{"text": "\u00e9\U0001f600" * 20, "n": n} for n in range(30)]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
+    for chunk in (1, 2, 3, 7, 64, 1000):
+        monkeypatch.setattr(json_stream, "_CHUNK", chunk)
+        assert list(json_stream.read_array(path)) == values
+    path.write_text('{"a": 12, "b": [1.5, null], "c": "x"}')
+    monkeypatch.setattr(json_stream, "_CHUNK", 1)
+    assert dict(json_stream.read_object(path)) == {"a": 12, "b": [1.5, None], "c": "x"}
+
+
+def test_an_endless_entry_is_not_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_stream, "_CHUNK", 100)
+    monkeypatch.setattr(json_stream, "_LARGEST_ENTRY", 1000)
+    path = tmp_path / "x.json"
+    path.write_text('["' + "x" * 100_000)
+    with pytest.raises(ShopDataError, match="at character 1"):
+        list(json_stream.read_array(path))
