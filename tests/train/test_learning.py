@@ -1,11 +1,14 @@
-"""A tiny agent gets better: from demonstrations, and then from its teacher."""
+"""A tiny agent gets better: from demonstrations, from its teacher, and from reward alone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
+from echo_env import EchoEnv
 
 from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig, TrainConfig
 from atod_train.demonstrations import (
@@ -81,3 +84,58 @@ def test_atod_brings_the_student_closer_to_its_teacher(
     distance = [float(row["disagreement"]) for row in read_metrics(tmp_path / "run")]
     print([round(value, 2) for value in distance])
     assert sum(distance[-3:]) / 3 < 0.85 * sum(distance[:3]) / 3
+
+
+# -- success itself: a two-turn task with one reward at its end ----------------------------------
+
+if "tests/Echo-v0" not in gymnasium.registry:
+    gymnasium.register("tests/Echo-v0", entry_point=EchoEnv)
+
+ECHO = RunConfig(
+    env=EnvConfig(id="tests/Echo-v0", max_turns=2, eval_splits=()),
+    train=TrainConfig(
+        steps=40,
+        tasks_per_step=8,
+        group_size=8,
+        minibatches=2,
+        lr=2e-3,
+        eval_every=0,
+        save_every=100,
+        max_completion_tokens=4,
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def echo_pool() -> EnvPool:
+    return EnvPool(ECHO.env, "train")
+
+
+@pytest.fixture(scope="module")
+def echo_policies(echo_pool: EnvPool) -> tuple[Policy, Policy]:
+    """A student that rarely says both words, and a teacher that mostly does."""
+    torch.set_num_threads(1)
+    shape = ModelShape(layers=2, width=48, heads=4, mlp_width=96, max_positions=256)
+    episodes = demonstrate(echo_pool, 120, 0.0, seed=0)
+    tokenizer = build_word_tokenizer(demonstration_texts(episodes))
+    trajectories = [tokenize(episode, DialogueEncoder(tokenizer)) for episode in episodes]
+    student, teacher = (build_policy(shape, tokenizer, seed=1) for _ in range(2))
+    for policy, epochs in ((student, 8.0), (teacher, 11.0)):
+        train_on_demonstrations(policy, trajectories, epochs=epochs, lr=3e-3, seed=1)
+    return student, teacher
+
+
+@pytest.mark.parametrize("method", ["grpo", "atod"])
+def test_reward_makes_the_student_succeed(
+    method: str, echo_pool: EnvPool, echo_policies: tuple[Policy, Policy], tmp_path: Path
+) -> None:
+    start, teacher = echo_policies
+    start.save(tmp_path / "start")
+    student = load_policy(tmp_path / "start")
+    config = replace(ECHO, algorithm=AlgorithmConfig(method=method, anneal_steps=20))  # type: ignore[arg-type]
+    Trainer(config, tmp_path / "run", student, teacher, echo_pool, []).run()
+    success = [float(row["train_success"]) for row in read_metrics(tmp_path / "run")]
+    print([round(value, 2) for value in success])
+    assert sum(success[-5:]) / 5 > sum(success[:5]) / 5 + 0.3
+    before = evaluate(start, echo_pool, config).success_rate
+    assert evaluate(student, echo_pool, config).success_rate >= before + 0.2
