@@ -33,6 +33,7 @@ from atod_train.report import write_report
 from atod_train.report_data import RunSummary, read_run
 from atod_train.rollout import EnvPool
 from atod_train.run_folder import SUMMARY_FILE, read_json
+from atod_train.teacher import LocalTeacher
 from atod_train.trainer import Trainer
 
 
@@ -78,6 +79,8 @@ def run_study(config: RunConfig, out: Path) -> Path:
         roles: list[EvaluatedModel] = ["teacher", "student"] if wants_teacher else ["student"]
         with _workers(config.study.jobs) as call_all:
             call_all(_make_start, [(config, role) for role in roles])
+            if wants_teacher:
+                call_all(_check_teacher, [(config,)])
             wanted = [(config, role, split) for role in roles for split in config.env.eval_splits]
             known = [e for part in call_all(_evaluate_start, wanted) for e in part]
             call_all(_train, [(run, known) for run in left])
@@ -96,6 +99,16 @@ def _make_start(config: RunConfig, role: EvaluatedModel) -> None:
     pool = EnvPool(config.env, "train")
     try:
         Starts(config, pool).policy(role)
+    finally:
+        pool.close()
+
+
+def _check_teacher(config: RunConfig) -> None:
+    """Refuses a teacher that cannot score the student, before minutes are spent on evaluations."""
+    pool = EnvPool(config.env, "train")
+    try:
+        starts = Starts(config, pool)
+        LocalTeacher(starts.policy("teacher"), starts.policy("student"))
     finally:
         pool.close()
 

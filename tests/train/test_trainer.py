@@ -25,9 +25,11 @@ from atod_train.config import (
     TrainConfig,
 )
 from atod_train.metrics import read_metrics
+from atod_train.policy import build_policy
 from atod_train.report_data import read_run
 from atod_train.run_folder import RunFolderError, read_json
 from atod_train.study import run_study
+from atod_train.tokenizer import build_word_tokenizer
 
 CONFIG = RunConfig(
     env=EnvConfig(
@@ -131,6 +133,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import test_trainer as t
 from atod_train.study import run_study
+from atod_train.tokenizer import build_word_tokenizer
 from atod_train.trainer import StoppedByUser
 try:
     run_study(t._resuming(t.CONFIG), Path(sys.argv[1]))
@@ -229,6 +232,11 @@ def test_settings_without_meaning_are_named(tmp_path: Path) -> None:
         wrong = replace(CONFIG, algorithm=replace(CONFIG.algorithm, **setting))
         with pytest.raises(AtodError, match="algorithm"):
             run_study(wrong, tmp_path)
+    build_policy("micro", build_word_tokenizer(["other words"]), seed=0).save(tmp_path / "other")
+    foreign = replace(CONFIG, model=replace(CONFIG.model, teacher=str(tmp_path / "other")))
+    with pytest.raises(AtodError, match="share a vocabulary"):
+        run_study(foreign, tmp_path / "foreign")
+    assert not list((tmp_path / "foreign").glob("*/evaluations.jsonl"))
     missing = replace(CONFIG, model=replace(CONFIG.model, student=str(tmp_path / "none")))
     with pytest.raises(AtodError, match="none"):
         run_study(missing, tmp_path / "out")
