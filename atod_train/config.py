@@ -23,8 +23,8 @@ class EnvConfig:
     """Gymnasium id of the environment."""
     data: str = "auto"
     """auto, official, generated, or a path to data."""
-    options: dict[str, str] = field(default_factory=dict)
-    """Further keyword arguments for gym.make, such as house_size."""
+    options: dict[str, int | str] = field(default_factory=dict)
+    """Further keyword arguments for gym.make, such as house_size tiny or products 100."""
     max_turns: int = 30
     """Turn limit of an episode."""
     eval_splits: tuple[str, ...] = ("valid_seen", "valid_unseen")

@@ -77,6 +77,9 @@ def _add_webshop(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument(
         "--data", default="generated", help="generated, or a folder with the official files"
     )
+    command.add_argument(
+        "--products", type=_positive, default=1000, help="size of the generated shop"
+    )
     _add_service_options(command, port=3000)
     command.add_argument("--capacity", type=_positive, default=4096, help="most live sessions")
     command.add_argument(
@@ -115,6 +118,7 @@ def _run_webshop(arguments: argparse.Namespace) -> None:
             shop = Shop.open(
                 ShopSettings(
                     data=arguments.data,
+                    products=arguments.products,
                     goal_seed=arguments.goal_seed,
                     human_goals=arguments.human_goals,
                     show_attributes=arguments.show_attributes,

@@ -28,6 +28,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
 ErrorPage = Callable[[Request, "ServiceError"], "Response | None"]
 
 
@@ -55,7 +57,7 @@ class JsonResponse(Response):
 
     def render(self, content: Any) -> bytes:
         """Encodes the content."""
-        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
+        return _encode(content).encode("ascii")
 
 
 @dataclass(frozen=True, slots=True)

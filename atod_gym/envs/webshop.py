@@ -71,6 +71,7 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
         server_url: str | None = None,
         split_rule: str = "original",
         max_turns: int = 15,
+        products: int = 1000,
         goal_seed: int = 233,
         text_style: str = "text",
         human_goals: bool = False,
@@ -89,6 +90,7 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
             split_rule: `original` (goals 0-499 are test, 500-1,499 dev, the rest train) or
                 `verl-agent` (0-499 val, the rest train).
             max_turns: turn limit, at least 1.
+            products: size of the generated shop; files are played whole.
             goal_seed: seeds price limits and the order of the goals, and thus the splits.
             text_style: `text`, or `text_rich` with marked buttons.
             human_goals: goals in people's words, instead of generated ones, where the data has any.
@@ -106,7 +108,7 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
         # JSON, and with it the spec of the environment, has no paths.
         data = data if isinstance(data, str) else os.fspath(data)
         EzPickle.__init__(
-            self, split, data, server_url, split_rule, max_turns, goal_seed, text_style,
+            self, split, data, server_url, split_rule, max_turns, products, goal_seed, text_style,
             human_goals, timeout, token, render_mode,
         )  # fmt: skip
         if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
@@ -122,7 +124,15 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
         self.max_turns = max_turns
         self.render_mode = render_mode
         choice = ShopChoice(
-            data, server_url, split_rule, goal_seed, text_style, human_goals, timeout, token
+            data,
+            server_url,
+            split_rule,
+            goal_seed,
+            text_style,
+            human_goals,
+            timeout,
+            token,
+            products,
         )
         self._session = ShopSession(choice, split)
         if not self.task_ids:

@@ -36,6 +36,7 @@ class ShopChoice:
     human_goals: bool = False
     timeout: float = 60.0
     token: str | None = field(default=None, repr=False)
+    products: int = 1000
 
     def __post_init__(self) -> None:
         for name, known in (("split_rule", SPLIT_RULES), ("text_style", TEXT_STYLES)):
@@ -43,8 +44,12 @@ class ShopChoice:
                 raise InvalidSettingError(
                     f"Unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}."
                 )
-        if isinstance(self.goal_seed, bool) or not isinstance(self.goal_seed, int):
-            raise InvalidSettingError(f"goal_seed must be an integer, not {self.goal_seed!r}.")
+        for name in ("goal_seed", "products"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InvalidSettingError(f"{name} must be an integer, not {value!r}.")
+        if self.products < 1:
+            raise InvalidSettingError(f"products must be at least 1, not {self.products}.")
         if not isinstance(self.human_goals, bool):
             raise InvalidSettingError(f"human_goals must be a bool, not {self.human_goals!r}.")
         if not isinstance(self.data, str) or not self.data:
@@ -62,7 +67,7 @@ class ShopChoice:
         """
         arguments = ["--data", find_data(self.data), "--splits", self.split_rule]
         arguments += ["--goal-seed", str(self.goal_seed), "--text-style", self.text_style]
-        arguments += ["--idle-minutes", str(_OWN_IDLE_MINUTES)]
+        arguments += ["--idle-minutes", str(_OWN_IDLE_MINUTES), "--products", str(self.products)]
         return (*arguments, *(["--human-goals"] if self.human_goals else []))
 
     def check_server(self, url: str, health: Mapping[str, object]) -> None:
@@ -85,6 +90,8 @@ class ShopChoice:
         wanted: dict[str, object] = {name: getattr(self, name) for name in names}
         if self.server_url is not None and self.data != "auto":
             wanted["data"] = self.data
+        if health.get("data") == "generated":
+            wanted["products"] = self.products
         for name, value in wanted.items():
             if health.get(name) != value:
                 raise InvalidSettingError(

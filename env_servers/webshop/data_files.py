@@ -17,7 +17,7 @@ _ENDING = r"\.json(\.gz|\.xz)?$"
 _ITEM_FILES = (r"items_shuffle_1000", r"items_shuffle")
 _ATTRIBUTE_FILES = (r"items_ins_v2_1000", r"items_ins_v2")
 _HUMAN_FILES = (r"items_human_ins",)
-_FORMAT = "3"
+_FORMAT = "1"
 """Raised when the stored catalogue changes, so that old ones are not opened."""
 
 

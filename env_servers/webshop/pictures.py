@@ -71,7 +71,7 @@ _CATEGORY_SHAPES = {
 }
 
 _COLOURS = {
-    "black": "#30343b", "white": "#e9e6df", "grey": "#8b929c", "gray": "#8b929c",
+    "black": "#30343b", "white": "#c9c4ba", "grey": "#8b929c", "gray": "#8b929c",
     "silver": "#b4bcc6", "charcoal": "#454b54", "red": "#c8403a", "burgundy": "#7c2338",
     "wine": "#7c2338", "pink": "#e48aa6", "rose": "#d9798f", "coral": "#ec7a61",
     "orange": "#e58a35", "peach": "#f0ae86", "yellow": "#e8c341", "gold": "#c9a13c",
@@ -80,7 +80,7 @@ _COLOURS = {
     "aqua": "#55bccb", "blue": "#4275bb", "navy": "#2b3d66", "indigo": "#47479a",
     "purple": "#7f559e", "lavender": "#a995cc", "lilac": "#b59bd0", "plum": "#7a3f66",
     "violet": "#7d5bb5", "brown": "#86603f", "tan": "#c3a077", "beige": "#d9c7a5",
-    "khaki": "#a89b6f", "camel": "#b98b57", "cream": "#ece0c4", "ivory": "#eee7d3",
+    "khaki": "#a89b6f", "camel": "#b98b57", "cream": "#d9c89c", "ivory": "#d8cba6",
     "walnut": "#6f4e37", "oak": "#bb9461", "espresso": "#4b372c", "chocolate": "#5b3a29",
     "natural": "#cdb187", "copper": "#b06a42", "bronze": "#8f6a3d",
 }  # fmt: skip

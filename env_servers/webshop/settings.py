@@ -17,6 +17,8 @@ class ShopSettings:
 
     data: str = "generated"
     """`generated`, or the path of a folder with files in the official format."""
+    products: int = 1000
+    """Size of the generated shop; files are taken whole."""
     goal_seed: int = 233
     """Seeds the drawn prices and price limits, and again the order of the goals."""
     human_goals: bool = False
@@ -41,7 +43,11 @@ class ShopSettings:
             if value not in get_args(choices):
                 known = ", ".join(get_args(choices))
                 raise ValueError(f"unknown {name} {value!r}; known: {known}")
-        if isinstance(self.goal_seed, bool) or not isinstance(self.goal_seed, int):
-            raise ValueError(f"goal_seed must be an integer, not {self.goal_seed!r}")
+        for name in ("goal_seed", "products"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, not {value!r}")
+        if self.products < 1:
+            raise ValueError(f"products must be at least 1, not {self.products}")
         if not self.data:
             raise ValueError('data must be "generated" or the path of a folder')

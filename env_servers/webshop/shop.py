@@ -67,7 +67,7 @@ class Shop:
         if settings.data == "generated":
             if settings.human_goals:
                 raise ShopDataError("The generated shop has no human goals: use human_goals=False.")
-            stock, label = _generated(), settings.data
+            stock, label = _generated(settings.products), settings.data
             goals = _synthetic_goals(stock, settings.goal_seed)
         else:
             files = DataFiles.find(settings.data)
@@ -166,6 +166,8 @@ def _name(settings: ShopSettings, label: str, products: int) -> str:
     """Names what the tasks depend on, so that different tasks have different ids."""
     if label == "generated":
         name = "webshop/generated"
+        if settings.products != ShopSettings().products:
+            name += f"-{settings.products}"
     else:
         kind = "official" if label == "official" else "custom"
         name = f"webshop/{kind}-{products}"
@@ -183,11 +185,11 @@ def _is_official(catalogue: Catalogue) -> bool:
     return hashlib.sha256(asins.encode("utf-8", "surrogatepass")).hexdigest() == _SMALL_SET
 
 
-def _generated() -> Stock:
+def _generated(products: int) -> Stock:
     # Needed for this kind of shop only.
     from env_servers.webshop.generator import generate_shop
 
-    shop = generate_shop()
+    shop = generate_shop(products=products)
     return stock_in_memory(shop.items, shop.instructions.get, "the generated shop")
 
 

@@ -308,6 +308,17 @@ def test_observations_and_infos_are_new_objects(solved: tuple[str, list[str]]) -
     assert env._info(env._session.turn)["reward_details"]["reward"] == 1.0  # type: ignore[arg-type]
 
 
+def test_the_generated_shop_has_the_size_asked_for() -> None:
+    small = make(products=60)
+    assert all(name.startswith("webshop/generated-60/") for name in small.task_ids)
+    assert not set(small.task_ids) & set(make().task_ids)
+    with pytest.raises(InvalidSettingError, match="products=60"):
+        make(products=1000, server_url=small.server_url)
+    for wrong in (0, "many", True):
+        with pytest.raises(InvalidSettingError, match="products"):
+            make(products=wrong)
+
+
 def test_rendering_shows_the_last_action() -> None:
     env = make(render_mode="ansi")
     with pytest.raises(ResetNeeded):

@@ -38,7 +38,7 @@ class ServerProcess:
         """Ends it; its exit status and what it wrote to standard error."""
         if self.process.poll() is None:
             self.process.terminate()
-        _, errors = self.process.communicate(timeout=10)
+        _, errors = self.process.communicate(timeout=30)
         return self.process.returncode, errors
 
 

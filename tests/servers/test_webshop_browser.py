@@ -22,7 +22,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--window-size=1280,1000",
 )  # fmt: skip
-WAIT_SECONDS = 10.0
+WAIT_SECONDS = 30.0
 
 
 def _missing(reason: str) -> None:

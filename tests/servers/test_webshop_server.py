@@ -15,6 +15,7 @@ from asgi_calls import Answer, AppCaller
 from served_shop import HOSTILE, HOSTILE_ASIN, HOSTILE_OPTION, HOSTILE_WORD
 
 from env_servers.service import ServiceError
+from env_servers.webshop import pictures
 from env_servers.webshop.app import MOST_IN_BATCH, create_app
 from env_servers.webshop.sessions import SessionStore
 from env_servers.webshop.shop import Shop
@@ -461,6 +462,15 @@ def test_shopping_with_forms_and_never_twice(call: AppCaller, store: SessionStor
     assert store.figures().steps == turn + 1
 
 
+def test_a_person_reads_why_nothing_happened(call: AppCaller, store: SessionStore) -> None:
+    session = store.create(a_task(store.shop)).session_id
+    assert 'class="notice"' not in call.get(f"/shop/{session}").body.decode()
+    call.form(f"/shop/{session}/act", query="<a> x", turn_index=0)
+    message = store.state(session).message
+    assert message
+    assert message in Elements(call.get(f"/shop/{session}").body.decode()).text
+
+
 def test_option_buttons_show_what_is_chosen(call: AppCaller, store: SessionStore) -> None:
     shop = store.shop
     product = next(p for p in shop.catalogue if p.options and p.asin != HOSTILE_ASIN)
@@ -500,6 +510,17 @@ def test_markup_in_products_and_queries_is_only_text(call: AppCaller, store: Ses
         assert not [name for name in elements.attributes if name.startswith("on") or name == "src"]
         assert text.count("<style>") == text.count("</style>") == 1
     assert HOSTILE in Elements(texts[2]).text
+
+
+def test_every_product_has_a_picture_in_its_colour(call: AppCaller, store: SessionStore) -> None:
+    drawn = set(re.findall(r'id="shape-(\w+)"', call.get("/shop").body.decode()))
+    shapes = {*pictures._SHAPES, *pictures._CATEGORY_SHAPES.values(), pictures._DEFAULT_SHAPE}
+    assert shapes == drawn
+    product = next(p for p in store.shop.catalogue if p.asin != HOSTILE_ASIN)
+    green = pictures.picture_of(product, [("color", "forest green")])
+    blue = pictures.picture_of(product, [("size", "9"), ("color", "blue")])
+    assert (green.colour, blue.colour) == (pictures._COLOURS["green"], pictures._COLOURS["blue"])
+    assert green.shape == blue.shape == pictures.picture_of(product).shape
 
 
 def test_pages_forbid_scripts_and_outside_resources(call: AppCaller, store: SessionStore) -> None:
