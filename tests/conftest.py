@@ -47,7 +47,7 @@ def webshop_data(data_folder: Path) -> Path:
 @pytest.fixture
 def no_user_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keeps `data="auto"` from finding what the machine happens to have."""
-    for variable in ("ATOD_DATA", "ALFWORLD_DATA", "XDG_CACHE_HOME"):
+    for variable in ("ATOD_DATA", "ALFWORLD_DATA", "WEBSHOP_DATA", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 

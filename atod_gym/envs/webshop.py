@@ -11,7 +11,14 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 from gymnasium.utils import EzPickle
 
-from atod_gym.data import TaskManifest, task_not_found
+from atod_gym.data import TaskManifest
+from atod_gym.envs.arguments import (
+    RENDER_MODES,
+    check_max_turns,
+    check_render_mode,
+    check_task,
+    choose_task,
+)
 from atod_gym.envs.webshop_choice import ShopChoice
 from atod_gym.envs.webshop_client import ShopTurn
 from atod_gym.envs.webshop_session import ShopSession
@@ -58,7 +65,7 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
     """
 
     metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
-        "render_modes": ["ansi"],
+        "render_modes": [*RENDER_MODES],
         "render_fps": 4,
         # How much of a completion without tags published runs took for the action.
         "last_characters": 20,
@@ -111,13 +118,8 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
             self, split, data, server_url, split_rule, max_turns, products, goal_seed, text_style,
             human_goals, timeout, token, render_mode,
         )  # fmt: skip
-        if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
-            raise InvalidSettingError(f"max_turns must be an integer >= 1, not {max_turns!r}.")
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise InvalidSettingError(
-                f"Unknown render_mode {render_mode!r}; known: None, "
-                f"{', '.join(self.metadata['render_modes'])}."
-            )
+        check_max_turns(max_turns)
+        check_render_mode(render_mode)
         if not isinstance(split, str) or not split:
             raise InvalidSettingError(f"split must be a name such as train, not {split!r}.")
         self.split = split
@@ -200,7 +202,8 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
                 called again.
         """
         super().reset(seed=seed)
-        task_id = self._choose_task(options or {})
+        known = self._session.tasks.types
+        task_id = choose_task(options, self.task_ids, known, self.split, self.np_random)
         opened = self._session.open(task_id)
         self._task_id = task_id
         self._instruction = opened.instruction
@@ -300,23 +303,8 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
         """
         sessions = [shop._session for shop in _unwrapped(envs)]
         for shop, task_id in zip(_unwrapped(envs), task_ids, strict=False):
-            shop._check_task(task_id)
+            check_task(task_id, shop.task_ids, shop._session.tasks.types, shop.split)
         ShopSession.open_ahead(sessions, task_ids)
-
-    def _choose_task(self, options: dict[str, Any]) -> str:
-        unknown = [key for key in options if key != "task_id"]
-        if unknown:
-            raise InvalidSettingError(
-                f"Unknown reset option {unknown[0]!r}; the only one is 'task_id'."
-            )
-        if "task_id" not in options:
-            return self.task_ids[int(self.np_random.integers(len(self.task_ids)))]
-        return self._check_task(options["task_id"])
-
-    def _check_task(self, task_id: object) -> str:
-        if not isinstance(task_id, str) or task_id not in self._session.tasks.types:
-            raise task_not_found(task_id, self.task_ids, self.split)
-        return task_id
 
     def _check_playing(self) -> None:
         if self._session.turn is None:

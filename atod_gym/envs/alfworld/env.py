@@ -11,10 +11,11 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 from gymnasium.utils import EzPickle
 
-from atod_gym.data import TaskManifest, task_not_found
+from atod_gym.data import TaskManifest
 from atod_gym.envs.alfworld.engine import EngineState, GameEngine
 from atod_gym.envs.alfworld.expert import ScriptedExpert
 from atod_gym.envs.alfworld.splits import check_task_types, open_tasks
+from atod_gym.envs.arguments import RENDER_MODES, check_max_turns, check_render_mode, choose_task
 from atod_gym.errors import (
     InvalidGameError,
     InvalidSettingError,
@@ -57,7 +58,7 @@ class ALFWorldEnv(gymnasium.Env[TurnObservation, str], EzPickle):
     See `__init__`.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 4}  # type: ignore[misc]
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [*RENDER_MODES], "render_fps": 4}  # type: ignore[misc]
 
     def __init__(
         self,
@@ -92,13 +93,8 @@ class ALFWorldEnv(gymnasium.Env[TurnObservation, str], EzPickle):
         )
         if backend not in BACKENDS:
             raise InvalidSettingError(f"Unknown backend {backend!r}; known: {', '.join(BACKENDS)}.")
-        if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
-            raise InvalidSettingError(f"max_turns must be an integer >= 1, not {max_turns!r}.")
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise InvalidSettingError(
-                f"Unknown render_mode {render_mode!r}; known: None, "
-                f"{', '.join(self.metadata['render_modes'])}."
-            )
+        check_max_turns(max_turns)
+        check_render_mode(render_mode)
         chosen_types = check_task_types(task_types)
         self.split = split
         self.backend = backend
@@ -186,7 +182,7 @@ class ALFWorldEnv(gymnasium.Env[TurnObservation, str], EzPickle):
             MissingExtraError: if the official backend is not installed.
         """
         super().reset(seed=seed)
-        task_id = self._choose_task(options or {})
+        task_id = choose_task(options, self._task_ids, self._known_ids, self.split, self.np_random)
         self._state = None
         if self._engine is None or task_id != self._task_id:
             self._close_engine()
@@ -255,19 +251,6 @@ class ALFWorldEnv(gymnasium.Env[TurnObservation, str], EzPickle):
         """Frees the game; may be called twice."""
         self._close_engine()
         self._state = None
-
-    def _choose_task(self, options: dict[str, Any]) -> str:
-        unknown = [key for key in options if key != "task_id"]
-        if unknown:
-            raise InvalidSettingError(
-                f"Unknown reset option {unknown[0]!r}; the only one is 'task_id'."
-            )
-        if "task_id" not in options:
-            return self._task_ids[int(self.np_random.integers(len(self._task_ids)))]
-        task_id = options["task_id"]
-        if not isinstance(task_id, str) or task_id not in self._known_ids:
-            raise task_not_found(task_id, self._task_ids, self.split)
-        return task_id
 
     def _load(self, task_id: str) -> GameEngine:
         game = self._tasks.game(task_id)
