@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -158,7 +160,7 @@ def _workers(jobs: int) -> Iterator[CallAll]:
         yield lambda function, calls: [function(*arguments) for arguments in calls]
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet_worker) as executor:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_set_up_worker) as executor:
 
         def call_all(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
             # The first Ctrl-C reaches the workers too, which then finish their steps.
@@ -173,8 +175,19 @@ def _workers(jobs: int) -> Iterator[CallAll]:
             raise
 
 
-def _quiet_worker() -> None:
-    """Several progress bars would overwrite each other."""
+def _set_up_worker() -> None:
+    """Ends the worker with its parent, however that ends, and keeps its progress in plain lines.
+
+    Several progress bars would overwrite each other.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     plain_lines()
     transformers.utils.logging.disable_progress_bar()
 

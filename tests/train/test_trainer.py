@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,7 +134,6 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import test_trainer as t
 from atod_train.study import run_study
-from atod_train.tokenizer import build_word_tokenizer
 from atod_train.trainer import StoppedByUser
 try:
     run_study(t._resuming(t.CONFIG), Path(sys.argv[1]))
@@ -152,7 +152,7 @@ def _start(out: Path) -> subprocess.Popen[str]:
     )
 
 
-def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[Any]) -> None:
     end = time.monotonic() + 120
     while len(read_metrics(run_dir) if run_dir.exists() else ()) < step:
         assert process.poll() is None, "the run ended too early"
@@ -178,6 +178,52 @@ def test_kill_9_and_ctrl_c_lose_nothing(whole_run: Path, tmp_path: Path) -> None
         process.communicate(timeout=120)
     assert process.returncode == 0
     assert _numbers(run_dir) == _numbers(whole_run)
+
+
+_SCRIPT_OF_TWO = """
+import sys, dataclasses
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import test_trainer as t
+from atod_train.config import StudyConfig
+from atod_train.study import run_study
+if __name__ == "__main__":
+    study = StudyConfig(methods=("atod", "opd"), jobs=2)
+    run_study(dataclasses.replace(t._with(t.CONFIG, steps=10_000), study=study), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_workers_end_with_the_study_that_started_them(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(_SCRIPT_OF_TWO)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path), str(Path(__file__).parent)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    for method in ("atod", "opd"):
+        _wait_for_step(tmp_path / f"{method}-seed0", 1, process)
+    workers = _children(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < end, "a worker trains on without its study"
+        time.sleep(0.05)
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # It ended while we looked.
+        if int(fields[1]) == parent:
+            found.append(int(stat.parent.name))
+    return found
 
 
 def test_a_folder_is_not_overwritten(whole_run: Path) -> None:
