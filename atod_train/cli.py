@@ -35,7 +35,8 @@ def _run(config: RunConfig, out: Path) -> int:
     import transformers
 
     from atod_train.report_data import read_run
-    from atod_train.study import print_table, run_study
+    from atod_train.study import run_study
+    from atod_train.study_tables import print_tables
     from atod_train.trainer import StoppedByUser
 
     transformers.utils.logging.disable_progress_bar()
@@ -63,7 +64,7 @@ def _run(config: RunConfig, out: Path) -> int:
         )
         return 2
     runs = [read_run(path.parent) for path in sorted(out.glob("*/config.json"))]
-    print_table(runs, console)
+    print_tables(runs, console)
     console.print(f"report: {report}")
     return 0
 

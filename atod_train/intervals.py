@@ -1,8 +1,9 @@
 """Intervals for success rates and the record of one evaluation; no torch, no scipy.
 
-Everything here is closed form or a bisection on a monotone function, so that the numbers in a
-report can be checked by hand. Sources: Wilson (1927), Newcombe (1998, Statistics in Medicine 17,
-873-890, method 10), Tango (1998, Statistics in Medicine 17, 891-908), Abramowitz and Stegun 26.7.
+All but the bootstrap is closed form or a bisection on a monotone function, so that the numbers in
+a report can be checked by hand; the bootstrap has a fixed seed. Sources: Wilson (1927), Newcombe
+(1998, Statistics in Medicine 17, 873-890, method 10), Tango (1998, Statistics in Medicine 17,
+891-908), Abramowitz and Stegun 26.7.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any, Literal
+
+import numpy as np
 
 from atod_gym.errors import AtodError
 
@@ -208,6 +211,26 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     half = student_quantile(confidence, n - 1) * math.sqrt(variance / n)
     return mean - half, mean + half
+
+
+def bootstrap_interval(
+    values: Sequence[float], confidence: float = 0.95, draws: int = 5000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap interval of the mean of `values`, such as differences task by task.
+
+    The same values give the same interval.
+
+    Raises:
+        InvalidCountsError: there are no values.
+    """
+    if not values:
+        raise InvalidCountsError("a bootstrap needs at least one value")
+    observed = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = [observed[rng.integers(len(observed), size=len(observed))].mean() for _ in range(draws)]
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True, slots=True)

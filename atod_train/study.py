@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from rich.console import Console
-from rich.table import Table
 
 from atod_gym.errors import AtodError
 from atod_train.atod import Schedule
@@ -23,16 +21,11 @@ from atod_train.config import RunConfig
 from atod_train.demonstrations import Starts
 from atod_train.evaluate import evaluate
 from atod_train.interrupts import interruptible
-from atod_train.intervals import (
-    EvaluationMode,
-    EvaluationResult,
-    mean_interval,
-    paired_by_task,
-)
+from atod_train.intervals import EvaluationMode
 from atod_train.metrics import EvaluatedModel, Evaluation
 from atod_train.progress import plain_lines, progress
 from atod_train.report import write_report
-from atod_train.report_data import RunSummary, read_run
+from atod_train.report_data import read_run
 from atod_train.rollout import EnvPool
 from atod_train.run_folder import SUMMARY_FILE, read_json
 from atod_train.teacher import LocalTeacher
@@ -225,54 +218,3 @@ def _check_folder(out: Path) -> None:
             f"The folder {out} cannot be written ({error.strerror}); choose another one with "
             "--study.out."
         ) from error
-
-
-# -- the table ------------------------------------------------------------------------------------
-
-
-def print_table(runs: Sequence[RunSummary], console: Console) -> None:
-    """Prints success rates with 95 % intervals: start, teacher, and each run last and best."""
-    for board in dict.fromkeys(board for run in runs for board in run.boards):
-        split, mode = board
-        table = Table(title=f"{split}, {mode}: success rate with 95 % interval")
-        for column in ("model", "success", "score", "turns", "invalid", "gain over start (paired)"):
-            table.add_column(column)
-        start, teacher = runs[0].start(board), None
-        for run in runs:
-            teacher = teacher or run.teacher(board)
-        for name, result in (("start", start), ("teacher", teacher)):
-            if result is not None:
-                table.add_row(name, *_cells(result, None if name == "start" else start))
-        for run in runs:
-            last, best = run.last(board), run.best(board)
-            if last is not None:
-                table.add_row(f"{run.name}, last", *_cells(last.result, start))
-            if best is not None and last is not None and best.step != last.step:
-                table.add_row(f"{run.name}, best (step {best.step})", *_cells(best.result, start))
-        for method in dict.fromkeys(run.method for run in runs):
-            lasts = [run.last(board) for run in runs if run.method == method]
-            rates = [100 * last.result.success_rate for last in lasts if last is not None]
-            if len(rates) > 1:
-                low, high = mean_interval(rates)
-                mean = sum(rates) / len(rates)
-                table.add_row(
-                    f"{method}, mean of {len(rates)} seeds", f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-                )
-        console.print(table)
-
-
-def _cells(result: EvaluationResult, start: EvaluationResult | None) -> list[str]:
-    low, high = result.interval
-    gain = ""
-    if start is not None:
-        interval = paired_by_task(result, start)
-        if interval is not None:
-            difference = 100 * (result.success_rate - start.success_rate)
-            gain = f"{difference:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
-    return [
-        f"{100 * result.success_rate:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
-        f"{100 * result.mean_score:.1f}",
-        f"{result.mean_turns:.1f}",
-        f"{100 * result.invalid_share:.0f} %",
-        gain,
-    ]

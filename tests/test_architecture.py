@@ -30,7 +30,7 @@ TRAINER_LAYERS = (
     "rollout",
     "demonstrations evaluate checkpoint training_state step_records",
     "trainer",
-    "presets report_data report_figures report_page report study",
+    "presets report_data report_figures report_page report study study_tables",
     "cli",
 )
 

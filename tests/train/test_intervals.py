@@ -14,6 +14,7 @@ from atod_train.intervals import (
     EvaluationResult,
     InvalidCountsError,
     TaskResult,
+    bootstrap_interval,
     difference_interval,
     mean_interval,
     paired_by_task,
@@ -171,3 +172,17 @@ def test_pairing_by_task_needs_the_same_tasks():
     assert paired_by_task(better, worse) == tango_interval(3, 0, 4)
     fewer = EvaluationResult("valid_seen", "generated", "greedy", better.tasks[:2])
     assert paired_by_task(better, fewer) is None
+
+
+def test_bootstrap_interval_is_that_of_a_mean_and_repeats():
+    values = [0.0, 1.0] * 200
+    low, high = bootstrap_interval(values)
+    # The mean of 400 draws with standard deviation 1/2.
+    assert low == pytest.approx(0.5 - 1.96 * 0.5 / 20, abs=0.006)
+    assert high == pytest.approx(0.5 + 1.96 * 0.5 / 20, abs=0.006)
+    assert bootstrap_interval(values) == (low, high)
+    assert bootstrap_interval([3.0]) == (3.0, 3.0)
+    narrow = bootstrap_interval(values, confidence=0.5)
+    assert low < narrow[0] < narrow[1] < high
+    with pytest.raises(InvalidCountsError):
+        bootstrap_interval([])
