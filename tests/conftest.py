@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,14 @@ def no_user_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for variable in ("ATOD_DATA", "ALFWORLD_DATA", "WEBSHOP_DATA", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def usual_sigint() -> Iterator[None]:
+    """Python's own handling of Ctrl-C, which shells switch off for what they run in background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _missing(reason: str) -> None:

@@ -283,7 +283,7 @@ def test_both_sides_of_a_fork_use_connections_of_their_own(server: Running) -> N
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_an_interrupt_leaves_a_client_that_works(server: Running) -> None:
+def test_an_interrupt_leaves_a_client_that_works(server: Running, usual_sigint: None) -> None:
     connected = client(server)
     main = threading.get_ident()
     timer = threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT))

@@ -192,7 +192,7 @@ def test_a_long_start_is_announced(
 
 
 def test_an_interrupt_while_starting_leaves_nothing_behind(
-    tiny_server: Callable[[], list[int]],
+    tiny_server: Callable[[], list[int]], usual_sigint: None
 ) -> None:
     main = threading.get_ident()
     timer = threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT))

@@ -79,7 +79,7 @@ def answer(method, path, body):
         return 200, {"status": "ok", "service": "webshop", "data": "generated", "pid": os.getpid(),
                      "splits": {"train": tasks, "empty": 0}, "split_rule": "original",
                      "goal_seed": 233, "text_style": "text", "human_goals": False,
-                     "noun_tagger": "words", "goals": tasks, "products": 1}
+                     "noun_tagger": "words", "goals": tasks, "products": 1000}
     if kind == "tasks":
         ids = [f"fake/{number:04d}" for number in range(tasks)] if rest == ["train"] else []
         return 200, {"name": "fake", "split": rest[0], "task_ids": ids,

@@ -152,7 +152,7 @@ def test_tables_hold_the_numbers(usual):
     best = percent_range(wilson_interval(16, 20))
     assert student[3] == f"80.0\u00a0% {best}, step 1"
     assert student[4] == f"+50.0 {percent_range(tango_interval(10, 0, 20))}"
-    assert student[5:] == ["10.0", "20.0\u00a0%"]
+    assert student[5:] == ["75.0\u00a0%", "10.0", "20.0\u00a0%"]
     assert start[2].startswith("25.0")
     assert teacher[2].startswith("90.0")
     pick = next(row for row in page.rows if row[0] == "pick")
