@@ -76,30 +76,4 @@ PRESETS: dict[str, Preset] = {
             study=StudyConfig(methods=("atod", "opd", "grpo"), jobs=2),
         ),
     ),
-    "webshop-tiny": Preset(
-        "the generated shop, CPU only: start, teacher and ATOD",
-        RunConfig(
-            env=EnvConfig(
-                id="atod/WebShop-v0", data="generated", max_turns=15, eval_splits=("test",)
-            ),
-            model=ModelConfig(
-                student="mini",
-                teacher="mini",
-                demonstrations=3000,
-                student_epochs=1.0,
-                teacher_epochs=3.0,
-                max_context=3072,
-            ),
-            algorithm=AlgorithmConfig(anneal_steps=30),
-            train=TrainConfig(
-                steps=60,
-                tasks_per_step=16,
-                group_size=4,
-                minibatches=4,
-                lr=3e-4,
-                max_completion_tokens=24,
-            ),
-            study=StudyConfig(methods=("atod",), jobs=2),
-        ),
-    ),
 }
