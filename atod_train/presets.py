@@ -24,7 +24,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "quickstart": Preset(
-        "generated houses, CPU only, about nine minutes: start, teacher, ATOD and OPD",
+        "generated houses, CPU only, six to nine minutes: start, teacher, ATOD and OPD",
         RunConfig(
             env=EnvConfig(
                 data="generated",
