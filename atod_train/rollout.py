@@ -241,14 +241,13 @@ def _prefetch_resets(envs: Sequence[gymnasium.Env[Any, str]], task_ids: Sequence
 
 def _prefetch_steps(envs: Sequence[gymnasium.Env[Any, str]], completions: Sequence[str]) -> None:
     """One request for a turn of all episodes, where the environments live in a server."""
-    if not envs or not hasattr(envs[0].unwrapped, "prefetch_steps"):
-        return
-    inner: Any = envs[0].unwrapped
-    actions = [
-        env.get_wrapper_attr("parse")(text).action
-        for env, text in zip(envs, completions, strict=True)
-    ]
-    inner.prefetch_steps(envs, actions)
+    inner: Any = envs[0].unwrapped if envs else None
+    if hasattr(inner, "prefetch_steps"):
+        actions = [
+            env.get_wrapper_attr("parse")(text).action
+            for env, text in zip(envs, completions, strict=True)
+        ]
+        inner.prefetch_steps(envs, actions)
 
 
 def _prompt_ids(episode: _Episode, generator: Generator) -> list[int]:

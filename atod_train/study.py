@@ -23,6 +23,7 @@ from atod_train.evaluate import evaluate
 from atod_train.interrupts import interruptible
 from atod_train.intervals import EvaluationMode
 from atod_train.metrics import EvaluatedModel, Evaluation
+from atod_train.policy import MODEL_SHAPES
 from atod_train.progress import plain_lines, progress
 from atod_train.report import write_report
 from atod_train.report_data import read_run
@@ -74,7 +75,11 @@ def run_study(config: RunConfig, out: Path) -> Path:
         roles: list[EvaluatedModel] = ["teacher", "student"] if wants_teacher else ["student"]
         with _workers(config.study.jobs) as call_all:
             call_all(_make_start, [(config, role) for role in roles])
-            if wants_teacher:
+            if (
+                wants_teacher
+                and not {config.model.teacher, config.model.student} <= MODEL_SHAPES.keys()
+            ):
+                # Models made from the same demonstrations share their tokenizer.
                 call_all(_check_teacher, [(config,)])
             wanted = [(config, role, split) for role in roles for split in config.env.eval_splits]
             known = [e for part in call_all(_evaluate_start, wanted) for e in part]
