@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from atod_gym.envs.webshop_client import ShopServer
 from atod_gym.errors import AtodError
 from atod_train.config import EnvConfig, RunConfig
 from atod_train.demonstrations import (
@@ -151,3 +152,23 @@ def test_a_small_model_learns_from_demonstrations() -> None:
     assert len(losses) == 120
     assert losses[0] > 4.5
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_turn_of_all_episodes_in_a_server_is_one_request(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        pytest.fail("a request for a single episode")
+
+    monkeypatch.setattr(ShopServer, "step", refuse)
+    monkeypatch.setattr(ShopServer, "open", refuse)
+    config = EnvConfig(
+        id="atod/WebShop-v0", data="generated", options={"products": 30}, max_turns=3
+    )
+    shops = EnvPool(config, "train")
+    generator = Generator(policy, DialogueEncoder(policy.tokenizer), max_completion_tokens=5)
+    groups = collect(shops, generator, shops.task_ids[:2], group_size=2, turn_limit=3)
+    shops.close()
+    records = [record for group in groups for record in group.trajectories]
+    assert [record.task_id for record in records] == [t for t in shops.task_ids[:2] for _ in "ab"]
+    assert all(len(record.turns) == 3 and record.score == 0.0 for record in records)
