@@ -54,6 +54,7 @@ def evaluate(
                     score=record.score,
                     turns=len(record.turns),
                     invalid_turns=sum(not turn.is_action_valid for turn in record.turns),
+                    actions=tuple(sorted(record.verbs.items())),
                 )
             )
     return EvaluationResult(pool.split, pool.data, mode, tuple(results))

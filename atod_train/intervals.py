@@ -9,6 +9,7 @@ a report can be checked by hand; the bootstrap has a fixed seed. Sources: Wilson
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
@@ -244,6 +245,8 @@ class TaskResult:
     turns: int
     invalid_turns: int
     """Turns whose action was not valid."""
+    actions: tuple[tuple[str, int], ...] = ()
+    """(verb, how often it was used in a valid action), sorted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +306,13 @@ class EvaluationResult:
         turns = sum(task.turns for task in self.tasks)
         return sum(task.invalid_turns for task in self.tasks) / turns if turns else 0.0
 
+    def actions_per_episode(self) -> dict[str, float]:
+        """Verb -> mean number of valid actions of an episode that begin with it."""
+        counts: Counter[str] = Counter()
+        for task in self.tasks:
+            counts.update(dict(task.actions))
+        return {verb: count / len(self.tasks) for verb, count in sorted(counts.items())}
+
     def by_task_type(self) -> tuple[TaskTypeRow, ...]:
         """One row per task type, sorted by name."""
         rows = []
@@ -341,10 +351,15 @@ class EvaluationResult:
             InvalidCountsError: a key is missing or a task has other fields.
         """
         try:
-            tasks = tuple(TaskResult(**task) for task in record["tasks"])
+            tasks = tuple(_task_result(task) for task in record["tasks"])
             return cls(record["split"], record["data"], record["mode"], tasks)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InvalidCountsError(f"not the record of an evaluation: {error}") from error
+
+
+def _task_result(task: Mapping[str, Any]) -> TaskResult:
+    actions = tuple((str(verb), int(count)) for verb, count in task.get("actions", ()))
+    return TaskResult(**{**task, "actions": actions})
 
 
 def paired_by_task(first: EvaluationResult, second: EvaluationResult) -> Interval | None:

@@ -15,6 +15,7 @@ number that is not finite is written as null. Shares and rates are 0..1.
     return                mean return of a trajectory
     turns                 mean turns of a trajectory
     invalid_share         share of turns whose action was not valid
+    actions/<verb>        mean valid actions of a trajectory that begin with that word
     entropy               mean entropy of the policy per token, in nats
     clip_fraction         share of tokens whose ratio was clipped
     loss, grad_norm       of the policy update, mean over its minibatches

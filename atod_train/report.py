@@ -6,33 +6,33 @@ trajectories turn by turn. What a run has not recorded is named as missing, neve
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from atod_gym.errors import AtodError
-from atod_train.intervals import EvaluationResult, mean_interval, paired_by_task
+from atod_train.intervals import mean_interval, paired_by_task
 from atod_train.metrics import TrajectoryRecord
-from atod_train.report_data import Board, RunSummary, all_boards, by_method, read_run
-from atod_train.report_figures import metric_figures, success_figure
+from atod_train.report_curves import metric_figures
+from atod_train.report_data import RunSummary, all_boards, by_method, read_run
+from atod_train.report_figures import success_figure
 from atod_train.report_page import (
     definitions,
+    distinct,
     escape,
     figure,
     page,
     percent,
     percent_range,
     signed_points,
-    table,
     tiles,
     trajectory,
 )
+from atod_train.report_tables import results
 
 __all__ = ["RunSummary", "read_run", "write_report"]
 
 REPORT_FILE = "report.html"
-_NONE = "\u2013"
 
 
 class ReportError(AtodError):
@@ -70,7 +70,7 @@ def write_report(
     parts += ["<h2>What was run</h2>", _facts(runs)]
     if missing:
         parts.append(f'<p class="note">Not recorded: {escape("; ".join(missing))}.</p>')
-    parts += ["<h2>Results</h2>", _results(runs), "<h2>Course of training</h2>", _figures(runs)]
+    parts += ["<h2>Results</h2>", results(runs), "<h2>Course of training</h2>", _figures(runs)]
     parts += ["<h2>Trajectories</h2>", _trajectories(runs, max_trajectories)]
     path = run_dir / REPORT_FILE
     try:
@@ -138,12 +138,6 @@ def _key_figures(runs: Sequence[RunSummary]) -> str:
     return tiles(items) if items else ""
 
 
-def _distinct(values: Sequence[object]) -> str:
-    """The distinct values in order, as HTML."""
-    shown = dict.fromkeys(escape(value) for value in values if value not in (None, "", {}))
-    return ", ".join(shown) or _NONE
-
-
 def _model_facts(runs: Sequence[RunSummary], role: str) -> str:
     """Name and size of student or teacher; methods without a teacher do not name one."""
     named, sizes = [], []
@@ -153,7 +147,7 @@ def _model_facts(runs: Sequence[RunSummary], role: str) -> str:
             sizes.append(f"{size:,} weights")
         if size or not run.manifest:
             named.append(run.config.get("model", {}).get(role))
-    return f"{_distinct(named)}, {_distinct(sizes)}" if sizes else _distinct(named)
+    return f"{distinct(named)}, {distinct(sizes)}" if sizes else distinct(named)
 
 
 def _facts(runs: Sequence[RunSummary]) -> str:
@@ -178,21 +172,21 @@ def _facts(runs: Sequence[RunSummary]) -> str:
     resumed = sum(len(m.get("resumed", [])) for m in manifests)
     return definitions(
         [
-            ("methods", _distinct([run.method for run in runs])),
-            ("seeds", _distinct([run.seed for run in runs])),
-            ("environment", _distinct([m.get("env_id") for m in manifests])),
-            ("data", _distinct([d.get("name") for d in data])),
-            ("data hash", f"<code>{_distinct([d.get('hash') for d in data])}</code>"),
+            ("methods", distinct([run.method for run in runs])),
+            ("seeds", distinct([run.seed for run in runs])),
+            ("environment", distinct([m.get("env_id") for m in manifests])),
+            ("data", distinct([d.get("name") for d in data])),
+            ("data hash", f"<code>{distinct([d.get('hash') for d in data])}</code>"),
             ("student", _model_facts(runs, "student")),
             ("teacher", _model_facts(runs, "teacher")),
-            ("tasks x group per step", _distinct(sorted(batch))),
-            ("annealing", _distinct(sorted(anneal))),
-            ("started", _distinct([m.get("time") for m in manifests[:1]])),
+            ("tasks x group per step", distinct(sorted(batch))),
+            ("annealing", distinct(sorted(anneal))),
+            ("started", distinct([m.get("time") for m in manifests[:1]])),
             ("resumed", f"{resumed} times"),
-            ("device", _distinct([m.get("device") for m in manifests])),
-            ("platform", _distinct([m.get("platform") for m in manifests])),
-            ("versions", _distinct(packages)),
-            ("command", f"<code>{_distinct(commands[:1])}</code>{more}"),
+            ("device", distinct([m.get("device") for m in manifests])),
+            ("platform", distinct([m.get("platform") for m in manifests])),
+            ("versions", distinct(packages)),
+            ("command", f"<code>{distinct(commands[:1])}</code>{more}"),
         ]
     )
 
@@ -210,146 +204,6 @@ def _missing(runs: Sequence[RunSummary]) -> list[str]:
         (any(run.summary for run in runs), "the summary (the run may not have ended)"),
     ]
     return [name for present, name in checks if not present]
-
-
-def _rate_cell(result: EvaluationResult, remark: str = "") -> str:
-    small = f"{percent_range(result.interval)}{remark}"
-    return f"{percent(result.success_rate)} <small>{small}</small>"
-
-
-def _conduct(result: EvaluationResult) -> list[str]:
-    return [percent(result.mean_score), f"{result.mean_turns:.1f}", percent(result.invalid_share)]
-
-
-def _still_models(runs: Sequence[RunSummary], board: Board) -> list[tuple[str, EvaluationResult]]:
-    """Start and teacher, each once if all runs share it, else once per run."""
-    found: list[tuple[str, EvaluationResult]] = []
-    for label, results in (
-        ("start", [(run, run.start(board)) for run in runs]),
-        ("teacher", [(run, run.teacher(board)) for run in runs]),
-    ):
-        present = [(run, result) for run, result in results if result]
-        distinct: dict[EvaluationResult, list[RunSummary]] = {}
-        for run, result in present:
-            distinct.setdefault(result, []).append(run)
-        for result, users in distinct.items():
-            suffix = "" if len(distinct) == 1 else f" of {', '.join(run.name for run in users)}"
-            found.append((label + suffix, result))
-    return found
-
-
-def _result_table(runs: Sequence[RunSummary], board: Board) -> str:
-    rows = [
-        [escape(label), str(len(r.tasks)), _rate_cell(r), _NONE, _NONE, *_conduct(r)]
-        for label, r in _still_models(runs, board)
-    ]
-    for method, seeds in by_method(runs).items():
-        rates, bests = [], []
-        for run in seeds:
-            last, best, start = run.last(board), run.best(board), run.start(board)
-            if last is None or best is None:
-                continue
-            rates.append(last.result.success_rate)
-            bests.append(best.result.success_rate)
-            change = paired_by_task(last.result, start) if start else None
-            points = last.result.success_rate - start.success_rate if start else 0.0
-            delta = _NONE
-            if change:
-                delta = f"{signed_points(points)} <small>{percent_range(change)}</small>"
-            rows.append(
-                [
-                    escape(run.name),
-                    str(len(last.result.tasks)),
-                    _rate_cell(last.result),
-                    _rate_cell(best.result, f", step {best.step}"),
-                    delta,
-                    *_conduct(last.result),
-                ]
-            )
-        if len(rates) > 1:
-            cells = [
-                f"{percent(math.fsum(values) / len(values))} "
-                f"<small>{percent_range(mean_interval(values))}</small>"
-                for values in (rates, bests)
-            ]
-            name = f"<b>{escape(method)}, mean of {len(rates)} seeds</b>"
-            rows.append([name, _NONE, *cells, *[_NONE] * 4])
-    head = ["model", "tasks", "last success", "best success", "change from start, points"]
-    data = {e.result.data for run in runs for e in run.evaluations}
-    caption = f"{escape(board[0])}, {escape(board[1])} ({_distinct(sorted(data))} data)"
-    return table(caption, [*head, "score", "turns", "invalid turns"], rows)
-
-
-def _type_table(runs: Sequence[RunSummary], board: Board) -> str:
-    """Success per task type; seeds of a method are pooled."""
-    columns: list[tuple[str, list[EvaluationResult]]] = [
-        (label, [result]) for label, result in _still_models(runs, board)
-    ]
-    for method, seeds in by_method(runs).items():
-        lasts = [last.result for run in seeds if (last := run.last(board))]
-        if lasts:
-            columns.append((f"{method}, last", lasts))
-    rows_of = [[{row.task_type: row for row in r.by_task_type()} for r in rs] for _, rs in columns]
-    types = sorted({name for column in rows_of for result in column for name in result})
-    rows = []
-    for name in types:
-        cells = [escape(name).replace("_", "_<wbr>")]
-        for column in rows_of:
-            here = [result[name] for result in column if name in result]
-            tasks, solved = sum(row.tasks for row in here), sum(row.successes for row in here)
-            small = f"{solved}/{tasks}"
-            if len(here) == 1:
-                small += f", {percent_range(here[0].interval)}"
-            cells.append(f"{percent(solved / tasks)} <small>{small}</small>" if tasks else _NONE)
-        rows.append(cells)
-    caption = f"Per task type: {escape(board[0])}, {escape(board[1])}"
-    return table(caption, ["task type", *(escape(label) for label, _ in columns)], rows)
-
-
-def _comparison_table(runs: Sequence[RunSummary], board: Board) -> str:
-    """Last success of the first method minus that of each other one; "" with one method."""
-    groups = by_method(runs)
-    lasts = {
-        method: {run.seed: last.result for run in seeds if (last := run.last(board))}
-        for method, seeds in groups.items()
-    }
-    first, *others = groups
-    rows = []
-    for other in others:
-        seeds = sorted(lasts[first].keys() & lasts[other].keys())
-        pairs = [(lasts[first][seed], lasts[other][seed]) for seed in seeds]
-        if not pairs:
-            continue
-        differences = [a.success_rate - b.success_rate for a, b in pairs]
-        interval = mean_interval(differences) if len(pairs) > 1 else paired_by_task(*pairs[0])
-        rows.append(
-            [
-                f"{escape(first)} minus {escape(other)}",
-                str(len(pairs)),
-                signed_points(math.fsum(differences) / len(differences)),
-                percent_range(interval) if interval else _NONE,
-            ]
-        )
-    if not rows:
-        return ""
-    caption = f"Differences of the last success: {escape(board[0])}, {escape(board[1])}"
-    return table(caption, ["methods", "common seeds", "points", "95 % interval"], rows)
-
-
-def _results(runs: Sequence[RunSummary]) -> str:
-    boards = all_boards(runs)
-    if not boards:
-        return "<p>No evaluation has been recorded yet.</p>"
-    parts = [_result_table(runs, board) for board in boards]
-    parts += [_comparison_table(runs, board) for board in boards]
-    parts.append(
-        '<p class="note">Small numbers are 95 % intervals in per cent: Wilson over tasks, Tango '
-        "over the same tasks for changes and for methods with one seed, Student's t over seeds "
-        "for means and differences of several seeds. The best of several "
-        "evaluations is picked on the tasks it is reported on and is therefore flattering; the "
-        "last is not.</p>"
-    )
-    return "\n".join(parts + [_type_table(runs, board) for board in boards])
 
 
 def _figures(runs: Sequence[RunSummary]) -> str:

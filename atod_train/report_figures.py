@@ -17,7 +17,7 @@ from atod_train.metrics import Evaluation
 from atod_train.report_data import Board, RunSummary, by_method, mean_curve, smooth
 
 _TEXT, _GRID = "#123457", "#765432"  # stand-ins, replaced by the page's colours
-_METHOD_COLOURS = {
+METHOD_COLOURS = {
     "atod": "#2f7ed8",
     "opd": "#e07b39",
     "grpo": "#2a9d6f",
@@ -68,16 +68,17 @@ class ReportFigure:
     svg: str
 
 
-def _colour(method: str, index: int = 0) -> str:
-    return _METHOD_COLOURS.get(method, _OTHER_COLOURS[index % len(_OTHER_COLOURS)])
+def method_colour(method: str, index: int = 0) -> str:
+    """A method's own colour; others take turns by index."""
+    return METHOD_COLOURS.get(method, _OTHER_COLOURS[index % len(_OTHER_COLOURS)])
 
 
-def _label(method: str) -> str:
+def method_label(method: str) -> str:
     """A method's name as a figure can write it: short, with glyphs that every font has."""
     return "".join(c if 32 <= ord(c) < 127 else "?" for c in method[:24])
 
 
-def _draw(key: str, paint: Callable[[Any], None], *, size: tuple[float, float] = (5.0, 3.2)) -> str:
+def draw(key: str, paint: Callable[[Any], None], *, size: tuple[float, float] = (5.0, 3.2)) -> str:
     """Runs `paint(figure)` and returns the figure as an SVG element without outside references."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -102,7 +103,7 @@ def _draw(key: str, paint: Callable[[Any], None], *, size: tuple[float, float] =
     return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
 
 
-def _legend(axes: Any) -> None:
+def legend(axes: Any) -> None:
     """A legend under the plot, where it hides nothing; as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
@@ -166,13 +167,13 @@ def success_figure(key: str, runs: Sequence[RunSummary], board: Board) -> Report
         _level(axes, [r for run in runs if (r := run.start(board))], "start", ":")
         for index, (method, seeds) in enumerate(by_method(runs).items()):
             courses = [course for run in seeds if (course := run.course(board))]
-            colour = _colour(method, index)
+            colour = method_colour(method, index)
             if len(courses) == 1:
-                _paint_course(axes, courses[0], _label(method), colour)
+                _paint_course(axes, courses[0], method_label(method), colour)
             elif courses:
-                _paint_seeds(axes, courses, _label(method), colour)
+                _paint_seeds(axes, courses, method_label(method), colour)
         axes.set(xlabel="step", ylabel="tasks solved (%)", ylim=(0, 100))
-        _legend(axes)
+        legend(axes)
 
     lasts = [
         f"{run.name} {100 * last.result.success_rate:.1f} % at step {last.step}"
@@ -184,155 +185,8 @@ def success_figure(key: str, runs: Sequence[RunSummary], board: Board) -> Report
         "Dashed: teacher; dotted: start. Bands: 95 % intervals over tasks. With several seeds, "
         "thin lines are seeds and the thick line is their mean.",
         f"Share of the {split} tasks solved over steps. {'; '.join(lasts) or 'No run yet'}.",
-        _draw(key, paint),
+        draw(key, paint),
     )
-
-
-@dataclass(frozen=True)
-class _Line:
-    key: str
-    label: str
-    style: str = "-"
-    scale: float = 1.0
-
-
-def _curves_figure(
-    key: str,
-    runs: Sequence[RunSummary],
-    title: str,
-    note: str,
-    ylabel: str,
-    lines: Sequence[_Line],
-    window: int = 1,
-) -> ReportFigure | None:
-    """Metrics over steps: one line per method and key, averaged over seeds."""
-    groups = by_method(runs)
-    drawn: list[tuple[str, str, str, list[int], list[float]]] = []
-    for index, (method, seeds) in enumerate(groups.items()):
-        for place, line in enumerate(lines):
-            steps, values = mean_curve(seeds, line.key)
-            if not steps:
-                continue
-            several = len(groups) > 1
-            label = f"{_label(method)} {line.label}" if several else line.label
-            label = _label(method) if several and len(lines) == 1 else label
-            # One method: colours tell the keys apart; several: colours are methods, styles keys.
-            colour = _colour(method, index) if several else list(_METHOD_COLOURS.values())[place]
-            style = line.style if several else "-"
-            values = smooth([line.scale * value for value in values], window)
-            drawn.append((label, colour, style, steps, values))
-    if not drawn:
-        return None
-
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        for label, colour, style, steps, values in drawn:
-            axes.plot(steps, values, color=colour, linestyle=style, label=label)
-        axes.set(xlabel="step", ylabel=ylabel)
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        _legend(axes)
-
-    ends = "; ".join(
-        f"{label} from {values[0]:.3g} to {values[-1]:.3g}" for label, _, _, _, values in drawn
-    )
-    return ReportFigure(title, note, f"{title} over steps: {ends}.", _draw(key, paint))
-
-
-def metric_figures(runs: Sequence[RunSummary]) -> list[ReportFigure]:
-    """The figures made of metrics.jsonl; those without any data are left out."""
-    window = 5
-    figures = [
-        _curves_figure(
-            "coefficients",
-            runs,
-            "Coefficients kappa and rho",
-            "kappa weighs the teacher's signal, rho the reward; annealing moves from one to "
-            "the other.",
-            "coefficient",
-            [_Line("kappa", "kappa"), _Line("rho", "rho", "--")],
-        ),
-        _curves_figure(
-            "signals",
-            runs,
-            "Size of the two signals",
-            "Mean over tokens of the absolute advantage from teacher (kappa w delta) and reward "
-            "(rho A), mean of 5 steps: what really drives the update.",
-            "mean |advantage|",
-            [
-                _Line("opd_signal", "|kappa w delta|"),
-                _Line("rl_signal", "|rho A|", "--"),
-            ],
-            window,
-        ),
-        _curves_figure(
-            "training-success",
-            runs,
-            "Success while training",
-            "Share of sampled training trajectories that reach the goal, mean of 5 steps.",
-            "trajectories (%)",
-            [_Line("train_success", "training success", scale=100.0)],
-            window,
-        ),
-        _curves_figure(
-            "turn-weight",
-            runs,
-            "Mean turn weight",
-            "How much of the teacher's signal passes the turn weights: 1 means all turns alike.",
-            "mean w",
-            [_Line("turn_weight", "turn weight w")],
-            window,
-        ),
-        _curves_figure(
-            "turn-statistics",
-            runs,
-            "Disagreement and uncertainty",
-            "d: distance between the log-probabilities of student and teacher; h: mean negative "
-            "log-probability of the student's own tokens. Means of 5 steps.",
-            "nats per token",
-            [_Line("disagreement", "disagreement d"), _Line("uncertainty", "uncertainty h", "--")],
-            window,
-        ),
-        _curves_figure(
-            "behaviour",
-            runs,
-            "Turns per episode",
-            "Mean length of a training trajectory, mean of 5 steps.",
-            "turns",
-            [_Line("turns", "turns")],
-            window,
-        ),
-        _curves_figure(
-            "shares",
-            runs,
-            "Invalid actions and clipped tokens",
-            "Share of turns without a valid action, and share of tokens at the ratio clip.",
-            "share (%)",
-            [
-                _Line("invalid_share", "invalid turns", scale=100.0),
-                _Line("clip_fraction", "clipped tokens", "--", scale=100.0),
-            ],
-            window,
-        ),
-        _curves_figure(
-            "entropy",
-            runs,
-            "Entropy of the policy",
-            "A fall to zero means that the policy has stopped to explore.",
-            "nats per token",
-            [_Line("entropy", "entropy")],
-            window,
-        ),
-        _curves_figure(
-            "gradient",
-            runs,
-            "Gradient norm",
-            "Before clipping; spikes announce an unstable run.",
-            "norm",
-            [_Line("grad_norm", "gradient norm")],
-        ),
-        time_figure("time", runs),
-    ]
-    return [figure for figure in figures if figure is not None]
 
 
 def _phase_names(runs: Sequence[RunSummary]) -> list[str]:
@@ -372,7 +226,7 @@ def time_figure(key: str, runs: Sequence[RunSummary]) -> ReportFigure | None:
             axes.stackplot(steps, layers, labels=names, colors=colours, alpha=0.85)
             axes.set(xlabel="step", ylabel="seconds per step")
         else:
-            labels = [_label(method) for method in groups]
+            labels = [method_label(method) for method in groups]
             left = [0.0] * len(groups)
             for place, name in enumerate(names):
                 widths = [means[method][place] for method in groups]
@@ -381,7 +235,7 @@ def time_figure(key: str, runs: Sequence[RunSummary]) -> ReportFigure | None:
             axes.invert_yaxis()
             axes.grid(visible=False, axis="y")
             axes.set(xlabel="seconds per step")
-        _legend(axes)
+        legend(axes)
 
     described = "; ".join(
         f"{method}: " + ", ".join(f"{n} {x:.2f} s" for n, x in zip(names, values, strict=True))
@@ -391,5 +245,5 @@ def time_figure(key: str, runs: Sequence[RunSummary]) -> ReportFigure | None:
         "Time per step",
         "Wall time by phase; several seeds are averaged.",
         f"Mean seconds per step by phase. {described}.",
-        _draw(key, paint),
+        draw(key, paint),
     )

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from atod_train.metrics import TrajectoryRecord, TurnDisplay
 from atod_train.report_figures import ReportFigure
 
+NOTHING = "\u2013"
+"""What a cell without a value shows."""
+
 LONGEST_TEXT = 4000
 """Characters of one observation or completion that are shown."""
 
@@ -250,3 +253,9 @@ def page(title: str, body: str) -> str:
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+def distinct(values: Sequence[object]) -> str:
+    """The distinct values in order, as HTML."""
+    shown = dict.fromkeys(escape(value) for value in values if value not in (None, "", {}))
+    return ", ".join(shown) or NOTHING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,6 +24,11 @@ def batch_metrics(
     tokens = mask.sum().clamp(min=1)
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
 
+    verbs = sum((trajectory.verbs for trajectory in trajectories), Counter())
+    per_episode = {
+        f"actions/{verb}": count / len(trajectories) for verb, count in sorted(verbs.items())
+    }
+
     def token_mean(values: Tensor) -> float:
         return float(masked(values.abs(), mask).sum() / tokens)
 
@@ -40,6 +46,7 @@ def batch_metrics(
         "turns": len(turns) / len(trajectories),
         "invalid_share": sum(not turn.is_action_valid for turn in turns) / len(turns),
         "rollout/logprob_drift": token_mean(batch.sampling_logprobs - old),
+        **per_episode,
     }
 
 

@@ -7,12 +7,16 @@ sequence, N trajectories, G trajectories per group.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from atod_gym.types import Message
+
+_VERB = re.compile("[A-Za-z]+")
 
 FinishReason = Literal["stop", "length"]
 """Why sampling ended: the end-of-turn token came, or the token limit was reached."""
@@ -53,6 +57,12 @@ class Turn:
     penalty: float = 0.0
     """What `reward` was lessened by for an invalid action."""
 
+    @property
+    def verb(self) -> str:
+        """The first word of the action, such as `go`, `click` or `search`; "" for none."""
+        found = _VERB.match(self.action)
+        return found[0].lower() if found else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
@@ -72,6 +82,11 @@ class Trajectory:
     def episode_return(self) -> float:
         """Sum of the turns' rewards, penalties included."""
         return sum(turn.reward for turn in self.turns)
+
+    @property
+    def verbs(self) -> Counter[str]:
+        """How often each verb was used in a valid action."""
+        return Counter(turn.verb for turn in self.turns if turn.is_action_valid)
 
 
 @dataclass(frozen=True, slots=True)

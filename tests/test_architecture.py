@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ TRAINER_LAYERS = (
     "rollout",
     "demonstrations evaluate checkpoint training_state step_records",
     "trainer",
-    "presets report_data report_figures report_page report study study_tables",
+    "presets report_data report_figures report_curves report_page report_tables report study"
+    " study_tables",
     "cli",
 )
 
@@ -94,6 +96,29 @@ def test_servers_import_neither_environments_nor_torch() -> None:
 def test_the_trainer_does_not_import_servers() -> None:
     for module, path in sources("atod_train").items():
         assert "env_servers" not in third_party(path), module
+
+
+def test_the_trainer_knows_no_environment_by_name() -> None:
+    names = re.compile("alfworld|webshop|search.?qa", re.IGNORECASE)
+    for module, path in sources("atod_train").items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        texts = {
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        docstrings = {
+            node.value.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        found = {text for text in texts - docstrings if names.search(text)}
+        identifiers = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        identifiers |= set(imports(path, at_import_only=False))
+        found |= {name for name in identifiers if names.search(name)}
+        # Presets are data, and one environment is the default: nothing depends on either.
+        if module != "atod_train.presets":
+            assert found <= {"atod/ALFWorld-v0"}, (module, found)
 
 
 def test_the_algorithm_stands_alone() -> None:

@@ -141,7 +141,15 @@ def test_impossible_input_is_refused(call):
 
 def make_result(successes: int = 3) -> EvaluationResult:
     tasks = tuple(
-        TaskResult(f"t{i}", "pick" if i < 3 else "cool", i < successes, float(i < successes), 4, i)
+        TaskResult(
+            f"t{i}",
+            "pick" if i < 3 else "cool",
+            i < successes,
+            float(i < successes),
+            4,
+            i,
+            (("go", 4 - i),) if i % 2 else (("go", 2), ("take", 1)),
+        )
         for i in range(4)
     )
     return EvaluationResult("valid_seen", "generated", "greedy", tasks)
@@ -158,6 +166,7 @@ def test_evaluation_result_figures():
     assert (cool.task_type, cool.tasks, cool.successes) == ("cool", 1, 0)
     assert (pick.task_type, pick.tasks, pick.success_rate) == ("pick", 3, 1.0)
     assert pick.interval == wilson_interval(3, 3)
+    assert result.actions_per_episode() == {"go": (2 + 3 + 2 + 1) / 4, "take": 0.5}
 
 
 def test_evaluation_result_survives_json():
@@ -165,6 +174,9 @@ def test_evaluation_result_survives_json():
     record = json.loads(json.dumps(result.to_json()))
     assert EvaluationResult.from_json(record) == result
     assert record["success_rate"] == 0.75
+    for task in record["tasks"]:
+        del task["actions"]
+    assert EvaluationResult.from_json(record).actions_per_episode() == {}
 
 
 def test_pairing_by_task_needs_the_same_tasks():

@@ -64,7 +64,15 @@ class Page(HTMLParser):
 
 def evaluation(step: int, solved: int, model="student", tasks: int = 20) -> Evaluation:
     results = tuple(
-        TaskResult(f"t{i}", "pick" if i % 2 else "cool", i < solved, float(i < solved), 10, 2)
+        TaskResult(
+            f"t{i}",
+            "pick" if i % 2 else "cool",
+            i < solved,
+            float(i < solved),
+            10,
+            2,
+            (("answer", 1), ("search", 3)) if model == "student" else (("answer", 1),),
+        )
         for i in range(tasks)
     )
     return Evaluation(step, model, EvaluationResult("valid_seen", "generated", "greedy", results))
@@ -94,7 +102,13 @@ def make_run(run_dir, *, method="atod", seed=0, solved=15, teacher=True, text="a
         if teacher:
             writer.write_evaluation(evaluation(0, 18, "teacher"))
         for step in (1, 2):
-            metrics = {"step": step, "rho": 1.0 + step, "train_success": 0.5, "entropy": 0.4}
+            metrics = {
+                "step": step,
+                "rho": 1.0 + step,
+                "train_success": 0.5,
+                "actions/search": 2.5,
+                "entropy": 0.4,
+            }
             metrics |= {"seconds/update": 2.0, "seconds/generation": 1.0, "grad_norm": 1.5}
             if teacher:
                 metrics |= {"kappa": 1.0, "opd_signal": 0.3, "turn_weight": 0.6}
@@ -141,6 +155,7 @@ def test_figures_and_tables_are_described(usual):
     assert all(len(attrs["aria-label"]) > 20 for attrs in images)
     assert all(attrs.get("scope") in ("col", "row") for tag, attrs in page.tags if tag == "th")
     assert any("kappa from 1 to 1" in attrs["aria-label"] for attrs in images)
+    assert any("search from 2.5 to 2.5" in attrs["aria-label"] for attrs in images)
 
 
 def test_tables_hold_the_numbers(usual):
@@ -158,6 +173,8 @@ def test_tables_hold_the_numbers(usual):
     pick = next(row for row in page.rows if row[0] == "pick")
     assert pick[1].startswith("20.0\u00a0% 2/10")  # t1 and t3 of t1, t3, .., t19
     assert pick[3].startswith("70.0\u00a0% 7/10")
+    assert ["atod, seed 0", "1.00", "3.00"] in page.rows
+    assert ["teacher", "1.00", "\u2013"] in page.rows
     for fact in ("871,424 weights", "3,412,992 weights", "c0ffee", "3.2 min", "--out 'a b'"):
         assert fact in page.text
     assert "Not recorded" not in page.text
