@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,6 +34,10 @@ def _port(text: str) -> int:
     return number
 
 
+def _file(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def _minutes(text: str) -> float:
     number = float(text)
     if not 0 < number <= 1e6:
@@ -46,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="atod-serve", description="Starts the server of an environment.")
     commands = top.add_subparsers(required=True, metavar="SERVER", dest="server")
     _add_webshop(commands)
+    _add_retrieval(commands)
     return top
 
 
@@ -100,12 +110,106 @@ def _add_webshop(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _run_webshop(arguments: argparse.Namespace) -> None:
     # Imported here, so that --help and wrong arguments answer at once.
-    from env_servers import process
     from env_servers.webshop.app import create_app
     from env_servers.webshop.products import ShopDataError
     from env_servers.webshop.sessions import SessionStore
     from env_servers.webshop.settings import ShopSettings
     from env_servers.webshop.shop import Shop
+
+    def app(token: str | None) -> ASGIApp:
+        shop = Shop.open(
+            ShopSettings(
+                data=arguments.data,
+                products=arguments.products,
+                goal_seed=arguments.goal_seed,
+                human_goals=arguments.human_goals,
+                show_attributes=arguments.show_attributes,
+                splits=arguments.splits,
+                text_style=arguments.text_style,
+                noun_tagger=arguments.noun_tagger,
+            )
+        )
+        store = SessionStore(
+            shop, capacity=arguments.capacity, idle_seconds=60 * arguments.idle_minutes
+        )
+        return create_app(store, max_body=arguments.max_body, token=token)
+
+    _serve("webshop", arguments, app, ShopDataError)
+
+
+def _add_retrieval(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = commands.add_parser(
+        "retrieval",
+        help="passages for Search-QA: the common /retrieve of search agents",
+        description="Serves passages: POST /retrieve as search agents call it, over a corpus file"
+        " or a generated world with questions.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument(
+        "--corpus", type=_file, metavar="FILE",
+        help="JSON lines with id and contents (or title and text), plain, .gz or .xz; the"
+        " generated world if not set",
+    )  # fmt: skip
+    command.add_argument(
+        "--entities", type=_positive, default=1000, help="size of the generated world"
+    )
+    command.add_argument("--world-seed", type=int, default=0, help="of the generated world")
+    command.add_argument("--retriever", default="bm25", help="bm25, dense or hybrid")
+    command.add_argument("--k1", type=float, default=0.9, help="of BM25")
+    command.add_argument("--b", type=float, default=0.4, help="of BM25")
+    command.add_argument(
+        "--encoder", metavar="NAME_OR_PATH", help="sentence encoder of dense and hybrid"
+    )
+    command.add_argument("--pooling", default="mean", help="mean, cls or last")
+    command.add_argument(
+        "--query-prefix", default="", metavar="TEXT", help="as the encoder was trained with"
+    )
+    command.add_argument(
+        "--passage-prefix", default="", metavar="TEXT", help="as the encoder was trained with"
+    )
+    command.add_argument(
+        "--max-length", type=_positive, default=256, metavar="TOKENS", help="of the encoder"
+    )
+    command.add_argument(
+        "--vectors", type=_file, metavar="FILE.npy", help="the passages' vectors, if you have them"
+    )
+    command.add_argument("--topk", type=_positive, default=3, help="where a request does not say")
+    command.add_argument("--max-topk", type=_positive, default=100, help="of a request")
+    command.add_argument("--max-queries", type=_positive, default=1024, help="of a request")
+    command.add_argument(
+        "--index", type=_file, metavar="FOLDER",
+        help="where the corpus' index is kept; retrieval/<key> in $ATOD_CACHE (or ~/.cache/atod)"
+        " if not set",
+    )  # fmt: skip
+    _add_service_options(command, port=8000)
+    command.set_defaults(run=_run_retrieval)
+
+
+def _run_retrieval(arguments: argparse.Namespace) -> None:
+    from env_servers.retrieval.app import create_app
+    from env_servers.retrieval.collection import Collection, CollectionSettings
+    from env_servers.retrieval.corpus import CorpusError
+    from env_servers.retrieval.wire_format import Limits
+
+    def app(token: str | None) -> ASGIApp:
+        limits = Limits(
+            arguments.topk, arguments.max_topk, arguments.max_queries, arguments.max_body
+        )
+        names = (field.name for field in dataclasses.fields(CollectionSettings))
+        settings = CollectionSettings(**{name: getattr(arguments, name) for name in names})
+        return create_app(Collection.open(settings), limits, token)
+
+    _serve("retrieval", arguments, app, CorpusError)
+
+
+def _serve(
+    service: str,
+    arguments: argparse.Namespace,
+    app: Callable[[str | None], ASGIApp],
+    data_error: type[Exception],
+) -> None:
+    """Takes the port, makes the application from the token, and serves it."""
+    from env_servers import process
 
     process.exit_on_signals()
     if arguments.parent is not None:
@@ -115,25 +219,10 @@ def _run_webshop(arguments: argparse.Namespace) -> None:
         arguments.host, arguments.port, has_token=token is not None
     ) as listener:
         try:
-            shop = Shop.open(
-                ShopSettings(
-                    data=arguments.data,
-                    products=arguments.products,
-                    goal_seed=arguments.goal_seed,
-                    human_goals=arguments.human_goals,
-                    show_attributes=arguments.show_attributes,
-                    splits=arguments.splits,
-                    text_style=arguments.text_style,
-                    noun_tagger=arguments.noun_tagger,
-                )
-            )
-        except (ShopDataError, ValueError, OSError) as error:
+            application = app(token)
+        except (data_error, ValueError, OSError) as error:
             raise process.StartError(str(error)) from error
-        store = SessionStore(
-            shop, capacity=arguments.capacity, idle_seconds=60 * arguments.idle_minutes
-        )
-        app = create_app(store, max_body=arguments.max_body, token=token)
-        process.serve(app, listener, service="webshop")
+        process.serve(application, listener, service=service)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

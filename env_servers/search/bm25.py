@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from env_servers.new_folder import new_folder
 from env_servers.search import similarity
 from env_servers.search.analyzer import Analyzer
 from env_servers.search.builder import IndexBuilder
@@ -24,8 +25,8 @@ from env_servers.search.storage import (
     ArrayStore,
     IndexArrays,
     IndexDescription,
+    SearchIndexError,
     StringTable,
-    complete_folder,
     open_folder,
     write_description,
 )
@@ -76,7 +77,8 @@ class BM25Index:
         self.description = description
         self._arrays = arrays
         self._vocabulary = StringTable(arrays.term_bytes, arrays.term_offsets)
-        self._ids = StringTable(arrays.id_bytes, arrays.id_offsets)
+        self.ids = StringTable(arrays.id_bytes, arrays.id_offsets)
+        """The documents' ids by row."""
         self._factors = np.array(arrays.factors)
         self._analyzer = Analyzer()
         self._terms: dict[str, _Term | None] = {}
@@ -100,8 +102,9 @@ class BM25Index:
             folder: where the index is saved and then mapped from; in memory if None.
 
         Raises:
-            ValueError: a parameter is out of range or two documents have the same id.
-            SearchIndexError: there is something at `folder` already.
+            ValueError: a parameter is out of range, or two documents have the same id
+                (`DuplicateIdError`).
+            SearchIndexError: there is something at `folder` already (an empty folder is fine).
         """
         if not 0 <= k1 < float("inf"):
             raise ValueError(f"k1 must be a number of at least 0, not {k1!r}")
@@ -109,12 +112,18 @@ class BM25Index:
             raise ValueError(f"b must be between 0 and 1, not {b!r}")
         if folder is None:
             return cls(*_built(documents, k1, b, None))
-        with complete_folder(folder) as partial:
+        advice = "open it, or delete it and build again"
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise SearchIndexError(f"{folder} exists already: {advice}")
+        with new_folder(folder) as partial:
             description, arrays = _built(documents, k1, b, partial)
             write_description(partial, description, arrays)
             # The arrays are mapped under the name that is about to go.
             del arrays
-        return cls.open(folder)
+        index = cls.open(folder)
+        if index.description != description:
+            raise SearchIndexError(f"{folder} appeared while its index was built: {advice}")
+        return index
 
     @classmethod
     def open(cls, folder: Path) -> BM25Index:
@@ -249,7 +258,7 @@ class BM25Index:
         docs, scores = docs[kept], scores[kept]
         order = np.lexsort((self._arrays.ranks[docs], -scores))[:limit]
         rows = docs[order].tolist()
-        return list(map(Hit, rows, self._ids.texts(rows), scores[order].tolist()))
+        return list(map(Hit, rows, self.ids.texts(rows), scores[order].tolist()))
 
 
 def _built(

@@ -32,6 +32,17 @@ MAX_SORTED_ID_BYTES = 64
 """Ids up to this length are sorted as an array; longer ones as Python strings."""
 
 
+class DuplicateIdError(ValueError):
+    """Two documents have the same id."""
+
+    def __init__(self, document_id: str, first: int, second: int) -> None:
+        super().__init__(
+            f"documents {first} and {second} have the same id {document_id!r}: ids must be"
+            " different"
+        )
+        self.document_id = document_id
+
+
 @dataclass(frozen=True)
 class _Segment:
     """Postings of consecutive documents, in memory or on disk.
@@ -132,7 +143,7 @@ class IndexBuilder:
         """Merges everything into arrays made by `store`.
 
         Raises:
-            ValueError: two documents have the same id.
+            DuplicateIdError: two documents have the same id.
         """
         id_bytes = np.frombuffer(self._id_bytes, dtype=np.uint8)
         id_offsets = np.array(self._id_offsets, dtype=np.int64)
@@ -198,7 +209,7 @@ class IndexBuilder:
 
 
 def _ranks(ids: StringTable) -> NDArray[np.int32]:
-    """[documents], the place of each id in byte order; ValueError if two are equal."""
+    """[documents], the place of each id in byte order; DuplicateIdError if two are equal."""
     longest = max((len(ids[row]) for row in range(len(ids))), default=0)
     if longest <= MAX_SORTED_ID_BYTES:
         keys = np.zeros(len(ids), dtype=f"S{max(1, longest)}")
@@ -213,10 +224,7 @@ def _ranks(ids: StringTable) -> NDArray[np.int32]:
         equal = [place for place, (first, second) in enumerate(pairs) if first == second]
     if equal:
         first, second = order[equal[0]], order[equal[0] + 1]
-        raise ValueError(
-            f"documents {first} and {second} have the same id {ids.texts([first])[0]!r}:"
-            " ids must be different"
-        )
+        raise DuplicateIdError(ids.texts([first])[0], int(first), int(second))
     ranks = np.empty(len(ids), dtype=np.int32)
     ranks[order] = np.arange(len(ids), dtype=np.int32)
     return ranks

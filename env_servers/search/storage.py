@@ -1,18 +1,14 @@
 """The arrays of a search index, in memory or as a folder of .npy files that are mapped, not read.
 
-The folder holds one file per array and `index.json` with everything else. It is written under
-another name and renamed when complete: a folder under its final name is never half an index.
+The folder holds one file per array and `index.json` with everything else.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -121,48 +117,30 @@ class ArrayStore:
         self._folder = folder
 
     def new(self, name: str, length: int, dtype: str) -> NDArray[Any]:
-        """An array [length] to be filled."""
+        """An array [length] to be filled.
+
+        Raises:
+            OSError: there is no room for it on the disk.
+        """
+        array: NDArray[Any]
         if self._folder is None or length == 0:
-            array: NDArray[Any] = np.empty(length, dtype)
+            array = np.empty(length, dtype)
             if self._folder is not None:
                 np.save(self._folder / f"{name}.npy", array, allow_pickle=False)
             return array
         path = self._folder / f"{name}.npy"
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=(length,))
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=(length,))
+        # Without room on the disk, writing to mapped memory would end the process with a signal.
+        if hasattr(os, "posix_fallocate"):
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return array
 
     def filled(self, name: str, content: NDArray[Any]) -> NDArray[Any]:
         """An array with this content."""
         array = self.new(name, len(content), content.dtype.name)
         array[:] = content
         return array
-
-
-@contextmanager
-def complete_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which becomes `folder` when the block ends without an error.
-
-    Raises:
-        SearchIndexError: there is something at `folder` already (an empty folder is fine).
-    """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise SearchIndexError(f"{folder} exists already: open it, or delete it and build again")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}-partial-{secrets.token_hex(4)}"
-    partial.mkdir()
-    try:
-        yield partial
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        try:
-            partial.rename(folder)
-        except OSError as error:
-            raise SearchIndexError(
-                f"{folder} appeared while its index was built: open it, or delete it and build"
-                " again"
-            ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_description(folder: Path, description: IndexDescription, arrays: IndexArrays) -> None:

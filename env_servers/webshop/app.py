@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import AsyncIterator, Callable
-from importlib import metadata
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,6 +21,7 @@ from env_servers.service import (
     ServiceError,
     build_application,
     metrics_text,
+    program_version,
     read_json,
     resident_bytes,
     well_formed,
@@ -94,7 +94,7 @@ class ShopApi:
             {
                 "status": "ok",
                 "service": "webshop",
-                "version": _version(),
+                "version": program_version(),
                 "data": shop.label,
                 "products": len(shop.catalogue),
                 "goals": len(shop.goals),
@@ -280,10 +280,3 @@ def _whole_number(fields: Fields, name: str) -> int:
 
 def _invalid(message: str) -> ServiceError:
     return ServiceError(422, "invalid_body", message)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("atod")
-    except metadata.PackageNotFoundError:
-        return "unknown"

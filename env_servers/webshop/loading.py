@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from env_servers.new_folder import new_folder
 from env_servers.search.bm25 import BM25Index
 from env_servers.search.storage import SearchIndexError
 from env_servers.webshop.catalogue import (
@@ -139,26 +139,6 @@ def _store(files: DataFiles, folder: Path) -> None:
     with new_folder(folder) as partial, tempfile.TemporaryFile(dir=partial) as file:
         entries = _StoredEntries(files.read_attributes(), file)
         _write(partial, files.read_items(), entries.find, str(files.items))
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to fill; it gets its name at the end, if nothing went wrong.
-
-    Where the folder has appeared meanwhile, made by another process, that one stays.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial-"))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(folder: Path, items: Iterable[Entry], find_entry: Find, source: str) -> None:

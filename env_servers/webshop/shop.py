@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 
+from env_servers.new_folder import new_folder
 from env_servers.webshop.catalogue import Catalogue
 from env_servers.webshop.data_files import DataFiles
 from env_servers.webshop.goals import Goal, Goals, GoalTable, draw_human, draw_synthetic
 from env_servers.webshop.loading import (
     Stock,
-    new_folder,
     stock_from_files,
     stock_in_memory,
     stored_in,

@@ -13,27 +13,20 @@ what else the machine does than the steps per second do.
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
 import multiprocessing
 import os
 import random
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from measured_server import MeasuredServer, poster
+
 ORIGINAL_STEPS = 47.0
 """Steps per second of the original text environment in one process, no HTTP (median of five)."""
 MAX_TURNS = 15
-Post = Callable[[str, object], dict[str, Any]]
 
 
 @dataclass
@@ -44,33 +37,6 @@ class Load:
     resets: int = 0
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
-
-
-def poster(url: str, library: str) -> Post:
-    """A function that posts JSON over one open connection."""
-    headers = {"Content-Type": "application/json"}
-    if library == "requests":
-        import requests
-
-        session = requests.Session()
-        return lambda path, body: session.post(url + path, json=body).json()
-    if library == "urllib3":
-        import urllib3
-
-        pool = urllib3.HTTPConnectionPool(urlsplit(url).hostname, urlsplit(url).port, maxsize=1)
-
-        def send(path: str, body: object) -> dict[str, Any]:
-            content = json.dumps(body).encode()
-            return json.loads(pool.urlopen("POST", path, body=content, headers=headers).data)
-
-        return send
-    connection = http.client.HTTPConnection(urlsplit(url).netloc)
-
-    def send_plain(path: str, body: object) -> dict[str, Any]:
-        connection.request("POST", path, json.dumps(body).encode(), headers)
-        return json.loads(connection.getresponse().read())
-
-    return send_plain
 
 
 class Customer:
@@ -160,40 +126,9 @@ def play_batch(
     answer.send(load)
 
 
-class Server:
-    """The server process under load."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        begun = time.perf_counter()
-        command = [sys.executable, "-m", "env_servers.cli", "webshop", "--port", "0"]
-        self.process = subprocess.Popen(
-            [*command, "--parent", str(os.getpid()), *arguments],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=REPOSITORY,
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit("the server did not start")
-        self.ready_seconds = time.perf_counter() - begun
-        self.ready_processor_seconds = self.processor_seconds()
-        self.url: str = json.loads(line)["url"]
-
-    def megabytes(self) -> float:
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-    def processor_seconds(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(10)
-
-
-def run_clients(server: Server, options: argparse.Namespace, sessions: int, batch: bool) -> None:
+def run_clients(
+    server: MeasuredServer, options: argparse.Namespace, sessions: int, batch: bool
+) -> None:
     """One line of the table."""
     context = multiprocessing.get_context("fork")
     count = 1 if batch else sessions
@@ -233,7 +168,7 @@ def run_clients(server: Server, options: argparse.Namespace, sessions: int, batc
     )
 
 
-def session_memory(server: Server, options: argparse.Namespace, sessions: int) -> None:
+def session_memory(server: MeasuredServer, options: argparse.Namespace, sessions: int) -> None:
     """Resident memory for many sessions that were each played a few steps."""
     post = poster(server.url, options.client)
     before = server.megabytes()
@@ -269,7 +204,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     capacity = str(max(4096, options.memory_sessions))
-    server = Server(["--data", options.data, "--capacity", capacity])
+    server = MeasuredServer(["webshop", "--data", options.data, "--capacity", capacity])
     try:
         load = os.getloadavg()[0]
         print(

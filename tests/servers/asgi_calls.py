@@ -69,6 +69,16 @@ class AppCaller:
         headers: dict[str, str] | None = None,
     ) -> Answer:
         """Any request; the body comes in chunks."""
+        return self._loop.run_until_complete(self.exchange(method, path, chunks, headers))
+
+    async def exchange(
+        self,
+        method: str,
+        path: str,
+        chunks: Sequence[bytes] = (b"",),
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
+        """`request` in a loop that runs already."""
         raw_path, _, query = path.partition("?")
         scope = {
             "type": "http",
@@ -99,7 +109,7 @@ class AppCaller:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        self._loop.run_until_complete(self._app(scope, receive, send))
+        await self._app(scope, receive, send)
         start = sent[0]
         return Answer(
             status=start["status"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import threading
 from collections import Counter
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from env_servers.search import bm25, builder, similarity
 from env_servers.search.analyzer import Analyzer
 from env_servers.search.bm25 import BM25Index, Hit
-from env_servers.search.storage import SearchIndexError, StringTable
+from env_servers.search.storage import ArrayStore, SearchIndexError, StringTable
 
 SHOES = (
     ("b", "red running shoes for men"),
@@ -293,6 +294,12 @@ def test_a_saved_index_opens_as_it_was(way: str, tmp_path: Path) -> None:
     assert BM25Index.open(moved).search("w1", 3) == opened.search("w1", 3)
     with pytest.raises(SearchIndexError, match="exists already"):
         BM25Index.build(MANY, folder=moved)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="not on this system")
+def test_room_on_the_disk_is_taken_before_it_is_mapped(tmp_path: Path) -> None:
+    array = ArrayStore(tmp_path).new("docs", 1 << 20, "int32")
+    assert (tmp_path / "docs.npy").stat().st_blocks * 512 > array.nbytes == 4 << 20
 
 
 def test_the_content_hash_names_the_documents() -> None:

@@ -121,18 +121,6 @@ def test_damaged_stored_files_are_named(write: Write, cache: Path, name: str) ->
         open_shop(folder)
 
 
-def test_the_first_of_two_processes_that_store_wins(tmp_path: Path) -> None:
-    folder = tmp_path / "a" / "stored"
-    with loading.new_folder(folder) as slow:
-        (slow / "x").write_text("slow")
-        assert not folder.exists()
-        with loading.new_folder(folder) as fast:
-            (fast / "x").write_text("fast")
-        assert (folder / "x").read_text() == "fast"
-    assert (folder / "x").read_text() == "fast"
-    assert os.listdir(folder.parent) == ["stored"]
-
-
 @pytest.mark.usefixtures("cache")
 def test_a_cache_folder_that_cannot_be_written(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

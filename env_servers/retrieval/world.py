@@ -1,0 +1,191 @@
+"""A generated world: passages about people, towns, rivers, companies and books, and questions.
+
+Everything follows from the seed and the number of entities, on every machine alike. Every relation
+has one value, every name belongs to one entity, and the passage of an entity states all that is
+asked about it, so every question has exactly one answer, and it stands in a support passage.
+
+What keeps the splits apart: an entity belongs to one split, and all entities that it is related to
+belong to the same one. So no fact that a question of an evaluation split needs (at any hop) is
+needed by a training question, and no name that occurs in an evaluation question, its answer or its
+support passages occurs in a training question or in the passage of a training entity. What splits
+share are closed pools: words that names are made of, regions, professions, years and so on; in
+worlds of 1,000 entities or more every word of the evaluation splits occurs in the training split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from env_servers.retrieval.corpus import Passage
+from env_servers.retrieval.world_entities import SPLITS, Draws, Entity, make_entities, passage
+from env_servers.retrieval.world_names import ALIASES
+from env_servers.retrieval.world_texts import KINDS, Relation
+
+__all__ = ["MAX_ENTITIES", "MIN_ENTITIES", "SPLITS", "Question", "World"]
+
+MIN_ENTITIES: Final = 50
+MAX_ENTITIES: Final = 100_000
+
+_QUESTIONS_PER_ENTITY: Final = 4.5
+_BRIDGES: Final = 0.25
+_COMPARISONS: Final = 0.15
+_ATTEMPTS: Final = 50
+"""Pairs drawn for each comparison wanted; in very small splits there are not enough."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about the world."""
+
+    id: str
+    """Names the facts that it needs, by ids of passages and relations, but not the answer."""
+    question: str
+    golden_answers: tuple[str, ...]
+    """The answer as a passage has it, then other words for it."""
+    kind: str
+    """`one_hop`, `bridge` or `comparison`."""
+    support: tuple[str, ...]
+    """Ids of the passages with the facts it needs, in the order of the hops; one or two."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Passages and questions; `generate` makes them."""
+
+    passages: tuple[Passage, ...]
+    """One for each entity, sorted by id."""
+    entities: int
+    seed: int
+    _members: dict[str, tuple[Entity, ...]] = field(repr=False, compare=False)
+    _questions: dict[str, tuple[Question, ...]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @classmethod
+    def generate(cls, entities: int = 1_000, seed: int = 0) -> World:
+        """Makes a world.
+
+        Args:
+            entities: number of passages, 50 to 100,000.
+            seed: 0 or more; another seed gives another world of the same words.
+
+        Raises:
+            ValueError: for other numbers.
+        """
+        for name, value in (("entities", entities), ("seed", seed)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, not {value!r}")
+        if not MIN_ENTITIES <= entities <= MAX_ENTITIES:
+            raise ValueError(
+                f"entities must be from {MIN_ENTITIES} to {MAX_ENTITIES:,}, not {entities}"
+            )
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, not {seed}")
+        draws = Draws(seed, entities)
+        made = make_entities(draws, entities)
+        members = {
+            split: tuple(entity for entity in made if entity.split == split) for split in SPLITS
+        }
+        return cls(tuple(passage(draws, entity) for entity in made), entities, seed, members)
+
+    def questions(self, split: str) -> tuple[Question, ...]:
+        """The questions of a split, sorted by id; about 4.5 for each of its entities.
+
+        60 % ask for one fact, 25 % are bridges and 15 % comparisons, except that splits of a few
+        entities may have fewer comparisons. The evaluation splits have about 500 (`test`) and 300
+        (`dev`) questions in worlds of 1,000 entities or more.
+
+        Raises:
+            ValueError: for a split other than `dev`, `test` and `train`.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
+        if split not in self._questions:
+            draws = Draws(self.seed, self.entities, 1 + SPLITS.index(split))
+            asked = _questions(draws, self._members[split])
+            self._questions[split] = tuple(sorted(asked, key=lambda question: question.id))
+        return self._questions[split]
+
+
+def _questions(draws: Draws, members: tuple[Entity, ...]) -> Iterator[Question]:
+    total = round(_QUESTIONS_PER_ENTITY * len(members))
+    bridges, comparisons = round(_BRIDGES * total), round(_COMPARISONS * total)
+    facts = [(entity, relation) for entity in members for relation in entity.kind.relations]
+    for entity, relation in draws.sample(facts, total - bridges - comparisons):
+        yield _one_hop(draws, entity, relation)
+    kinds = {kind.name: kind for kind in KINDS}
+    by_name = {entity.name: entity for entity in members}
+    chains = [
+        (entity, relation, by_name[entity.value(relation)], following)
+        for entity, relation in facts
+        if relation.target
+        for following in kinds[relation.target].relations
+        # A town is in the region of its river: one hop would do.
+        if (relation.name, following.name) != ("river", "region")
+    ]
+    for entity, relation, between, following in draws.sample(chains, bridges):
+        yield _bridge(draws, entity, relation, between, following)
+    yield from _comparisons(draws, members, comparisons)
+
+
+def _answers(value: str) -> tuple[str, ...]:
+    return (value, *ALIASES.get(value, ()))
+
+
+def _subject(entity: Entity) -> str:
+    return entity.kind.subject.format(name=entity.name)
+
+
+def _one_hop(draws: Draws, entity: Entity, relation: Relation) -> Question:
+    text = draws.choice(relation.questions).format(x=_subject(entity))
+    return Question(
+        f"one_hop-{entity.id}-{relation.name}",
+        text,
+        _answers(entity.value(relation)),
+        "one_hop",
+        (entity.id,),
+    )
+
+
+def _bridge(
+    draws: Draws, entity: Entity, relation: Relation, between: Entity, following: Relation
+) -> Question:
+    phrase = draws.choice(relation.phrases).format(x=_subject(entity))
+    return Question(
+        f"bridge-{entity.id}-{relation.name}-{following.name}",
+        draws.choice(following.questions).format(x=phrase),
+        _answers(between.value(following)),
+        "bridge",
+        (entity.id, between.id),
+    )
+
+
+def _comparisons(draws: Draws, members: tuple[Entity, ...], count: int) -> Iterator[Question]:
+    """Questions about pairs of one kind whose years differ."""
+    dated = {kind: [relation for relation in kind.relations if relation.first] for kind in KINDS}
+    groups = {kind: [e for e in members if e.kind is kind] for kind in KINDS if dated[kind]}
+    pool = [entity for group in groups.values() for entity in group]
+    asked: set[str] = set()
+    for _ in range(_ATTEMPTS * count):
+        if len(asked) == count:
+            break
+        first = draws.choice(pool)
+        relation, second = draws.choice(dated[first.kind]), draws.choice(groups[first.kind])
+        low, high = sorted((first.id, second.id))
+        name = f"comparison-{low}-{high}-{relation.name}"
+        years = int(first.value(relation)), int(second.value(relation))
+        wants_first = bool(draws.below(2))
+        template = draws.choice(relation.first if wants_first else relation.last)
+        if years[0] == years[1] or name in asked:
+            continue
+        asked.add(name)
+        answer = first if (years[0] < years[1]) == wants_first else second
+        yield Question(
+            name,
+            template.format(x=_subject(first), y=_subject(second)),
+            (answer.name,),
+            "comparison",
+            (first.id, second.id),
+        )

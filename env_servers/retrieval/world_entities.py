@@ -1,0 +1,286 @@
+"""The entities of a generated world: their names, what is true of them, and their passages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import numpy as np
+
+from env_servers.retrieval import world_names as names
+from env_servers.retrieval.corpus import Passage
+from env_servers.retrieval.world_texts import (
+    BOOK,
+    COMPANY,
+    KINDS,
+    PERSON,
+    RIVER,
+    TOWN,
+    Kind,
+    Relation,
+)
+
+SPLITS: Final = ("dev", "test", "train")
+
+_EVALUATION: Final = {"dev": 0.067, "test": 0.111}
+"""Share of the entities that an evaluation split has..."""
+_LARGEST_SHARED: Final = 1_000
+"""... of at most this many: larger worlds have longer training splits only."""
+_LEAST: Final = {PERSON: 2, TOWN: 2, RIVER: 1, COMPANY: 1, BOOK: 1}
+"""A split needs towns to be born and to die in, and people to write and to illustrate a book."""
+
+_STEMS_PER_ENTITY: Final = 0.08
+_FIRST_NAMES_PER_ENTITY: Final = 0.03
+_FOUNDING_YEARS: Final = range(1700, 1760)
+_BIRTH_YEARS: Final = range(1760, 1880)
+"""After all foundings, so that nobody is born in a town that does not exist yet."""
+
+_T = TypeVar("_T")
+
+
+class Draws:
+    """Random choices, the same on every machine and with every version of Python and NumPy.
+
+    Only the stream of the bit generator counts, which NumPy promises to keep, unlike the
+    streams of its `Generator` (NEP 19).
+
+    Args:
+        seed: One or more integers of at least 0.
+    """
+
+    def __init__(self, *seed: int) -> None:
+        self._bits = np.random.PCG64(seed)
+        self._ready: list[int] = []
+
+    def below(self, limit: int) -> int:
+        """An integer from 0 to `limit` - 1."""
+        if not self._ready:
+            self._ready = self._bits.random_raw(4096).tolist()
+        return self._ready.pop() % limit
+
+    def choice(self, items: Sequence[_T]) -> _T:
+        """One of the items."""
+        return items[self.below(len(items))]
+
+    def sample(self, items: Sequence[_T], count: int) -> list[_T]:
+        """Different items in random order; all of them if there are not more."""
+        rest = list(items)
+        count = min(count, len(rest))
+        for place in range(count):
+            other = place + self.below(len(rest) - place)
+            rest[place], rest[other] = rest[other], rest[place]
+        return rest[:count]
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """Something that has a passage."""
+
+    id: str
+    kind: Kind
+    split: str
+    name: str
+    values: tuple[str, ...]
+    """What is true of it, in the order of the kind's relations."""
+
+    def value(self, relation: Relation) -> str:
+        """What stands in that relation to it; a name where the value is an entity."""
+        return self.values[self.kind.relations.index(relation)]
+
+
+class _Deck:
+    """Draws from a pool so that nothing comes again before all has come."""
+
+    def __init__(self, draws: Draws, pool: Sequence[str]) -> None:
+        self._draws, self._pool = draws, pool
+        self._left: list[str] = []
+
+    def draw(self) -> str:
+        if not self._left:
+            self._left = self._draws.sample(self._pool, len(self._pool))
+        return self._left.pop()
+
+
+class _Names:
+    """Names that no two entities share."""
+
+    def __init__(self, draws: Draws, entities: int) -> None:
+        stems = names.stems(max(12, round(_STEMS_PER_ENTITY * entities)))
+        adjectives = names.TITLE_ADJECTIVES
+        if BOOK.share * entities > len(adjectives) * len(names.TITLE_NOUNS) / 3:
+            adjectives += stems
+        first_names = max(8, round(_FIRST_NAMES_PER_ENTITY * entities))
+        parts: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+            "woman": (names.WOMEN[:first_names], stems),
+            "man": (names.MEN[:first_names], stems),
+            TOWN.name: (stems, names.PLACES),
+            RIVER.name: (stems, names.WATERS),
+            COMPANY.name: (stems, names.FIRMS),
+            BOOK.name: ([f"The {adjective}" for adjective in adjectives], names.TITLE_NOUNS),
+        }
+        self._decks = {
+            sort: (_Deck(draws, first), _Deck(draws, last)) for sort, (first, last) in parts.items()
+        }
+        self._taken: set[str] = set()
+
+    def new(self, sort: str) -> str:
+        first, last = self._decks[sort]
+        while (name := f"{first.draw()} {last.draw()}") in self._taken:
+            pass
+        self._taken.add(name)
+        return name
+
+
+class _Maker:
+    """Makes the entities of one split after the other, `train` first.
+
+    Pools are dealt as decks of cards and years of evaluation splits are those that came before:
+    thus in worlds that are large enough the training split has every word that the others have.
+    """
+
+    def __init__(self, draws: Draws, entities: int) -> None:
+        self._draws = draws
+        self._names = _Names(draws, entities)
+        self._decks = {
+            relation: _Deck(draws, pool)
+            for relation, pool in (
+                ("region", names.REGIONS), ("source", names.HILLS), ("mouth", names.LAKES),
+                ("fish", names.FISH), ("craft", names.CRAFTS), ("product", names.GOODS),
+                ("genre", names.GENRES), ("profession", names.PROFESSIONS),
+                ("instrument", names.MUSIC),
+                ("founded", [str(year) for year in _FOUNDING_YEARS]),
+                ("birth_year", [str(year) for year in _BIRTH_YEARS]),
+            )
+        }  # fmt: skip
+        self._years: set[int] = set()
+        """Years of the training split; empty while it is made."""
+        self._made: dict[Kind, list[Entity]] = {}
+
+    def make(self, split: str, counts: dict[Kind, int], ids: Iterator[str]) -> list[Entity]:
+        facts: dict[Kind, Callable[[], dict[str, str]]] = {
+            RIVER: self._river, TOWN: self._town, PERSON: self._person,
+            COMPANY: self._company, BOOK: self._book,
+        }  # fmt: skip
+        self._made = {}
+        for kind, draw_facts in facts.items():
+            fresh = []
+            for _ in range(counts[kind]):
+                sort = self._draws.choice(("woman", "man")) if kind is PERSON else kind.name
+                name, found = self._names.new(sort), draw_facts()
+                values = tuple(found[relation.name] for relation in kind.relations)
+                fresh.append(Entity(next(ids), kind, split, name, values))
+            self._made[kind] = fresh
+        made = [entity for several in self._made.values() for entity in several]
+        if split == "train":
+            self._years = {int(v) for entity in made for v in entity.values if v.isdigit()}
+        return made
+
+    def _dealt(self, *relations: str) -> dict[str, str]:
+        return {relation: self._decks[relation].draw() for relation in relations}
+
+    def _later(self, year: str, low: int, high: int) -> str:
+        """A year that is `low` to `high` years later."""
+        possible = range(int(year) + low, int(year) + high + 1)
+        known = [later for later in possible if later in self._years]
+        return str(self._draws.choice(known or possible))
+
+    def _two(self, kind: Kind) -> tuple[Entity, Entity]:
+        made = self._made[kind]
+        first, second = self._draws.below(len(made)), self._draws.below(len(made) - 1)
+        return made[first], made[second + (second >= first)]
+
+    def _river(self) -> dict[str, str]:
+        return self._dealt("region", "source", "mouth", "fish")
+
+    def _town(self) -> dict[str, str]:
+        facts = self._dealt("founded", "craft")
+        river = self._draws.choice(self._made[RIVER])
+        facts["river"], facts["region"] = river.name, river.values[0]
+        facts["charter"] = self._later(facts["founded"], 20, 60)
+        return facts
+
+    def _person(self) -> dict[str, str]:
+        facts = self._dealt("birth_year", "profession", "instrument")
+        first, last = self._two(TOWN)
+        facts["birthplace"], facts["deathplace"] = first.name, last.name
+        facts["death_year"] = self._later(facts["birth_year"], 50, 85)
+        return facts
+
+    def _company(self) -> dict[str, str]:
+        facts = self._dealt("product")
+        founder = self._draws.choice(self._made[PERSON])
+        headquarters, factory = self._two(TOWN)
+        facts["founder"] = founder.name
+        facts["founded"] = self._later(_birth_year(founder), 22, 45)
+        facts["headquarters"], facts["factory"] = headquarters.name, factory.name
+        return facts
+
+    def _book(self) -> dict[str, str]:
+        facts = self._dealt("genre")
+        people = self._made[PERSON]
+        author, other = self._two(PERSON)
+        # An illustrator should be of the author's time.
+        others = [other, *(self._draws.choice(people) for _ in range(7))]
+        year = int(_birth_year(author))
+        illustrator = min(
+            (person for person in others if person is not author),
+            key=lambda person: abs(int(_birth_year(person)) - year),
+        )
+        facts["author"], facts["illustrator"] = author.name, illustrator.name
+        facts["published"] = self._later(_birth_year(author), 24, 48)
+        facts["setting"] = self._draws.choice(self._made[TOWN]).name
+        return facts
+
+
+_BIRTH_YEAR: Final = next(r for r in PERSON.relations if r.name == "birth_year")
+
+
+def _birth_year(person: Entity) -> str:
+    return person.value(_BIRTH_YEAR)
+
+
+def _counts(entities: int) -> dict[Kind, int]:
+    """How many entities of each kind a split has, by their shares."""
+    counts = {kind: max(_LEAST[kind], int(kind.share * entities)) for kind in KINDS}
+    counts[PERSON] += entities - sum(counts.values())
+    return counts
+
+
+def make_entities(draws: Draws, entities: int) -> list[Entity]:
+    """Makes all entities, sorted by id; an id is the row in decimal digits, all equally long.
+
+    Values that are entities are of the same split, and every split has its own entities: no
+    passage of one split names an entity of another one.
+    """
+    least = sum(_LEAST.values())
+    shared = min(entities, _LARGEST_SHARED)
+    sizes = {split: max(least, round(share * shared)) for split, share in _EVALUATION.items()}
+    sizes["train"] = entities - sum(sizes.values())
+    width = len(str(entities - 1))
+    ids = iter([f"{row:0{width}d}" for row in draws.sample(range(entities), entities)])
+    maker = _Maker(draws, entities)
+    made = [
+        entity
+        for split in ("train", "dev", "test")
+        for entity in maker.make(split, _counts(sizes[split]), ids)
+    ]
+    return sorted(made, key=lambda entity: entity.id)
+
+
+def passage(draws: Draws, entity: Entity) -> Passage:
+    """The entity's passage, in words that are drawn; the first sentence always comes first."""
+    kind = entity.kind
+    words = {
+        relation.name: value for relation, value in zip(kind.relations, entity.values, strict=True)
+    }
+    words["name"] = entity.name
+    if kind is PERSON:
+        first, words["surname"] = entity.name.split()
+        she, her, whom = ("she", "her", "her") if first in names.WOMEN else ("he", "his", "him")
+        words |= {"She": she.capitalize(), "she": she, "her": her, "whom": whom}
+    opening, *others = (draws.choice(templates) for templates in kind.sentences)
+    if draws.below(2):
+        others.reverse()
+    text = " ".join([opening, *others]).format_map(words)
+    return Passage(entity.id, f'"{entity.name}"\n{text}')

@@ -1,0 +1,158 @@
+"""Load on the retrieval server: queries per second, latency, memory, with clients of their own.
+
+    python tests/benchmarks/retrieval_server.py --data <data folder>
+    python tests/benchmarks/retrieval_server.py --data <data folder> --other http://127.0.0.1:8001
+    python tests/benchmarks/retrieval_server.py --data <data folder> -- --retriever dense ...
+
+The passages and the questions of `<data folder>/searchqa`, three passages a query, with scores.
+One client process posts batches of 1, 8 and 64 queries over one open connection, each for some
+seconds, and reads the answers; then 16 client processes post single queries at the same time.
+Latencies are those of requests as the client sees them. `--other` measures any server that speaks
+the same dialect in turns with ours, line by line. What follows `--` goes to our server.
+The processor time of the server per query depends less on what else the machine does than the
+queries per second do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from bm25_search import read_lines
+from measured_server import MeasuredServer, poster
+
+
+@dataclass
+class Load:
+    """What one client measured."""
+
+    queries: int = 0
+    seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What some clients together measured; rate in queries per second, latencies in ms."""
+
+    queries: int
+    rate: float
+    p50: float
+    p99: float
+
+
+def search(
+    url: str,
+    library: str,
+    questions: list[str],
+    batch: int,
+    seconds: float,
+    start: Any,
+    answer: Connection,
+) -> None:
+    """A client process."""
+    post = poster(url, library)
+    load = Load()
+    place = os.getpid() % len(questions)
+    start.wait()
+    begun = time.perf_counter()
+    while (now := time.perf_counter()) < begun + seconds:
+        place = (place + batch) % len(questions)
+        queries = (questions * 2)[place : place + batch] if batch > 1 else [questions[place]]
+        reply = post("/retrieve", {"queries": queries, "topk": 3, "return_scores": True})
+        load.latencies.append(time.perf_counter() - now)
+        if len(reply["result"]) != batch:
+            raise SystemExit("an answer has another length than the request")
+        load.queries += batch
+    load.seconds = time.perf_counter() - begun
+    answer.send(load)
+
+
+def run_clients(
+    url: str, options: argparse.Namespace, questions: list[str], clients: int, batch: int
+) -> Figures:
+    """Lets some clients search at the same time."""
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(clients + 1)
+    receivers, processes = [], []
+    for _ in range(clients):
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (url, options.client, questions, batch, options.seconds, start, sender)
+        processes.append(context.Process(target=search, args=arguments))
+        receivers.append(receiver)
+        processes[-1].start()
+    start.wait()
+    loads: list[Load] = [receiver.recv() for receiver in receivers]
+    for process in processes:
+        process.join()
+    queries = sum(load.queries for load in loads)
+    latencies = sorted(latency for load in loads for latency in load.latencies)
+    p50, p99 = (1e3 * latencies[int(part * (len(latencies) - 1))] for part in (0.5, 0.99))
+    return Figures(queries, queries / statistics.mean(load.seconds for load in loads), p50, p99)
+
+
+def report(
+    server: MeasuredServer,
+    options: argparse.Namespace,
+    questions: list[str],
+    clients: int,
+    batch: int,
+) -> None:
+    """One line of the table."""
+    before = server.processor_seconds()
+    own = run_clients(server.url, options, questions, clients, batch)
+    used = server.processor_seconds() - before
+    line = (
+        f"| {clients} | {batch} | {own.rate:,.0f} | {own.p50:.2f} | {own.p99:.2f} |"
+        f" {1e6 * used / own.queries:.0f} | {server.megabytes():.0f} |"
+    )
+    if options.other:
+        other = run_clients(options.other, options, questions, clients, batch)
+        line += f" {other.rate:,.0f} | {other.p50:.2f} | {other.p99:.2f} |"
+        line += f" {own.rate / other.rate:.1f} |"
+    print(line, flush=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with searchqa/")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each line of the table")
+    parser.add_argument("--clients", type=int, default=16, help="of the last line")
+    parser.add_argument(
+        "--other", metavar="URL", help="another server, measured in turns with ours"
+    )
+    parser.add_argument(
+        "--client", choices=("http.client", "urllib3", "requests"), default="urllib3"
+    )
+    parser.add_argument("server", nargs="*", help="further arguments of the server, after --")
+    options = parser.parse_args()
+    records = read_lines(options.data / "searchqa/golden/retrieval.jsonl.xz")
+    questions = [record["question"] for record in records]
+    corpus = str(options.data / "searchqa/corpus.jsonl.xz")
+    server = MeasuredServer(["retrieval", "--corpus", corpus, *options.server])
+    columns = ["clients", "batch", "queries/s", "p50 ms", "p99 ms", "server us/query", "server MB"]
+    if options.other:
+        columns += ["other queries/s", "its p50 ms", "its p99 ms", "ratio"]
+    try:
+        print(
+            f"{options.client}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before:"
+            f" ready in {server.ready_seconds:.2f} s ({server.ready_processor_seconds:.2f} s of"
+            f" processor time) with {server.megabytes():.0f} MB\n"
+        )
+        print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
+        for clients, batch in ((1, 1), (1, 8), (1, 64), (options.clients, 1)):
+            report(server, options, questions, clients, batch)
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()
