@@ -10,7 +10,8 @@ import json
 import math
 import os
 import time
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError
@@ -27,10 +28,15 @@ RETRY_DELAYS = (0.0, 0.2, 0.4, 0.8)
 RETRY_STATUSES = frozenset({502, 503, 504})
 """Answers that say: not now."""
 
+TOKEN_VARIABLE = "ATOD_SERVER_TOKEN"
+"""Environment variable with the token of servers that want one."""
+
 CONNECT_TIMEOUT = 5.0
 MAX_ANSWER_BYTES = 1_000_000_000
 _POOL_SIZE = 64
 _SHOWN = 200
+_BATCH_BYTES = 900_000
+_T = TypeVar("_T")
 
 
 class JsonClient:
@@ -221,3 +227,23 @@ def check_server_url(url: object) -> str:
             f"{advice} A token goes into the setting `token`, nothing behind the path."
         )
     return str(parsed.url).rstrip("/")
+
+
+def in_batches(items: Sequence[_T], most: int) -> Iterator[list[_T]]:
+    """Cuts a list into parts that a server takes in one request.
+
+    Args:
+        items: anything that `json.dumps` takes.
+        most: most items of a part; the size in bytes is limited as well.
+    """
+    part: list[_T] = []
+    size = 0
+    for item in items:
+        length = len(json.dumps(item)) + 2
+        if part and (len(part) == most or size + length > _BATCH_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(item)
+        size += length
+    if part:
+        yield part

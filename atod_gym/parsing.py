@@ -1,16 +1,20 @@
 """From a model's completion to an action: three profiles of what a completion looks like.
 
+An environment names the tags of its actions. The tag `action` holds an action as it is; another
+one, such as `search`, holds what stands in the brackets of the action `search[..]`.
+
 | profile | a valid completion | executed when it is not valid |
 |---|---|---|
 | `plain` | the action itself, white space around it aside | nothing (an empty action) |
-| `tags` | one `<action>..</action>`, optionally after `<think>..</think>` | nothing |
-| `compat` | as published runs had it, see `_parse_compat` | what published runs executed |
+| `tags` | one block `<tag>..</tag>`, optionally after `<think>..</think>` | nothing |
+| `compat` | as published runs had it, see `_parse_compat..` | what published runs executed |
 """
 
 from __future__ import annotations
 
 import re
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from atod_gym.errors import InvalidSettingError
 from atod_gym.types import ParsedAction
@@ -21,21 +25,30 @@ PARSE_PROFILES: tuple[ParseProfile, ...] = get_args(ParseProfile)
 LAST_CHARACTERS = 30
 """How much of a completion without tags counts as the action, in published ALFWorld runs."""
 
+ACTION_TAGS = ("action",)
+"""Tags of an environment that names none."""
+
 _CJK = re.compile("[\u4e00-\u9fff]")
 _OPEN, _CLOSE = "<action>", "</action>"
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
+_BRACKETS = re.compile(r"\s*(\w+)\s*\[(.*)\]\s*", re.DOTALL)
 
 
 def parse_completion(
-    text: str, *, profile: ParseProfile = "tags", last_characters: int = LAST_CHARACTERS
+    text: str,
+    *,
+    profile: ParseProfile = "tags",
+    tags: Sequence[str] = ACTION_TAGS,
+    last_characters: int = LAST_CHARACTERS,
 ) -> ParsedAction:
     """Finds the action in a completion; any text gives a result.
 
     Args:
         text: the completion, without special tokens.
         profile: see the table of this module.
-        last_characters: `compat` only: how much of the end counts as the action when there is no
-            action block (30 for ALFWorld, 20 for WebShop in published runs).
+        tags: those of the environment's actions.
+        last_characters: `compat` with the tag `action` only: how much of the end counts as the
+            action when there is no block (30 for ALFWorld, 20 for WebShop in published runs).
 
     Raises:
         InvalidSettingError: for an unknown profile or a negative number of characters.
@@ -47,14 +60,35 @@ def parse_completion(
         action = text.strip()
         return _parsed(action, "", "" if action else "the completion is empty")
     if profile == "tags":
-        return _parse_tags(text)
-    return _parse_compat(text, last_characters)
+        return _parse_tags(text, tags)
+    if tuple(tags) == ACTION_TAGS:
+        return _parse_compat(text, last_characters)
+    return _parse_compat_blocks(text, tags)
 
 
-def format_action(action: str, profile: ParseProfile) -> str:
-    """The shortest completion that `parse_completion` reads as this action."""
+def format_action(action: str, profile: ParseProfile, tags: Sequence[str] = ACTION_TAGS) -> str:
+    """The shortest completion that `parse_completion` reads as this action.
+
+    Raises:
+        InvalidSettingError: for an unknown profile, or if none of the tags can hold the action.
+    """
     check_profile(profile)
-    return action if profile == "plain" else f"<think></think><action>{action}</action>"
+    if profile == "plain":
+        return action
+    match = _BRACKETS.fullmatch(action)
+    if match and match[1].lower() in tags:
+        tag, content = match[1].lower(), match[2]
+    elif "action" in tags:
+        tag, content = "action", action
+    else:
+        known = " nor ".join(f"{tag}[..]" for tag in tags)
+        raise InvalidSettingError(f"The action {action[:100]!r} is neither {known}.")
+    return f"<think></think><{tag}>{content}</{tag}>"
+
+
+def action_tags(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tags that an environment names in its `metadata`."""
+    return tuple(metadata.get("action_tags", ACTION_TAGS))
 
 
 def check_profile(profile: str) -> None:
@@ -65,21 +99,36 @@ def check_profile(profile: str) -> None:
         )
 
 
-def _parse_tags(text: str) -> ParsedAction:
-    """Looks for the one action block behind the thought; a tag inside the thought is a thought."""
+def _parse_tags(text: str, tags: Sequence[str]) -> ParsedAction:
+    """Looks for the one block behind the thought; a tag inside the thought is a thought."""
     before, mark, answer = text.rpartition(_THINK_CLOSE)
     thought = before.partition(_THINK_OPEN)[2].strip() if _THINK_OPEN in before else before.strip()
     if not mark:
         thought, answer = "", text
         if _THINK_OPEN in text:
             return _parsed("", text.partition(_THINK_OPEN)[2].strip(), f"no {_THINK_CLOSE}")
-    if answer.count(_OPEN) != 1 or answer.count(_CLOSE) != 1:
-        found = "no" if _OPEN not in answer or _CLOSE not in answer else "more than one"
-        return _parsed("", thought, f"{found} {_OPEN}..{_CLOSE} block")
-    action = answer.partition(_OPEN)[2].partition(_CLOSE)[0].strip()
-    if answer.index(_CLOSE) < answer.index(_OPEN):
-        return _parsed("", thought, f"{_CLOSE} stands before {_OPEN}")
-    return _parsed(action, thought, "" if action else "the action is empty")
+    opened = [tag for tag in tags for _ in range(answer.count(f"<{tag}>"))]
+    closed = [tag for tag in tags for _ in range(answer.count(f"</{tag}>"))]
+    if len(opened) != 1 or opened != closed:
+        found = "more than one" if set(opened) & set(closed) else "no"
+        return _parsed("", thought, f"{found} {_blocks(tags)} block")
+    [tag] = opened
+    before, _, rest = answer.partition(f"<{tag}>")
+    content, closing, _ = rest.partition(f"</{tag}>")
+    if not closing:
+        return _parsed("", thought, f"</{tag}> stands before <{tag}>")
+    content = content.strip()
+    if not content:
+        return _parsed("", thought, f"the {tag} is empty")
+    return _parsed(_action(tag, content), thought, "")
+
+
+def _action(tag: str, content: str) -> str:
+    return content if tag == "action" else f"{tag}[{content}]"
+
+
+def _blocks(tags: Sequence[str]) -> str:
+    return " or ".join(f"<{tag}>..</{tag}>" for tag in tags)
 
 
 def _parse_compat(text: str, last_characters: int) -> ParsedAction:
@@ -102,6 +151,26 @@ def _parse_compat(text: str, last_characters: int) -> ParsedAction:
     if _CJK.search(text):
         return _parsed(action, thought, "Chinese characters")
     return _parsed(action, thought, "")
+
+
+def _parse_compat_blocks(text: str, tags: Sequence[str]) -> ParsedAction:
+    """The rules behind published Search-QA numbers.
+
+    Executed is the first block of the first tag that has one, whatever the case of the tags:
+    `<search>` before `<answer>`. A completion with opening tags of two kinds, or two of one kind,
+    even in the thought, is invalid; without any block it is invalid and nothing is executed.
+    Thinking is not asked for.
+    """
+    thought = text.partition(_THINK_OPEN)[2].partition(_THINK_CLOSE)[0].strip()
+    for tag in tags:
+        block = re.search(f"<{tag}>(.*?)</{tag}>", text, re.IGNORECASE | re.DOTALL)
+        if block:
+            break
+    else:
+        return _parsed("", thought, f"no {_blocks(tags)} block")
+    opened = sum(len(re.findall(f"<{tag}>", text, re.IGNORECASE)) for tag in tags)
+    error = f"more than one {_blocks(tags)} block" if opened > 1 else ""
+    return _parsed(_action(tag, block[1].strip()), thought, error)
 
 
 def _parsed(action: str, thought: str, error: str) -> ParsedAction:

@@ -12,6 +12,7 @@ import gymnasium
 
 import atod_gym
 from atod_gym.errors import AtodError
+from atod_gym.parsing import ACTION_TAGS, action_tags
 from atod_gym.types import TurnObservation
 
 HELP = """\
@@ -72,13 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", help="engine, such as native or alfworld")
     parser.add_argument("--house-size", help="size of generated houses")
     parser.add_argument("--server-url", help="a running server, such as http://127.0.0.1:3000")
+    parser.add_argument("--corpus", help="file of passages to search")
     return parser
 
 
 def _make(options: argparse.Namespace) -> gymnasium.Env[Any, str]:
     settings = {
         name: getattr(options, name)
-        for name in ("split", "data", "backend", "house_size", "server_url")
+        for name in ("split", "data", "backend", "house_size", "server_url", "corpus")
         if getattr(options, name) is not None
     }
     if options.seed is not None and options.seed < 0:
@@ -91,6 +93,9 @@ def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> int:
     observation, info = env.reset(seed=options.seed, options=task)
     print(f"Task {info['task_id']} ({info['split']}, {info['data']} data)")
     print(f"Goal: {observation['instruction']}\n\n{_page(observation)}\n\n{HELP}")
+    tags = action_tags(env.unwrapped.metadata)
+    if tags != ACTION_TAGS:
+        print(f"Actions: {', '.join(f'{tag}[..]' for tag in tags)}")
     while True:
         action = _ask(observation)
         if action is None:
@@ -101,6 +106,8 @@ def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> int:
         if terminated or truncated:
             end = "Solved" if info["success"] else "Not solved"
             print(f"\n{end} after {info['turn_index']} turns (score {info['score']:g}).")
+            if "golden_answers" in info:
+                print(f"Right answers: {'; '.join(info['golden_answers'])}")
             return 0
 
 

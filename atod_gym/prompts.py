@@ -10,7 +10,7 @@ A template is a text with placeholders in braces, filled in as `str.format` does
 | `{history}` | the past turns that are shown, two lines each |
 | `{history_length}` | how many turns that is |
 | `{turn_number}` | number of this turn, counted from 1 |
-| `{reply_format}` | how to write the reply, for the parse profile |
+| `{reply_format}` | how to write the reply, for the parse profile and the environment |
 
 A paragraph (blank lines separate them) of which all placeholders are empty is left out, so that
 a heading disappears with its list. A template file may hold two templates, for the first turn and
@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import os
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from atod_gym.errors import InvalidSettingError
-from atod_gym.parsing import ParseProfile
+from atod_gym.parsing import ACTION_TAGS, ParseProfile
 from atod_gym.types import HistoryObservation, TurnObservation
 
 PromptStyle = Literal["window", "chat"]
@@ -42,18 +43,22 @@ PLACEHOLDERS = (
     "reply_format",
 )
 
-REPLY_FORMATS: dict[ParseProfile, str] = {
-    "plain": "Reply with the next action alone.",
-    "tags": (
-        "Think about what to do next inside <think> and </think>. Then write exactly one action "
-        "inside <action> and </action>."
-    ),
-    "compat": (
-        "Think about what to do next inside <think> and </think>. Then write exactly one action "
-        "inside <action> and </action>."
-    ),
-}
-"""What `{reply_format}` says, per parse profile."""
+
+def reply_format(profile: ParseProfile, tags: Sequence[str] = ACTION_TAGS) -> str:
+    """What `{reply_format}` says: how a completion is to be written that parses.
+
+    Args:
+        profile: how completions are parsed.
+        tags: those of the environment's actions, see `atod_gym.parsing`.
+    """
+    only_action = tuple(tags) == ACTION_TAGS
+    if profile == "plain":
+        forms = "" if only_action else ": " + " or ".join(f"{tag}[..]" for tag in tags)
+        return f"Reply with the next action alone{forms}."
+    blocks = " or ".join(f"<{tag}>..</{tag}>" for tag in tags)
+    return "Think about what to do next inside <think> and </think>. Then write exactly one " + (
+        "action inside <action> and </action>." if only_action else f"of {blocks}."
+    )
 
 
 def _placeholders(template: str) -> list[str]:
@@ -152,6 +157,7 @@ def render_prompt(
     template: PromptTemplate,
     profile: ParseProfile,
     show_admissible: bool = True,
+    tags: Sequence[str] = ACTION_TAGS,
 ) -> str:
     """The user message for an observation.
 
@@ -160,6 +166,7 @@ def render_prompt(
         template: `first` is used when `turn_index` is 0.
         profile: chooses the text of `{reply_format}`.
         show_admissible: False leaves `{admissible_actions}` empty.
+        tags: those of the environment's actions, for `{reply_format}`.
     """
     turn_index = int(observation["turn_index"])
     # A plain observation has no such key; the type checker knows only one of the two types.
@@ -179,7 +186,7 @@ def render_prompt(
         ),
         "history_length": str(len(history)) if history else "",
         "turn_number": str(turn_index + 1),
-        "reply_format": REPLY_FORMATS[profile],
+        "reply_format": reply_format(profile, tags),
     }
     chosen = template.later if turn_index else template.first
     paragraphs = []

@@ -49,7 +49,8 @@ class StepInfo(TypedDict, total=False):
     """Whether the goal is reached now."""
     score: float
     """The benchmark's own number now; for ALFWorld 1.0 on success, else 0.0; for WebShop the
-    original's score of the purchase, 0 to 1, and 0.0 before it."""
+    original's score of the purchase, 0 to 1, and 0.0 before it; for Search-QA 1.0 for an answer
+    that matches a gold answer exactly, else 0.0."""
     action: str
     """The action that the environment executed last; empty after reset."""
     is_action_valid: bool
@@ -93,6 +94,25 @@ class WebShopInfo(StepInfo, total=False):
     message: str
     """What the server says about an action that did nothing, for people; mostly empty."""
     reward_details: RewardDetails
+
+
+class SearchQAInfo(StepInfo, total=False):
+    """The `info` of Search-QA; `golden_answers` is there on the last turn only."""
+
+    f1: float
+    """Token F1 of the answer with the best gold answer, 0 to 1; 0.0 before the answer."""
+    answer: str
+    """The answer that was given; empty before."""
+    golden_answers: tuple[str, ...]
+    """All right answers."""
+    query: str
+    """What was searched for on this turn; empty if nothing was."""
+    retrieved: tuple[str, ...]
+    """Ids of the passages that this turn's text shows, the best first."""
+    searches: int
+    """Searches of the episode so far."""
+    retriever: str
+    """How the server searches: `bm25`, `dense`, `hybrid`, or `unknown` if it does not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,11 +46,20 @@ def webshop_data(data_folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def searchqa_data(data_folder: Path) -> Path:
+    """The folder with real questions, their corpus and what a reference server found in it."""
+    folder = data_folder / "searchqa"
+    if not (folder / "nq_subset.jsonl").is_file():
+        _missing(f"no Search-QA data in {data_folder}")
+    return folder
+
+
 @pytest.fixture
 def no_user_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keeps `data="auto"` from finding what the machine happens to have."""
-    for variable in ("ATOD_DATA", "ALFWORLD_DATA", "WEBSHOP_DATA", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(variable, raising=False)
+    for name in ("ATOD_DATA", "ALFWORLD_DATA", "WEBSHOP_DATA", "SEARCHQA_DATA", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import gymnasium
-from gymnasium.error import ResetNeeded
 from gymnasium.utils import EzPickle
 
 from atod_gym.data import TaskManifest
-from atod_gym.envs.arguments import (
-    RENDER_MODES,
-    check_max_turns,
-    check_render_mode,
-    check_task,
-    choose_task,
-)
+from atod_gym.envs.turn_env import TurnEnv, TurnResult
 from atod_gym.envs.webshop_choice import ShopChoice
 from atod_gym.envs.webshop_client import ShopTurn
 from atod_gym.envs.webshop_session import ShopSession
 from atod_gym.errors import InvalidSettingError
-from atod_gym.spaces import UnicodeText, turn_observation_space
-from atod_gym.types import TurnObservation, WebShopInfo
+from atod_gym.types import WebShopInfo
 
 if TYPE_CHECKING:
     from atod_gym.envs.webshop_shopper import ScriptedShopper
 
 
-class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
+class WebShopEnv(TurnEnv, EzPickle):
     """A shopping task: search, open a product, choose its options and buy it.
 
     The shop runs in a server, one for all environments of a Python process and its workers. It is
@@ -65,11 +56,11 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
     """
 
     metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
-        "render_modes": [*RENDER_MODES],
-        "render_fps": 4,
+        **TurnEnv.metadata,
         # How much of a completion without tags published runs took for the action.
         "last_characters": 20,
     }
+    example_action = "search[red shoes]"
 
     def __init__(
         self,
@@ -118,13 +109,7 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
             self, split, data, server_url, split_rule, max_turns, products, goal_seed, text_style,
             human_goals, timeout, token, render_mode,
         )  # fmt: skip
-        check_max_turns(max_turns)
-        check_render_mode(render_mode)
-        if not isinstance(split, str) or not split:
-            raise InvalidSettingError(f"split must be a name such as train, not {split!r}.")
-        self.split = split
-        self.max_turns = max_turns
-        self.render_mode = render_mode
+        TurnEnv.__init__(self, split, max_turns, render_mode)
         choice = ShopChoice(
             data,
             server_url,
@@ -139,15 +124,6 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
         self._session = ShopSession(choice, split)
         if not self.task_ids:
             raise InvalidSettingError(f"Split {split!r} of the {self.data} shop has no task.")
-        self.observation_space = cast(
-            "gymnasium.Space[TurnObservation]", turn_observation_space(max_turns)
-        )
-        self.action_space = UnicodeText()
-        self._task_id = ""
-        self._instruction = ""
-        self._action = ""
-        self._over = False
-        self._started = 0.0
 
     @property
     def manifest(self) -> TaskManifest:
@@ -170,15 +146,8 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
         return self._session.server.url
 
     @property
-    def observation(self) -> TurnObservation:
-        """The observation of the last reset or step.
-
-        Raises:
-            gymnasium.error.ResetNeeded: before the first reset.
-        """
-        if self._session.turn is None:
-            raise ResetNeeded("call reset() before asking for the observation")
-        return self._observation(self._session.turn)
+    def _task_types(self) -> Mapping[str, str]:
+        return self._session.tasks.types
 
     def expert(self) -> ScriptedShopper:
         """A scripted shopper that acts on what the agent sees; one for each episode."""
@@ -186,77 +155,10 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
 
         return ScriptedShopper(max_turns=self.max_turns)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[TurnObservation, dict[str, Any]]:
-        """Starts an episode; finds or starts the server anew if it was lost.
-
-        Args:
-            seed: seeds the choice of tasks, of this and of later resets.
-            options: `{"task_id": ...}` plays exactly that task.
-
-        Raises:
-            TaskNotFoundError: if the task id is not among `task_ids`.
-            InvalidSettingError: if `options` has other keys.
-            ServerError: if the server fails; names the URL and the command. reset() may be
-                called again.
-        """
-        super().reset(seed=seed)
-        known = self._session.tasks.types
-        task_id = choose_task(options, self.task_ids, known, self.split, self.np_random)
-        opened = self._session.open(task_id)
-        self._task_id = task_id
-        self._instruction = opened.instruction
-        self._action = ""
-        self._over = opened.turn.over
-        self._started = time.perf_counter()
-        return self._observation(opened.turn), self._info(opened.turn)
-
-    def step(self, action: str) -> tuple[TurnObservation, float, bool, bool, dict[str, Any]]:
-        """Plays one action.
-
-        Raises:
-            TypeError: if the action is not a `str`.
-            gymnasium.error.ResetNeeded: before the first reset and after the end of an episode.
-            ServerError: if the server fails; names the URL and the command. If only the way to it
-                failed, the same step may be called again; else the message says to reset.
-            InvalidSettingError: if `prefetch_steps` has played another action.
-        """
-        self._check_playing()
-        if not isinstance(action, str):
-            raise TypeError(
-                f'an action is a str, such as "search[red shoes]", not {type(action).__name__}'
-            )
-        turn = self._session.play(action)
-        self._action = action
-        terminated = turn.over
-        truncated = not terminated and turn.turn_index >= self.max_turns
-        self._over = terminated or truncated
-        reward = 1.0 if turn.score == 1.0 else 0.0
-        info = self._info(turn)
-        if self._over:
-            # Earlier turns earn nothing, so the return is the last reward.
-            seconds = round(time.perf_counter() - self._started, 6)
-            info["episode"] = {"r": reward, "l": turn.turn_index, "t": seconds}
-        return self._observation(turn), reward, terminated, truncated, info
-
-    def render(self) -> str | None:
-        """With `render_mode="ansi"`: the last action and the page that it led to.
-
-        Raises:
-            gymnasium.error.ResetNeeded: before the first reset.
-        """
-        if self.render_mode is None:
-            gymnasium.logger.warn('render() shows nothing without render_mode="ansi"')
-            return None
-        if self._session.turn is None:
-            raise ResetNeeded("call reset() before render()")
-        command = f"> {self._action}\n\n" if self._session.turn.turn_index else ""
-        return f"{command}{self._session.turn.text}\n"
-
     def close(self) -> None:
         """Ends the session on the server; may be called twice."""
         self._session.close()
+        super().close()
 
     def __del__(self) -> None:
         # There is no session if __init__ has failed.
@@ -303,45 +205,42 @@ class WebShopEnv(gymnasium.Env[TurnObservation, str], EzPickle):
         """
         sessions = [shop._session for shop in _unwrapped(envs)]
         for shop, task_id in zip(_unwrapped(envs), task_ids, strict=False):
-            check_task(task_id, shop.task_ids, shop._session.tasks.types, shop.split)
+            shop._check_task(task_id)
         ShopSession.open_ahead(sessions, task_ids)
+
+    def _open(self, task_id: str) -> tuple[str, TurnResult]:
+        opened = self._session.open(task_id)
+        return opened.instruction, _result(opened.turn)
+
+    def _play(self, action: str) -> TurnResult:
+        return _result(self._session.play(action))
 
     def _check_playing(self) -> None:
         if self._session.turn is None:
-            raise ResetNeeded("call reset() before step()")
-        if self._over:
-            raise ResetNeeded("the episode is over: call reset() before the next step()")
+            # The server has lost the session, or `prefetch_resets` has left the episode.
+            self._result = None
+        super()._check_playing()
 
-    def _observation(self, turn: ShopTurn) -> TurnObservation:
-        # The search button stands among the clickables, but a click on it does nothing.
-        actions = {f"click[{name}]" for name in turn.clickables if name != "search"}
-        if turn.has_search_bar:
-            actions.add("search[<query>]")
-        return {
-            "instruction": self._instruction,
-            "text": turn.text,
-            "admissible_actions": tuple(sorted(actions)),
-            "turn_index": turn.turn_index,
-        }
-
-    def _info(self, turn: ShopTurn) -> dict[str, Any]:
+    def _own_info(self) -> dict[str, Any]:
+        turn = self._session.turn
+        assert turn is not None
         info: WebShopInfo = {
-            "task_id": self._task_id,
-            "task_type": self._session.tasks.types[self._task_id],
-            "split": self.split,
-            "data": self._session.server.data,
-            "success": turn.score == 1.0,
-            "score": turn.score,
-            "action": self._action,
-            "is_action_valid": turn.is_action_valid,
-            "parse_error": "",
-            "turn_index": turn.turn_index,
             "noun_tagger": self._session.server.noun_tagger,
             "message": turn.message,
         }
         if turn.details is not None:
             info["reward_details"] = turn.details.copy()
         return cast("dict[str, Any]", info)
+
+
+def _result(turn: ShopTurn) -> TurnResult:
+    # The search button stands among the clickables, but a click on it does nothing.
+    actions = {f"click[{name}]" for name in turn.clickables if name != "search"}
+    if turn.has_search_bar:
+        actions.add("search[<query>]")
+    return TurnResult(
+        turn.text, tuple(sorted(actions)), turn.score, turn.over, turn.is_action_valid
+    )
 
 
 def _unwrapped(envs: Sequence[gymnasium.Env[Any, Any]]) -> list[WebShopEnv]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
@@ -14,16 +13,14 @@ from urllib.parse import quote
 from atod_gym.data import TaskManifest
 from atod_gym.envs.webshop_choice import ShopChoice
 from atod_gym.errors import DataNotFoundError, ServerError
-from atod_gym.http_client import JsonClient
+from atod_gym.http_client import TOKEN_VARIABLE, JsonClient, in_batches
 from atod_gym.server_process import RunningServer, shared_server
 from atod_gym.types import RewardDetails
 
 SERVICE = "webshop"
-TOKEN_VARIABLE = "ATOD_SERVER_TOKEN"
 BATCH_LIMIT = 1024
 """Most entries of one batch request."""
 
-_BATCH_BYTES = 900_000
 _HASH = re.compile("[0-9a-f]{64}")
 _T = TypeVar("_T")
 
@@ -220,7 +217,7 @@ class ShopServer:
         """The answers to a list of items, each a JSON object or a ServerError."""
         path = f"/batch/{what}"
         results: list[Any] = []
-        for part in _parts(items):
+        for part in in_batches(items, BATCH_LIMIT):
             answers = self._request("POST", path, {name: part}).get("results")
             if not isinstance(answers, list) or len(answers) != len(part):
                 raise self._malformed(path, f"not {len(part)} results")
@@ -332,18 +329,3 @@ def _typed(answer: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
     if not isinstance(value, kind):
         raise TypeError(f"{name} {value!r}")
     return value
-
-
-def _parts(items: Sequence[object]) -> Iterator[list[object]]:
-    """Cuts a list into batches that a server takes, by number and by size in bytes."""
-    part: list[object] = []
-    size = 0
-    for item in items:
-        length = len(json.dumps(item)) + 2
-        if part and (len(part) == BATCH_LIMIT or size + length > _BATCH_BYTES):
-            yield part
-            part, size = [], 0
-        part.append(item)
-        size += length
-    if part:
-        yield part

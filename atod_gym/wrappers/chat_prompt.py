@@ -10,7 +10,7 @@ from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
 from atod_gym.errors import InvalidSettingError
-from atod_gym.parsing import ParseProfile, check_profile
+from atod_gym.parsing import ParseProfile, action_tags, check_profile
 from atod_gym.prompts import (
     CHAT_TEMPLATE,
     PROMPT_STYLES,
@@ -69,6 +69,7 @@ class ChatPrompt(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
         self.style = style
         self.profile = profile
         self.show_admissible = show_admissible
+        self.tags = action_tags(env.unwrapped.metadata)
         message = spaces.Dict({"role": UnicodeText(), "content": UnicodeText()})
         self.observation_space = spaces.Sequence(message)
         self._dialogue: list[tuple[str, str]] = []
@@ -93,6 +94,7 @@ class ChatPrompt(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
             template=self.template,
             profile=self.profile,
             show_admissible=self.show_admissible,
+            tags=self.tags,
         )
         if self.style == "window":
             self._dialogue.clear()

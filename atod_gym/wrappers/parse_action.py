@@ -8,7 +8,14 @@ import gymnasium
 from gymnasium.utils import RecordConstructorArgs
 
 from atod_gym.errors import InvalidSettingError
-from atod_gym.parsing import LAST_CHARACTERS, ParseProfile, check_profile, parse_completion
+from atod_gym.parsing import (
+    LAST_CHARACTERS,
+    ParseProfile,
+    action_tags,
+    check_profile,
+    format_action,
+    parse_completion,
+)
 from atod_gym.spaces import UnicodeText
 from atod_gym.types import ParsedAction
 
@@ -17,7 +24,8 @@ class ParseAction(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
     """Its `step` takes a completion; `info["parse_error"]` says why one did not parse.
 
     A completion that does not parse is no error: what `parse_completion` finds, possibly an empty
-    action, is executed, and the turn is spent.
+    action, is executed, and the turn is spent. Which tags mark an action the environment says in
+    its `metadata`.
     """
 
     def __init__(
@@ -46,6 +54,7 @@ class ParseAction(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
             raise InvalidSettingError(f"last_characters must be >= 0, not {last_characters}.")
         self.profile = profile
         self.last_characters = last_characters
+        self.tags = action_tags(env.unwrapped.metadata)
         self.action_space = UnicodeText()
 
     def parse(self, completion: str) -> ParsedAction:
@@ -57,8 +66,19 @@ class ParseAction(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
         if not isinstance(completion, str):
             raise TypeError(f"a completion is a str, not {type(completion).__name__}")
         return parse_completion(
-            completion, profile=self.profile, last_characters=self.last_characters
+            completion,
+            profile=self.profile,
+            tags=self.tags,
+            last_characters=self.last_characters,
         )
+
+    def format(self, action: str) -> str:
+        """The shortest completion that `step` reads as this action; the inverse of `parse`.
+
+        Raises:
+            InvalidSettingError: if the environment's tags cannot hold the action.
+        """
+        return format_action(action, self.profile, self.tags)
 
     def step(self, action: str) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Parses the completion, executes its action and reports how the parsing went.

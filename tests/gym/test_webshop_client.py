@@ -273,7 +273,7 @@ def test_large_batches_are_cut(shop: FakeShop, monkeypatch: pytest.MonkeyPatch) 
     assert shop.requests().count(("POST", "/batch/create")) == 3
     monkeypatch.setattr(webshop_client, "BATCH_LIMIT", 1024)
     actions = ["é" * MAX_ACTION_LENGTH] * 7
-    monkeypatch.setattr(webshop_client, "_BATCH_BYTES", 150_000)
+    monkeypatch.setattr(http_client, "_BATCH_BYTES", 150_000)
     WebShopEnv.prefetch_steps(envs, actions)
     assert shop.requests() == [("POST", "/batch/step")] * 4
     assert [env.step(actions[0])[4]["turn_index"] for env in envs] == [1] * 7

@@ -305,7 +305,7 @@ def test_observations_and_infos_are_new_objects(solved: tuple[str, list[str]]) -
         again, _, _, _, new_info = env.step(action)
     assert again["text"] != "changed" != new_info["task_id"]
     new_info["reward_details"]["reward"] = 5.0
-    assert env._info(env._session.turn)["reward_details"]["reward"] == 1.0  # type: ignore[arg-type]
+    assert env._own_info()["reward_details"]["reward"] == 1.0
 
 
 def test_the_generated_shop_has_the_size_asked_for() -> None:

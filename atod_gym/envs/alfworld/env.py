@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Mapping, Sequence
 
-import gymnasium
 from gymnasium.error import ResetNeeded
 from gymnasium.utils import EzPickle
 
@@ -15,20 +12,18 @@ from atod_gym.data import TaskManifest
 from atod_gym.envs.alfworld.engine import EngineState, GameEngine
 from atod_gym.envs.alfworld.expert import ScriptedExpert
 from atod_gym.envs.alfworld.splits import check_task_types, open_tasks
-from atod_gym.envs.arguments import RENDER_MODES, check_max_turns, check_render_mode, choose_task
+from atod_gym.envs.turn_env import TurnEnv, TurnResult
 from atod_gym.errors import (
     InvalidGameError,
     InvalidSettingError,
     UnsupportedGameError,
 )
-from atod_gym.spaces import UnicodeText, turn_observation_space
-from atod_gym.types import StepInfo, TurnObservation
 
 BACKENDS = ("native", "alfworld")
 _TASK_MARK = "Your task is to: "
 
 
-class ALFWorldEnv(gymnasium.Env[TurnObservation, str], EzPickle):
+class ALFWorldEnv(TurnEnv, EzPickle):
     """A household task, such as finding a mug, cooling it and putting it on a shelf.
 
     ## Observation
@@ -49,6 +44,8 @@ class ALFWorldEnv(gymnasium.Env[TurnObservation, str], EzPickle):
 
     ## Start
     `reset(seed=...)` picks a task of the split; `reset(options={"task_id": ...})` plays that task.
+    It raises `InvalidGameError` if the game cannot be read, `UnsupportedGameError` if the backend
+    does not play it, `MissingExtraError` if the backend is not installed.
 
     ## Info
     See `StepInfo`. `help` counts as a valid action. The last turn's `episode` has the keys of
@@ -58,7 +55,7 @@ class ALFWorldEnv(gymnasium.Env[TurnObservation, str], EzPickle):
     See `__init__`.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": [*RENDER_MODES], "render_fps": 4}  # type: ignore[misc]
+    example_action = "go to desk 1"
 
     def __init__(
         self,
@@ -91,38 +88,25 @@ class ALFWorldEnv(gymnasium.Env[TurnObservation, str], EzPickle):
         EzPickle.__init__(
             self, split, data, backend, task_types, max_turns, house_size, render_mode
         )
+        TurnEnv.__init__(self, split, max_turns, render_mode)
         if backend not in BACKENDS:
             raise InvalidSettingError(f"Unknown backend {backend!r}; known: {', '.join(BACKENDS)}.")
-        check_max_turns(max_turns)
-        check_render_mode(render_mode)
         chosen_types = check_task_types(task_types)
-        self.split = split
         self.backend = backend
-        self.max_turns = max_turns
-        self.render_mode = render_mode
         self._tasks = open_tasks(data, split, house_size)
-        self._task_ids = tuple(
-            task_id
-            for task_id in self._tasks.manifest.task_ids
-            if self._tasks.task_type(task_id) in chosen_types
-        )
-        if not self._task_ids:
+        # Many environments hold this, so its values are the names that are there anyway.
+        names = {kind: kind for kind in chosen_types}
+        kinds = ((task_id, self._tasks.task_type(task_id)) for task_id in self.manifest.task_ids)
+        self._types = {task_id: names[kind] for task_id, kind in kinds if kind in names}
+        if not self._types:
             raise InvalidSettingError(
                 f"Split {split!r} has no task of type {', '.join(chosen_types)}."
             )
-        self._known_ids = frozenset(self._task_ids)
-        self.observation_space = cast(
-            "gymnasium.Space[TurnObservation]", turn_observation_space(max_turns)
-        )
-        self.action_space = UnicodeText()
+        self._task_ids = tuple(self._types)
         self._engine: GameEngine | None = None
-        self._task_id = ""
+        self._loaded_id = ""
+        """The task that the engine plays."""
         self._state: EngineState | None = None
-        self._over = False
-        self._instruction = ""
-        self._action = ""
-        self._turn_index = 0
-        self._started = 0.0
 
     @property
     def manifest(self) -> TaskManifest:
@@ -140,15 +124,8 @@ class ALFWorldEnv(gymnasium.Env[TurnObservation, str], EzPickle):
         return self._tasks.label
 
     @property
-    def observation(self) -> TurnObservation:
-        """The observation of the last reset or step.
-
-        Raises:
-            gymnasium.error.ResetNeeded: before the first reset.
-        """
-        if self._state is None:
-            raise ResetNeeded("call reset() before asking for the observation")
-        return self._observation(self._state)
+    def _task_types(self) -> Mapping[str, str]:
+        return self._types
 
     def expert(self) -> ScriptedExpert:
         """A scripted expert that acts on what the agent sees; one for each episode."""
@@ -165,92 +142,30 @@ class ALFWorldEnv(gymnasium.Env[TurnObservation, str], EzPickle):
             raise ResetNeeded("call reset() before asking for the walkthrough of its task")
         return self._engine.walkthrough
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[TurnObservation, dict[str, Any]]:
-        """Starts an episode.
+    def close(self) -> None:
+        """Frees the game; may be called twice."""
+        self._close_engine()
+        super().close()
 
-        Args:
-            seed: seeds the choice of tasks, of this and of later resets.
-            options: `{"task_id": ...}` plays exactly that task.
-
-        Raises:
-            TaskNotFoundError: if the task id is not among `task_ids`.
-            InvalidSettingError: if `options` has other keys.
-            InvalidGameError: if the task's game cannot be read; names the file.
-            UnsupportedGameError: if the backend does not play the game; names the other backend.
-            MissingExtraError: if the official backend is not installed.
-        """
-        super().reset(seed=seed)
-        task_id = choose_task(options, self._task_ids, self._known_ids, self.split, self.np_random)
-        self._state = None
-        if self._engine is None or task_id != self._task_id:
+    def _open(self, task_id: str) -> tuple[str, TurnResult]:
+        if self._engine is None or task_id != self._loaded_id:
             self._close_engine()
             self._engine = self._load(task_id)
-            self._task_id = task_id
-        state = self._engine.reset()
-        _, mark, rest = state.feedback.partition(_TASK_MARK)
+            self._loaded_id = task_id
+        self._state = self._engine.reset()
+        _, mark, rest = self._state.feedback.partition(_TASK_MARK)
         if not mark:
             raise InvalidGameError(
                 f"{self._tasks.describe(task_id)}: the first text does not say {_TASK_MARK!r}."
             )
-        self._state = state
-        self._over = False
-        self._instruction = rest.strip()
-        self._action = ""
-        self._turn_index = 0
-        self._started = time.perf_counter()
-        return self._observation(state), self._info(state, is_action_valid=True)
+        return rest.strip(), _result(self._state)
 
-    def step(self, action: str) -> tuple[TurnObservation, float, bool, bool, dict[str, Any]]:
-        """Executes one command.
-
-        Raises:
-            TypeError: if the action is not a `str`.
-            gymnasium.error.ResetNeeded: before the first reset and after the end of an episode.
-        """
-        if self._engine is None or self._state is None:
-            raise ResetNeeded("call reset() before step()")
-        if self._over:
-            raise ResetNeeded("the episode is over: call reset() before the next step()")
-        if not isinstance(action, str):
-            raise TypeError(
-                f'an action is a str, such as "go to desk 1", not {type(action).__name__}'
-            )
+    def _play(self, action: str) -> TurnResult:
+        assert self._engine is not None
+        assert self._state is not None
         is_action_valid = action.strip() in self._state.admissible_commands
-        state = self._engine.step(action)
-        self._state = state
-        self._action = action
-        self._turn_index += 1
-        terminated = state.won
-        truncated = not terminated and self._turn_index >= self.max_turns
-        self._over = terminated or truncated
-        reward = 1.0 if state.won else 0.0
-        info = self._info(state, is_action_valid)
-        if self._over:
-            # Earlier turns earn nothing, so the return is the last reward.
-            seconds = round(time.perf_counter() - self._started, 6)
-            info["episode"] = {"r": reward, "l": self._turn_index, "t": seconds}
-        return self._observation(state), reward, terminated, truncated, info
-
-    def render(self) -> str | None:
-        """With `render_mode="ansi"`: the last command and the game's answer, as a player sees them.
-
-        Raises:
-            gymnasium.error.ResetNeeded: before the first reset.
-        """
-        if self.render_mode is None:
-            gymnasium.logger.warn('render() shows nothing without render_mode="ansi"')
-            return None
-        if self._state is None:
-            raise ResetNeeded("call reset() before render()")
-        command = f"> {self._action}\n\n" if self._turn_index else ""
-        return f"{command}{self._state.feedback}\n"
-
-    def close(self) -> None:
-        """Frees the game; may be called twice."""
-        self._close_engine()
-        self._state = None
+        self._state = self._engine.step(action)
+        return _result(self._state, is_action_valid)
 
     def _load(self, task_id: str) -> GameEngine:
         game = self._tasks.game(task_id)
@@ -273,27 +188,7 @@ class ALFWorldEnv(gymnasium.Env[TurnObservation, str], EzPickle):
         if engine is not None:
             engine.close()
 
-    def _observation(self, state: EngineState) -> TurnObservation:
-        return {
-            "instruction": self._instruction,
-            "text": state.feedback,
-            "admissible_actions": tuple(
-                command for command in state.admissible_commands if command != "help"
-            ),
-            "turn_index": self._turn_index,
-        }
 
-    def _info(self, state: EngineState, is_action_valid: bool) -> dict[str, Any]:
-        info: StepInfo = {
-            "task_id": self._task_id,
-            "task_type": self._tasks.task_type(self._task_id),
-            "split": self.split,
-            "data": self._tasks.label,
-            "success": state.won,
-            "score": 1.0 if state.won else 0.0,
-            "action": self._action,
-            "is_action_valid": is_action_valid,
-            "parse_error": "",
-            "turn_index": self._turn_index,
-        }
-        return cast("dict[str, Any]", info)
+def _result(state: EngineState, is_action_valid: bool = True) -> TurnResult:
+    shown = tuple([command for command in state.admissible_commands if command != "help"])
+    return TurnResult(state.feedback, shown, 1.0 if state.won else 0.0, state.won, is_action_valid)

@@ -1,0 +1,262 @@
+"""The retrieval server as the environment sees it: which one to use, and what it finds.
+
+Beside our own server it may be any that answers `POST /retrieve` as Search-R1's does.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from atod_gym.envs.search_qa_choice import SearchChoice
+from atod_gym.envs.search_qa_questions import (
+    Question,
+    QuestionSet,
+    is_official,
+    make_question_set,
+    open_question_files,
+)
+from atod_gym.envs.search_qa_texts import Passage, make_passage
+from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
+from atod_gym.http_client import RETRY_STATUSES, TOKEN_VARIABLE, JsonClient, in_batches
+from atod_gym.server_process import RunningServer, shared_server
+
+SERVICE = "retrieval"
+BATCH_LIMIT = 1024
+"""Most queries of one request."""
+
+RETRY_DELAYS = (0.2, 0.8)
+"""Seconds before a search is repeated whose answer was an error or made no sense."""
+
+UNKNOWN = "unknown"
+"""What a server's retriever is called if it does not say."""
+
+_connected: dict[tuple[SearchChoice, tuple[str, ...]], RetrievalServer] = {}
+
+
+def connect(choice: SearchChoice) -> RetrievalServer:
+    """The server for a choice; asked for its health the first time, and when it was lost.
+
+    Raises:
+        DataNotFoundError: if the data is not there; says how to get it.
+        MissingExtraError: if a server is to be started whose packages are not installed.
+        ServerError: if it does not start or answer.
+        InvalidSettingError: if the server at `server_url` serves something else.
+    """
+    # What `auto` finds may change while a process runs.
+    arguments = () if choice.server_url is not None else choice.server_arguments()
+    server = _connected.get((choice, arguments))
+    if server is None or server.is_lost:
+        server = _connected[choice, arguments] = RetrievalServer(choice, arguments)
+    return server
+
+
+def open_questions(
+    choice: SearchChoice, server: RetrievalServer, split: str
+) -> tuple[QuestionSet, str]:
+    """The questions of a split, and which data they are.
+
+    Raises:
+        DataNotFoundError: if the data or split is not there; says how to get it, or what is there.
+        InvalidSettingError: if the questions do not belong to what the server has, or a question
+            file cannot be read.
+        ServerError: if the server fails.
+    """
+    folder = choice.folder()
+    if choice.data == "auto" and choice.server_url is not None and server.has_world:
+        folder = None
+    if folder is None:
+        if not server.has_world:
+            raise DataNotFoundError(
+                f"The server at {server.url} has no generated questions. Give question files as "
+                "data=..., or start a server with them: atod-serve retrieval."
+            )
+        choice.check_world(server.url, server.health)
+        return server.questions(split), "generated"
+    if server.has_world:
+        raise InvalidSettingError(
+            f"The server at {server.url} has a generated world, in which the questions in {folder} "
+            "have no answers. Start one with their corpus: atod-serve retrieval --corpus <file>."
+        )
+    label = choice.data
+    if label in ("auto", "official"):
+        label = "official" if is_official(folder) else str(folder)
+    return open_question_files(folder, split, label), label
+
+
+class RetrievalServer:
+    """A connection to a server; one for all environments of a process with the same settings."""
+
+    def __init__(self, choice: SearchChoice, arguments: tuple[str, ...] = ()) -> None:
+        """See `connect`, which saves most of the requests.
+
+        Args:
+            choice: the settings.
+            arguments: for a server of our own: its settings as `choice.server_arguments` has them.
+        """
+        self._choice = choice
+        self._running: RunningServer | None = None
+        if choice.server_url is None:
+            self._running = shared_server(SERVICE, arguments)
+            url, token = self._running.url, None
+            self._advice = f"This process had started it with: {self._running.command}"
+        else:
+            url, token = choice.server_url, choice.token or os.environ.get(TOKEN_VARIABLE)
+            self._advice = (
+                f"Does the server run? To start one: atod-serve {SERVICE} --corpus <file> "
+                "--port <port>"
+            )
+        self._client = JsonClient(url, advice=self._advice, token=token, timeout=choice.timeout)
+        self.url = self._client.url
+        self.is_lost = False
+        """Whether it failed to answer: it may have been restarted, with something else."""
+        self.health = self._health()
+        self._questions: dict[str, QuestionSet] = {}
+
+    @property
+    def has_world(self) -> bool:
+        """Whether it serves a generated world, with questions."""
+        return self.health.get("data") == "generated"
+
+    @property
+    def retriever(self) -> str:
+        """How it searches, such as `bm25`; `UNKNOWN` for a server that does not say."""
+        return str(self.health.get("retriever", UNKNOWN))
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was a process of our own and is there no more."""
+        return self._running is not None and not self._running.is_alive()
+
+    def search_many(self, queries: Sequence[str], topk: int) -> list[tuple[Passage, ...]]:
+        """The best passages for each query, at most `topk`; equal queries are sent once.
+
+        Raises:
+            ServerError: if the server fails, or sends no sense, several times.
+        """
+        # No UTF-8 can hold lone surrogates, and many a server fails on them.
+        clean = [query.encode("utf-8", "replace").decode() for query in queries]
+        found: dict[str, tuple[Passage, ...]] = {}
+        for part in in_batches(list(dict.fromkeys(clean)), BATCH_LIMIT):
+            found.update(zip(part, self._retrieve(part, topk), strict=True))
+        return [found[query] for query in clean]
+
+    def questions(self, split: str) -> QuestionSet:
+        """The questions of the generated world, asked for once.
+
+        Raises:
+            DataNotFoundError: if there is no such split; names those there are.
+            ServerError: if the server fails.
+        """
+        if split not in self._questions:
+            known = [str(name) for name in self.health.get("splits", ())]
+            if split not in known:
+                raise DataNotFoundError(
+                    f"No split {split!r} in the generated world; there are: {', '.join(known)}."
+                )
+            path = f"/questions/{quote(split, safe='')}"
+            answer = self._request("GET", path)
+            try:
+                made = [self._generated(row) for row in answer["questions"]]
+            except (KeyError, TypeError, ValueError) as error:
+                raise self._malformed(path, error) from error
+            name = f"searchqa/{self._world_name}"
+            self._questions[split] = make_question_set(name, split, made)
+        return self._questions[split]
+
+    @property
+    def _world_name(self) -> str:
+        """Other worlds have other questions, and thus other task ids."""
+        entities, seed = self.health.get("entities"), self.health.get("world_seed")
+        default = SearchChoice()
+        name = "generated" if entities == default.entities else f"generated-{entities}"
+        return name if seed == default.world_seed else f"{name}-seed{seed}"
+
+    def _generated(self, row: Mapping[str, Any]) -> Question:
+        answers = row["golden_answers"]
+        fields = (row["id"], row["data_source"], row["question"], *answers)
+        if isinstance(answers, str) or not answers or not all(isinstance(f, str) for f in fields):
+            raise ValueError(f"a question {str(row)[:100]}")
+        task_id = f"{self._world_name}/{row['id']}"
+        return Question(task_id, row["data_source"], row["question"], tuple(answers))
+
+    def _health(self) -> Mapping[str, Any]:
+        """What our own server says about itself; empty for another one, which need not."""
+        try:
+            health = self._request("GET", "/health")
+        except ServerError as error:
+            is_answer = 200 <= error.status < 500 and error.status != 401
+            if self._running is None and is_answer:
+                return {}
+            raise
+        service = health.get("service")
+        if service not in (SERVICE, None):
+            raise ServerError(
+                f"{self.url} is not a {SERVICE} server but a {str(service)[:40]} server. "
+                f"{self._advice}"
+            )
+        return health if service == SERVICE else {}
+
+    def _retrieve(self, queries: list[str], topk: int) -> list[tuple[Passage, ...]]:
+        body = {"queries": queries, "topk": topk, "return_scores": True}
+        for delay in (*RETRY_DELAYS, None):
+            try:
+                answer = self._request("POST", "/retrieve", body)
+                try:
+                    return _results(answer, len(queries), topk)
+                except (KeyError, TypeError, ValueError) as error:
+                    raise self._malformed("/retrieve", error) from error
+            except ServerError as error:
+                # The client has repeated those by itself, or repeating them is no use.
+                is_final = error.status in {0, *RETRY_STATUSES} or 400 <= error.status < 500
+                if is_final or delay is None:
+                    raise
+                time.sleep(delay)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        try:
+            return self._client.request(method, path, body)
+        except ServerError as error:
+            self.is_lost = self.is_lost or error.status == 0
+            more = "" if self._advice in str(error) else f" {self._advice}"
+            if error.status == 401:
+                more = f" Give its token as token=... or in the variable {TOKEN_VARIABLE}."
+            elif self.has_ended and self._running is not None:
+                words = self._running.last_words()
+                more = f" That process has ended{f', saying: {words}' if words else ''}."
+            raise ServerError(f"{error}{more}", status=error.status, code=error.code) from error
+
+    def _malformed(self, path: str, what: object) -> ServerError:
+        return ServerError(
+            f"{self.url}{path} answered what makes no sense ({type(what).__name__}: {what}). "
+            f"{self._advice}",
+            status=200,
+        )
+
+
+def _results(answer: Mapping[str, Any], count: int, topk: int) -> list[tuple[Passage, ...]]:
+    """Reads an answer with or without scores; raises ValueError and the like if it is none."""
+    result = answer["result"]
+    if not isinstance(result, list) or len(result) != count:
+        size = len(result) if isinstance(result, list) else type(result).__name__
+        raise ValueError(f"{size} results for {count} queries")
+    if not all(isinstance(hits, list) for hits in result):
+        raise ValueError("a result that is no list")
+    return [tuple([_passage(hit) for hit in hits[:topk]]) for hits in result]
+
+
+def _passage(hit: Any) -> Passage:
+    document = hit.get("document", hit) if isinstance(hit, dict) else hit
+    if not isinstance(document, dict):
+        raise TypeError(f"a passage {str(hit)[:100]!r}")
+    if "contents" in document:
+        contents = document["contents"]
+    else:
+        contents = f"{document.get('title', '')}\n{document['text']}"
+    if not isinstance(contents, str):
+        raise TypeError(f"contents {str(contents)[:100]!r}")
+    return make_passage(str(document.get("id", "")), contents)

@@ -1,0 +1,314 @@
+"""A scripted searcher for Search-QA: it answers from what it reads, as an agent would have to.
+
+It knows how the questions and passages of a generated world are worded, and nothing of what they
+say: it searches the name in the question, reads the answer in the passage of that title, and where
+the question goes on from there (bridge) or compares two names, it searches the second name. It goes
+by all results it has seen, so that it recovers from turns that were spent on something else.
+Questions in other words are searched as they are and answered with a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+_ENTITY: Final = r"(?:The )?[A-Z]\w*(?: [A-Z]\w*)+"
+_YEAR: Final = r"\d{4}"
+
+
+class _Wording(NamedTuple):
+    """How a relation is asked for and stated."""
+
+    questions: tuple[str, ...]
+    """Patterns with one group: the entity or a phrase for it."""
+    passages: tuple[str, ...]
+    """Patterns with one group: the value. @ stands for any entity, # for any year."""
+    phrases: tuple[str, ...] = ()
+    """Patterns with one group: the entity; the whole stands for the value."""
+
+
+_WORDINGS: Final = {
+    # First: "What is the birthplace of Marta Halden known for?" asks for no birthplace.
+    "craft": _Wording(("(?:What|Which product) is (.+) known for",), (r"for its (\w+)",)),
+    "birthplace": _Wording(
+        ("(?:Where|In which town) was (.+) born", "What is the birthplace of (.+)"),
+        ("[Bb]orn in (?:# in )?(?:the town of )?(@)",),
+        ("the town where (.+) was born", "the birthplace of (.+)"),
+    ),
+    "birth_year": _Wording(("(?:When|In what year) was (.+) born",), ("[Bb]orn in (?:@ in )?(#)",)),
+    "deathplace": _Wording(
+        ("(?:Where|In which town) did (.+) die",),
+        ("died in (@)", "moved to (@), where", "last years in (@) and died there"),
+        ("the (?:town|place) where (.+) died",),
+    ),
+    "death_year": _Wording(
+        ("(?:When|In what year) did (.+) die",), ("died (?:there )?(?:in @ )?in (#)",)
+    ),
+    "profession": _Wording(
+        (
+            "What was the profession of (.+)",
+            "What did (.+) do for a living",
+            "What was (.+) by profession",
+        ),
+        (r"was an? (\w+) who was born", r"(?:worked as|became) an? (\w+)"),
+    ),
+    "instrument": _Wording(
+        ("Which instrument did (.+) play", "What musical instrument was played by (.+)"),
+        (r"play(?:ed)? the (\w+)",),
+    ),
+    "region": _Wording(
+        (
+            "In which region does (.+) lie",
+            "In which region (?:lies|is) (.+)",
+            "Through which region does (.+) flow",
+        ),
+        (r"\b(?:in|through|of) the (@)",),
+    ),
+    "river": _Wording(
+        ("On which river does (.+) lie", "Which river flows through (.+)"),
+        ("on the (?:banks of the )?(@)",),
+        ("the river on which (.+) lies", "the river that flows through (.+)"),
+    ),
+    "founded": _Wording(
+        ("(?:When|In what year) was (.+) founded", "What is the founding year of (.+)"),
+        ("founded (?:it |the company )?in (#)", "established by @ in (#)"),
+    ),
+    "charter": _Wording(
+        ("(?:When|In what year) did (.+) receive its (?:town )?charter",),
+        ("charter (?:in|dates from|was granted in) (#)",),
+    ),
+    "fish": _Wording(
+        ("Which fish is (.+) known for", "What do anglers catch in (.+)"),
+        (r"for its (\w+)", r"catch (\w+)"),
+    ),
+    "source": _Wording(
+        ("Where is the source of (.+)", "In which hills does (.+) rise"),
+        ("(?:rises|source|source lies) in the (@)",),
+    ),
+    "mouth": _Wording(
+        ("Into which lake does (.+) flow", "Which lake does (.+) flow into"),
+        ("(?:into|down to|end in) (@)",),
+    ),
+    "product": _Wording(
+        ("What does (.+) make", "What is made by (.+)"), (r"(?:maker of|makes) (\w+)",)
+    ),
+    "headquarters": _Wording(
+        (
+            "(?:Where|In which town) is (.+) headquartered",
+            "Where are the headquarters of (.+)",
+        ),
+        ("(?:headquarters|headquartered|based) in (@)",),
+        ("the town where (.+) (?:is headquartered|has its headquarters)",),
+    ),
+    "founder": _Wording(
+        ("Who founded (.+)", "Who was the founder of (.+)", "By whom was (.+) founded"),
+        ("founded in # by (@)", "(@) founded the company", "established by (@)"),
+        ("the founder of (.+)", "the person who founded (.+)"),
+    ),
+    "factory": _Wording(
+        ("Where is the factory of (.+)", "In which town does (.+) have a factory"),
+        ("factory (?:of @ stands )?in (?:the town of )?(@)",),
+        ("the town where (.+) has a factory",),
+    ),
+    "genre": _Wording(
+        ("What kind of novel is (.+)", "To which genre does (.+) belong"), (r"(\w+) novel",)
+    ),
+    "author": _Wording(
+        ("Who wrote (.+)", "Who is the author of (.+)", "By whom was (.+) written"),
+        ("(?:novel|written) by (@)",),
+        ("the author of (.+)", "the person who wrote (.+)"),
+    ),
+    "published": _Wording(("(?:When|In what year) was (.+) published",), ("[Pp]ublished in (#)",)),
+    "setting": _Wording(
+        ("(?:Where|In which town) is (.+) set",),
+        ("set in (?:the town of )?(@)", "take place in (@)"),
+        ("the town in which (.+) is set", "the setting of (.+)"),
+    ),
+    "illustrator": _Wording(
+        ("Who illustrated (.+)", "Who drew the pictures for (.+)"),
+        ("(?:illustrated|drawings) by (@)", "(@) drew the pictures"),
+        ("the illustrator of (.+)", "the person who illustrated (.+)"),
+    ),
+}
+
+_COMPARED: Final = {
+    "birth_year": "Who was born",
+    "death_year": "Who died",
+    "founded": "Which (?:was founded|is)",
+    "published": "Which was published",
+}
+"""How a question begins that compares two years; an adverb and the names follow."""
+_SMALLER: Final = ("first", "earlier", "older")
+_ADVERBS: Final = (*_SMALLER, "later", "younger")
+
+
+class _Passage(NamedTuple):
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a question asks for."""
+
+    names: tuple[str, ...]
+    """The entities it names: one, or two to compare; for a question in other words the question."""
+    relations: tuple[str, ...] = ()
+    """What to read of each name, hop by hop; empty for a question in other words."""
+    wants_smaller: bool = True
+    """Which year wins a comparison."""
+
+
+class _End(NamedTuple):
+    """How far a name led."""
+
+    value: str
+    """What was read last; empty if nothing was."""
+    missing: str
+    """The name whose passage was not seen or does not say what is asked; empty at the end."""
+
+
+class ScriptedSearcher:
+    """Plays one episode after another; call `reset` at the start of each.
+
+    Args:
+        max_turns: Turns of an episode; the searcher answers in the last one at the latest.
+    """
+
+    def __init__(self, max_turns: int = 4) -> None:
+        self._max_turns = max_turns
+        self.reset("", "")
+
+    def reset(self, instruction: str, text: str) -> None:
+        """Starts an episode.
+
+        Args:
+            instruction: The question.
+            text: The first text; it tells nothing that the question does not.
+        """
+        del text
+        self._question = " ".join(instruction.split())
+        self._plan = _parse_question(self._question)
+        self._known: dict[str, _Passage] = {}
+        self._found: list[_Passage] = []
+        self._tried: set[str] = set()
+        self._own_action = ""
+        self._turns_left = self._max_turns
+
+    def act(
+        self, text: str, admissible_actions: Sequence[str] = (), last_action: str | None = None
+    ) -> str:
+        """The next action.
+
+        Args:
+            text: What the environment shows now.
+            admissible_actions: Not needed; the task has no list.
+            last_action: The action executed in the turn before, if it was not the searcher's own.
+
+        Returns:
+            `search[..]` or `answer[..]`.
+        """
+        del admissible_actions
+        self._read_results(text)
+        self._tried.add(self._own_action if last_action is None else last_action.strip())
+        ends = [self._follow(name) for name in self._plan.names]
+        action = f"answer[{self._answer(ends)}]"
+        if self._turns_left > 1:
+            missing = (end.missing for end in ends if end.missing)
+            searches = (f"search[{query}]" for name in missing for query in (name, self._question))
+            action = next((s for s in searches if s not in self._tried), action)
+        self._turns_left -= 1
+        self._own_action = action
+        return action
+
+    def _read_results(self, text: str) -> None:
+        found = [_Passage(title.strip(), body) for title, body in _DOCUMENT.findall(text)]
+        for passage in found:
+            self._known.setdefault(_key(passage.title), passage)
+        self._found = found or self._found
+
+    def _follow(self, name: str) -> _End:
+        """Goes from a name from passage to passage, as far as they were seen."""
+        if not self._plan.relations:
+            return _End("", "" if self._found else name)
+        for hop, relation in enumerate(self._plan.relations):
+            passage = self._known.get(_key(name))
+            value = _read(relation, [passage] if passage else [])
+            if not value:
+                return _End(name if hop else "", name)
+            name = value
+        return _End(name, "")
+
+    def _answer(self, ends: Sequence[_End]) -> str:
+        """The answer, or the best guess at it."""
+        if len(ends) > 1:
+            years = [end.value if not end.missing else "" for end in ends]
+            first_wins = not all(years) or (years[0] <= years[1]) == self._plan.wants_smaller
+            return self._plan.names[0 if first_wins else 1]
+        (end,) = ends
+        if self._plan.relations and not end.missing:
+            return end.value
+        read = _read(self._plan.relations[-1], self._found) if self._plan.relations else ""
+        title = next((passage.title for passage in self._found if passage.title), "")
+        return read or end.value or title or self._question or "unknown"
+
+
+_DOCUMENT: Final = re.compile(r"^Doc \d+ \(Title: (.*?)\)(?: (.*))?$", re.MULTILINE)
+
+
+def _key(title: str) -> str:
+    """What titles and names are compared by."""
+    return title.casefold().removeprefix("the ")
+
+
+def _read(relation: str, passages: Iterable[_Passage]) -> str:
+    """The first passage's value that states one; empty if none does."""
+    for passage in passages:
+        for pattern in _PASSAGES[relation]:
+            if match := pattern.search(passage.text):
+                return match[1]
+    return ""
+
+
+def _compiled(patterns: Iterable[str], flags: int = 0) -> list[re.Pattern[str]]:
+    return [re.compile(p.replace("@", _ENTITY).replace("#", _YEAR), flags) for p in patterns]
+
+
+_PASSAGES: Final = {name: _compiled(wording.passages) for name, wording in _WORDINGS.items()}
+_QUESTIONS: Final = [
+    (name, pattern)
+    for name, wording in _WORDINGS.items()
+    for pattern in _compiled(wording.questions, re.IGNORECASE)
+]
+_PHRASES: Final = [
+    (name, pattern)
+    for name, wording in _WORDINGS.items()
+    for pattern in _compiled(wording.phrases, re.IGNORECASE)
+]
+_COMPARISONS: Final = [
+    (name, re.compile(f"{start} ({'|'.join(_ADVERBS)}), (.+) or (.+)", re.IGNORECASE))
+    for name, start in _COMPARED.items()
+]
+
+
+def _parse_question(question: str) -> _Plan:
+    asked = question.rstrip(" ?")
+    for relation, pattern in _COMPARISONS:
+        if match := pattern.fullmatch(asked):
+            adverb, first, second = match.groups()
+            names = (_without_article(first), _without_article(second))
+            return _Plan(names, (relation,), adverb.lower() in _SMALLER)
+    for relation, pattern in _QUESTIONS:
+        if match := pattern.fullmatch(asked):
+            for earlier, phrase in _PHRASES:
+                if inner := phrase.fullmatch(match[1]):
+                    return _Plan((_without_article(inner[1]),), (earlier, relation))
+            return _Plan((_without_article(match[1]),), (relation,))
+    return _Plan((question,))
+
+
+def _without_article(name: str) -> str:
+    """`Halden Brook` for `the Halden Brook`; `The Silent Lantern` stays."""
+    return name.removeprefix("the ")

@@ -1,0 +1,252 @@
+"""Holds the retrieval server and its client to one contract, over real HTTP and processes."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from atod_gym.envs.search_qa import SearchQAEnv
+from atod_gym.envs.search_qa_choice import SearchChoice
+from atod_gym.envs.search_qa_client import RETRY_DELAYS, RetrievalServer, open_questions
+from atod_gym.envs.search_qa_texts import make_passage
+from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
+from env_servers.retrieval.world import SPLITS, World
+
+HEALTH = {"status", "service", "version", "pid", "data", "corpus_hash", "passages", "retriever",
+          "settings", "world_seed", "entities", "splits"}  # fmt: skip
+ENTITIES, SEED = 80, 5
+PASSAGES = [
+    {"id": "m", "contents": '"Halden Mill"\nHalden Mill was built\nin 1821.'},
+    {"id": 7, "title": "Corley", "text": "A town with a mill."},
+    {"contents": "Mills\nA mill grinds 中文 grain."},
+]
+
+
+class Server:
+    """A server in a process of its own, started as a user would."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "env_servers.cli", "retrieval", *arguments,
+             "--port", "0", "--parent", str(os.getpid())],
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.line = json.loads(self.process.stdout.readline())
+        self.url: str = self.line["url"]
+        self.http = requests.Session()
+
+    def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        answer = self.http.request(method, f"{self.url}{path}", json=body, timeout=30)
+        return answer.status_code, answer.json()
+
+    def end(self) -> None:
+        self.http.close()
+        self.process.terminate()
+        self.process.communicate(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    started: list[Server] = []
+
+    def start_one(*arguments: str) -> Server:
+        started.append(Server(*arguments))
+        return started[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Indexes are kept there.
+        patch.setenv("ATOD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield start_one
+    for running in started:
+        running.end()
+
+
+@pytest.fixture(scope="module")
+def world(start: Callable[..., Server]) -> Server:
+    return start("--entities", str(ENTITIES), "--world-seed", str(SEED))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A question, and a corpus beside it."""
+    folder = tmp_path_factory.mktemp("questions")
+    lines = "\n".join(json.dumps(passage) for passage in PASSAGES)
+    (folder / "corpus.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    question = {"question": "When was Halden Mill built?", "golden_answers": ["1821"]}
+    (folder / "mills_test.jsonl").write_text(json.dumps(question), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(start: Callable[..., Server], folder: Path) -> Server:
+    return start("--corpus", str(folder / "corpus.jsonl.xz"))
+
+
+def client(server: Server, **more: Any) -> RetrievalServer:
+    return RetrievalServer(SearchChoice(server_url=server.url, **more))
+
+
+def test_health(world: Server, corpus: Server, folder: Path) -> None:
+    for server in (world, corpus):
+        health = server.call("GET", "/health")[1]
+        assert health.keys() == HEALTH
+        assert client(server).health == health
+        assert (health["status"], health["service"]) == ("ok", "retrieval")
+        assert (health["pid"], health["retriever"]) == (server.process.pid, "bm25")
+        assert server.line == {"ready": True, "url": server.url, "service": "retrieval"}
+    assert (client(world).has_world, client(corpus).has_world) == (True, False)
+    health = client(world).health
+    assert (health["data"], health["entities"], health["world_seed"]) == (
+        "generated", ENTITIES, SEED)  # fmt: skip
+    assert (health["splits"], health["passages"]) == (sorted(SPLITS), ENTITIES)
+    health = client(corpus).health
+    assert health["data"] == str((folder / "corpus.jsonl.xz").resolve())
+    assert (health["splits"], health["entities"], health["passages"]) == ([], None, 3)
+
+
+def test_the_client_finds_what_both_dialects_say(corpus: Server) -> None:
+    [found] = client(corpus).search_many(["mill built"], 2)
+    assert (len(found), found[0].passage_id) == (2, "m")
+    assert found[0] == make_passage("m", str(PASSAGES[0]["contents"]))
+    assert (found[0].title, found[0].text) == ("Halden Mill", "Halden Mill was built in 1821.")
+    for asked in ({"queries": ["mill built"]}, {"query": "mill built"}, {"query": ["mill built"]}):
+        for with_scores in (True, False):
+            body = {**asked, "topk": 2, "return_scores": with_scores}
+            status, answer = corpus.call("POST", "/retrieve", body)
+            assert (status, answer.keys()) == (200, {"result"})
+            [hits] = answer["result"]
+            assert all((hit.keys() == {"document", "score"}) == with_scores for hit in hits)
+            documents = [hit["document"] for hit in hits] if with_scores else hits
+            assert [make_passage(one["id"], one["contents"]) for one in documents] == [*found]
+
+
+def test_all_forms_of_passages_and_ids_arrive(corpus: Server) -> None:
+    [found] = client(corpus).search_many(["mill mills corley grain"], 100)
+    assert {(one.passage_id, one.title) for one in found} == {
+        ("m", "Halden Mill"), ("7", "Corley"), ("2", "Mills")}  # fmt: skip
+    assert {one.text for one in found} >= {"A town with a mill.", "A mill grinds 中文 grain."}
+
+
+def test_batches_keep_their_order(corpus: Server) -> None:
+    queries = ["town", "nothing of the kind", "grain", "town", " ", "\ud800", "grain"] * 300
+    found = client(corpus).search_many(queries, 1)
+    ids = [tuple(one.passage_id for one in hits) for hits in found]
+    assert ids == [("7",), (), ("2",), ("7",), (), (), ("2",)] * 300
+    # More different queries than one request takes.
+    many = client(corpus).search_many([f"town {number}" for number in range(1500)], 1)
+    assert {hits[0].passage_id for hits in many} == {"7"}
+    assert client(corpus).search_many([], 3) == []
+    # Too many bytes for one request.
+    [*hits] = client(corpus).search_many([f"{n} {'中' * 5_000}" for n in range(50)], 1)
+    assert len(hits) == 50
+
+
+@pytest.mark.parametrize("topk", [101, 10_000])
+def test_what_the_server_refuses_is_reported_once(corpus: Server, topk: int) -> None:
+    before = corpus.http.get(f"{corpus.url}/metrics", timeout=30).text
+    with pytest.raises(ServerError, match=r"/retrieve: .*topk.* \(HTTP 422\)") as caught:
+        client(corpus).search_many(["x"], topk)
+    assert caught.value.status == 422
+    after = corpus.http.get(f"{corpus.url}/metrics", timeout=30).text
+    errors = [
+        sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines()
+            if line.startswith("retrieval_errors_total{")) for text in (before, after)
+    ]  # fmt: skip
+    assert errors[1] - errors[0] == 1 < 1 + len(RETRY_DELAYS)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_questions_are_the_worlds(world: Server, split: str) -> None:
+    choice = SearchChoice(server_url=world.url, entities=ENTITIES, world_seed=SEED)
+    questions, label = open_questions(choice, RetrievalServer(choice), split)
+    expected = World.generate(ENTITIES, SEED).questions(split)
+    assert label == "generated"
+    assert questions.manifest.task_ids == tuple(
+        f"generated-{ENTITIES}-seed{SEED}/{one.id}" for one in expected
+    )
+    for one, got in zip(expected, questions.questions.values(), strict=True):
+        assert (got.question, got.golden_answers) == (one.question, one.golden_answers)
+        assert got.task_type == one.kind
+
+
+def test_other_worlds_and_data_are_refused(world: Server, corpus: Server, folder: Path) -> None:
+    for wrong in ({"entities": 50}, {"world_seed": 6}):
+        with pytest.raises(InvalidSettingError, match=f"{next(iter(wrong))}=.* was asked for"):
+            SearchQAEnv(server_url=world.url, **{"entities": ENTITIES, "world_seed": SEED, **wrong})
+    with pytest.raises(InvalidSettingError, match="generated world"):
+        SearchQAEnv(split="test", data=folder, server_url=world.url)
+    with pytest.raises(DataNotFoundError, match="no generated questions"):
+        SearchQAEnv(data="generated", server_url=corpus.url)
+    assert corpus.call("GET", "/questions/train")[1]["error"]["code"] == "no_questions"
+
+
+def test_tokens(start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOD_SERVER_TOKEN", "sesame")
+    locked = start("--entities", "50", "--token-env", "ATOD_SERVER_TOKEN")
+    monkeypatch.delenv("ATOD_SERVER_TOKEN")
+    with pytest.raises(ServerError, match="token="):
+        client(locked)
+    assert client(locked, token="sesame").has_world
+
+
+def test_question_files_bring_their_own_corpus(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATOD_CACHE", str(tmp_path))
+    env = SearchQAEnv(split="test", data=folder)
+    assert (env.data, env.task_ids) == (str(folder), ("mills_test/1",))
+    observation, _ = env.reset(seed=0)
+    observation, *_, info = env.step(f"search[{observation['instruction']}]")
+    assert "Doc 1 (Title: Halden Mill) Halden Mill was built in 1821." in observation["text"]
+    assert info["retrieved"][0] == "m"
+    assert env.step("answer[1821.]")[1] == 1.0
+    elsewhere = tmp_path / "other.jsonl"
+    elsewhere.write_text('{"id": 1, "contents": "Only\\nthis mill"}', encoding="utf-8")
+    env = SearchQAEnv(split="test", data=folder, corpus=elsewhere)
+    env.reset(seed=0)
+    assert env.step("search[mill]")[0]["text"].count("Doc ") == 1
+    (tmp_path / "broken.jsonl").write_text('{"contents": "x"}\n{', encoding="utf-8")
+    with pytest.raises(ServerError, match=r"(?s)did not start.*broken.jsonl.*line 2"):
+        SearchQAEnv(split="test", data=folder, corpus=tmp_path / "broken.jsonl")
+
+
+def test_a_scripted_searcher_plays_with_one_request_per_turn(world: Server) -> None:
+    settings = {"server_url": world.url, "entities": ENTITIES, "world_seed": SEED}
+    envs = [SearchQAEnv(split="test", task_types="one_hop", **settings) for _ in range(20)]
+    experts = [env.expert() for env in envs]
+    infos: list[Any] = [None] * len(envs)
+    for env, expert, task_id in zip(envs, experts, envs[0].task_ids, strict=False):
+        observation, _ = env.reset(options={"task_id": task_id})
+        expert.reset(observation["instruction"], observation["text"])
+    active = [row for row, env in enumerate(envs) if env._result is not None]
+    rows, requests_made = active, 0
+
+    def searches() -> float:
+        text = world.http.get(f"{world.url}/metrics", timeout=30).text
+        [line] = [one for one in text.splitlines() if one.startswith("retrieval_requests_total ")]
+        return float(line.split()[1])
+
+    before = searches()
+    while active:
+        actions = [experts[row].act(envs[row].observation["text"]) for row in active]
+        requests_made += any(action.startswith("search[") for action in actions)
+        SearchQAEnv.prefetch_steps([envs[row] for row in active], actions)
+        ended = set()
+        for row, action in zip(active, actions, strict=True):
+            _, _, terminated, truncated, infos[row] = envs[row].step(action)
+            if terminated or truncated:
+                ended.add(row)
+        active = [row for row in active if row not in ended]
+    assert searches() - before == requests_made > 0
+    assert len(rows) >= 10
+    assert sum(infos[row]["success"] for row in rows) >= 0.8 * len(rows)

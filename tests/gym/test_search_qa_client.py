@@ -1,0 +1,286 @@
+"""The environment against a retrieval server that can be told to misbehave."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+from fake_retriever import FOREIGN, OURS, FakeRetriever
+from gymnasium.error import ResetNeeded
+
+from atod_gym import http_client
+from atod_gym.envs import search_qa_client
+from atod_gym.envs.search_qa import MAX_QUERY_LENGTH, SearchQAEnv
+from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
+from atod_gym.wrappers import ParseAction
+
+Start = Callable[..., FakeRetriever]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    started: list[FakeRetriever] = []
+
+    def starting(health: dict[str, Any] = FOREIGN) -> FakeRetriever:
+        started.append(FakeRetriever(health))
+        return started[-1]
+
+    yield starting
+    for fake in started:
+        fake.close()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "RETRY_DELAYS", (0.0,) * 4)
+    monkeypatch.setattr(search_qa_client, "RETRY_DELAYS", (0.0, 0.0))
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Thirty questions and no corpus: the servers here have their own."""
+    rows = [{"question": f"Question {n}?", "golden_answers": [f"gold {n}"]} for n in range(30)]
+    path = tmp_path / "capitals_test.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return tmp_path
+
+
+def make(fake: FakeRetriever, folder: Path, **more: Any) -> SearchQAEnv:
+    settings = {"split": "test", "data": folder, "server_url": fake.url, **more}
+    env = gymnasium.make("atod/SearchQA-v0", **settings).unwrapped
+    assert isinstance(env, SearchQAEnv)
+    env.reset(seed=0)
+    return env
+
+
+@pytest.mark.parametrize("with_scores", [True, False])
+@pytest.mark.parametrize("text_key", ["contents", "text"])
+def test_any_dialect_is_understood(
+    start: Start, questions: Path, with_scores: bool, text_key: str
+) -> None:
+    fake = start()
+    fake.with_scores, fake.text_key = with_scores, text_key
+    env = make(fake, questions, topk=2)
+    observation, _, _, _, info = env.step("search[moon]")
+    assert fake.searches() == [{"queries": ["moon"], "topk": 2, "return_scores": True}]
+    assert observation["text"] == (
+        "<information>\nDoc 1 (Title: About moon) Passage 0.\n"
+        "Doc 2 (Title: About moon) Passage 1.\n</information>"
+    )
+    assert info["retrieved"] == (("0", "1") if text_key == "contents" else ("", ""))
+    assert (info["retriever"], info["data"]) == ("unknown", str(questions))
+    text = env.step("search[nothing]")[0]["text"]
+    assert text == "<information>\nNo passage matches this query.\n</information>"
+
+
+def test_more_passages_than_asked_for_are_not_shown(start: Start, questions: Path) -> None:
+    fake = start()
+    env = make(fake, questions, topk=1)
+    fake.mishaps.append({"result": [[{"contents": "a\nb"}, {"contents": "c\nd"}]]})
+    assert env.step("search[x]")[0]["text"].count("Doc ") == 1
+
+
+MISHAPS: list[Any] = [
+    *("hang up", 500, 502, 503),
+    *(b"{", b"", b"[]", {"result": []}, {"result": [[], []]}, {"result": "x"}, {"results": [[]]}),
+    *({"result": [None]}, {"result": [[None]]}, {"result": [["x"]]}, {"result": [[{"id": 1}]]}),
+    *({"result": [[{"document": {"contents": 5}}]]}, {"result": [[{"document": []}]]}),
+]
+
+
+@pytest.mark.parametrize("mishap", MISHAPS, ids=repr)
+def test_a_failed_search_is_repeated_and_then_reported(
+    start: Start, questions: Path, mishap: Any
+) -> None:
+    fake = start()
+    env = make(fake, questions)
+    fake.mishaps.extend([mishap] * 2)
+    observation, *_, info = env.step("search[moon]")
+    assert "About moon" in observation["text"]
+    assert (info["turn_index"], info["searches"]) == (1, 1)
+    assert len(fake.searches()) == 3
+    fake.mishaps.extend([mishap] * 100)
+    with pytest.raises(ServerError) as caught:
+        env.step("search[sun]")
+    assert fake.url in str(caught.value)
+    assert "atod-serve retrieval" in str(caught.value)
+    assert str(caught.value).count("atod-serve") == 1
+    assert len(fake.searches()) in (3, 5)
+    # The turn is not spent, and the same step may be taken again.
+    assert env.observation == observation
+    fake.mishaps.clear()
+    observation, *_, info = env.step("search[sun]")
+    assert "About sun" in observation["text"]
+    assert (info["turn_index"], info["searches"]) == (2, 2)
+
+
+def test_a_slow_server_is_reported(start: Start, questions: Path) -> None:
+    fake = start()
+    env = make(fake, questions, timeout=0.1)
+    fake.mishaps.extend(["slow"] * 100)
+    with pytest.raises(ServerError, match=r"tried 5 times.*atod-serve retrieval"):
+        env.step("search[x]")
+    fake.mishaps.clear()
+    assert env.step("search[x]")[4]["turn_index"] == 1
+
+
+def test_what_is_refused_is_not_repeated(start: Start, questions: Path) -> None:
+    fake = start()
+    env = make(fake, questions)
+    for status in (422, 401):
+        fake.mishaps.append(status)
+        with pytest.raises(ServerError) as caught:
+            env.step("search[x]")
+        assert caught.value.status == status
+        assert len(fake.searches()) == 1
+    assert "ATOD_SERVER_TOKEN" in str(caught.value)
+
+
+def test_a_server_that_is_down_is_reported(questions: Path, start: Start) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(ServerError, match=f"{url}/health.*atod-serve retrieval"):
+            SearchQAEnv(split="test", data=questions, server_url=url)
+    fake = start()
+    env = make(fake, questions)
+    fake.close()
+    with pytest.raises(ServerError, match=f"{fake.url}/retrieve.*atod-serve retrieval"):
+        env.step("search[x]")
+    # Whoever answers there later is asked who he is.
+    with pytest.raises(ServerError, match=f"{fake.url}/health"):
+        env.step("search[x]")
+    assert env.step("answer[gold 1]")[4]["turn_index"] == 1
+
+
+def test_other_servers_are_refused(start: Start, questions: Path) -> None:
+    with pytest.raises(ServerError, match="not a retrieval server but a webshop server"):
+        make(start({"service": "webshop"}), questions)
+    # Health in words of its own tells nothing.
+    assert make(start({"status": "fine"}), questions)._server.retriever == "unknown"
+    assert make(start(OURS), questions)._server.retriever == "bm25"
+
+
+def test_queries_are_made_sendable(start: Start, questions: Path) -> None:
+    fake = start()
+    env = make(fake, questions, max_turns=9)
+    for query, sent in [("a\ud800b", "a?b"), ("ü 🙂\x00", "ü 🙂\x00"), ("a\n b", "a\n b")]:
+        *_, info = env.step(f"search[{query}]")
+        assert [body["queries"] for body in fake.searches()] == [[sent]]
+        assert info["query"] == query
+    assert env.step(f"search[{'x' * MAX_QUERY_LENGTH}]")[4]["is_action_valid"]
+    assert fake.searches()
+    assert not env.step(f"search[{'x' * (MAX_QUERY_LENGTH + 1)}]")[4]["is_action_valid"]
+    assert not fake.searches()
+
+
+def test_the_token_is_sent(start: Start, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = start()
+    make(fake, questions, token="secret").step("search[x]")
+    monkeypatch.setenv("ATOD_SERVER_TOKEN", "other")
+    make(fake, questions).step("search[x]")
+    assert {headers.get("Authorization") for headers in fake.headers} == {
+        "Bearer secret", "Bearer other"}  # fmt: skip
+
+
+def test_a_turn_of_many_environments_is_one_request(
+    start: Start, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, elsewhere = start(), start()
+    envs = [ParseAction(make(fake, questions), "plain") for _ in range(5)]
+    envs += [ParseAction(make(fake, questions, topk=1), "plain")]
+    envs += [ParseAction(make(elsewhere, questions), "plain")]
+    actions = ["search[a]", "SEARCH[ b ]", "answer[x]", "nonsense", "search[a]", "search[a]",
+               "search[c]"]  # fmt: skip
+    fake.searches()
+    SearchQAEnv.prefetch_steps(envs, actions)
+    assert [(body["queries"], body["topk"]) for body in fake.searches()] == [
+        (["a", "b"], 3), (["a"], 1)]  # fmt: skip
+    assert [body["queries"] for body in elsewhere.searches()] == [["c"]]
+    results = [env.step(action) for env, action in zip(envs, actions, strict=True)]
+    assert not fake.searches()
+    assert not elsewhere.searches()
+    for name, row in (("a", 0), ("b", 1), ("a", 4), ("a", 5), ("c", 6)):
+        assert f"About {name}" in results[row][0]["text"]
+    assert [result[4]["searches"] for result in results] == [1, 1, 0, 0, 1, 1, 1]
+    # What was prefetched does not bind anybody, and is forgotten with the turn.
+    rest = [envs[0], envs[1]]
+    SearchQAEnv.prefetch_steps(rest, ["search[d]", "search[e]"])
+    assert "About other" in rest[0].step("search[other]")[0]["text"]
+    assert "About d" in rest[0].step("search[d]")[0]["text"]
+    rest[1].reset()
+    rest[1].step("search[e]")
+    assert [body["queries"] for body in fake.searches()] == [["d", "e"], ["other"], ["d"], ["e"]]
+    monkeypatch.setattr(search_qa_client, "BATCH_LIMIT", 2)
+    many = [make(fake, questions) for _ in range(5)]
+    SearchQAEnv.prefetch_steps(many, [f"search[{n}]" for n in range(5)])
+    assert [body["queries"] for body in fake.searches()] == [["0", "1"], ["2", "3"], ["4"]]
+
+
+def test_prefetching_names_mistakes_and_spends_no_turn(start: Start, questions: Path) -> None:
+    fake = start()
+    env = make(fake, questions)
+    with pytest.raises(InvalidSettingError, match="not 2 for 1"):
+        SearchQAEnv.prefetch_steps([env], ["x", "y"])
+    shop = gymnasium.make("atod/ALFWorld-v0", data="generated", house_size="tiny")
+    with pytest.raises(InvalidSettingError, match="Search-QA"):
+        SearchQAEnv.prefetch_steps([shop], ["x"])
+    fake.mishaps.extend([500] * 3)
+    with pytest.raises(ServerError, match="HTTP 500"):
+        SearchQAEnv.prefetch_steps([env], ["search[a]"])
+    assert env.observation["turn_index"] == 0
+    assert "About a" in env.step("search[a]")[0]["text"]
+    env.step("answer[x]")
+    with pytest.raises(ResetNeeded):
+        SearchQAEnv.prefetch_steps([env], ["search[a]"])
+    SearchQAEnv.prefetch_steps([], [])
+
+
+WORLD = {**OURS, "data": "generated", "entities": 50, "world_seed": 7, "splits": ["dev", "train"]}
+ROW = {"id": "q1", "question": "Who?", "golden_answers": ["A", "B"], "data_source": "one_hop"}
+
+
+def test_the_questions_of_a_generated_world(start: Start) -> None:
+    fake = start(WORLD)
+    fake.questions = {"split": "dev", "questions": [{**ROW, "id": "q2"}, ROW]}
+    settings = {"split": "dev", "server_url": fake.url, "entities": 50, "world_seed": 7}
+    for data in ("auto", "generated"):
+        env = SearchQAEnv(data=data, **settings)
+        assert env.task_ids == ("generated-50-seed7/q1", "generated-50-seed7/q2")
+        assert env.reset(seed=0)[1]["data"] == "generated"
+        assert env.manifest.name == "searchqa/generated-50-seed7"
+    assert env.step("answer[b]")[4]["golden_answers"] == ("A", "B")
+    paths = [path for _, path, _ in fake.requests]
+    assert paths.count("/questions/dev") == 2
+    with pytest.raises(DataNotFoundError, match=r"No split 'test' .* there are: dev, train"):
+        SearchQAEnv(**{**settings, "split": "test"})
+    for name in ("entities", "world_seed"):
+        with pytest.raises(InvalidSettingError, match=rf"{name}=\d+, but {name}=9 was asked for"):
+            SearchQAEnv(**{**settings, name: 9})
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [None, [5], [{}], [{**ROW, "golden_answers": []}], [{**ROW, "golden_answers": "A"}],
+     [{**ROW, "id": 5}]],
+)  # fmt: skip
+def test_questions_that_make_no_sense_are_reported(start: Start, rows: Any) -> None:
+    fake = start(WORLD)
+    fake.questions = {"questions": rows}
+    with pytest.raises(ServerError, match=f"{fake.url}/questions/train answered what makes no"):
+        SearchQAEnv(data="generated", server_url=fake.url, entities=50, world_seed=7)
+
+
+@pytest.mark.usefixtures("no_user_data")
+def test_questions_and_server_must_fit(start: Start, questions: Path) -> None:
+    world, foreign = start(WORLD), start()
+    with pytest.raises(InvalidSettingError, match="generated world, in which the questions"):
+        make(world, questions)
+    for data in ("generated", "auto"):
+        with pytest.raises(DataNotFoundError, match="has no generated questions"):
+            SearchQAEnv(data=data, server_url=foreign.url)
