@@ -55,6 +55,12 @@ class ModelConfig:
     """Expert episodes for the supervised starts of presets."""
     student_epochs: float = 1.0
     teacher_epochs: float = 8.0
+    episodes_per_update: int = 4
+    """Of a supervised start; short episodes need more."""
+    observation_weight: float = 0.3
+    """Weight of a token of the environment in the loss of a supervised start, where one of the
+    expert has 1: to foretell what is said teaches a model from scratch to copy names. The longer
+    the texts are, the less each token should weigh."""
     max_context: int = 2048
     """Longest sequence in tokens; an episode that would outgrow it is truncated."""
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from atod_gym.errors import AtodError
-from atod_gym.parsing import format_action
 from atod_gym.types import Message
 from atod_train.batching import length_buckets, make_batch
 from atod_train.config import RunConfig
@@ -35,12 +34,8 @@ from atod_train.rollout import EnvPool, new_messages, seed_for, tasks_for_step
 from atod_train.tokenizer import build_word_tokenizer
 from atod_train.types import Batch, TokenizedTurn, Trajectory, Turn
 
-_RECIPE = 1
+_RECIPE = 2
 """Raised whenever the way of making demonstrations or starts changes, so that caches expire."""
-
-OBSERVATION_WEIGHT = 0.3
-"""Weight of a token of the environment's text in the loss of a supervised start: to foretell what
-is said teaches a model from scratch to copy names, which the expert's few tokens do not."""
 
 NOISE = 0.2
 """Probability of a random action in place of the expert's, to show how to recover."""
@@ -51,7 +46,6 @@ SUPERVISED_LR = 3e-3
 MUON_RATIO = 6.0
 """Learning rate of Muon as a multiple of AdamW's."""
 
-_EPISODES_PER_UPDATE = 4
 _WARM_UP = 0.05
 
 
@@ -92,7 +86,7 @@ def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Demo
     episodes = []
     with progress(count, "demonstrations") as advance:
         for task_id in tasks_for_step(pool.task_ids, 1, count, seed):
-            episode = _demonstrate_one(env, unwrapped, task_id, pool, noise, rng)
+            episode = _demonstrate_one(env, unwrapped, task_id, noise, rng)
             if episode:
                 episodes.append(episode)
             advance()
@@ -102,7 +96,7 @@ def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Demo
 
 
 def _demonstrate_one(
-    env: Any, unwrapped: Any, task_id: str, pool: EnvPool, noise: float, rng: np.random.Generator
+    env: Any, unwrapped: Any, task_id: str, noise: float, rng: np.random.Generator
 ) -> Demonstration | None:
     messages, info = env.reset(options={"task_id": task_id})
     observation = unwrapped.observation
@@ -119,7 +113,7 @@ def _demonstrate_one(
         chosen = expert.act(observation["text"], choices, action)
         by_expert = not (seen and rng.random() < noise)
         action = chosen if by_expert else seen[int(rng.integers(len(seen)))]
-        completion = format_action(action, pool.config.parse_profile)
+        completion = env.get_wrapper_attr("format")(action)
         turns.append(DemonstrationTurn(new_messages(messages), completion, by_expert))
         messages, _, terminated, truncated, info = env.step(completion)
         ended = terminated or truncated
@@ -167,9 +161,13 @@ def train_on_demonstrations(
     epochs: float,
     lr: float,
     seed: int,
+    episodes_per_update: int = 4,
+    observation_weight: float = 0.3,
     tokens_per_microbatch: int = 16384,
 ) -> list[float]:
-    """Cross-entropy on the expert's turns; warm-up, then cosine decay to a tenth.
+    """Cross-entropy on the expert's turns and, with less weight, on what the environment says.
+
+    The learning rate warms up, then decays to a tenth along a cosine.
 
     Args:
         policy: the model; it is changed.
@@ -177,12 +175,14 @@ def train_on_demonstrations(
         epochs: passes over them; may be a fraction.
         lr: highest learning rate.
         seed: order of episodes.
+        episodes_per_update: trajectories of an optimiser update.
+        observation_weight: weight of a token of the environment; one of the expert's has 1.
         tokens_per_microbatch: padded tokens that go through the model at once.
 
     Returns:
         Mean loss per token of each update, in nats.
     """
-    updates = max(1, round(epochs * len(trajectories) / _EPISODES_PER_UPDATE))
+    updates = max(1, round(epochs * len(trajectories) / episodes_per_update))
     optimizers = _supervised_optimizers(policy, lr)
     losses = []
     numbers = list(range(len(trajectories)))
@@ -195,10 +195,14 @@ def train_on_demonstrations(
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * warm * decay
             chosen = tasks_for_step(
-                [str(i) for i in numbers], update + 1, _EPISODES_PER_UPDATE, seed
+                [str(i) for i in numbers], update + 1, episodes_per_update, seed
             )
             part = [trajectories[int(i)] for i in chosen]
-            losses.append(_supervised_update(policy, part, optimizers, tokens_per_microbatch))
+            losses.append(
+                _supervised_update(
+                    policy, part, optimizers, observation_weight, tokens_per_microbatch
+                )
+            )
             advance(note=f"loss {losses[-1]:.3f}")
     policy.model.eval()
     return losses
@@ -208,10 +212,11 @@ def _supervised_update(
     policy: Policy,
     trajectories: Sequence[Trajectory],
     optimizers: Sequence[torch.optim.Optimizer],
+    observation_weight: float,
     budget: int,
 ) -> float:
     batch = make_batch(trajectories, policy.pad_id)
-    weights = _token_weights(batch, trajectories)
+    weights = _token_weights(batch, trajectories, observation_weight)
     total = 0.0
     policy.model.zero_grad(set_to_none=True)
     for bucket in length_buckets(batch.attention_mask.sum(dim=1), budget):
@@ -248,9 +253,11 @@ def _supervised_optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimi
     return optimizers
 
 
-def _token_weights(batch: Batch, trajectories: Sequence[Trajectory]) -> Tensor:
+def _token_weights(
+    batch: Batch, trajectories: Sequence[Trajectory], observation_weight: float
+) -> Tensor:
     """[S, L] float32: 1 for the expert's tokens, less for the environment's, 0 for noise."""
-    weights = batch.attention_mask * OBSERVATION_WEIGHT
+    weights = batch.attention_mask * observation_weight
     by_expert = [turn.is_action_valid for t in trajectories for turn in t.turns]
     rows = zip(
         batch.sequence_index.tolist(),
@@ -309,6 +316,7 @@ class Starts:
             "prompt": [env.history_window, env.show_admissible, env.parse_profile],
             "data": self._pool.content_hash,
             "demonstrations": [model.demonstrations, NOISE],
+            "updates": [model.episodes_per_update, model.observation_weight],
             "model": [name, epochs, SUPERVISED_LR, seed],
         }
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
@@ -330,6 +338,8 @@ class Starts:
             epochs=epochs,
             lr=SUPERVISED_LR,
             seed=seed,
+            episodes_per_update=model.episodes_per_update,
+            observation_weight=model.observation_weight,
             tokens_per_microbatch=self._config.train.tokens_per_microbatch,
         )
         return policy

@@ -76,4 +76,68 @@ PRESETS: dict[str, Preset] = {
             study=StudyConfig(methods=("atod", "opd", "grpo"), jobs=2),
         ),
     ),
+    "webshop-tiny": Preset(
+        "a generated shop of 100 products, CPU only: start, teacher, ATOD and OPD",
+        RunConfig(
+            env=EnvConfig(
+                id="atod/WebShop-v0",
+                data="generated",
+                options={"products": 100},
+                max_turns=15,
+                eval_splits=("dev", "test"),
+            ),
+            model=ModelConfig(
+                student="mini",
+                teacher="mini",
+                demonstrations=3000,
+                student_epochs=0.8,
+                teacher_epochs=2.0,
+                observation_weight=0.03,
+                max_context=3072,
+            ),
+            algorithm=AlgorithmConfig(anneal_steps=30),
+            train=TrainConfig(
+                steps=60,
+                tasks_per_step=8,
+                group_size=4,
+                minibatches=4,
+                max_completion_tokens=24,
+                lr=3e-4,
+            ),
+            study=StudyConfig(methods=("atod", "opd"), jobs=2),
+        ),
+    ),
+    "searchqa-tiny": Preset(
+        "one-hop questions on a generated world, CPU only: start, teacher, ATOD and OPD",
+        RunConfig(
+            env=EnvConfig(
+                id="atod/SearchQA-v0",
+                data="generated",
+                # So many entities that nobody can learn them by heart: names must be copied.
+                options={"entities": 10000, "topk": 1, "task_types": "one_hop"},
+                max_turns=4,
+                eval_splits=("test",),
+            ),
+            model=ModelConfig(
+                student="tiny",
+                teacher="tiny",
+                demonstrations=12000,
+                student_epochs=1.5,
+                teacher_epochs=2.5,
+                episodes_per_update=16,
+                observation_weight=0.1,
+                max_context=512,
+            ),
+            algorithm=AlgorithmConfig(anneal_steps=30),
+            train=TrainConfig(
+                steps=60,
+                tasks_per_step=16,
+                group_size=4,
+                minibatches=4,
+                max_completion_tokens=12,
+                lr=3e-4,
+            ),
+            study=StudyConfig(methods=("atod", "opd"), jobs=2),
+        ),
+    ),
 }

@@ -102,10 +102,24 @@ def metric_figures(runs: Sequence[RunSummary]) -> list[ReportFigure]:
         _curves_figure(
             "training-success",
             runs,
-            "Success while training",
-            "Share of sampled training trajectories that reach the goal, mean of 5 steps.",
-            "trajectories (%)",
-            [_Line("train_success", "training success", scale=100.0)],
+            "Success and score while training",
+            "Share of sampled training trajectories that reach the goal, and mean of the "
+            "benchmark's own score, which may count what was reached in part; means of 5 steps.",
+            "%",
+            [
+                _Line("train_success", "success", scale=100.0),
+                _Line("train_score", "score", "--", scale=100.0),
+            ],
+            window,
+        ),
+        _curves_figure(
+            "return",
+            runs,
+            "Return while training",
+            "What the algorithm sees: the scaled rewards of a trajectory, penalties included; "
+            "mean of 5 steps.",
+            "mean return",
+            [_Line("return", "return")],
             window,
         ),
         _curves_figure(

@@ -30,9 +30,10 @@ INTEGERS = 100
 NUMBERS_BEYOND = 5
 """A noun seen with the numbers 1 .. n is in the vocabulary with 1 .. n + NUMBERS_BEYOND."""
 
-# Tags such as <think>, things (a word and its number), words (with inner - ' /, as in "t-shirt" and
-# "in/on"; digits allowed, as in product codes), and single marks. Whitespace only separates.
-_PIECE = r"</?[a-z]+>|[a-z]+ \d{1,2}(?!\w)|\w+(?:[-'/]\w+)*|[^\w\s]"
+# Tags such as <think> and marks such as [SEP], things (a word and its number), words (with inner
+# - ' /, as in "t-shirt" and "in/on"; digits allowed, as in product codes), and single marks.
+# Whitespace only separates.
+_PIECE = r"</?[a-z]+>|(?<!\w)\[[a-z]+\]|[a-z]+ \d{1,2}(?!\w)|\w+(?:[-'/]\w+)*|[^\w\s]"
 _THING = re.compile(r"([a-z]+) (\d{1,2})")
 
 # System and user messages look alike; an assistant message is what stands between <assistant> and

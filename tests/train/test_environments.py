@@ -1,0 +1,77 @@
+"""All environments train through the same command and the same code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from atod_gym import ENV_IDS
+from atod_train.config import (
+    AlgorithmConfig,
+    EnvConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from atod_train.metrics import read_evaluations, read_metrics
+from atod_train.study import run_study
+
+# Env id -> settings of a small generated world, a split to evaluate on, and a verb of its actions.
+WORLDS = {
+    "atod/ALFWorld-v0": ({"house_size": "tiny"}, "valid_unseen", "go"),
+    "atod/WebShop-v0": ({"products": 30}, "test", "search"),
+    "atod/SearchQA-v0": ({"entities": 60}, "test", "search"),
+}
+
+
+def test_no_environment_is_forgotten() -> None:
+    assert set(WORLDS) == set(ENV_IDS)
+
+
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def test_demonstrations_steps_evaluation_and_report(
+    env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
+    options, split, verb = WORLDS[env_id]
+    config = RunConfig(
+        env=EnvConfig(
+            id=env_id,
+            data="generated",
+            options=options,  # type: ignore[arg-type]
+            max_turns=10,
+            eval_splits=(split,),
+            eval_tasks=4,
+        ),
+        model=ModelConfig(
+            student="micro",
+            teacher="micro",
+            demonstrations=64,
+            student_epochs=2,
+            teacher_epochs=20,
+            max_context=4096,
+        ),
+        algorithm=AlgorithmConfig(anneal_steps=2),
+        train=TrainConfig(
+            steps=2,
+            tasks_per_step=2,
+            group_size=2,
+            minibatches=1,
+            max_completion_tokens=16,
+            eval_every=2,
+            threads=1,
+        ),
+    )
+    report = run_study(config, tmp_path / "study")
+    assert "Valid actions per episode" in report.read_text(encoding="utf-8")
+    [run_folder] = [path.parent for path in (tmp_path / "study").glob("*/metrics.jsonl")]
+    steps = read_metrics(run_folder)
+    assert [step["step"] for step in steps] == [1, 2]
+    assert all(0 < step["turns"] <= 10 and 0 <= step["train_score"] <= 1 for step in steps)
+    evaluations = read_evaluations(run_folder)
+    assert {evaluation.result.split for evaluation in evaluations} == {split}
+    assert {evaluation.result.data for evaluation in evaluations} == {"generated"}
+    # Whoever has seen some dozens of demonstrations knows at least how to begin.
+    used = [evaluation.result.actions_per_episode() for evaluation in evaluations]
+    assert any(verb in actions for actions in used)
