@@ -14,7 +14,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,8 @@ class IndexBuilder:
         self._temporary.cleanup()
 
     def _start_segment(self) -> None:
-        self._numbers: defaultdict[str, int] = defaultdict()
         # A new term gets the next number.
-        self._numbers.default_factory = self._numbers.__len__
+        self._numbers: defaultdict[str, int] = defaultdict(count().__next__)
         self._tokens = array("i")
         self._first = len(self._lengths)
 
