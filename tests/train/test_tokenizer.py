@@ -53,6 +53,12 @@ def test_decoding_gives_a_command_back(tokenizer: PreTrainedTokenizerFast, comma
     assert tokenizer.decode(tokenizer.encode(command, add_special_tokens=False)) == command
 
 
+def test_a_mark_in_brackets_is_one_token_and_an_argument_is_not() -> None:
+    tokenizer = build_word_tokenizer(["Search [SEP] red click[red]"])
+    assert encode(tokenizer, "Search [SEP] red") == ["search", "[sep]", "red"]
+    assert encode(tokenizer, "click[red]") == ["click", "[", "red", "]"]
+
+
 def test_vocabulary_depends_on_counts_alone() -> None:
     forward, backward = build_word_tokenizer(TEXTS), build_word_tokenizer(reversed(TEXTS))
     assert forward.get_vocab() == backward.get_vocab()
