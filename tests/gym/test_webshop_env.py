@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ResetNeeded
@@ -27,7 +26,6 @@ from atod_gym.errors import (
     DataNotFoundError,
     InvalidSettingError,
     ServerError,
-    TaskNotFoundError,
 )
 from atod_gym.types import RewardDetails, TurnObservation, WebShopInfo
 from atod_gym.wrappers import ParseAction, agent_env
@@ -75,12 +73,6 @@ def solved() -> tuple[str, list[str]]:
 def test_every_check_passes(more: dict[str, Any]) -> None:
     assert gymnasium.spec("atod/WebShop-v0").max_episode_steps is None
     check_env(make(**more))
-
-
-def test_the_module_prefix_needs_no_import() -> None:
-    env = gymnasium.make("atod_gym:atod/WebShop-v0", data="generated")
-    assert env.reset(seed=0)[1]["data"] == "generated"
-    env.close()
 
 
 def test_the_right_purchase_wins_on_its_last_turn(solved: tuple[str, list[str]]) -> None:
@@ -148,29 +140,6 @@ def test_buying_on_the_last_turn_is_no_truncation(solved: tuple[str, list[str]])
         env.step(actions[-1])
 
 
-def test_the_turn_limit_truncates_once_and_reports_the_episode() -> None:
-    env = make(max_turns=3)
-    env.reset(seed=0)
-    results = [env.step("search[red shoes]") for _ in range(3)]
-    assert [result[3] for result in results] == [False, False, True]
-    assert [result[2] for result in results] == [False] * 3
-    assert results[-1][4]["episode"]["l"] == 3
-    assert results[-1][0] in env.observation_space
-
-
-def test_seeds_and_task_ids_choose_the_task() -> None:
-    env, other = make(), make()
-    assert env.task_ids == env.manifest.task_ids == tuple(sorted(env.task_ids))
-    first = [env.reset(seed=5)[1]["task_id"], *(env.reset()[1]["task_id"] for _ in range(5))]
-    second = [other.reset(seed=5)[1]["task_id"], *(other.reset()[1]["task_id"] for _ in range(5))]
-    assert first == second
-    assert len(set(first)) > 1
-    picked = [env.reset(seed=5, options={"task_id": env.task_ids[7]}) for _ in range(2)]
-    assert picked[0] == picked[1]
-    # Naming the task draws nothing, so the seeded sequence starts behind it.
-    assert env.reset()[1]["task_id"] == first[0]
-
-
 def test_splits_are_disjoint_and_follow_the_rule() -> None:
     rules = {"original": ("train", "dev", "test"), "verl-agent": ("train", "val")}
     alls = []
@@ -210,29 +179,6 @@ def test_wrong_settings_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         WebShopEnv(**{"data": "generated", **changes})
-
-
-def test_wrong_calls_are_named() -> None:
-    env = make()
-    for call in (lambda: env.step("x"), lambda: env.observation):
-        with pytest.raises(ResetNeeded, match="reset"):
-            call()
-    task_id = env.task_ids[0]
-    with pytest.raises(TaskNotFoundError, match=f"Did you mean .*{task_id[:-1]}"):
-        env.reset(options={"task_id": task_id.replace("generated", "genreated")})
-    with pytest.raises(TaskNotFoundError, match=f"An example: {task_id}"):
-        env.reset(options={"task_id": "🙂"})
-    with pytest.raises(TaskNotFoundError):
-        env.reset(options={"task_id": 3})
-    with pytest.raises(TaskNotFoundError):
-        env.reset(options={"task_id": make(split="test").task_ids[0]})
-    with pytest.raises(InvalidSettingError, match=r"'task'.*'task_id'"):
-        env.reset(options={"task": task_id})
-    env.reset(seed=0)
-    for action in (None, b"search[x]", 3, ["search[x]"]):
-        with pytest.raises(TypeError, match=f"str.*not {type(action).__name__}"):
-            env.step(action)  # type: ignore[arg-type]
-    assert env.step("search[x]")[4]["turn_index"] == 1
 
 
 ABUSE = [
@@ -319,26 +265,6 @@ def test_the_generated_shop_has_the_size_asked_for() -> None:
             make(products=wrong)
 
 
-def test_rendering_shows_the_last_action() -> None:
-    env = make(render_mode="ansi")
-    with pytest.raises(ResetNeeded):
-        env.render()
-    text = env.reset(seed=0)[0]["text"]
-    assert env.render() == f"{text}\n"
-    text = env.step("search[shoes]")[0]["text"]
-    assert env.render() == f"> search[shoes]\n\n{text}\n"
-
-
-def test_closing_twice_and_playing_on_after_a_reset() -> None:
-    env = make()
-    env.reset(seed=0)
-    env.close()
-    env.close()
-    with pytest.raises(ResetNeeded):
-        env.step("search[x]")
-    assert env.reset(seed=0)[1]["turn_index"] == 0
-
-
 def test_the_spec_survives_json_and_the_environment_pickles() -> None:
     env = gymnasium.make("atod/WebShop-v0", data="generated", max_turns=7, text_style="text_rich")
     assert env.spec is not None
@@ -407,15 +333,6 @@ def test_purchases_in_vector_environments(solved: tuple[str, list[str]]) -> None
     assert infos["reward_details"]["reward"].tolist() == [1.0, 0.0]
     assert infos["_reward_details"].tolist() == [True, False]
     envs.close()
-
-
-def test_gymnasium_statistics_fit_beside_ours() -> None:
-    env = gymnasium.wrappers.RecordEpisodeStatistics(make(max_turns=1), stats_key="statistics")
-    env.reset(seed=0)
-    info = env.step("search[x]")[4]
-    assert (info["statistics"]["r"], info["statistics"]["l"]) == (0.0, 1)
-    assert info["episode"].keys() == info["statistics"].keys()
-    assert np.isfinite(info["episode"]["t"])
 
 
 def test_agents_and_published_parsing() -> None:
