@@ -259,6 +259,18 @@ def metrics_text(metrics: Iterable[Metric]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def counter(name: str, text: str, value: float) -> Metric:
+    """A counter without labels."""
+    return Metric(name, "counter", text, (("", value),))
+
+
+def metrics_response(metrics: Iterable[Metric]) -> Response:
+    """The metrics of a service, and its resident memory, for GET /metrics."""
+    resident = (("", resident_bytes()),)
+    memory = Metric("process_resident_memory_bytes", "gauge", "Resident memory.", resident)
+    return Response(metrics_text([*metrics, memory]), media_type="text/plain; version=0.0.4")
+
+
 def resident_bytes() -> int:
     """The resident memory of this process in bytes; where there is no /proc, its peak."""
     try:

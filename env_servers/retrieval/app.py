@@ -25,13 +25,12 @@ from env_servers.retrieval.world import World
 from env_servers.service import (
     ErrorResponder,
     JsonResponse,
-    Metric,
     ServiceError,
     build_application,
-    metrics_text,
+    counter,
+    metrics_response,
     program_version,
     read_json,
-    resident_bytes,
 )
 
 QUICK_SECONDS = 0.002
@@ -152,23 +151,14 @@ class RetrievalApi:
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics: counters in the Prometheus text format."""
-
-        def counter(name: str, text: str, value: float) -> Metric:
-            return Metric(name, "counter", text, (("", value),))
-
-        text = metrics_text(
+        return metrics_response(
             [
                 counter("retrieval_requests_total", "Searches answered.", self._requests),
                 counter("retrieval_queries_total", "Queries in them.", self._queries),
                 counter("retrieval_search_seconds_total", "Spent on them.", self._search_seconds),
                 self._errors.metric("retrieval_errors_total"),
-                Metric(
-                    "process_resident_memory_bytes", "gauge", "Resident memory.",
-                    (("", resident_bytes()),),
-                ),
             ]
-        )  # fmt: skip
-        return Response(text, media_type="text/plain; version=0.0.4")
+        )
 
 
 def _encoded_questions(world: World, split: str) -> bytes:

@@ -20,10 +20,10 @@ from env_servers.service import (
     Metric,
     ServiceError,
     build_application,
-    metrics_text,
+    counter,
+    metrics_response,
     program_version,
     read_json,
-    resident_bytes,
     well_formed,
 )
 from env_servers.webshop.sessions import SessionState, SessionStore, StepResult
@@ -114,10 +114,7 @@ class ShopApi:
         """GET /metrics: counters in the Prometheus text format."""
         figures = self._store.figures()
 
-        def counter(name: str, text: str, value: float) -> Metric:
-            return Metric(name, "counter", text, (("", value),))
-
-        text = metrics_text(
+        return metrics_response(
             [
                 Metric("webshop_sessions", "gauge", "Live sessions.", (("", figures.live),)),
                 counter("webshop_sessions_created_total", "Sessions created.", figures.created),
@@ -126,13 +123,8 @@ class ShopApi:
                 counter("webshop_steps_total", "Steps played.", figures.steps),
                 counter("webshop_step_seconds_total", "Seconds of steps.", figures.step_seconds),
                 self._errors.metric("webshop_errors_total"),
-                Metric(
-                    "process_resident_memory_bytes", "gauge", "Resident memory.",
-                    (("", resident_bytes()),),
-                ),
             ]
-        )  # fmt: skip
-        return Response(text, media_type="text/plain; version=0.0.4")
+        )
 
     async def tasks(self, request: Request) -> Response:
         """GET /tasks/{split}: the manifest of a split."""
