@@ -57,6 +57,9 @@ class ModelConfig:
     teacher_epochs: float = 8.0
     episodes_per_update: int = 4
     """Of a supervised start; short episodes need more."""
+    supervised_lr: tuple[float, float] = (3e-3, 1.8e-2)
+    """Highest learning rates of a supervised start: of embeddings and norms (AdamW), and of the
+    matrices inside the layers (Muon)."""
     observation_weight: float = 0.3
     """Weight of a token of the environment in the loss of a supervised start, where one of the
     expert has 1: to foretell what is said teaches a model from scratch to copy names. The longer

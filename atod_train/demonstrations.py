@@ -40,12 +40,6 @@ _RECIPE = 2
 NOISE = 0.2
 """Probability of a random action in place of the expert's, to show how to recover."""
 
-SUPERVISED_LR = 3e-3
-"""Highest learning rate of AdamW in a supervised start."""
-
-MUON_RATIO = 6.0
-"""Learning rate of Muon as a multiple of AdamW's."""
-
 _WARM_UP = 0.05
 
 
@@ -159,7 +153,7 @@ def train_on_demonstrations(
     trajectories: Sequence[Trajectory],
     *,
     epochs: float,
-    lr: float,
+    lr: tuple[float, float],
     seed: int,
     episodes_per_update: int = 4,
     observation_weight: float = 0.3,
@@ -173,7 +167,7 @@ def train_on_demonstrations(
         policy: the model; it is changed.
         trajectories: from `tokenize`.
         epochs: passes over them; may be a fraction.
-        lr: highest learning rate.
+        lr: highest learning rates of AdamW and of Muon.
         seed: order of episodes.
         episodes_per_update: trajectories of an optimiser update.
         observation_weight: weight of a token of the environment; one of the expert's has 1.
@@ -236,7 +230,7 @@ def _supervised_update(
     return total
 
 
-def _supervised_optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimizer]:
+def _supervised_optimizers(policy: Policy, lr: tuple[float, float]) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
@@ -244,8 +238,8 @@ def _supervised_optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimi
         is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
         (matrices if is_matrix else others).append(parameter)
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=MUON_RATIO * lr, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=lr[1], weight_decay=0.01),
+        torch.optim.AdamW(others, lr=lr[0], betas=(0.9, 0.95), weight_decay=0.01),
     ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -317,7 +311,7 @@ class Starts:
             "data": self._pool.content_hash,
             "demonstrations": [model.demonstrations, NOISE],
             "updates": [model.episodes_per_update, model.observation_weight],
-            "model": [name, epochs, SUPERVISED_LR, seed],
+            "model": [name, epochs, model.supervised_lr, seed],
         }
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         return f"{name}-{digest[:20]}"
@@ -336,7 +330,7 @@ class Starts:
             policy,
             trajectories,
             epochs=epochs,
-            lr=SUPERVISED_LR,
+            lr=model.supervised_lr,
             seed=seed,
             episodes_per_update=model.episodes_per_update,
             observation_weight=model.observation_weight,

@@ -61,7 +61,7 @@ def policies(pool: EnvPool) -> tuple[Policy, Policy]:
     made = []
     for seed, epochs in ((1, 14.0), (0, 24.0)):
         policy = build_policy(SHAPE, tokenizer, seed)
-        train_on_demonstrations(policy, trajectories, epochs=epochs, lr=3e-3, seed=seed)
+        train_on_demonstrations(policy, trajectories, epochs=epochs, lr=(3e-3, 1.8e-2), seed=seed)
         made.append(policy)
     return made[0], made[1]
 
@@ -121,7 +121,7 @@ def echo_policies(echo_pool: EnvPool) -> tuple[Policy, Policy]:
     trajectories = [tokenize(episode, DialogueEncoder(tokenizer)) for episode in episodes]
     student, teacher = (build_policy(shape, tokenizer, seed=1) for _ in range(2))
     for policy, epochs in ((student, 8.0), (teacher, 11.0)):
-        train_on_demonstrations(policy, trajectories, epochs=epochs, lr=3e-3, seed=1)
+        train_on_demonstrations(policy, trajectories, epochs=epochs, lr=(3e-3, 1.8e-2), seed=1)
     return student, teacher
 
 

@@ -148,7 +148,7 @@ def test_a_small_model_learns_from_demonstrations() -> None:
     dialogue = DialogueEncoder(tokenizer)
     policy = build_policy(SHAPE, tokenizer, seed=0)
     trajectories = [tokenize(episode, dialogue) for episode in episodes]
-    losses = train_on_demonstrations(policy, trajectories, epochs=10, lr=3e-3, seed=0)
+    losses = train_on_demonstrations(policy, trajectories, epochs=10, lr=(3e-3, 1.8e-2), seed=0)
     assert len(losses) == 120
     assert losses[0] > 4.5
     assert losses[-1] < 0.5 * losses[0]
