@@ -13,6 +13,7 @@ WeightVariant = Literal[
 Aggregation = Literal["token-mean", "trajectory-mean"]
 PromptStyle = Literal["chat", "window"]
 ParseProfile = Literal["plain", "tags", "compat"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,20 @@ class ModelConfig:
     """Student, teacher and their supervised starts."""
 
     student: str = "tiny"
-    """A preset (tiny, small) trained from scratch on demonstrations, or a path to a saved model."""
+    """A preset (mini, tiny, small) trained from scratch on demonstrations; or a folder or hub name
+    of a causal language model; or smollm2, whose weights are a Python package."""
     teacher: str = "small"
+    device: str = "auto"
+    """A torch device; auto: a GPU if there is one."""
+    dtype: Precision = "auto"
+    """Of the weights. auto: float32; on a GPU the layers run in bfloat16, and the teacher's weights
+    are bfloat16."""
+    lora_rank: int = 0
+    """Train adapters of this rank beside the student's linear layers; 0: train all weights."""
+    lora_alpha: int = 32
+    """Scale of the adapters: alpha / rank."""
+    gradient_checkpointing: bool = False
+    """Compute the student's layers again in the backward pass: less memory, a third more time."""
     demonstrations: int = 1000
     """Expert episodes for the supervised starts of presets."""
     student_epochs: float = 1.0

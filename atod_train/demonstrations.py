@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ from atod_train.batching import length_buckets, make_batch
 from atod_train.config import RunConfig
 from atod_train.dialogue import DialogueEncoder
 from atod_train.metrics import EvaluatedModel
-from atod_train.policy import MODEL_SHAPES, Policy, build_policy, load_policy
+from atod_train.policy import MODEL_SHAPES, Policy, build_policy
+from atod_train.pretrained import LoadOptions, cache_folder, load_policy, pick_device
 from atod_train.progress import progress
 from atod_train.rollout import EnvPool, new_messages, seed_for, tasks_for_step
 from atod_train.tokenizer import build_word_tokenizer
@@ -268,11 +268,6 @@ def _token_weights(
 # -- cached models -------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where models made from demonstrations are kept: $ATOD_CACHE, else ~/.cache/atod."""
-    return Path(os.environ.get("ATOD_CACHE") or Path.home() / ".cache" / "atod") / "models"
-
-
 class Starts:
     """Makes the supervised student and teacher of a run, or takes them from the cache.
 
@@ -296,11 +291,25 @@ class Starts:
         if self._config.train.threads:
             torch.set_num_threads(self._config.train.threads)
         if name not in MODEL_SHAPES:
-            return load_policy(name, name=role)
+            return load_policy(name, self._options(role), name=f"{role} ({Path(name).name})")
         path = cache_folder() / self._key(name, epochs, seed)
         if not (path / "config.json").is_file():
             self._make(name, epochs, seed, role).save(path)
-        return load_policy(path, name=f"{role} ({name})")
+        return load_policy(path, self._options(role), name=f"{role} ({name})")
+
+    def _options(self, role: EvaluatedModel) -> LoadOptions:
+        model = self._config.model
+        if role == "student":
+            return LoadOptions(
+                device=model.device,
+                dtype=model.dtype,
+                lora_rank=model.lora_rank,
+                lora_alpha=model.lora_alpha,
+                gradient_checkpointing=model.gradient_checkpointing,
+            )
+        on_gpu = pick_device(model.device).type == "cuda"
+        frozen = "bfloat16" if model.dtype == "auto" and on_gpu else model.dtype
+        return LoadOptions(device=model.device, dtype=frozen)
 
     def _key(self, name: str, epochs: float, seed: int) -> str:
         env, model = self._config.env, self._config.model

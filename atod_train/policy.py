@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -29,6 +27,7 @@ from transformers import (
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.batching import Minibatch, length_buckets, select_sequences
+from atod_train.lora import merged_weights
 from atod_train.types import Batch
 
 LOGITS_PER_CHUNK = 2**26
@@ -79,6 +78,8 @@ class Policy:
     name: str
     autocast_dtype: torch.dtype | None = None
     """Run the decoder layers in this lower precision (`torch.bfloat16`); None: as stored."""
+    gradient_checkpointing: bool = False
+    """Compute the decoder layers again in the backward pass instead of keeping what they gave."""
 
     @property
     def device(self) -> torch.device:
@@ -161,13 +162,14 @@ class Policy:
             Parts whose rows together are 0..R-1, each row once.
         """
         for part in self._parts(batch, tokens_per_microbatch):
-            with torch.enable_grad():
+            with torch.enable_grad(), self._recomputing():
                 logprobs, entropies = self._score(part.batch, with_entropy=True)
             yield MicroBatch(rows=part.rows, logprobs=logprobs, entropies=entropies)
 
     def save(self, path: str | Path) -> None:
-        """Write model, configuration and tokenizer as a folder that `load_policy` reads.
+        """Write model, configuration and tokenizer as a folder that `from_pretrained` reads.
 
+        Adapters are merged into the weights that they adapt; the policy itself keeps them apart.
         The folder appears under its name only when it is complete; one of that name is replaced.
         """
         target = Path(path)
@@ -176,7 +178,7 @@ class Policy:
         previous = target.with_name(f".{target.name}.previous-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            self.model.save_pretrained(partial)
+            self.model.save_pretrained(partial, state_dict=merged_weights(self.model))
             self.tokenizer.save_pretrained(partial)
             if target.exists():
                 target.rename(previous)
@@ -189,6 +191,15 @@ class Policy:
         weight = self.model.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Lets transformers checkpoint its layers, which it does in training mode only."""
+        self.model.train(self.gradient_checkpointing)
+        try:
+            yield
+        finally:
+            self.model.eval()
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
@@ -293,60 +304,3 @@ def build_policy(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     return Policy(model=model.eval(), tokenizer=tokenizer, name=name or label)
-
-
-def load_policy(
-    path: str | Path,
-    dtype: torch.dtype | str = "float32",
-    *,
-    device: torch.device | str = "cpu",
-    name: str | None = None,
-    autocast_dtype: torch.dtype | None = None,
-) -> Policy:
-    """Load a saved policy, or any causal language model that transformers knows.
-
-    Args:
-        path: Folder written by `Policy.save` or `save_pretrained`, or a model's hub name.
-        dtype: Precision of the weights ("float32", "bfloat16", or a torch dtype).
-        device: Where to put the model.
-        name: Name for reports; by default the last part of the path.
-        autocast_dtype: See `Policy`.
-
-    Raises:
-        AtodError: Nothing to load there, or a model whose logits are more than a linear head on
-            the last hidden states (log-probs would be wrong).
-    """
-    precision = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=precision, attn_implementation="sdpa"
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise AtodError(
-            f"Cannot load a model from {str(path)!r}: {error}. Give a folder that holds "
-            "config.json, model.safetensors and a tokenizer."
-        ) from error
-    policy = Policy(
-        model=torch.nn.Module.to(model, torch.device(device)).eval(),
-        tokenizer=tokenizer,
-        name=name or Path(path).name,
-        autocast_dtype=autocast_dtype,
-    )
-    _check_head(policy)
-    return policy
-
-
-@torch.no_grad()
-def _check_head(policy: Policy) -> None:
-    """Refuse models that scale or cap their logits after the head, or have no plain head."""
-    ids = torch.arange(4, device=policy.device)[None]
-    expected = policy.model(input_ids=ids, use_cache=False).logits.float()
-    found = policy.model.get_output_embeddings()(
-        policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    ).float()
-    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
-        raise AtodError(
-            f"Model {policy.name} changes its logits after the output layer (soft-capping or "
-            "scaling), which completion log-probs do not follow. Use another model."
-        )

@@ -119,7 +119,7 @@ class Trainer:
         self._train_pool, self._eval_pools, self._known = train_pool, eval_pools, known
         self._dialogue = DialogueEncoder(student.tokenizer, config.env.prompt_style)
         self._optimizer = torch.optim.AdamW(
-            student.model.parameters(),
+            [weight for weight in student.model.parameters() if weight.requires_grad],
             lr=config.train.lr,
             weight_decay=_WEIGHT_DECAY,
             foreach=True,
@@ -264,7 +264,7 @@ class Trainer:
         batch = make_batch(trajectories, self.student.pad_id)
         budget = self.config.train.tokens_per_microbatch
         with self._times.phase("update"):
-            old = self.student.completion_logprobs(batch, budget)
+            old = self.student.completion_logprobs(batch, budget).cpu()
         teacher_logprobs = None
         if self.teacher is not None:
             with self._times.phase("teacher"):
@@ -335,6 +335,7 @@ class Trainer:
     ) -> dict[str, float]:
         """One pass over the batch in mini-batches; means of what happened."""
         settings, algorithm = self.config.train, self.config.algorithm
+        device = self.student.device
         order = torch.Generator().manual_seed(seed_for(settings.seed, step, "minibatches"))
         sums: dict[str, float] = {}
         parts = split_minibatches(batch, settings.minibatches, order)
@@ -344,12 +345,12 @@ class Trainer:
             self._optimizer.zero_grad(set_to_none=True)
             for micro in self.student.microbatches(part.batch, settings.tokens_per_microbatch):
                 rows = part.rows[micro.rows]
-                here = mask[micro.rows]
-                scale = normalizer[micro.rows]
+                here = mask[micro.rows].to(device)
+                scale = normalizer[micro.rows].to(device)
                 loss, stats = clipped_policy_loss(
                     micro.logprobs,
-                    old[rows],
-                    advantages.values[rows],
+                    old[rows].to(device),
+                    advantages.values[rows].to(device),
                     here,
                     clip_low=algorithm.clip[0],
                     clip_high=algorithm.clip[1],
@@ -359,7 +360,7 @@ class Trainer:
                 extra = auxiliary_loss(
                     algorithm.method,
                     micro.logprobs,
-                    None if teacher_logprobs is None else teacher_logprobs[rows],
+                    None if teacher_logprobs is None else teacher_logprobs[rows].to(device),
                     here,
                     normalizer=scale,
                 )

@@ -20,7 +20,8 @@ from atod_train.demonstrations import (
 from atod_train.dialogue import DialogueEncoder
 from atod_train.evaluate import evaluate
 from atod_train.metrics import read_metrics
-from atod_train.policy import ModelShape, Policy, build_policy, load_policy
+from atod_train.policy import ModelShape, Policy, build_policy
+from atod_train.pretrained import load_policy
 from atod_train.rollout import EnvPool
 from atod_train.tokenizer import build_word_tokenizer
 from atod_train.trainer import Trainer

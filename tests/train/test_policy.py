@@ -10,7 +10,8 @@ from torch import Tensor
 from atod_gym.errors import AtodError
 from atod_train import policy as policy_module
 from atod_train.batching import make_batch
-from atod_train.policy import ModelShape, Policy, build_policy, load_policy
+from atod_train.policy import ModelShape, Policy, build_policy
+from atod_train.pretrained import LoadOptions, load_policy
 from atod_train.tokenizer import build_word_tokenizer
 from atod_train.types import Batch, TokenizedTurn, Trajectory, Turn
 
@@ -132,7 +133,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert loaded.name == "student"
     assert loaded.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
     assert torch.equal(loaded.completion_logprobs(batch), policy.completion_logprobs(batch))
-    half = load_policy(target, "bfloat16", name="half")
+    half = load_policy(target, LoadOptions(dtype="bfloat16"), name="half")
     assert half.model.dtype == torch.bfloat16
     torch.testing.assert_close(
         half.completion_logprobs(batch), policy.completion_logprobs(batch), rtol=0.05, atol=0.05
@@ -155,7 +156,7 @@ def test_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:
-    with pytest.raises(AtodError, match="Cannot load a model"):
+    with pytest.raises(AtodError, match="Cannot load a causal language model"):
         load_policy(tmp_path / "absent")
 
 

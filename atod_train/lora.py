@@ -1,0 +1,67 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) through peft, placed inside a model.
+
+The model stays of its own class, so that everything else treats it as any other; only the adapters
+are trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from atod_gym.errors import AtodError, MissingExtraError
+
+_BASE, _ADAPTER = ".base_layer.", ".lora_"
+
+
+def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> None:
+    """Freezes a model and puts adapters beside all linear layers of its decoder.
+
+    An adapter adds `alpha / rank * B A x`; B is zero at first, so the model is unchanged.
+
+    Args:
+        model: it is changed in place.
+        rank: rows of A.
+        alpha: scale.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        AtodError: a model without linear layers that peft knows.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise MissingExtraError("Adapters need peft: pip install 'atod[llm]'.") from None
+    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear")
+    try:
+        inject_adapter_in_model(settings, model)
+    except ValueError as error:
+        raise AtodError(f"peft cannot adapt this model: {error}. Use lora_rank=0.") from error
+
+
+def merged_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """The state of a model with its adapters added to the weights they adapt; None without any.
+
+    The model is left as it is: adding and taking away again would change the last bits.
+    """
+    adapted: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
+    }
+    if not adapted:
+        return None
+    weights = {
+        name.replace(_BASE, "."): tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if _ADAPTER not in name
+    }
+    for name, module in adapted.items():
+        weight = weights[f"{name}.weight"]
+        for adapter in module.active_adapters:
+            delta: Tensor = module.get_delta_weight(adapter)
+            weight = weight + delta.detach().to(weight.dtype)
+        weights[f"{name}.weight"] = weight
+    return weights

