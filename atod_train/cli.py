@@ -1,4 +1,4 @@
-"""`atod-train PRESET [--section.setting value ..]`: the trainer's command line."""
+"""`atod-train PRESET [--section.setting value ..]` and `atod-train doctor`: the command line."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a preset; returns the exit code (2: a user's mistake, 130: stopped by Ctrl-C)."""
     # Warnings about hub tokens and parallel tokenizers say nothing to our users.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    chosen = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if chosen[:1] == ["doctor"]:
+            from atod_train import doctor
+
+            return doctor.main(chosen[1:])
         import tyro
     except ImportError as error:
         print(f"atod-train: {_missing(error)}", file=sys.stderr)
         return 2
     configs = {name: (preset.summary, preset.config) for name, preset in PRESETS.items()}
-    chosen = list(sys.argv[1:] if arguments is None else arguments)
     config: RunConfig = tyro.extras.overridable_config_cli(configs, prog="atod-train", args=chosen)
     preset = next((name for name in chosen if name in PRESETS), "run")
     out = Path(config.study.out or Path("runs") / preset)

@@ -286,8 +286,20 @@ def build_policy(
                 "path of a saved model with load_policy."
             )
         shape = MODEL_SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    config = llama_config(shape, vocabulary=len(tokenizer))
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    config._attn_implementation = "sdpa"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    return Policy(model=model.eval(), tokenizer=tokenizer, name=name or label)
+
+
+def llama_config(shape: ModelShape, vocabulary: int) -> LlamaConfig:
+    """The architecture of a decoder that is trained from scratch."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
         hidden_size=shape.width,
         intermediate_size=shape.mlp_width,
         num_hidden_layers=shape.layers,
@@ -296,11 +308,6 @@ def build_policy(
         max_position_embeddings=shape.max_positions,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=None,
+        pad_token_id=None,
     )
-    config._attn_implementation = "sdpa"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    return Policy(model=model.eval(), tokenizer=tokenizer, name=name or label)

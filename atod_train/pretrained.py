@@ -80,7 +80,7 @@ def load_policy(
     options = options or LoadOptions()
     device = pick_device(options.device)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
-    source = _unpacked_smollm2() if str(path) == SMOLLM2 else path
+    source = smollm2_folder() if str(path) == SMOLLM2 else path
     model, tokenizer = _read(str(source), None, dtype)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -170,7 +170,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ATOD_CACHE") or Path.home() / ".cache" / "atod") / "models"
 
 
-def _unpacked_smollm2() -> Path:
+def smollm2_folder() -> Path:
     """The folder of smollm2; made the first time, since reading GGUF takes half a minute."""
     file = _smollm2_file()
     folder = cache_folder() / f"{file.stem}-{file.stat().st_size}"

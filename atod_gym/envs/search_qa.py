@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import gymnasium
 from gymnasium.utils import EzPickle
 
 from atod_gym.data import TaskManifest
-from atod_gym.envs.search_qa_choice import SearchChoice
+from atod_gym.envs.search_qa_choice import SearchChoice, official_folder
 from atod_gym.envs.search_qa_client import connect, open_questions
 from atod_gym.envs.search_qa_questions import Question, chosen_types
 from atod_gym.envs.search_qa_texts import (
@@ -163,6 +164,11 @@ class SearchQAEnv(TurnEnv, EzPickle):
         self._progress = _Progress()
         self._ahead: tuple[str, tuple[Passage, ...]] | None = None
         """A query and what `prefetch_steps` has found for it."""
+
+    @classmethod
+    def official_data(cls) -> Path | None:
+        """The folder that `data="auto"` finds; None: it plays generated worlds."""
+        return official_folder()
 
     @property
     def manifest(self) -> TaskManifest:

@@ -72,11 +72,10 @@ class SearchChoice:
                     "folder with <set>.jsonl or <set>/<part>.jsonl (plain, .gz or .xz)."
                 )
             return found
-        folders = data_folders("searchqa", ("SEARCHQA_DATA",))
-        found = next((place for folder in folders if (place := _place(folder))), None)
+        found = official_folder()
         if found is None and self.data == "official":
             raise DataNotFoundError(
-                f"No question files found (looked in {', '.join(map(str, folders))}). To get "
+                f"No question files found (looked in {', '.join(map(str, _folders()))}). To get "
                 f'some: {HOW_TO_GET_DATA}. data="generated" needs no download.'
             )
         if found is not None and self.data == "official" and not is_official(found):
@@ -143,6 +142,15 @@ class SearchChoice:
                 f'server_url=... To get one: {HOW_TO_GET_DATA}. data="generated" needs none.'
             )
         return found[0].resolve()
+
+
+def official_folder() -> Path | None:
+    """Where question files are found; None: nowhere."""
+    return next((place for folder in _folders() if (place := _place(folder))), None)
+
+
+def _folders() -> tuple[Path, ...]:
+    return data_folders("searchqa", ("SEARCHQA_DATA",))
 
 
 def _place(folder: Path) -> Path | None:

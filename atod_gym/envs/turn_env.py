@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 import gymnasium
@@ -36,7 +37,8 @@ class TurnResult(NamedTuple):
 class TurnEnv(gymnasium.Env[TurnObservation, str], ABC):
     """An episode of turns: an action in, a text out; 1.0 for success, no other reward.
 
-    A subclass has the hooks `manifest`, `task_ids`, `data`, `_task_types`, `_open` and `_play`.
+    A subclass has the hooks `official_data`, `manifest`, `task_ids`, `data`, `_task_types`, `_open`
+    and `_play`.
     It derives from `gymnasium.utils.EzPickle`, too, as its arguments are all that is pickled.
     """
 
@@ -73,6 +75,11 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], ABC):
         self._turn_index = 0
         self._over = False
         self._started = 0.0
+
+    @classmethod
+    @abstractmethod
+    def official_data(cls) -> Path | None:
+        """The folder of official data that `data="auto"` finds; None: it plays generated tasks."""
 
     @property
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import gymnasium
@@ -11,7 +12,7 @@ from gymnasium.utils import EzPickle
 
 from atod_gym.data import TaskManifest
 from atod_gym.envs.turn_env import TurnEnv, TurnResult
-from atod_gym.envs.webshop_choice import ShopChoice
+from atod_gym.envs.webshop_choice import ShopChoice, official_folder
 from atod_gym.envs.webshop_client import ShopTurn
 from atod_gym.envs.webshop_session import ShopSession
 from atod_gym.errors import InvalidSettingError
@@ -124,6 +125,11 @@ class WebShopEnv(TurnEnv, EzPickle):
         self._session = ShopSession(choice, split)
         if not self.task_ids:
             raise InvalidSettingError(f"Split {split!r} of the {self.data} shop has no task.")
+
+    @classmethod
+    def official_data(cls) -> Path | None:
+        """The folder that `data="auto"` finds; None: it plays generated shops."""
+        return official_folder()
 
     @property
     def manifest(self) -> TaskManifest:

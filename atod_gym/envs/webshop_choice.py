@@ -112,13 +112,12 @@ def find_data(data: str) -> str:
     if data == "generated":
         return data
     if data in ("auto", "official"):
-        folders = data_folders("webshop", ("WEBSHOP_DATA",))
-        found = next((place for folder in folders if (place := _place(folder))), None)
+        found = official_folder()
         if found is not None:
             return str(found.resolve())
         if data == "official":
             raise DataNotFoundError(
-                f"No official WebShop data found (looked in {', '.join(map(str, folders))}). To "
+                f"No official WebShop data found (looked in {', '.join(map(str, _folders()))}). To "
                 f'get it: {HOW_TO_GET_DATA}. data="generated" needs no download.'
             )
         announce_once(
@@ -133,6 +132,15 @@ def find_data(data: str) -> str:
             f"{' or '.join(PRODUCT_FILES)} (plain, .gz or .xz) and the items_ins_v2 file beside it."
         )
     return str(found.resolve())
+
+
+def official_folder() -> Path | None:
+    """Where official files are found; None: nowhere."""
+    return next((place for folder in _folders() if (place := _place(folder))), None)
+
+
+def _folders() -> tuple[Path, ...]:
+    return data_folders("webshop", ("WEBSHOP_DATA",))
 
 
 def _place(folder: Path) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from gymnasium.error import ResetNeeded
 from gymnasium.utils import EzPickle
@@ -11,7 +12,7 @@ from gymnasium.utils import EzPickle
 from atod_gym.data import TaskManifest
 from atod_gym.envs.alfworld.engine import EngineState, GameEngine
 from atod_gym.envs.alfworld.expert import ScriptedExpert
-from atod_gym.envs.alfworld.splits import check_task_types, open_tasks
+from atod_gym.envs.alfworld.splits import check_task_types, official_folder, open_tasks
 from atod_gym.envs.turn_env import TurnEnv, TurnResult
 from atod_gym.errors import (
     InvalidGameError,
@@ -107,6 +108,11 @@ class ALFWorldEnv(TurnEnv, EzPickle):
         self._loaded_id = ""
         """The task that the engine plays."""
         self._state: EngineState | None = None
+
+    @classmethod
+    def official_data(cls) -> Path | None:
+        """The folder that `data="auto"` finds; None: it plays generated houses."""
+        return official_folder()
 
     @property
     def manifest(self) -> TaskManifest:

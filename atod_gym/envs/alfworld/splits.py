@@ -135,12 +135,11 @@ def open_tasks(data: str | os.PathLike[str], split: str, house_size: str) -> Tas
     if data == "generated":
         return _open_generated(split, house_size)
     if data in ("auto", "official"):
-        folders = data_folders("alfworld", ("ALFWORLD_DATA",))
-        root = next((found for folder in folders if (found := find_root(folder))), None)
+        root = official_folder()
         if root is not None:
             return _open_files(root, split, "official")
         if data == "official":
-            searched = ", ".join(map(str, folders))
+            searched = ", ".join(map(str, _data_folders()))
             raise DataNotFoundError(
                 f"No official ALFWorld data found (looked in {searched}). To get it: "
                 f'{HOW_TO_GET_DATA}. data="generated" needs no download.'
@@ -158,6 +157,15 @@ def open_tasks(data: str | os.PathLike[str], split: str, house_size: str) -> Tas
             f"{OFFICIAL_FOLDER} itself will do)."
         )
     return _open_files(root, split, os.fspath(data))
+
+
+def official_folder() -> Path | None:
+    """Where the official games are found; None: nowhere."""
+    return next((found for folder in _data_folders() if (found := find_root(folder))), None)
+
+
+def _data_folders() -> tuple[Path, ...]:
+    return data_folders("alfworld", ("ALFWORLD_DATA",))
 
 
 def find_root(folder: Path) -> Path | None:

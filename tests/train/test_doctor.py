@@ -1,0 +1,80 @@
+"""`atod-train doctor` on machines that are well and on ones that are not."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from atod_gym.server_process import shared_server
+from atod_train import doctor
+from atod_train.cli import main
+from atod_train.policy import LOGITS_PER_CHUNK, build_policy
+from atod_train.tokenizer import build_word_tokenizer
+
+
+def test_a_machine_that_is_well(capsys: pytest.CaptureFixture[str], no_user_data: None) -> None:
+    assert main(["doctor", "--student", "micro", "--teacher", "micro"]) == 0
+    said = capsys.readouterr().out
+    assert "ok       atod[train] is complete" in said
+    assert "atod/WebShop-v0: no official data found, plays generated tasks" in said
+    assert "student micro, teacher micro: about" in said
+
+
+def test_data_that_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "webshop").mkdir()
+    (tmp_path / "webshop" / "items_shuffle_1000.json").write_text("[]")
+    (tmp_path / "json_2.1.1" / "train").mkdir(parents=True)
+    (tmp_path / "nq").mkdir()
+    (tmp_path / "nq" / "test.jsonl").write_text("{}\n")
+    monkeypatch.setenv("ATOD_DATA", str(tmp_path))
+    assert [finding.kind for finding in doctor.data_sets()] == ["ok", "ok", "ok"]
+
+
+def test_servers(capsys: pytest.CaptureFixture[str]) -> None:
+    url = shared_server("webshop", ("--data", "generated", "--products", "20")).url
+    assert doctor.reach(url) == doctor.Finding("ok", f"{url}: webshop")
+    assert main(["doctor", "--server", "http://127.0.0.1:9"]) == 1
+    assert "http://127.0.0.1:9/health does not answer" in capsys.readouterr().out
+    assert "answers 404" in doctor.reach(f"{url}/nothing").text
+
+
+def test_versions_that_clash_and_packages_that_are_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "peft":
+            raise metadata.PackageNotFoundError(name)
+        return "1.0" if name == "transformers" else real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = {finding.text.split()[0]: finding for finding in doctor.packages()}
+    assert "transformers 1.0 (needs >=5.0)" in found["atod[train]:"].text
+    assert found["atod[train]:"].kind == "problem"
+    assert "lacks peft" in found["atod[llm]"].text
+
+
+def test_memory_is_that_of_the_shapes(tmp_path: Path) -> None:
+    policy = build_policy("micro", build_word_tokenizer(["go to desk 1"]), 0)
+    policy.save(tmp_path / "model")
+    count = sum(weight.numel() for weight in policy.model.parameters())
+    path = str(tmp_path / "model")
+    found = doctor.estimate(path, path, lora_rank=0, episodes=10, max_context=100, on_gpu=True)
+    # One layer of width 32: a key and a value for every token of every episode, 2 bytes each.
+    assert found == doctor.Memory(
+        16 * count, 2 * count, 2 * 2 * 32 * 100 * 10, 12 * LOGITS_PER_CHUNK
+    )
+    assert found.total == found.student + found.teacher + found.cache + found.logits
+    adapted = doctor.estimate(path, path, lora_rank=2, episodes=10, max_context=100, on_gpu=True)
+    adapters = 2 * (4 * (32 + 32) + 3 * (32 + 64))
+    assert adapted.student == 4 * (count + adapters) + 12 * adapters
+
+
+def test_too_much_and_nothing_at_all(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["doctor", "--episodes", "100000000"]) == 1
+    assert "Lower --model.max-context" in capsys.readouterr().out
+    assert main(["doctor", "--student", str(tmp_path / "absent")]) == 1
+    assert "Cannot read the shape of model" in capsys.readouterr().out
