@@ -33,6 +33,8 @@ class EnvConfig:
     """Evaluate on the first this many tasks of each split; 0: all of them."""
     prompt_style: PromptStyle = "chat"
     """chat: append-only dialogue, one sequence per trajectory; window: one row per turn."""
+    template_options: dict[str, bool | str] = field(default_factory=dict)
+    """Variables for the chat template of a language model, such as enable_thinking False."""
     history_window: int = 2
     """Turns shown in window style."""
     show_admissible: bool = False

@@ -34,7 +34,7 @@ def evaluate(
     task_ids = pool.task_ids[: config.env.eval_tasks or None]
     generator = Generator(
         policy,
-        DialogueEncoder(policy.tokenizer, config.env.prompt_style),
+        DialogueEncoder(policy.tokenizer, config.env.prompt_style, config.env.template_options),
         temperature=0.0 if mode == "greedy" else SAMPLING_TEMPERATURE,
         max_completion_tokens=config.train.max_completion_tokens,
         max_context=min(config.model.max_context, policy.max_positions),

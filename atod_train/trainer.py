@@ -117,7 +117,9 @@ class Trainer:
             budget = config.train.tokens_per_microbatch
             self.teacher = LocalTeacher(teacher, student, tokens_per_microbatch=budget)
         self._train_pool, self._eval_pools, self._known = train_pool, eval_pools, known
-        self._dialogue = DialogueEncoder(student.tokenizer, config.env.prompt_style)
+        self._dialogue = DialogueEncoder(
+            student.tokenizer, config.env.prompt_style, config.env.template_options
+        )
         self._optimizer = torch.optim.AdamW(
             [weight for weight in student.model.parameters() if weight.requires_grad],
             lr=config.train.lr,

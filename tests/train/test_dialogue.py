@@ -85,6 +85,29 @@ def test_thought_of_the_generation_prompt_stays() -> None:
     )
 
 
+def test_thoughts_that_a_template_strips_stay_where_they_were_sampled() -> None:
+    stripping = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
+    encoder = DialogueEncoder(make_tokenizer(stripping))
+    reply = "<think> desk </think> take mug 1"
+    fed = [*encoder.first([MUG]), *encoder.completion(reply), *encoder.continuation([DESK], "stop")]
+    assert "<think> desk </think>" in tokens(encoder, fed)
+    rendered = encoder.first([MUG, Message("assistant", reply), DESK])
+    assert "<think>" not in tokens(encoder, rendered)
+
+
+def test_thinking_can_be_switched_off_while_the_prompt_asks_for_it() -> None:
+    # As in published runs: the model finds its thought closed and is asked for one all the same.
+    asking = Message("user", f"{MUG.content} <think> </think>")
+    thinking = DialogueEncoder(make_tokenizer(LAST_THOUGHT))
+    closed = DialogueEncoder(
+        make_tokenizer(LAST_THOUGHT), template_options={"enable_thinking": False}
+    )
+    assert tokens(thinking, thinking.first([asking])).endswith("<|im_start|> assistant")
+    assert tokens(closed, closed.first([asking])).endswith(
+        "<|im_start|> assistant <think> </think>"
+    )
+
+
 def test_window_style_has_no_continuation() -> None:
     encoder = DialogueEncoder(make_tokenizer(NUMBERED), "window")
     assert tokens(encoder, encoder.first([MUG])).startswith("<|im_start|> user 1 you see")
