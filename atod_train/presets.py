@@ -33,6 +33,7 @@ PRESETS: dict[str, Preset] = {
                 eval_splits=("valid_seen", "valid_unseen"),
             ),
             model=ModelConfig(
+                device="cpu",
                 student="mini",
                 teacher="mini",
                 demonstrations=3000,
@@ -58,6 +59,7 @@ PRESETS: dict[str, Preset] = {
         RunConfig(
             env=EnvConfig(data="official", max_turns=30),
             model=ModelConfig(
+                device="cpu",
                 student="mini",
                 teacher="tiny",
                 demonstrations=3553,
@@ -87,6 +89,7 @@ PRESETS: dict[str, Preset] = {
                 eval_splits=("dev", "test"),
             ),
             model=ModelConfig(
+                device="cpu",
                 student="mini",
                 teacher="mini",
                 demonstrations=6000,
@@ -122,6 +125,7 @@ PRESETS: dict[str, Preset] = {
                 eval_splits=("test",),
             ),
             model=ModelConfig(
+                device="cpu",
                 student="mini",
                 teacher="mini",
                 demonstrations=20000,
