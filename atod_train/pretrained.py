@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -135,7 +136,7 @@ def _read(path: str, gguf: Path | None, dtype: torch.dtype) -> tuple[Any, PreTra
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **extra
         )
         model, found = loaded
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise AtodError(
             f"Cannot load a causal language model from {path!r}: {error}. Give {where}."
         ) from error

@@ -91,6 +91,13 @@ def test_weights_that_are_not_all_there(saved: Path) -> None:
         load_policy(saved)
 
 
+def test_weights_that_end_early(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(AtodError, match="Cannot load a causal language model"):
+        load_policy(saved)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_an_encoder(tmp_path: Path) -> None:
     tokenizer = build_word_tokenizer(WORDS)
