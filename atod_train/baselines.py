@@ -11,8 +11,14 @@ Every method is A_t = kappa * w * delta_t + rho * A_i with its own coefficients 
     tcod    1         0         1                              `turn_limit`, arXiv:2604.24005
     sdar    0         1         -                              `auxiliary_loss`, arXiv:2605.15155
 
-The trainer calls `compute_advantages`, `needs_teacher`, `turn_limit` and `auxiliary_loss`, and
-never asks which method it runs. Settings of the schedule and of the turn weights act on atod only.
+With opd_signal=exact the teacher's term is the reverse KL over the vocabulary instead of the
+sampled token's log-ratio: `divergence_loss` with the weights kappa * w, beside the policy loss of
+rho * A_i. T-DUR then takes the divergence for d_k; h_k stays the NLL of the student's own samples
+(ours, open).
+
+The trainer calls `compute_advantages`, `needs_teacher`, `has_exact_signal`, `turn_limit` and the
+losses, and never asks which method it runs. Settings of the schedule and of the turn weights act
+on atod only.
 
 Not settled by any source (open): whether A_i is taken over the group's trajectories (the paper) or
 over all its turn rows (the code the paper builds on) is the setting `advantage_over`.
@@ -83,6 +89,8 @@ class Signals:
     """[N] sum of turn rewards."""
     group_index: Tensor
     """[N] integer label of the trajectory's group."""
+    divergences: Tensor | None = None
+    """[R, T] exact reverse KL from the teacher, nats; where given, it stands for -delta_t."""
     turn_penalties: Tensor | None = None
     """[R] what was subtracted from each turn's reward (>= 0); needed for advantage_over="turns",
     because turn_rewards alone do not tell a penalty from a reward."""
@@ -93,11 +101,11 @@ class Advantages:
     """Advantages of a batch and where they come from; all tensors detached."""
 
     values: Tensor
-    """[R, T], 0 on padding; the sum of the two terms."""
+    """[R, T], 0 on padding; the sum of the two terms, or rl_term where divergences were given."""
     opd_term: Tensor
-    """[R, T] the teacher's share of values."""
+    """[R, T] the teacher's term; kappa * w * -divergence where divergences were given."""
     rl_term: Tensor
-    """[R, T] the reward's share of values."""
+    """[R, T] the reward's term."""
     turn_weights: Tensor
     """[R] weight of the teacher's share; token-level variant: mean over the turn's tokens."""
     disagreement: Tensor
@@ -106,6 +114,8 @@ class Advantages:
     """[R] mean NLL of the student's own samples, nats per token."""
     kappa: float
     rho: float
+    divergence_weights: Tensor | None = None
+    """[R, T] kappa * w for `divergence_loss`; None where no divergences were given."""
 
 
 def needs_teacher(method: str) -> bool:
@@ -118,6 +128,21 @@ def needs_teacher(method: str) -> bool:
         known = ", ".join(("atod", *_FIXED_COEFFICIENTS))
         raise ValueError(f"unknown method {method!r}; choose one of {known}")
     return method != "grpo"
+
+
+def has_exact_signal(settings: AlgorithmConfig) -> bool:
+    """Whether the teacher's part is the exact divergence, which the loss takes directly.
+
+    Raises:
+        ValueError: the method takes only sampled tokens (sdar), or opd_top_k is negative.
+    """
+    if settings.opd_signal != "exact" or not needs_teacher(settings.method):
+        return False
+    if settings.method == "sdar":
+        raise ValueError("method sdar compares sampled tokens only; use opd_signal=sampled")
+    if settings.opd_top_k < 0:
+        raise ValueError(f"opd_top_k is {settings.opd_top_k}; choose 0 (all tokens) or more")
+    return True
 
 
 def turn_limit(settings: AlgorithmConfig, step: int, max_turns: int) -> int:
@@ -153,18 +178,29 @@ def compute_advantages(signals: Signals, settings: AlgorithmConfig, step: int) -
     with torch.no_grad():
         log_ratio = sampled_log_ratio(signals.old_logprobs, teacher_logprobs, mask)
         disagreement, uncertainty = turn_statistics(signals.old_logprobs, teacher_logprobs, mask)
+        if signals.divergences is not None:
+            log_ratio = masked(-signals.divergences, mask)
+            disagreement = mean_over_tokens(log_ratio.abs(), mask)
         kappa, rho = _coefficients(settings, step)
         weights = _weights(signals, settings, log_ratio, disagreement, uncertainty)
         reward_part = _row_advantages(signals, settings).to(log_ratio.dtype)
+        rl_term = atod_advantages(log_ratio, weights, reward_part, 0.0, rho, mask)
+        values, divergence_weights = rl_term, None
+        if signals.divergences is None:
+            values = atod_advantages(log_ratio, weights, reward_part, kappa, rho, mask)
+        else:
+            per_token = weights if weights.dim() == 2 else weights[:, None].expand(mask.shape)
+            divergence_weights = kappa * per_token
         return Advantages(
-            values=atod_advantages(log_ratio, weights, reward_part, kappa, rho, mask),
+            values=values,
             opd_term=atod_advantages(log_ratio, weights, reward_part, kappa, 0.0, mask),
-            rl_term=atod_advantages(log_ratio, weights, reward_part, 0.0, rho, mask),
+            rl_term=rl_term,
             turn_weights=weights if weights.dim() == 1 else mean_over_tokens(weights, mask),
             disagreement=disagreement,
             uncertainty=uncertainty,
             kappa=kappa,
             rho=rho,
+            divergence_weights=divergence_weights,
         )
 
 
@@ -192,6 +228,23 @@ def sod_weights(disagreement: Tensor, trajectory_index: Tensor, turn_index: Tens
     at_start = segment_sum(disagreement * is_first, trajectory_index)[trajectory_index]
     weights = ((at_start + SOD_EPS) / (disagreement + SOD_EPS)).clamp(max=SOD_MAX_WEIGHT)
     return weights.masked_fill(is_first, 1.0)
+
+
+def divergence_loss(
+    divergences: Tensor, weights: Tensor, mask: Tensor, normalizer: Tensor
+) -> Tensor:
+    """The teacher's part as a loss of its own: weighted mean of the exact divergences, 0-d.
+
+    Its gradient is that of the sampled-token part kappa * w * delta_t of the policy loss, averaged
+    over what the student could have sampled in each place, before any update.
+
+    Args:
+        divergences: [R, T] KL of the current student from the teacher, differentiable; nats.
+        weights: [R, T] `Advantages.divergence_weights`.
+        mask: [R, T] bool.
+        normalizer: [R] rows of `atod_train.atod.loss_normalizer` over the whole mini-batch.
+    """
+    return aggregate_tokens(weights * divergences, mask, normalizer)
 
 
 def auxiliary_loss(

@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(config: RunConfig, out: Path) -> int:
     import transformers
 
+    from atod_train.processes import is_main_process, leave_processes
     from atod_train.report_data import read_run
     from atod_train.study import run_study
     from atod_train.study_tables import print_tables
@@ -67,6 +68,10 @@ def _run(config: RunConfig, out: Path) -> int:
             file=sys.stderr,
         )
         return 2
+    finally:
+        leave_processes()
+    if not is_main_process():
+        return 0
     runs = [read_run(path.parent) for path in sorted(out.glob("*/config.json"))]
     print_tables(runs, console)
     console.print(f"report: {report}")

@@ -15,6 +15,14 @@ PromptStyle = Literal["chat", "window"]
 ParseProfile = Literal["plain", "tags", "compat"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
+OFFLOAD = "offload"
+"""As `ModelConfig.teacher_device`: in the processor's memory but while it scores."""
+
+
+def is_url(model: str) -> bool:
+    """Whether a model is named by the URL of a server."""
+    return model.startswith(("http://", "https://"))
+
 
 @dataclass(frozen=True)
 class EnvConfig:
@@ -55,8 +63,14 @@ class ModelConfig:
     """A preset (mini, tiny, small) trained from scratch on demonstrations; or a folder or hub name
     of a causal language model; or smollm2, whose weights are a Python package."""
     teacher: str = "small"
+    """As student; or the URL of a server that scores tokens, such as http://10.0.0.2:8000."""
+    teacher_api: Literal["completions", "sglang"] = "completions"
+    """What a teacher's server speaks: vLLM's completions with prompt_logprobs, or SGLang's own."""
     device: str = "auto"
     """A torch device; auto: a GPU if there is one."""
+    teacher_device: str = ""
+    """Empty: that of the student; a torch device; or offload: in the processor's memory, and on
+    the student's device only while it scores."""
     dtype: Precision = "auto"
     """Of the weights. auto: float32; on a GPU the layers run in bfloat16, and the teacher's weights
     are bfloat16."""
@@ -68,13 +82,16 @@ class ModelConfig:
     """Compute the student's layers again in the backward pass: less memory, a third more time."""
     demonstrations: int = 1000
     """Expert episodes for the supervised starts of presets."""
+    show_task: bool = False
+    """Give language models too a supervised start; all their weights are trained in it."""
     student_epochs: float = 1.0
     teacher_epochs: float = 8.0
+    """Passes over the demonstrations; 0: none."""
     episodes_per_update: int = 4
     """Of a supervised start; short episodes need more."""
     supervised_lr: tuple[float, float] = (3e-3, 1.8e-2)
     """Highest learning rates of a supervised start: of embeddings and norms (AdamW), and of the
-    matrices inside the layers (Muon)."""
+    matrices inside the layers (Muon; 0: AdamW trains them too, as language models want it)."""
     observation_weight: float = 0.3
     """Weight of a token of the environment in the loss of a supervised start, where one of the
     expert has 1: to foretell what is said teaches a model from scratch to copy names. The longer
@@ -92,6 +109,11 @@ class AlgorithmConfig:
     """Coefficient of the teacher's part: kappa_init, kappa_min."""
     rho: tuple[float, float] = (1.0, 2.0)
     """Coefficient of the reward's part: rho_init, rho_max."""
+    opd_signal: Literal["sampled", "exact"] = "sampled"
+    """The teacher's part. sampled: log-ratio of the sampled token (the paper); exact: reverse KL of
+    the whole distributions, which takes a local teacher."""
+    opd_top_k: int = 0
+    """opd_signal=exact: compare the student's most likely tokens and the rest as one; 0: all."""
     anneal_steps: int = 80
     shape: Shape = "linear"
     turn_weights: WeightVariant = "soft_or"

@@ -1,44 +1,29 @@
-"""Supervised starts: expert episodes, a tokenizer from their text, and models trained on them.
+"""Expert episodes, and models trained on them.
 
 Any environment whose class has `expert()` can be demonstrated. Episodes contain random actions now
 and then (of those that were admissible at some turn, so not always now), so that a model sees how
 to recover; only the expert's own turns are trained.
-Models are cached by a hash of everything that they depend on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from atod_gym.errors import AtodError
 from atod_gym.types import Message
 from atod_train.batching import length_buckets, make_batch
-from atod_train.config import RunConfig
 from atod_train.dialogue import DialogueEncoder
-from atod_train.metrics import EvaluatedModel
-from atod_train.policy import MODEL_SHAPES, Policy, build_policy
-from atod_train.pretrained import LoadOptions, cache_folder, load_policy, pick_device
+from atod_train.policy import Policy
 from atod_train.progress import progress
 from atod_train.rollout import EnvPool, new_messages, seed_for, tasks_for_step
-from atod_train.tokenizer import build_word_tokenizer
 from atod_train.types import Batch, TokenizedTurn, Trajectory, Turn
-
-_RECIPE = 2
-"""Raised whenever the way of making demonstrations or starts changes, so that caches expire."""
-
-NOISE = 0.2
-"""Probability of a random action in place of the expert's, to show how to recover."""
 
 _WARM_UP = 0.05
 
@@ -167,7 +152,7 @@ def train_on_demonstrations(
         policy: the model; it is changed.
         trajectories: from `tokenize`.
         epochs: passes over them; may be a fraction.
-        lr: highest learning rates of AdamW and of Muon.
+        lr: highest learning rates of AdamW and of Muon; 0 for Muon: AdamW trains all weights.
         seed: order of episodes.
         episodes_per_update: trajectories of an optimiser update.
         observation_weight: weight of a token of the environment; one of the expert's has 1.
@@ -215,13 +200,13 @@ def _supervised_update(
     policy.model.zero_grad(set_to_none=True)
     for bucket in length_buckets(batch.attention_mask.sum(dim=1), budget):
         longest = int(batch.attention_mask[bucket].sum(dim=1).max())
-        ids = batch.input_ids[bucket, :longest]
-        weight = weights[bucket, 1:longest]
+        ids = batch.input_ids[bucket, :longest].to(policy.device)
+        weight = weights[bucket, 1:longest].to(policy.device)
         logits = policy.logits(policy.hidden_states(ids[:, :-1]))
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
         )
-        loss = (losses * weight.flatten()).sum() / weights.sum()
+        loss = (losses * weight.flatten()).sum() / float(weights.sum())
         loss.backward()
         total += float(loss.detach())
     torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
@@ -236,11 +221,12 @@ def _supervised_optimizers(policy: Policy, lr: tuple[float, float]) -> list[torc
     others: list[torch.nn.Parameter] = []
     for name, parameter in policy.model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-        (matrices if is_matrix else others).append(parameter)
+        (matrices if is_matrix and lr[1] else others).append(parameter)
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=lr[1], weight_decay=0.01),
-        torch.optim.AdamW(others, lr=lr[0], betas=(0.9, 0.95), weight_decay=0.01),
+        torch.optim.AdamW(others, lr=lr[0], betas=(0.9, 0.95), weight_decay=0.01)
     ]
+    if matrices:
+        optimizers.insert(0, torch.optim.Muon(matrices, lr=lr[1], weight_decay=0.01))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -263,86 +249,3 @@ def _token_weights(
     for sequence, start, length, trained in rows:
         weights[sequence, start : start + length] = float(trained)
     return weights
-
-
-# -- cached models -------------------------------------------------------------------------------
-
-
-class Starts:
-    """Makes the supervised student and teacher of a run, or takes them from the cache.
-
-    Args:
-        config: the run's settings.
-        pool: environments of the training split.
-    """
-
-    def __init__(self, config: RunConfig, pool: EnvPool) -> None:
-        self._config = config
-        self._pool = pool
-        self._demonstrations: list[Demonstration] | None = None
-
-    def policy(self, role: EvaluatedModel) -> Policy:
-        """The teacher, or the student's start; the same for every method and seed."""
-        model = self._config.model
-        if role == "student":
-            name, epochs, seed = model.student, model.student_epochs, 1
-        else:
-            name, epochs, seed = model.teacher, model.teacher_epochs, 0
-        if self._config.train.threads:
-            torch.set_num_threads(self._config.train.threads)
-        if name not in MODEL_SHAPES:
-            return load_policy(name, self._options(role), name=f"{role} ({Path(name).name})")
-        path = cache_folder() / self._key(name, epochs, seed)
-        if not (path / "config.json").is_file():
-            self._make(name, epochs, seed, role).save(path)
-        return load_policy(path, self._options(role), name=f"{role} ({name})")
-
-    def _options(self, role: EvaluatedModel) -> LoadOptions:
-        model = self._config.model
-        if role == "student":
-            return LoadOptions(
-                device=model.device,
-                dtype=model.dtype,
-                lora_rank=model.lora_rank,
-                lora_alpha=model.lora_alpha,
-                gradient_checkpointing=model.gradient_checkpointing,
-            )
-        on_gpu = pick_device(model.device).type == "cuda"
-        frozen = "bfloat16" if model.dtype == "auto" and on_gpu else model.dtype
-        return LoadOptions(device=model.device, dtype=frozen)
-
-    def _key(self, name: str, epochs: float, seed: int) -> str:
-        env, model = self._config.env, self._config.model
-        depends = {
-            "recipe": _RECIPE,
-            "env": [env.id, sorted(env.options.items()), env.max_turns, env.prompt_style],
-            "prompt": [env.history_window, env.show_admissible, env.parse_profile],
-            "data": self._pool.content_hash,
-            "demonstrations": [model.demonstrations, NOISE],
-            "updates": [model.episodes_per_update, model.observation_weight],
-            "model": [name, epochs, model.supervised_lr, seed],
-        }
-        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-        return f"{name}-{digest[:20]}"
-
-    def _make(self, name: str, epochs: float, seed: int, role: str) -> Policy:
-        model = self._config.model
-        if self._demonstrations is None:
-            self._demonstrations = demonstrate(self._pool, model.demonstrations, NOISE, seed=0)
-        tokenizer: PreTrainedTokenizerBase = build_word_tokenizer(
-            demonstration_texts(self._demonstrations)
-        )
-        dialogue = DialogueEncoder(tokenizer, self._config.env.prompt_style)
-        trajectories = [tokenize(episode, dialogue) for episode in self._demonstrations]
-        policy = build_policy(name, tokenizer, seed, name=f"{role} ({name})")
-        train_on_demonstrations(
-            policy,
-            trajectories,
-            epochs=epochs,
-            lr=model.supervised_lr,
-            seed=seed,
-            episodes_per_update=model.episodes_per_update,
-            observation_weight=model.observation_weight,
-            tokens_per_microbatch=self._config.train.tokens_per_microbatch,
-        )
-        return policy

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from atod_gym import ENV_IDS
 from atod_gym.errors import AtodError
+from atod_train.config import is_url
 from atod_train.lora import add_adapters
 from atod_train.policy import LOGITS_PER_CHUNK, MODEL_SHAPES, llama_config
 from atod_train.pretrained import SMOLLM2, smollm2_folder
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         prog="atod-train doctor", description="What this machine can run, and what is missing."
     )
     parser.add_argument("--student", default="tiny", help="as model.student")
-    parser.add_argument("--teacher", default="small", help="as model.teacher")
+    parser.add_argument("--teacher", default="small", help="as model.teacher; a URL is tried")
     parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument("--episodes", type=int, default=128, help="tasks per step x group size")
     parser.add_argument("--max-context", type=int, default=2048)
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str]) -> int:
         *packages(),
         *data_sets(),
         *(reach(url) for url in chosen.server),
+        *([reach(chosen.teacher)] if is_url(chosen.teacher) else []),
         memory_finding(chosen),
     ]
     for finding in findings:
@@ -172,7 +174,7 @@ def estimate(
 
     Args:
         student: as `ModelConfig.student`.
-        teacher: as `ModelConfig.teacher`.
+        teacher: as `ModelConfig.teacher`; behind a URL it takes no memory here.
         lora_rank: rank of the student's adapters; 0: none.
         episodes: episodes at once.
         max_context: longest episode in tokens.
@@ -181,7 +183,8 @@ def estimate(
     Raises:
         AtodError: no such model.
     """
-    ours, theirs = _shape(student), _shape(teacher)
+    ours = _shape(student)
+    theirs = [] if is_url(teacher) else list(_shape(teacher).parameters())
     if lora_rank:
         add_adapters(ours, lora_rank, 32)
     weights = sum(weight.numel() for weight in ours.parameters())
@@ -193,7 +196,7 @@ def estimate(
     positions = min(max_context, config.max_position_embeddings)
     return Memory(
         student=4 * weights + 12 * trained,
-        teacher=half * sum(weight.numel() for weight in theirs.parameters()),
+        teacher=half * sum(weight.numel() for weight in theirs),
         cache=half * per_token * positions * episodes,
         logits=3 * 4 * LOGITS_PER_CHUNK,
     )

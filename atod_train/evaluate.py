@@ -9,7 +9,9 @@ from atod_train.dialogue import DialogueEncoder
 from atod_train.generation import Generator
 from atod_train.intervals import EvaluationMode, EvaluationResult, TaskResult
 from atod_train.policy import Policy
+from atod_train.processes import Processes
 from atod_train.rollout import EnvPool, collect, seed_for
+from atod_train.types import Trajectory
 
 SAMPLING_TEMPERATURE = 0.4
 """Of the sampled mode, as in the published validation of ALFWorld and WebShop."""
@@ -18,7 +20,11 @@ EPISODES_AT_ONCE = 128
 
 
 def evaluate(
-    policy: Policy, pool: EnvPool, config: RunConfig, mode: EvaluationMode = "greedy"
+    policy: Policy,
+    pool: EnvPool,
+    config: RunConfig,
+    mode: EvaluationMode = "greedy",
+    processes: Processes | None = None,
 ) -> EvaluationResult:
     """Plays every task of the pool's split once, or the first `env.eval_tasks` of them.
 
@@ -27,6 +33,7 @@ def evaluate(
         pool: environments of the split.
         config: prompt style, limits and (for the sampled mode) the seed.
         mode: `greedy`, or `sampled` at `SAMPLING_TEMPERATURE`.
+        processes: share the tasks; each has the same policy.
 
     Returns:
         One result per task, in manifest order.
@@ -40,21 +47,32 @@ def evaluate(
         max_context=min(config.model.max_context, policy.max_positions),
         generator=torch.Generator().manual_seed(seed_for(config.train.seed, 0, "evaluation")),
     )
-    results = []
-    for start in range(0, len(task_ids), EPISODES_AT_ONCE):
-        part = task_ids[start : start + EPISODES_AT_ONCE]
-        groups = collect(pool, generator, part, group_size=1, turn_limit=config.env.max_turns)
-        for group in groups:
-            (record,) = group.trajectories
-            results.append(
-                TaskResult(
-                    task_id=record.task_id,
-                    task_type=record.task_type,
-                    success=record.success,
-                    score=record.score,
-                    turns=len(record.turns),
-                    invalid_turns=sum(not turn.is_action_valid for turn in record.turns),
-                    actions=tuple(sorted(record.verbs.items())),
-                )
-            )
+    processes = processes or Processes()
+    results: list[TaskResult] = []
+    for start in range(0, len(task_ids), EPISODES_AT_ONCE * processes.count):
+        part = task_ids[start : start + EPISODES_AT_ONCE * processes.count]
+        share = processes.share(len(part))
+        groups = collect(
+            pool,
+            generator,
+            part[share.start : share.stop],
+            group_size=1,
+            turn_limit=config.env.max_turns,
+            first_episode=share.start,
+            episodes_in_all=len(part),
+        )
+        own = [_result(record) for group in groups for record in group.trajectories]
+        results += processes.gather(own)
     return EvaluationResult(pool.split, pool.data, mode, tuple(results))
+
+
+def _result(record: Trajectory) -> TaskResult:
+    return TaskResult(
+        task_id=record.task_id,
+        task_type=record.task_type,
+        success=record.success,
+        score=record.score,
+        turns=len(record.turns),
+        invalid_turns=sum(not turn.is_action_valid for turn in record.turns),
+        actions=tuple(sorted(record.verbs.items())),
+    )

@@ -96,11 +96,26 @@ class Generator:
         self._episodes: list[_Episode] = []
         self._cache = self._new_cache(0)
 
-    def start(self, episodes: int) -> None:
-        """Forget everything and begin `episodes` new episodes, the rows 0 .. episodes - 1."""
-        seeds = torch.randint(2**62, (episodes,), generator=self._generator).tolist()
-        self._episodes = [_Episode(slot, seed) for slot, seed in enumerate(seeds)]
+    def start(self, episodes: int, *, before: int = 0, after: int = 0) -> None:
+        """Forget everything and begin `episodes` new episodes, the rows 0 .. episodes - 1.
+
+        Processes that share `before + episodes + after` episodes draw the random streams of all of
+        them and take their own, so that they sample what one process would.
+        """
+        count = before + episodes + after
+        seeds = torch.randint(2**62, (count,), generator=self._generator).tolist()
+        own = seeds[before : before + episodes]
+        self._episodes = [_Episode(slot, seed) for slot, seed in enumerate(own)]
         self._cache = self._new_cache(episodes)
+
+    def restart(self, row: int) -> None:
+        """Forget what an episode was fed: its next feed is a whole prompt; its stream goes on."""
+        self._episodes[row].length, self._episodes[row].pending = 0, []
+
+    def fits(self, row: int, new_ids: Sequence[int]) -> bool:
+        """Whether an episode's new tokens and its longest completion fit `max_context`."""
+        held = 0 if self.dialogue.style == "window" else self.context_length(row)
+        return held + len(new_ids) + self.max_completion_tokens <= self.max_context
 
     def context_length(self, row: int) -> int:
         """Tokens of prompts and completions that an episode holds so far."""
@@ -126,7 +141,7 @@ class Generator:
         """
         for row in rows:
             if self.dialogue.style == "window":
-                self._episodes[row].length, self._episodes[row].pending = 0, []
+                self.restart(row)
         feeds = [
             [*self._episodes[row].pending, *ids] for row, ids in zip(rows, new_ids, strict=True)
         ]
@@ -134,9 +149,8 @@ class Generator:
             raise AtodError("A prompt holds no token.")
         fitting = [
             index
-            for index, (row, feed) in enumerate(zip(rows, feeds, strict=True))
-            if self._episodes[row].length + len(feed) + self.max_completion_tokens
-            <= self.max_context
+            for index, (row, ids) in enumerate(zip(rows, new_ids, strict=True))
+            if self.fits(row, ids)
         ]
         completions: list[Completion | None] = [None] * len(rows)
         if fitting:
@@ -247,8 +261,7 @@ class Generator:
             ids,
             attention_mask=mask[:, None],
             position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
+            cache=self._cache,
         )
         row = torch.arange(len(ids), device=ids.device)
         chosen = hidden[:, 0] if last is None else hidden[row, last]

@@ -7,31 +7,37 @@ completion token was sampled, and only a chunk of them exists at a time: with a 
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import Cache
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.batching import Minibatch, length_buckets, select_sequences
 from atod_train.lora import merged_weights
+from atod_train.token_scores import MicroBatch, TokenScores, score_tokens
 from atod_train.types import Batch
 
 LOGITS_PER_CHUNK = 2**26
 """Logits that exist at once; 256 MiB in float32."""
+
+
+Computation = Callable[[], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,17 @@ MODEL_SHAPES = {
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Scores of some turn rows, with the graph that leads to the parameters."""
+class Reference:
+    """A frozen model with which distributions are compared, token by token.
 
-    rows: Tensor
-    """[r] int64: rows of the batch that was given."""
-    logprobs: Tensor
-    """[r, T] float32, differentiable, 0 on padding."""
-    entropies: Tensor
-    """[r, T] float32, differentiable, 0 on padding: entropy of each token's distribution, nats."""
+    Attributes:
+        policy: scores the same ids; it may be on another device.
+        top_k: compare the student's most likely tokens and all others together as one; 0: compare
+            the whole vocabulary.
+    """
+
+    policy: Policy
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,9 @@ class Policy:
     """Run the decoder layers in this lower precision (`torch.bfloat16`); None: as stored."""
     gradient_checkpointing: bool = False
     """Compute the decoder layers again in the backward pass instead of keeping what they gave."""
+    forward_within: Callable[[Computation], dict[str, Tensor]] | None = None
+    """Runs a computation as one forward pass of `model`; for models whose weights are gathered at
+    that moment."""
 
     @property
     def device(self) -> torch.device:
@@ -104,18 +115,23 @@ class Policy:
         """Size of the output distribution: the vocabulary, perhaps padded."""
         return len(self._embedding())
 
-    def hidden_states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, *, cache: Cache | None = None, **inputs: Any
+    ) -> Tensor:
         """Last hidden states of the decoder.
 
         Args:
             input_ids: [s, l] int64 on the model's device. With no further inputs attention is
                 causal and sequences are taken as right-padded, so that no mask is needed.
-            **inputs: Further inputs of the transformers model (mask, positions, cache).
+            cache: Keys and values so far; the new ones are added.
+            **inputs: Further inputs of the transformers model (mask, positions).
 
         Returns:
             [s, l, width].
         """
-        inputs.setdefault("use_cache", False)
+        inputs["use_cache"] = cache is not None
+        if cache is not None:
+            inputs[_cache_argument(type(self.model.base_model))] = cache
         with self._precision():
             output = self.model.base_model(input_ids=input_ids, **inputs)
         hidden: Tensor = output.last_hidden_state
@@ -141,30 +157,54 @@ class Policy:
         Returns:
             [R, T] float32 on the model's device, 0 on padding.
         """
-        shape = batch.completion_ids.shape
-        scored = torch.zeros(shape, dtype=torch.float32, device=self.device)
         with torch.set_grad_enabled(requires_grad):
-            for part in self._parts(batch, tokens_per_microbatch):
-                logprobs, _ = self._score(part.batch, with_entropy=False)
-                scored = scored.index_copy(0, part.rows.to(self.device), logprobs)
-        return scored
+            return self._score_all(batch, tokens_per_microbatch, False, None).logprobs
+
+    @torch.no_grad()
+    def score(
+        self,
+        batch: Batch,
+        tokens_per_microbatch: int = 16384,
+        *,
+        with_entropy: bool = False,
+        reference: Reference | None = None,
+    ) -> TokenScores:
+        """All that is asked of a batch in one forward pass, without gradient.
+
+        Args:
+            batch: Packed or unpacked batch, on any device.
+            tokens_per_microbatch: Padded tokens that go through the model at once.
+            with_entropy: Give entropies.
+            reference: Give its log-probs and the divergences from it.
+
+        Returns:
+            Scores of the rows 0..R-1, on the model's device.
+        """
+        return self._score_all(batch, tokens_per_microbatch, with_entropy, reference)
 
     def microbatches(
-        self, batch: Batch, tokens_per_microbatch: int = 16384
+        self,
+        batch: Batch,
+        tokens_per_microbatch: int = 16384,
+        *,
+        with_entropy: bool = False,
+        reference: Reference | None = None,
     ) -> Iterator[MicroBatch]:
         """Differentiable scores of a batch, part by part: call backward on each before the next.
 
         Args:
             batch: Packed or unpacked batch, on any device.
             tokens_per_microbatch: Padded tokens that go through the model at once.
+            with_entropy: Give entropies.
+            reference: Give its log-probs and the divergences from it.
 
         Yields:
             Parts whose rows together are 0..R-1, each row once.
         """
         for part in self._parts(batch, tokens_per_microbatch):
             with torch.enable_grad(), self._recomputing():
-                logprobs, entropies = self._score(part.batch, with_entropy=True)
-            yield MicroBatch(rows=part.rows, logprobs=logprobs, entropies=entropies)
+                scores = self._score(part.batch, with_entropy, reference)
+            yield MicroBatch(rows=part.rows, **vars(scores))
 
     def save(self, path: str | Path) -> None:
         """Write model, configuration and tokenizer as a folder that `from_pretrained` reads.
@@ -216,48 +256,68 @@ class Policy:
         for sequences in length_buckets(batch.attention_mask.sum(dim=1), tokens_per_microbatch):
             yield select_sequences(batch, sequences)
 
-    def _score(self, batch: Batch, *, with_entropy: bool) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [r, T] of one micro-batch; entropies are 0 if unasked."""
+    def _score_all(
+        self, batch: Batch, budget: int, with_entropy: bool, reference: Reference | None
+    ) -> TokenScores:
+        found: dict[str, Tensor] = {}
+        for part in self._parts(batch, budget):
+            rows = part.rows.to(self.device)
+            for name, values in vars(self._score(part.batch, with_entropy, reference)).items():
+                if values is not None:
+                    whole = found.setdefault(name, values.new_zeros(batch.completion_ids.shape))
+                    found[name] = whole.index_copy(0, rows, values)
+        return TokenScores(**found)
+
+    def _score(
+        self, batch: Batch, with_entropy: bool, reference: Reference | None = None
+    ) -> TokenScores:
+        """Scores of one micro-batch."""
+        if self.forward_within is None:
+            return TokenScores(**self._score_here(batch, with_entropy, reference))
+        return TokenScores(
+            **self.forward_within(lambda: self._score_here(batch, with_entropy, reference))
+        )
+
+    def _score_here(
+        self, batch: Batch, with_entropy: bool, reference: Reference | None
+    ) -> dict[str, Tensor]:
+        mask = batch.completion_mask.to(self.device)
+        targets = batch.completion_ids.to(self.device)[mask]
+        theirs = None
+        if reference is not None:
+            with torch.no_grad():
+                theirs = reference.policy.states_before_completions(batch)
+        scores = score_tokens(
+            (self.states_before_completions(batch), theirs),
+            (self.logits, reference.policy.logits if reference else None),
+            targets,
+            with_entropy=with_entropy,
+            top_k=reference.top_k if reference else 0,
+            rows_at_once=max(1, LOGITS_PER_CHUNK // self.embedding_rows),
+        )
+        empty = torch.zeros(mask.shape, dtype=torch.float32, device=self.device)
+        return {name: empty.masked_scatter(mask, values) for name, values in scores.items()}
+
+    def states_before_completions(self, batch: Batch) -> Tensor:
+        """What the output layer sees where completion tokens are predicted.
+
+        Returns:
+            [m, width] for the m sampled tokens of the batch, row after row, on the model's device.
+        """
         device = self.device
-        mask = batch.completion_mask.to(device)
-        row, column = mask.nonzero(as_tuple=True)
+        row, column = batch.completion_mask.to(device).nonzero(as_tuple=True)
         # The token at position p is predicted from position p - 1.
         position = batch.start.to(device)[row] + column - 1
         flat = batch.sequence_index.to(device)[row] * batch.input_ids.shape[1] + position
         hidden = self.hidden_states(batch.input_ids.to(device))
-        hidden = hidden.flatten(0, 1).index_select(0, flat)
-        targets = batch.completion_ids.to(device)[row, column]
-        logprobs, entropies = self._chunked_scores(hidden, targets, with_entropy)
-        empty = torch.zeros(mask.shape, dtype=torch.float32, device=device)
-        return (
-            empty.masked_scatter(mask, logprobs),
-            empty.masked_scatter(mask, entropies) if with_entropy else empty,
-        )
+        return hidden.flatten(0, 1).index_select(0, flat)
 
-    def _chunked_scores(
-        self, hidden: Tensor, targets: Tensor, with_entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [m] of `targets` [m] given `hidden` [m, width]."""
-        rows = max(1, LOGITS_PER_CHUNK // self.embedding_rows)
-        chunks = list(zip(hidden.split(rows), targets.split(rows), strict=True))
-        if len(chunks) <= 1 or not torch.is_grad_enabled():
-            scores = [self._scores(*chunk, with_entropy) for chunk in chunks]
-        else:
-            # Logits are computed again in the backward pass instead of being kept.
-            scores = [
-                checkpoint(self._scores, *chunk, with_entropy, use_reentrant=False)
-                for chunk in chunks
-            ]
-        return torch.cat([s[0] for s in scores]), torch.cat([s[1] for s in scores])
 
-    def _scores(self, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
-        logits = self.logits(hidden)
-        log_total = logits.logsumexp(dim=-1)
-        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_total
-        if not with_entropy:
-            return logprobs, torch.zeros_like(logprobs)
-        probabilities = (logits - log_total[:, None]).exp()
-        return logprobs, log_total - (probabilities * logits).sum(dim=-1)
+@lru_cache
+def _cache_argument(model: type[PreTrainedModel]) -> str:
+    """What a model calls its cache: older versions of transformers have another name for it."""
+    is_new = "cache" in inspect.signature(model.forward).parameters
+    return "cache" if is_new else "past_key_values"
 
 
 def build_policy(

@@ -17,12 +17,19 @@ class Advance(Protocol):
 
 
 _plain = False
+_silent = False
 
 
 def plain_lines() -> None:
     """From now on this process shows plain lines even on a terminal."""
     global _plain
     _plain = True
+
+
+def no_lines() -> None:
+    """From now on this process shows nothing; for all but one of those that work together."""
+    global _silent
+    _silent = True
 
 
 @contextmanager
@@ -44,6 +51,9 @@ def progress(
     Yields:
         A function to call after each unit.
     """
+    if _silent:
+        yield lambda amount=1, note="": None
+        return
     stream = sys.stderr if stream is None else stream
     if stream.isatty() and not _plain:
         with _bar(total, description, stream) as advance:

@@ -172,6 +172,8 @@ def collect(
     group_size: int,
     turn_limit: int,
     times: PhaseTimes | None = None,
+    first_episode: int = 0,
+    episodes_in_all: int | None = None,
 ) -> list[TrajectoryGroup]:
     """Plays `group_size` episodes of each task, all at once, and records them.
 
@@ -182,15 +184,27 @@ def collect(
         group_size: G, episodes per task.
         turn_limit: episodes are cut after this many turns (at most the environment's own limit).
         times: takes the seconds of the phases `environment` and `generation`.
+        first_episode: where several processes share a rollout, the number of this one's first
+            episode among all.
+        episodes_in_all: then the episodes of all processes; None: those of this call.
 
     Returns:
-        One group per task, in the order given.
+        One group per task, in the order given; group ids count from `first_episode / group_size`.
 
     Raises:
-        AtodError: a first prompt does not fit the model's context.
+        AtodError: no first prompt fits the model's context, and no other process plays on.
     """
     times = times or PhaseTimes()
-    wanted = [(group, task) for group, task in enumerate(task_ids) for _ in range(group_size)]
+    first_group = first_episode // group_size
+    wanted = [
+        (first_group + group, task)
+        for group, task in enumerate(task_ids)
+        for _ in range(group_size)
+    ]
+    after = 0 if episodes_in_all is None else episodes_in_all - first_episode - len(wanted)
+    if not wanted:
+        generator.start(0, before=first_episode, after=after)
+        return []
     with times.phase("environment"):
         try:
             envs = pool.take(len(wanted))
@@ -198,7 +212,7 @@ def collect(
             episodes = [_Episode(env, *task) for env, task in zip(envs, wanted, strict=True)]
         except TaskNotFoundError as error:
             raise AtodError(str(error)) from error
-    generator.start(len(episodes))
+    generator.start(len(episodes), before=first_episode, after=after)
     active = list(range(len(episodes)))
     while active:
         with times.phase("generation"):
@@ -220,7 +234,7 @@ def collect(
                 if episode.stop_reason is None and len(episode.turns) >= turn_limit:
                     episode.stop_reason = "turn_limit"
         active = [row for row in active if episodes[row].stop_reason is None]
-    if not any(episode.turns for episode in episodes):
+    if episodes_in_all is None and not any(episode.turns for episode in episodes):
         raise AtodError(
             "No first prompt fits the model's context. Raise model.max_context, or choose a "
             "shorter prompt (env.show_admissible, env.prompt_style)."

@@ -131,12 +131,13 @@ def write_manifest(
     student_parameters: int,
     teacher_parameters: int | None = None,
     device: str = "cpu",
+    processes: int = 1,
     command: Sequence[str] | None = None,
 ) -> None:
     """Writes manifest.json: what was run, on which data, with which versions.
 
     A manifest that is there already stays as it is, and the fact of resuming is added to its
-    list `resumed`, with the versions and the device of the resuming program.
+    list `resumed`, with the versions and the devices of the resuming program.
 
     Args:
         run_dir: the run folder.
@@ -148,6 +149,7 @@ def write_manifest(
         student_parameters: number of weights of the student.
         teacher_parameters: number of weights of the teacher; None: there is no teacher.
         device: such as `cpu` or the name of the GPU.
+        processes: number of processes that train together.
         command: the command line; default: that of this process.
     """
     now = {
@@ -156,6 +158,7 @@ def write_manifest(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
+        "processes": processes,
         "packages": package_versions(),
     }
     manifest = read_json(run_dir / MANIFEST_FILE)

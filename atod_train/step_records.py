@@ -11,13 +11,14 @@ from torch import Tensor
 from atod_train.atod import masked
 from atod_train.baselines import Advantages
 from atod_train.metrics import TrajectoryRecord, TurnDisplay
+from atod_train.token_scores import TokenScores
 from atod_train.types import Batch, Trajectory
 
 _SHOWN_TRAJECTORIES = 2
 
 
 def batch_metrics(
-    batch: Batch, trajectories: Sequence[Trajectory], old: Tensor, advantages: Advantages
+    batch: Batch, trajectories: Sequence[Trajectory], scores: TokenScores, advantages: Advantages
 ) -> dict[str, float]:
     """The numbers of a step that follow from its rollout and advantages; keys as in `metrics`."""
     mask = batch.completion_mask
@@ -40,12 +41,13 @@ def batch_metrics(
         "turn_weight": float(advantages.turn_weights.mean()),
         "disagreement": float(advantages.disagreement.mean()),
         "uncertainty": float(advantages.uncertainty.mean()),
+        **({} if scores.entropies is None else {"entropy": token_mean(scores.entropies)}),
         "train_success": sum(t.success for t in trajectories) / len(trajectories),
         "train_score": sum(t.score for t in trajectories) / len(trajectories),
         "return": float(batch.returns.mean()),
         "turns": len(turns) / len(trajectories),
         "invalid_share": sum(not turn.is_action_valid for turn in turns) / len(turns),
-        "rollout/logprob_drift": token_mean(batch.sampling_logprobs - old),
+        "rollout/logprob_drift": token_mean(batch.sampling_logprobs - scores.logprobs),
         **per_episode,
     }
 

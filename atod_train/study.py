@@ -16,20 +16,21 @@ import transformers
 
 from atod_gym.errors import AtodError
 from atod_train.atod import Schedule
-from atod_train.baselines import needs_teacher
-from atod_train.config import RunConfig
-from atod_train.demonstrations import Starts
+from atod_train.baselines import has_exact_signal, needs_teacher
+from atod_train.config import OFFLOAD, RunConfig, is_url
 from atod_train.evaluate import evaluate
 from atod_train.interrupts import interruptible
 from atod_train.intervals import EvaluationMode
 from atod_train.metrics import EvaluatedModel, Evaluation
-from atod_train.policy import MODEL_SHAPES
-from atod_train.progress import plain_lines, progress
-from atod_train.report import write_report
+from atod_train.policy import MODEL_SHAPES, Policy
+from atod_train.processes import Processes, join_processes
+from atod_train.progress import no_lines, plain_lines, progress
+from atod_train.report import REPORT_FILE, write_report
 from atod_train.report_data import read_run
 from atod_train.rollout import EnvPool
 from atod_train.run_folder import SUMMARY_FILE, read_json
-from atod_train.teacher import LocalTeacher
+from atod_train.starts import Starts
+from atod_train.teacher import LocalTeacher, Teacher
 from atod_train.trainer import Trainer
 
 
@@ -56,7 +57,11 @@ def run_study(config: RunConfig, out: Path) -> Path:
         StoppedByUser: after Ctrl-C.
     """
     _check_settings(config)
-    _check_folder(out)
+    processes = join_processes(config.model.device)
+    if processes.is_main:
+        _check_folder(out)
+    else:
+        no_lines()
     runs = [
         _Run(
             replace(
@@ -70,21 +75,37 @@ def run_study(config: RunConfig, out: Path) -> Path:
         for method in config.study.methods or (config.algorithm.method,)
     ]
     left = [run for run in runs if not _is_finished(run)]
+    # Nobody looks later than the main process writes.
+    processes.wait()
     if left:
-        wants_teacher = any(needs_teacher(run.config.algorithm.method) for run in runs)
-        roles: list[EvaluatedModel] = ["teacher", "student"] if wants_teacher else ["student"]
-        with _workers(config.study.jobs) as call_all:
+        _make_runs(config, runs, left, processes)
+    report = out / REPORT_FILE
+    if processes.is_main:
+        report = write_report(out, [read_run(run.folder) for run in runs])
+    processes.wait()
+    return report
+
+
+def _make_runs(
+    config: RunConfig, runs: Sequence[_Run], left: Sequence[_Run], processes: Processes
+) -> None:
+    """Makes what all runs share, then the runs that are left."""
+    wants_teacher = any(needs_teacher(run.config.algorithm.method) for run in runs)
+    teacher_is_here = wants_teacher and not is_url(config.model.teacher)
+    roles: list[EvaluatedModel] = ["teacher", "student"] if teacher_is_here else ["student"]
+    # Processes that train together make one run after the other.
+    with _workers(config.study.jobs if processes.count == 1 else 1) as call_all:
+        if processes.is_main:
             call_all(_make_start, [(config, role) for role in roles])
-            if (
-                wants_teacher
-                and not {config.model.teacher, config.model.student} <= MODEL_SHAPES.keys()
-            ):
-                # Models made from the same demonstrations share their tokenizer.
-                call_all(_check_teacher, [(config,)])
-            wanted = [(config, role, split) for role in roles for split in config.env.eval_splits]
-            known = [e for part in call_all(_evaluate_start, wanted) for e in part]
-            call_all(_train, [(run, known) for run in left])
-    return write_report(out, [read_run(run.folder) for run in runs])
+        processes.wait()
+        if wants_teacher and not {config.model.teacher, config.model.student} <= set(MODEL_SHAPES):
+            # Models made from the same demonstrations share their tokenizer.
+            call_all(_check_teacher, [(config,)])
+        wanted = [
+            (config, role, split, processes) for role in roles for split in config.env.eval_splits
+        ]
+        known = [e for part in call_all(_evaluate_start, wanted) for e in part]
+        call_all(_train, [(run, known, processes) for run in left])
 
 
 def _is_finished(run: _Run) -> bool:
@@ -108,12 +129,34 @@ def _check_teacher(config: RunConfig) -> None:
     pool = EnvPool(config.env, "train")
     try:
         starts = Starts(config, pool)
-        LocalTeacher(starts.policy("teacher"), starts.policy("student"))
+        _teacher(config, starts, starts.policy("student"))
     finally:
         pool.close()
 
 
-def _evaluate_start(config: RunConfig, role: EvaluatedModel, split: str) -> list[Evaluation]:
+def _teacher(config: RunConfig, starts: Starts, student: Policy) -> Teacher:
+    """The teacher, in this process or behind a URL."""
+    model = config.model
+    if is_url(model.teacher):
+        from atod_train.remote_teacher import RemoteTeacher
+
+        return RemoteTeacher(
+            model.teacher,
+            student,
+            api=model.teacher_api,
+            max_context=min(model.max_context, student.max_positions),
+        )
+    return LocalTeacher(
+        starts.policy("teacher"),
+        student,
+        tokens_per_microbatch=config.train.tokens_per_microbatch,
+        offload=model.teacher_device == OFFLOAD,
+    )
+
+
+def _evaluate_start(
+    config: RunConfig, role: EvaluatedModel, split: str, processes: Processes
+) -> list[Evaluation]:
     """The start or the teacher on one split, greedy and sampled."""
     train_pool, pool = EnvPool(config.env, "train"), EnvPool(config.env, split)
     modes: tuple[EvaluationMode, ...] = ("greedy", "sampled")
@@ -122,7 +165,8 @@ def _evaluate_start(config: RunConfig, role: EvaluatedModel, split: str) -> list
         with progress(len(modes), f"evaluating the {role} on {split}") as advance:
             found = []
             for mode in modes:
-                found.append(Evaluation(0, role, evaluate(policy, pool, config, mode)))
+                result = evaluate(policy, pool, config, mode, processes)
+                found.append(Evaluation(0, role, result))
                 advance()
             return found
     finally:
@@ -130,16 +174,18 @@ def _evaluate_start(config: RunConfig, role: EvaluatedModel, split: str) -> list
         pool.close()
 
 
-def _train(run: _Run, known: Sequence[Evaluation]) -> None:
+def _train(run: _Run, known: Sequence[Evaluation], processes: Processes) -> None:
     """One run, from the start or from its last checkpoint."""
     config = run.config
     train_pool = EnvPool(config.env, "train")
     eval_pools = [EnvPool(config.env, split) for split in config.env.eval_splits]
     try:
         starts = Starts(config, train_pool)
-        teacher = starts.policy("teacher") if needs_teacher(config.algorithm.method) else None
+        student = starts.policy("student")
+        wanted = needs_teacher(config.algorithm.method)
+        teacher = _teacher(config, starts, student) if wanted else None
         trainer = Trainer(
-            config, run.folder, starts.policy("student"), teacher, train_pool, eval_pools, known
+            config, run.folder, student, teacher, train_pool, eval_pools, known, processes
         )
         trainer.run(resume=config.study.resume)
     finally:
@@ -207,6 +253,10 @@ def _check_settings(config: RunConfig) -> None:
         raise AtodError("algorithm.dual_clip must be above 1 (inf: none).")
     try:
         Schedule(*algorithm.kappa, *algorithm.rho, algorithm.anneal_steps, algorithm.shape)
+        for method in config.study.methods or (algorithm.method,):
+            exact = has_exact_signal(replace(algorithm, method=method))
+            if exact and is_url(config.model.teacher):
+                raise ValueError("opd_signal=exact takes a teacher in this process, not a server")
     except ValueError as error:
         raise AtodError(f"algorithm: {error}.") from error
 

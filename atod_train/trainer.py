@@ -7,24 +7,23 @@ from a checkpoint goes on bit for bit (same machine, same number of threads).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from atod_train.atod import clipped_policy_loss, loss_normalizer, masked
+from atod_gym.errors import AtodError
 from atod_train.baselines import (
     Advantages,
     Signals,
-    auxiliary_loss,
     compute_advantages,
     needs_teacher,
     turn_limit,
 )
-from atod_train.batching import make_batch, split_minibatches
+from atod_train.batching import make_batch
 from atod_train.checkpoint import (
     CheckpointState,
     checkpoint_folder,
@@ -39,6 +38,7 @@ from atod_train.evaluate import evaluate
 from atod_train.generation import Generator
 from atod_train.interrupts import interruptible
 from atod_train.intervals import EvaluationMode
+from atod_train.learner import Learner
 from atod_train.metrics import (
     Evaluation,
     MetricsWriter,
@@ -46,6 +46,7 @@ from atod_train.metrics import (
     TrajectoryRecord,
 )
 from atod_train.policy import Policy
+from atod_train.processes import Processes
 from atod_train.progress import progress
 from atod_train.rollout import EnvPool, collect, seed_for, tasks_for_step
 from atod_train.run_folder import (
@@ -57,17 +58,13 @@ from atod_train.run_folder import (
     write_summary,
 )
 from atod_train.step_records import batch_metrics, trajectories_to_show
-from atod_train.teacher import LocalTeacher
-from atod_train.training_state import (
-    model_tensors,
-    optimizer_tensors,
-    restore_model,
-    restore_optimizer,
-)
+from atod_train.teacher import LocalTeacher, Teacher
+from atod_train.token_scores import TokenScores
+from atod_train.training_state import model_tensors
 from atod_train.types import Batch, Trajectory
+from atod_train.update import score_batch, update_policy
 
 _CHECKPOINTS_KEPT = 2
-_WEIGHT_DECAY, _MAX_GRAD_NORM = 0.01, 1.0  # as published
 
 
 class StoppedByUser(Exception):
@@ -91,12 +88,13 @@ class Trainer:
 
     Args:
         config: the settings.
-        run_dir: the run's folder.
+        run_dir: the run's folder; all processes see it, the main one writes.
         student: the start; it is changed.
         teacher: frozen; None for a method that needs none.
         train_pool: environments of the training split.
         eval_pools: environments of the evaluation splits.
         known: evaluations of the start and the teacher that were made already.
+        processes: this process among those that train the student.
     """
 
     def __init__(
@@ -104,27 +102,21 @@ class Trainer:
         config: RunConfig,
         run_dir: Path,
         student: Policy,
-        teacher: Policy | None,
+        teacher: Teacher | None,
         train_pool: EnvPool,
         eval_pools: Sequence[EnvPool],
         known: Sequence[Evaluation] = (),
+        processes: Processes | None = None,
     ) -> None:
         self.config = config
         self.run_dir = run_dir
         self.student = student
-        self.teacher: LocalTeacher | None = None
-        if needs_teacher(config.algorithm.method) and teacher is not None:
-            budget = config.train.tokens_per_microbatch
-            self.teacher = LocalTeacher(teacher, student, tokens_per_microbatch=budget)
+        self.teacher = teacher if needs_teacher(config.algorithm.method) else None
+        self.processes = processes or Processes()
+        self.learner = Learner(student, config.train.lr, self.processes)
         self._train_pool, self._eval_pools, self._known = train_pool, eval_pools, known
         self._dialogue = DialogueEncoder(
             student.tokenizer, config.env.prompt_style, config.env.template_options
-        )
-        self._optimizer = torch.optim.AdamW(
-            [weight for weight in student.model.parameters() if weight.requires_grad],
-            lr=config.train.lr,
-            weight_decay=_WEIGHT_DECAY,
-            foreach=True,
         )
         self._times = PhaseTimes()
         self.done = Progress()
@@ -137,19 +129,17 @@ class Trainer:
         Raises:
             StoppedByUser: after Ctrl-C; a checkpoint of the last finished step is there.
             CheckpointError, RunFolderError: files that cannot be read or written.
+            AtodError: no first prompt of the first step fits the model's context.
         """
         resumed = self._open(resume)
         settings = self.config.train
         label = f"{self.config.algorithm.method}, seed {settings.seed}"
         with (
-            MetricsWriter(self.run_dir, resume_step=self.done.step if resumed else None) as writer,
+            self._writer(resumed) as writer,
             interruptible() as interrupted,
             progress(settings.steps, label) as advance,
         ):
             advance(self.done.step)
-            if self.done.step == 0:
-                for evaluation in self._known:
-                    writer.write_evaluation(evaluation)
             while self.done.step < settings.steps:
                 began = time.perf_counter()
                 step = self.done.step + 1
@@ -160,21 +150,28 @@ class Trainer:
                 if last or (settings.eval_every and step % settings.eval_every == 0):
                     with self._times.phase("evaluation"):
                         evaluations = self._evaluate(step, last)
-                    for trajectory in shown:
-                        writer.write_trajectory(trajectory)
                 metrics.update(self._times.take())
-                writer.write(metrics)
-                for evaluation in evaluations:
-                    writer.write_evaluation(evaluation)
+                if writer is not None:
+                    writer.write(metrics)
+                    for evaluation in evaluations:
+                        writer.write_evaluation(evaluation)
+                    for trajectory in shown if evaluations else ():
+                        writer.write_trajectory(trajectory)
                 self.done.minutes += (time.perf_counter() - began) / 60
-                if last or interrupted or step % max(1, settings.save_every) == 0:
+                stop = self.processes.any(bool(interrupted))
+                if last or stop or step % max(1, settings.save_every) == 0:
                     self._save()
                 advance(note=_note(metrics))
-                if interrupted and not last:
+                if stop and not last:
                     raise StoppedByUser(
                         f"stopped after step {step} of {settings.steps}; the same command with "
                         "--study.resume goes on from there"
                     )
+        if self.processes.is_main:
+            self._finish()
+        self.processes.wait()
+
+    def _finish(self) -> None:
         self.student.save(self.run_dir / "models" / "last")
         write_summary(
             self.run_dir,
@@ -185,9 +182,22 @@ class Trainer:
             extra={"best_step": self.done.best_step, "finished": True},
         )
 
+    @contextmanager
+    def _writer(self, resumed: bool) -> Iterator[MetricsWriter | None]:
+        """Writes metrics and evaluations, in the main process."""
+        if not self.processes.is_main:
+            yield None
+            return
+        with MetricsWriter(self.run_dir, resume_step=self.done.step if resumed else None) as writer:
+            if self.done.step == 0:
+                for evaluation in self._known:
+                    writer.write_evaluation(evaluation)
+            yield writer
+
     def _open(self, resume: bool) -> bool:
         """Writes config and manifest, or restores the last checkpoint; True if it resumes."""
-        exists = (self.run_dir / CONFIG_FILE).is_file()
+        # Nobody looks later than the main process writes.
+        exists = self.processes.any((self.run_dir / CONFIG_FILE).is_file())
         if exists and not resume:
             raise RunFolderError(
                 f"{self.run_dir} holds a run already; add --study.resume to go on with it, or "
@@ -195,8 +205,21 @@ class Trainer:
             )
         if exists:
             self._check_same_settings(read_config(self.run_dir))
+        self.processes.wait()
+        if self.processes.is_main:
+            self._describe()
+        checkpoint = latest_checkpoint(self.run_dir)
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, model=model_tensors(self.student.model))
+            self.learner.restore(state.tensors)
+            self.done = Progress(**state.metadata["progress"])
+        self.processes.wait()
+        return exists
+
+    def _describe(self) -> None:
+        """Writes config and manifest."""
         write_config(self.run_dir, self.config)
-        teacher = self.teacher.policy if self.teacher else None
+        teacher = self.teacher.policy if isinstance(self.teacher, LocalTeacher) else None
         write_manifest(
             self.run_dir,
             method=self.config.algorithm.method,
@@ -207,15 +230,8 @@ class Trainer:
             student_parameters=_parameters(self.student),
             teacher_parameters=_parameters(teacher) if teacher else None,
             device=str(self.student.device),
+            processes=self.processes.count,
         )
-        checkpoint = latest_checkpoint(self.run_dir)
-        if checkpoint is not None:
-            tensors = model_tensors(self.student.model)
-            state = load_checkpoint(checkpoint, model=tensors)
-            restore_model(self.student.model, state.tensors)
-            restore_optimizer(self._optimizer, self.student.model, state.tensors)
-            self.done = Progress(**state.metadata["progress"])
-        return exists
 
     def _check_same_settings(self, saved: RunConfig) -> None:
         free = {"steps", "threads", "eval_every", "save_every"}
@@ -231,20 +247,21 @@ class Trainer:
 
     def _save(self) -> None:
         with self._times.phase("checkpoint"):
-            state = CheckpointState(
-                {
-                    **model_tensors(self.student.model),
-                    **optimizer_tensors(self._optimizer, self.student.model),
-                },
-                {"progress": asdict(self.done), "seed": self.config.train.seed},
-            )
-            save_checkpoint(checkpoint_folder(self.run_dir, self.done.step), state)
-            prune_checkpoints(self.run_dir, _CHECKPOINTS_KEPT)
+            tensors = self.learner.tensors()
+            if self.processes.is_main:
+                state = CheckpointState(
+                    tensors, {"progress": asdict(self.done), "seed": self.config.train.seed}
+                )
+                save_checkpoint(checkpoint_folder(self.run_dir, self.done.step), state)
+                prune_checkpoints(self.run_dir, _CHECKPOINTS_KEPT)
+            self.processes.wait()
 
     def _evaluate(self, step: int, last: bool) -> list[Evaluation]:
         modes: tuple[EvaluationMode, ...] = ("greedy", "sampled") if last else ("greedy",)
         evaluations = [
-            Evaluation(step, "student", evaluate(self.student, pool, self.config, mode))
+            Evaluation(
+                step, "student", evaluate(self.student, pool, self.config, mode, self.processes)
+            )
             for mode in modes
             for pool in self._eval_pools
         ]
@@ -255,7 +272,8 @@ class Trainer:
         success = solved / sum(len(result.tasks) for result in greedy)
         if success > self.done.best_success:
             self.done.best_success, self.done.best_step = success, step
-            self.student.save(self.run_dir / "models" / "best")
+            if self.processes.is_main:
+                self.student.save(self.run_dir / "models" / "best")
         return evaluations
 
     # -- one step ----------------------------------------------------------------------------------
@@ -263,30 +281,38 @@ class Trainer:
     def _step(self, step: int) -> tuple[dict[str, Any], list[TrajectoryRecord]]:
         """One optimiser cycle: rollout, scores, advantages, updates."""
         trajectories = self._collect(step)
-        batch = make_batch(trajectories, self.student.pad_id)
-        budget = self.config.train.tokens_per_microbatch
-        with self._times.phase("update"):
-            old = self.student.completion_logprobs(batch, budget).cpu()
-        teacher_logprobs = None
-        if self.teacher is not None:
-            with self._times.phase("teacher"):
-                teacher_logprobs = self.teacher.score(batch)
-        advantages = self._advantages(batch, trajectories, old, teacher_logprobs, step)
-        with self._times.phase("update"):
-            update = self._update(batch, old, teacher_logprobs, advantages, step)
-        self.done.tokens += int(batch.completion_mask.sum())
         self.done.trajectories += len(trajectories)
+        if not any(trajectory.turns for trajectory in trajectories):
+            return self._empty_step(step), []
+        batch = make_batch(trajectories, self.student.pad_id)
+        scores = score_batch(self.learner, self.teacher, batch, self.config, self._times)
+        advantages = self._advantages(batch, trajectories, scores, step)
+        order = torch.Generator().manual_seed(seed_for(self.config.train.seed, step, "minibatches"))
+        with self._times.phase("update"):
+            update = update_policy(
+                self.learner, self.teacher, batch, scores, advantages, self.config, order
+            )
+        self.done.tokens += int(batch.completion_mask.sum())
         metrics = {
             "step": step,
-            **batch_metrics(batch, trajectories, old, advantages),
+            **batch_metrics(batch, trajectories, scores, advantages),
             **update,
         }
-        shown = trajectories_to_show(
-            step, batch, trajectories, advantages, self.teacher is not None
-        )
+        has_teacher = self.teacher is not None
+        shown = trajectories_to_show(step, batch, trajectories, advantages, has_teacher)
         return metrics, shown
 
+    def _empty_step(self, step: int) -> dict[str, Any]:
+        """The numbers of a step in which no episode could be begun."""
+        if step == 1:
+            raise AtodError(
+                "No first prompt fits the model's context. Raise model.max_context, or choose a "
+                "shorter prompt (env.show_admissible, env.prompt_style)."
+            )
+        return {"step": step, "train_success": 0.0, "turns": 0.0, "tokens": 0}
+
     def _collect(self, step: int) -> list[Trajectory]:
+        """The episodes of all processes; each plays its share of the groups."""
         settings = self.config.train
         generator = Generator(
             self.student,
@@ -296,98 +322,42 @@ class Trainer:
             max_context=min(self.config.model.max_context, self.student.max_positions),
             generator=torch.Generator().manual_seed(seed_for(settings.seed, step, "rollout")),
         )
+        tasks = tasks_for_step(
+            self._train_pool.task_ids, step, settings.tasks_per_step, settings.seed
+        )
+        share = self.processes.share(len(tasks))
         groups = collect(
             self._train_pool,
             generator,
-            tasks_for_step(self._train_pool.task_ids, step, settings.tasks_per_step, settings.seed),
+            tasks[share.start : share.stop],
             group_size=settings.group_size,
             turn_limit=turn_limit(self.config.algorithm, step, self.config.env.max_turns),
             times=self._times,
+            first_episode=share.start * settings.group_size,
+            episodes_in_all=len(tasks) * settings.group_size,
         )
-        return [trajectory for group in groups for trajectory in group.trajectories]
+        return self.processes.gather([t for group in groups for t in group.trajectories])
 
     def _advantages(
         self,
         batch: Batch,
         trajectories: Sequence[Trajectory],
-        old: Tensor,
-        teacher_logprobs: Tensor | None,
+        scores: TokenScores,
         step: int,
     ) -> Advantages:
         signals = Signals(
-            old_logprobs=old,
-            teacher_logprobs=teacher_logprobs,
+            old_logprobs=scores.logprobs,
+            teacher_logprobs=scores.reference_logprobs,
             completion_mask=batch.completion_mask,
             trajectory_index=batch.trajectory_index,
             turn_index=batch.turn_index,
             turn_rewards=batch.turn_rewards,
             returns=batch.returns,
             group_index=batch.group_index,
+            divergences=scores.divergences,
             turn_penalties=torch.tensor([u.penalty for t in trajectories for u in t.turns]),
         )
         return compute_advantages(signals, self.config.algorithm, step)
-
-    def _update(
-        self,
-        batch: Batch,
-        old: Tensor,
-        teacher_logprobs: Tensor | None,
-        advantages: Advantages,
-        step: int,
-    ) -> dict[str, float]:
-        """One pass over the batch in mini-batches; means of what happened."""
-        settings, algorithm = self.config.train, self.config.algorithm
-        device = self.student.device
-        order = torch.Generator().manual_seed(seed_for(settings.seed, step, "minibatches"))
-        sums: dict[str, float] = {}
-        parts = split_minibatches(batch, settings.minibatches, order)
-        for part in parts:
-            mask = part.batch.completion_mask
-            normalizer = loss_normalizer(mask, algorithm.aggregation, part.batch.trajectory_index)
-            self._optimizer.zero_grad(set_to_none=True)
-            for micro in self.student.microbatches(part.batch, settings.tokens_per_microbatch):
-                rows = part.rows[micro.rows]
-                here = mask[micro.rows].to(device)
-                scale = normalizer[micro.rows].to(device)
-                loss, stats = clipped_policy_loss(
-                    micro.logprobs,
-                    old[rows].to(device),
-                    advantages.values[rows].to(device),
-                    here,
-                    clip_low=algorithm.clip[0],
-                    clip_high=algorithm.clip[1],
-                    dual_clip=algorithm.dual_clip,
-                    normalizer=scale,
-                )
-                extra = auxiliary_loss(
-                    algorithm.method,
-                    micro.logprobs,
-                    None if teacher_logprobs is None else teacher_logprobs[rows].to(device),
-                    here,
-                    normalizer=scale,
-                )
-                loss = loss if extra is None else loss + extra
-                tokens = float(here.sum())
-                entropy = masked(micro.entropies, here).sum()
-                if algorithm.entropy_bonus:
-                    loss = loss - algorithm.entropy_bonus * entropy / mask.sum().clamp(min=1)
-                loss.backward()
-                for name, value in (
-                    ("loss", float(loss.detach()) / len(parts)),
-                    ("entropy", float(entropy.detach())),
-                    ("clip_fraction", float(stats.clip_fraction) * tokens),
-                    ("tokens", tokens),
-                ):
-                    sums[name] = sums.get(name, 0.0) + value
-            norm = torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), _MAX_GRAD_NORM)
-            sums["grad_norm"] = sums.get("grad_norm", 0.0) + float(norm) / len(parts)
-            self._optimizer.step()
-        tokens = max(1.0, sums["tokens"])
-        return {
-            **sums,
-            "entropy": sums["entropy"] / tokens,
-            "clip_fraction": sums["clip_fraction"] / tokens,
-        }
 
 
 def _parameters(policy: Policy) -> int:

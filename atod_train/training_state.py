@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from atod_train.checkpoint import MODEL_PREFIX, OPTIMIZER_PREFIX, RNG_PREFIX, CheckpointError
 
@@ -31,6 +32,19 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(weights)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be divided over several processes, gathered."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def divided_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor divided over processes as a parameter of the same shape is, if it is."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    mesh = parameter.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements)
+
+
 def _parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
     """Names of the optimiser's parameters in its own order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -44,10 +58,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     """The optimiser's moments and step counts as `optimizer.<parameter>.<key>`; no copy.
 
     Learning rates and other settings are not in it: they follow from the config and the step.
+    Moments that are divided over several processes are gathered, so all of them must call this.
     """
     names = _parameter_names(optimizer, model)
     return {
-        f"{OPTIMIZER_PREFIX}{names[index]}.{key}": value
+        f"{OPTIMIZER_PREFIX}{names[index]}.{key}": whole(value)
         for index, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
         if isinstance(value, Tensor)
@@ -68,6 +83,7 @@ def restore_optimizer(
         CheckpointError: a saved name is no parameter of this optimiser.
     """
     index_of = {name: index for index, name in enumerate(_parameter_names(optimizer, model))}
+    parameters = dict(model.named_parameters())
     restored: dict[int, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         if not full_name.startswith(OPTIMIZER_PREFIX):
@@ -79,7 +95,9 @@ def restore_optimizer(
                 "train; make it over the same parameters as in the saved run"
             )
         # A copy: the optimiser changes its moments in place, the checkpoint must not change.
-        restored.setdefault(index_of[name], {})[key] = tensor.clone()
+        restored.setdefault(index_of[name], {})[key] = divided_like(
+            tensor.clone(), parameters[name]
+        )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
 
 

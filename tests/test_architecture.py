@@ -24,12 +24,13 @@ OPTIONAL_IN_GYM = {
 }
 # A module may import from its own layer and from the layers above it in this list.
 TRAINER_LAYERS = (
-    "types config intervals progress interrupts run_folder metrics",
+    "types config intervals progress interrupts run_folder metrics processes",
     "atod weight_variants baselines",
-    "batching tokenizer dialogue",
-    "policy kv_cache generation teacher",
+    "batching tokenizer dialogue token_scores",
+    "policy kv_cache generation teacher remote_teacher",
     "rollout",
-    "demonstrations evaluate checkpoint training_state step_records",
+    "demonstrations starts evaluate checkpoint training_state step_records",
+    "learner update",
     "trainer",
     "presets report_data report_figures report_curves report_page report_tables report study"
     " study_tables",

@@ -129,7 +129,7 @@ def gradient(records: list[Trajectory], *, pack: bool, budget: int) -> tuple[tor
     scale = torch.linspace(0.5, 1.5, batch.completion_ids.numel()).view_as(batch.completion_ids)
     POLICY.model.zero_grad()
     logprobs = torch.zeros(batch.completion_ids.shape)
-    for part in POLICY.microbatches(batch, budget):
+    for part in POLICY.microbatches(batch, budget, with_entropy=True):
         loss = (part.logprobs * scale[part.rows]).sum() + 0.1 * part.entropies.sum()
         loss.backward()
         logprobs[part.rows] = part.logprobs.detach()

@@ -23,6 +23,7 @@ from atod_train.metrics import read_metrics
 from atod_train.policy import ModelShape, Policy, build_policy
 from atod_train.pretrained import load_policy
 from atod_train.rollout import EnvPool
+from atod_train.teacher import LocalTeacher
 from atod_train.tokenizer import build_word_tokenizer
 from atod_train.trainer import Trainer
 
@@ -75,13 +76,17 @@ def test_demonstrations_make_a_model_that_plays(
     assert evaluate(policies[1], pool, CONFIG).success_rate >= 0.75
 
 
+@pytest.mark.parametrize(("signal", "top_k"), [("sampled", 0), ("exact", 0), ("exact", 8)])
 def test_atod_brings_the_student_closer_to_its_teacher(
-    pool: EnvPool, policies: tuple[Policy, Policy], tmp_path: Path
+    signal: str, top_k: int, pool: EnvPool, policies: tuple[Policy, Policy], tmp_path: Path
 ) -> None:
     start, teacher = policies
     start.save(tmp_path / "start")
     student = load_policy(tmp_path / "start")
-    Trainer(CONFIG, tmp_path / "run", student, teacher, pool, []).run()
+    algorithm = replace(CONFIG.algorithm, opd_signal=signal, opd_top_k=top_k)
+    config = replace(CONFIG, algorithm=algorithm)
+    teacher_here = LocalTeacher(teacher, student)
+    Trainer(config, tmp_path / "run", student, teacher_here, pool, []).run()
     distance = [float(row["disagreement"]) for row in read_metrics(tmp_path / "run")]
     print([round(value, 2) for value in distance])
     assert sum(distance[-3:]) / 3 < 0.85 * sum(distance[:3]) / 3
@@ -95,7 +100,7 @@ if "tests/Echo-v0" not in gymnasium.registry:
 ECHO = RunConfig(
     env=EnvConfig(id="tests/Echo-v0", max_turns=2, eval_splits=()),
     train=TrainConfig(
-        steps=40,
+        steps=50,
         tasks_per_step=8,
         group_size=8,
         minibatches=2,
@@ -121,7 +126,7 @@ def echo_policies(echo_pool: EnvPool) -> tuple[Policy, Policy]:
     tokenizer = build_word_tokenizer(demonstration_texts(episodes))
     trajectories = [tokenize(episode, DialogueEncoder(tokenizer)) for episode in episodes]
     student, teacher = (build_policy(shape, tokenizer, seed=1) for _ in range(2))
-    for policy, epochs in ((student, 8.0), (teacher, 11.0)):
+    for policy, epochs in ((student, 9.0), (teacher, 11.0)):
         train_on_demonstrations(policy, trajectories, epochs=epochs, lr=(3e-3, 1.8e-2), seed=1)
     return student, teacher
 
@@ -134,9 +139,9 @@ def test_reward_makes_the_student_succeed(
     start.save(tmp_path / "start")
     student = load_policy(tmp_path / "start")
     config = replace(ECHO, algorithm=AlgorithmConfig(method=method, anneal_steps=20))  # type: ignore[arg-type]
-    Trainer(config, tmp_path / "run", student, teacher, echo_pool, []).run()
+    teacher_here = LocalTeacher(teacher, student)
+    Trainer(config, tmp_path / "run", student, teacher_here, echo_pool, []).run()
     success = [float(row["train_success"]) for row in read_metrics(tmp_path / "run")]
     print([round(value, 2) for value in success])
     assert sum(success[-5:]) / 5 > sum(success[:5]) / 5 + 0.3
-    before = evaluate(start, echo_pool, config).success_rate
-    assert evaluate(student, echo_pool, config).success_rate >= before + 0.2
+    assert evaluate(student, echo_pool, config).success_rate >= 0.9

@@ -67,7 +67,7 @@ def test_logprobs_equal_those_of_all_logits(budget: int) -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
     assert (found[~batch.completion_mask] == 0).all()
     rows = []
-    for part in policy.microbatches(batch, budget):
+    for part in policy.microbatches(batch, budget, with_entropy=True):
         torch.testing.assert_close(part.logprobs, expected[part.rows], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
             part.entropies, expected_entropies[part.rows], rtol=1e-5, atol=1e-5
@@ -82,7 +82,7 @@ def test_chunks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     for limit in (2**26, 7 * policy.embedding_rows):
         monkeypatch.setattr(policy_module, "LOGITS_PER_CHUNK", limit)
         policy.model.zero_grad()
-        for part in policy.microbatches(batch):
+        for part in policy.microbatches(batch, with_entropy=True):
             (part.logprobs.sum() + part.entropies.sum()).backward()
         grads = [p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]
         gradients.append(torch.cat(grads))

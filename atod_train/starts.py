@@ -1,0 +1,130 @@
+"""The models that a run begins with: made from scratch or loaded, perhaps shown the task first.
+
+What was trained on demonstrations is cached by a hash of everything that it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from atod_train.config import OFFLOAD, RunConfig
+from atod_train.demonstrations import (
+    Demonstration,
+    demonstrate,
+    demonstration_texts,
+    tokenize,
+    train_on_demonstrations,
+)
+from atod_train.dialogue import DialogueEncoder
+from atod_train.metrics import EvaluatedModel
+from atod_train.policy import MODEL_SHAPES, Policy, build_policy
+from atod_train.pretrained import LoadOptions, cache_folder, load_policy, pick_device
+from atod_train.rollout import EnvPool
+from atod_train.tokenizer import build_word_tokenizer
+
+_RECIPE = 2
+"""Raised whenever the way of making demonstrations or starts changes, so that caches expire."""
+
+NOISE = 0.2
+"""Probability of a random action in place of the expert's, to show how to recover."""
+
+
+class Starts:
+    """Makes or loads the student and the teacher of a run, or takes them from the cache.
+
+    Args:
+        config: the run's settings.
+        pool: environments of the training split.
+    """
+
+    def __init__(self, config: RunConfig, pool: EnvPool) -> None:
+        self._config = config
+        self._pool = pool
+        self._demonstrations: list[Demonstration] | None = None
+
+    def policy(self, role: EvaluatedModel) -> Policy:
+        """The teacher, or the student's start; the same for every method and seed."""
+        model = self._config.model
+        if role == "student":
+            name, epochs, seed = model.student, model.student_epochs, 1
+        else:
+            name, epochs, seed = model.teacher, model.teacher_epochs, 0
+        if self._config.train.threads:
+            torch.set_num_threads(self._config.train.threads)
+        label = f"{role} ({Path(name).name})"
+        if name not in MODEL_SHAPES and not (self._config.model.show_task and epochs):
+            return load_policy(name, self._options(role), name=label)
+        path = cache_folder() / self._key(name, epochs, seed)
+        if not (path / "config.json").is_file():
+            self._make(name, epochs, seed, label).save(path)
+        return load_policy(path, self._options(role), name=label)
+
+    def _options(self, role: EvaluatedModel) -> LoadOptions:
+        model = self._config.model
+        if role == "student":
+            return LoadOptions(
+                device=model.device,
+                dtype=model.dtype,
+                lora_rank=model.lora_rank,
+                lora_alpha=model.lora_alpha,
+                gradient_checkpointing=model.gradient_checkpointing,
+            )
+        # One that is offloaded begins where it works.
+        elsewhere = model.teacher_device not in ("", OFFLOAD)
+        device = model.teacher_device if elsewhere else model.device
+        on_gpu = pick_device(device).type == "cuda"
+        frozen = "bfloat16" if model.dtype == "auto" and on_gpu else model.dtype
+        return LoadOptions(device=device, dtype=frozen)
+
+    def _key(self, name: str, epochs: float, seed: int) -> str:
+        env, model = self._config.env, self._config.model
+        depends = {
+            "recipe": _RECIPE,
+            "env": [env.id, sorted(env.options.items()), env.max_turns, env.prompt_style],
+            "prompt": [env.history_window, env.show_admissible, env.parse_profile],
+            "data": self._pool.content_hash,
+            "demonstrations": [model.demonstrations, NOISE],
+            "updates": [model.episodes_per_update, model.observation_weight],
+            "model": [name, epochs, model.supervised_lr, seed],
+        }
+        if name not in MODEL_SHAPES:
+            depends["start"] = [_identity(name), sorted(env.template_options.items())]
+        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+        return f"{Path(name).name}-{digest[:20]}"
+
+    def _make(self, name: str, epochs: float, seed: int, label: str) -> Policy:
+        config = self._config
+        if self._demonstrations is None:
+            self._demonstrations = demonstrate(
+                self._pool, config.model.demonstrations, NOISE, seed=0
+            )
+        if name in MODEL_SHAPES:
+            tokenizer = build_word_tokenizer(demonstration_texts(self._demonstrations))
+            policy = build_policy(name, tokenizer, seed, name=label)
+        else:
+            policy = load_policy(name, LoadOptions(device=config.model.device), name=label)
+        dialogue = DialogueEncoder(
+            policy.tokenizer, config.env.prompt_style, config.env.template_options
+        )
+        trajectories = [tokenize(episode, dialogue) for episode in self._demonstrations]
+        train_on_demonstrations(
+            policy,
+            trajectories,
+            epochs=epochs,
+            lr=config.model.supervised_lr,
+            seed=seed,
+            episodes_per_update=config.model.episodes_per_update,
+            observation_weight=config.model.observation_weight,
+            tokens_per_microbatch=config.train.tokens_per_microbatch,
+        )
+        return policy
+
+
+def _identity(name: str) -> str:
+    """What tells a language model apart from another of the same name: its newest weights file."""
+    times = [file.stat().st_mtime_ns for file in Path(name).glob("*.safetensors")]
+    return f"{Path(name).resolve() if times else name} {max(times, default=0)}"

@@ -1,0 +1,155 @@
+"""Several processes train as one does: same gradients, same runs, same checkpoints."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_together
+from test_policy import make_policy
+from test_trainer import CONFIG as SINGLE
+from test_trainer import _numbers as numbers
+
+from atod_gym.errors import InvalidSettingError
+from atod_train.checkpoint import latest_checkpoint, load_checkpoint
+from atod_train.config import RunConfig
+from atod_train.metrics import read_evaluations
+from atod_train.processes import Processes, join_processes
+from atod_train.run_folder import read_json
+from atod_train.study import run_study
+
+HERE = Path(__file__).parent
+# Three groups for two processes.
+CONFIG = replace(SINGLE, train=replace(SINGLE.train, tasks_per_step=3, steps=4, eval_every=2))
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def with_steps(steps: int, resume: bool) -> RunConfig:
+    train, study = replace(CONFIG.train, steps=steps), replace(CONFIG.study, resume=resume)
+    return replace(CONFIG, train=train, study=study)
+
+
+def together(*arguments: str, count: int = 2, **environment: str) -> None:
+    """Runs train_together.py in several processes."""
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(HERE / "train_together.py"), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["ATOD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone")
+    run_study(with_steps(4, resume=False), out)
+    return out / "atod-seed0"
+
+
+def assert_close(run: Path, other: Path) -> None:
+    """The same steps but for rounding, and the same evaluations."""
+    for row, wanted in zip(numbers(run), numbers(other), strict=True):
+        assert row.keys() == wanted.keys()
+        for name, value in row.items():
+            assert value == pytest.approx(wanted[name], rel=2e-3, abs=1e-5), (row["step"], name)
+    # Each of the pieces was evaluated at its end.
+    assert [e for e in read_evaluations(run) if e.step in (0, 4)] == [
+        e for e in read_evaluations(other) if e.step in (0, 4)
+    ]
+    ours = load_checkpoint(latest_checkpoint(run) or Path()).tensors
+    theirs = load_checkpoint(latest_checkpoint(other) or Path()).tensors
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        # AdamW turns the sign of a gradient that is nearly zero into a whole step.
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-2, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("count", "sharded"), [(2, False), (2, True), (3, False)], ids=["two", "two-sharded", "three"]
+)
+def test_an_update_is_that_of_one_process(count: int, sharded: bool, tmp_path: Path) -> None:
+    make_policy().save(tmp_path / "start")
+    together("update", str(tmp_path), count=count, **(SHARDED if sharded else {}))
+    record = read_json(tmp_path / "processes.json")
+    assert record["count"] == count
+    assert [i for share in record["shares"] for i in share] == list(range(5))
+    found: dict[str, Any] = torch.load(tmp_path / "found.pt")
+    for signal in ("sampled", "exact"):
+        expected = train_together.gradients_of_an_update(Processes(), signal)
+        assert found[signal].keys() == expected.keys()
+        assert any(name.startswith("1/") for name in expected)
+        for name, tensor in expected.items():
+            close = {"rtol": 1e-2, "atol": 2e-3} if "/" in name else {"rtol": 1e-4, "atol": 1e-5}
+            if name.startswith("0/"):
+                close = {"rtol": 1e-4, "atol": 1e-6}
+            torch.testing.assert_close(found[signal][name], tensor, **close, msg=f"{signal} {name}")
+    alone = train_together.adapters_after_three_updates(Processes(), tmp_path / "start")
+    torch.testing.assert_close(found["adapters"], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_make_the_run_of_one(whole_run: Path, tmp_path: Path) -> None:
+    together("run", str(tmp_path), "2")
+    run = tmp_path / "atod-seed0"
+    assert read_json(run / "manifest.json")["processes"] == 2
+    (run / "summary.json").unlink()
+    # Sharded from here on, then alone: checkpoints do not depend on the number of processes.
+    together("run", str(tmp_path), "3", **SHARDED)
+    (run / "summary.json").unlink()
+    run_study(with_steps(4, resume=True), tmp_path)
+    assert_close(run, whole_run)
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_shares_cover_everything_once() -> None:
+    for count in range(1, 6):
+        for items in range(12):
+            shares = [Processes(index, count).share(items) for index in range(count)]
+            assert [i for share in shares for i in share] == list(range(items))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    alone = Processes()
+    assert alone.is_main
+    assert alone.gather([1, 2]) == [1, 2]
+    assert not alone.any(False)
+    tensor = torch.ones(2)
+    alone.add([tensor])
+    alone.same([tensor])
+    alone.wait()
+    assert tensor.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "message"),
+    [
+        ("cuda:0", {}, "each take a GPU of their own"),
+        ("cpu", {"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED"),
+        ("cpu", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "MEGATRON_LM"),
+        ("cpu", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "--fsdp_version 2"),
+        ("cpu", {**SHARDED, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+    ],
+)
+def test_what_several_processes_cannot_use(
+    device: str, environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidSettingError, match=message):
+        join_processes(device)

@@ -1,0 +1,101 @@
+"""Run by torchrun: what one of several processes does in test_processes.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import test_processes
+import torch
+from test_policy import make_policy, random_batch
+
+from atod_train.baselines import Signals, compute_advantages
+from atod_train.config import AlgorithmConfig
+from atod_train.learner import Learner
+from atod_train.metrics import PhaseTimes
+from atod_train.pretrained import LoadOptions, load_policy
+from atod_train.processes import Processes, join_processes, leave_processes
+from atod_train.study import run_study
+from atod_train.teacher import LocalTeacher
+from atod_train.training_state import whole
+from atod_train.update import score_batch, update_policy
+
+
+def gradients_of_an_update(processes: Processes, signal: str) -> dict[str, torch.Tensor]:
+    """Gradients of both mini-batches of an update on five episodes, and what it leaves."""
+    student, teacher_policy, batch = make_policy(0), make_policy(1), random_batch()
+    batch = replace(
+        batch,
+        returns=torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5]),
+        group_index=torch.tensor([0, 0, 0, 1, 1]),
+    )
+    teacher = LocalTeacher(teacher_policy, student)
+    algorithm = AlgorithmConfig(opd_signal=signal)  # type: ignore[arg-type]
+    config = replace(test_processes.CONFIG, algorithm=algorithm)
+    learner = Learner(student, 1e-3, processes)
+    found: dict[str, torch.Tensor] = {}
+    step = learner._optimizer.step
+
+    def record(*_: Any) -> None:
+        part = len({name.partition("/")[0] for name in found})
+        for name, weight in learner.policy.model.named_parameters():
+            assert weight.grad is not None
+            found[f"{part}/{name}"] = whole(weight.grad).clone()
+        step()
+
+    learner._optimizer.step = record  # type: ignore[method-assign, assignment]
+    scores = score_batch(learner, teacher, batch, config, PhaseTimes())
+    signals = Signals(
+        scores.logprobs, scores.reference_logprobs, batch.completion_mask, batch.trajectory_index,
+        batch.turn_index, batch.turn_rewards, batch.returns, batch.group_index, scores.divergences,
+    )  # fmt: skip
+    advantages = compute_advantages(signals, algorithm, 3)
+    order = torch.Generator().manual_seed(5)
+    stats = update_policy(learner, teacher, batch, scores, advantages, config, order)
+    found["old"] = scores.logprobs
+    found["stats"] = torch.tensor([stats[name] for name in sorted(stats)])
+    state = learner.tensors()
+    found.update({f"state/{name}": tensor.detach().clone() for name, tensor in state.items()})
+    return found
+
+
+def adapters_after_three_updates(processes: Processes, start: Path) -> dict[str, torch.Tensor]:
+    """What adapters on frozen weights, with layers computed again, become."""
+    # Adapters begin at random: the other processes get those of the main one.
+    torch.manual_seed(processes.index)
+    options = LoadOptions(lora_rank=4, gradient_checkpointing=True)
+    student, batch = load_policy(start, options), random_batch()
+    learner = Learner(student, 1e-2, processes)
+    for _ in range(3):
+        for micro in learner.microbatches(batch, 60):
+            learner.backward(-micro.logprobs.sum())
+        learner.step()
+    return {"logprobs": student.completion_logprobs(batch)}
+
+
+def main() -> None:
+    """Writes the gradients of an update, or makes a whole run."""
+    torch.set_num_threads(1)
+    what, out = sys.argv[1], Path(sys.argv[2])
+    if what == "run":
+        run_study(test_processes.with_steps(int(sys.argv[3]), resume=True), out)
+        leave_processes()
+        return
+    processes = join_processes("cpu")
+    found = {signal: gradients_of_an_update(processes, signal) for signal in ("sampled", "exact")}
+    found["adapters"] = adapters_after_three_updates(processes, out / "start")
+    shares = processes.gather([list(processes.share(5))])
+    if processes.is_main:
+        torch.save(found, out / "found.pt")
+        text = json.dumps({"count": processes.count, "shares": shares, "any": processes.any(False)})
+        (out / "processes.json").write_text(text)
+    else:
+        processes.any(processes.index == 0)
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main()
