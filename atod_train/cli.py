@@ -1,4 +1,4 @@
-"""`atod-train PRESET [--section.setting value ..]` and `atod-train doctor`: the command line."""
+"""The command line: `atod-train PRESET [--section.setting value ..]`, `doctor`, `serve-teacher`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from atod_train import doctor
 
             return doctor.main(chosen[1:])
+        if chosen[:1] == ["serve-teacher"]:
+            from atod_train import serve_teacher
+
+            return serve_teacher.main(chosen[1:])
         import tyro
     except ImportError as error:
         print(f"atod-train: {_missing(error)}", file=sys.stderr)
@@ -79,7 +83,8 @@ def _run(config: RunConfig, out: Path) -> int:
 
 
 def _missing(error: ImportError) -> MissingExtraError:
-    return MissingExtraError(f"{error.name} is not installed: pip install 'atod[train]'")
+    extra = "servers" if error.name in ("starlette", "uvicorn") else "train"
+    return MissingExtraError(f"{error.name} is not installed: pip install 'atod[{extra}]'")
 
 
 if __name__ == "__main__":

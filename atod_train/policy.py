@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,8 @@ from atod_train.types import Batch
 LOGITS_PER_CHUNK = 2**26
 """Logits that exist at once; 256 MiB in float32."""
 
+
+_CACHE_ARGUMENTS: dict[type, str] = {}
 
 Computation = Callable[[], dict[str, Tensor]]
 
@@ -131,7 +132,7 @@ class Policy:
         """
         inputs["use_cache"] = cache is not None
         if cache is not None:
-            inputs[_cache_argument(type(self.model.base_model))] = cache
+            inputs[_cache_argument(self.model.base_model)] = cache
         with self._precision():
             output = self.model.base_model(input_ids=input_ids, **inputs)
         hidden: Tensor = output.last_hidden_state
@@ -313,11 +314,13 @@ class Policy:
         return hidden.flatten(0, 1).index_select(0, flat)
 
 
-@lru_cache
-def _cache_argument(model: type[PreTrainedModel]) -> str:
+def _cache_argument(model: torch.nn.Module) -> str:
     """What a model calls its cache: older versions of transformers have another name for it."""
-    is_new = "cache" in inspect.signature(model.forward).parameters
-    return "cache" if is_new else "past_key_values"
+    kind = type(model)
+    if kind not in _CACHE_ARGUMENTS:
+        is_new = "cache" in inspect.signature(model.forward).parameters
+        _CACHE_ARGUMENTS[kind] = "cache" if is_new else "past_key_values"
+    return _CACHE_ARGUMENTS[kind]
 
 
 def build_policy(

@@ -25,6 +25,7 @@ from atod_train.metrics import EvaluatedModel, Evaluation
 from atod_train.policy import MODEL_SHAPES, Policy
 from atod_train.processes import Processes, join_processes
 from atod_train.progress import no_lines, plain_lines, progress
+from atod_train.remote_teacher import RemoteTeacher
 from atod_train.report import REPORT_FILE, write_report
 from atod_train.report_data import read_run
 from atod_train.rollout import EnvPool
@@ -138,8 +139,6 @@ def _teacher(config: RunConfig, starts: Starts, student: Policy) -> Teacher:
     """The teacher, in this process or behind a URL."""
     model = config.model
     if is_url(model.teacher):
-        from atod_train.remote_teacher import RemoteTeacher
-
         return RemoteTeacher(
             model.teacher,
             student,

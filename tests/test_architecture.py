@@ -30,7 +30,7 @@ TRAINER_LAYERS = (
     "policy kv_cache generation teacher remote_teacher",
     "rollout",
     "demonstrations starts evaluate checkpoint training_state step_records",
-    "learner update",
+    "learner update serve_teacher",
     "trainer",
     "presets report_data report_figures report_curves report_page report_tables report study"
     " study_tables",
@@ -99,7 +99,15 @@ def test_servers_import_no_environments_and_torch_only_to_encode() -> None:
 
 def test_the_trainer_does_not_import_servers() -> None:
     for module, path in sources("atod_train").items():
-        assert "env_servers" not in third_party(path), module
+        # A teacher's server answers errors, and lives and ends, as all servers do.
+        allowed = (
+            {"env_servers.service", "env_servers.process"}
+            if module == "atod_train.serve_teacher"
+            else set()
+        )
+        for name in imports(path, at_import_only=False):
+            if name.startswith("env_servers"):
+                assert name in allowed or name.rpartition(".")[0] in allowed, (module, name)
 
 
 def test_the_trainer_knows_no_environment_by_name() -> None:

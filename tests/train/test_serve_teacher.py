@@ -1,0 +1,210 @@
+"""The teacher's server: what it answers, what it refuses, and a run that learns from it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from served_teacher import served
+from test_policy import make_policy
+from test_trainer import CONFIG
+from test_trainer import _numbers as numbers
+
+from atod_train import doctor
+from atod_train.cli import main
+from atod_train.demonstrations import demonstrate, demonstration_texts
+from atod_train.policy import build_policy
+from atod_train.rollout import EnvPool
+from atod_train.run_folder import read_json
+from atod_train.study import run_study
+from atod_train.tokenizer import build_word_tokenizer
+
+TEACHER = make_policy(1)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("served") / "teacher"
+    TEACHER.save(folder)
+    with served(folder, "--max-context", "100", "--tokens-per-microbatch", "64") as (address, _):
+        yield address
+
+
+def _expected(ids: list[int]) -> list[float]:
+    logits = TEACHER.model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    found: list[float] = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    return found
+
+
+def _complete(url: str, **body: Any) -> requests.Response:
+    body = {"prompt_logprobs": 0, "max_tokens": 1, **body}
+    return requests.post(f"{url}/v1/completions", json=body, timeout=60)
+
+
+def test_completions(url: str) -> None:
+    prompts = [[8, 9, 10], [11], [12, 9, 8, 10, 30]]
+    answer = _complete(url, prompt=prompts, model="teacher").json()
+    assert answer["usage"]["prompt_tokens"] == 9
+    for ids, choice in zip(prompts, answer["choices"], strict=True):
+        first, *others = choice["prompt_logprobs"]
+        assert first is None
+        for token, logprob, entry in zip(ids[1:], _expected(ids), others, strict=True):
+            assert list(entry) == [str(token)]
+            assert entry[str(token)]["logprob"] == pytest.approx(logprob, abs=1e-5)
+            text = TEACHER.tokenizer.decode([token])
+            assert entry[str(token)]["decoded_token"] == text
+    one = _complete(url, prompt=prompts[0]).json()["choices"]
+    assert one[0]["prompt_logprobs"] == answer["choices"][0]["prompt_logprobs"]
+    text = _complete(url, prompt="take mug").json()["choices"][0]["prompt_logprobs"]
+    assert [next(iter(e.values()))["decoded_token"] for e in text[1:]] == ["mug"]
+
+
+@pytest.mark.parametrize("start", [-1, 0, 2, 4, 50])
+def test_generate(start: int, url: str) -> None:
+    ids = [12, 9, 8, 10, 30]
+    body = {"input_ids": ids, "return_logprob": True, "logprob_start_len": start,
+            "sampling_params": {"max_new_tokens": 0}}  # fmt: skip
+    one = requests.post(f"{url}/generate", json=body, timeout=60).json()
+    begin = 4 if start in (-1, 50) else start
+    first, *others = one["meta_info"]["input_token_logprobs"]
+    assert first == [None, ids[begin], None]
+    assert [entry[1] for entry in others] == ids[begin + 1 :]
+    assert [entry[0] for entry in others] == pytest.approx(_expected(ids)[begin:], abs=1e-5)
+    two = requests.post(f"{url}/generate", json={**body, "input_ids": [ids, ids]}, timeout=60)
+    assert two.json() == [one, one]
+
+
+def test_who_it_is(url: str) -> None:
+    [model] = requests.get(f"{url}/v1/models", timeout=60).json()["data"]
+    assert (model["id"], model["max_model_len"]) == ("teacher", 100)
+    assert requests.get(f"{url}/get_model_info", timeout=60).json()["model_path"] == "teacher"
+    assert doctor.reach(url) == doctor.Finding("ok", f"{url}: teacher")
+
+
+def test_doctor_takes_a_url_as_teacher(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--student", "micro", "--teacher", url]) == 0
+    assert f"{url}: teacher" in capsys.readouterr().out
+
+
+def test_many_clients_at_once(url: str) -> None:
+    prompts = [[8 + i % 7, 9, 10 + i % 5, 30] for i in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda ids: _complete(url, prompt=ids).json(), prompts))
+    for ids, answer in zip(prompts, answers, strict=True):
+        entries = answer["choices"][0]["prompt_logprobs"][1:]
+        found = [entry[str(i)]["logprob"] for i, entry in zip(ids[1:], entries, strict=True)]
+        assert found == pytest.approx(_expected(ids), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"prompt": [1], "model": "gpt"}, 404, "has the model 'teacher' only"),
+        ({"prompt": [1], "prompt_logprobs": None}, 422, "prompt_logprobs 0 or 1"),
+        ({"prompt": [1], "max_tokens": 5}, 422, "max_tokens 0 or 1"),
+        ({"prompt": [1], "max_tokens": None}, 422, "max_tokens 0 or 1"),
+        ({"prompt": [1], "max_tokens": "1"}, 422, "whole number"),
+        ({"prompt": [1], "stream": True}, 422, "not streamed"),
+        ({}, 422, "text or a list"),
+        ({"prompt": []}, 422, "1 to 1024"),
+        ({"prompt": [[]]}, 422, "not empty"),
+        ({"prompt": [[1], [1.5]]}, 422, "text or a list"),
+        ({"prompt": [True]}, 422, "text or a list"),
+        ({"prompt": [[1, 10_000]]}, 422, "10000 is out of vocabulary"),
+        ({"prompt": [-1]}, 422, "out of vocabulary"),
+        ({"prompt": [1] * 101}, 422, "101 tokens; at most 100"),
+        ({"prompt": ""}, 422, "not empty"),
+    ],
+)
+def test_what_is_refused(body: dict[str, Any], status: int, message: str, url: str) -> None:
+    answer = _complete(url, **body)
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+
+
+def test_what_generate_refuses(url: str) -> None:
+    for body, message in (
+        ({"input_ids": [1], "return_logprob": True}, "max_new_tokens 0 or 1"),
+        ({"input_ids": [1], "sampling_params": {"max_new_tokens": 0}}, "Send return_logprob"),
+        ({"sampling_params": 3}, "JSON object"),
+    ):
+        answer = requests.post(f"{url}/generate", json=body, timeout=60)
+        assert answer.status_code == 422
+        assert message in answer.json()["error"]["message"]
+    assert requests.post(f"{url}/generate", data=b"{", timeout=60).status_code == 422
+    assert requests.get(f"{url}/v1/nothing", timeout=60).status_code == 404
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = ("prompt", "model", "max_tokens", "prompt_logprobs", "n", "stream", "input_ids", "text",
+         "sampling_params", "return_logprob", "logprob_start_len")  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(path=st.sampled_from(["v1/completions", "generate"]), data=st.data())
+def test_no_body_breaks_it(path: str, data: st.DataObject, url: str) -> None:
+    valid: dict[str, Any] = {"prompt": [8, 9], "max_tokens": 1, "prompt_logprobs": 0,
+                             "input_ids": [8, 9], "return_logprob": True,
+                             "sampling_params": {"max_new_tokens": 0}}  # fmt: skip
+    changes = data.draw(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3))
+    body = data.draw(st.just({**valid, **changes}) | JSON)
+    assert requests.post(f"{url}/{path}", json=body, timeout=60).status_code in (200, 404, 422)
+
+
+def test_what_cannot_be_served_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    assert main(["serve-teacher", str(tmp_path / "absent")]) == 2
+    assert "Cannot load a causal language model" in capsys.readouterr().err
+    TEACHER.save(tmp_path / "t")
+    port = url.rpartition(":")[2]
+    assert main(["serve-teacher", str(tmp_path / "t"), "--port", port]) == 2
+    assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
+
+
+def test_missing_libraries_are_named() -> None:
+    code = (
+        "import sys; sys.modules['starlette'] = None\n"
+        "from atod_train.cli import main; sys.exit(main(['serve-teacher', 'x']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'atod[servers]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("api", ["completions", "sglang"])
+def test_a_run_is_that_of_the_same_teacher_here(api: str, tmp_path: Path) -> None:
+    os.environ["ATOD_CACHE"] = str(tmp_path / "cache")
+    pool = EnvPool(CONFIG.env, "train")
+    tokenizer = build_word_tokenizer(demonstration_texts(demonstrate(pool, 10, 0.0, 0)))
+    for seed, role in enumerate(("student", "teacher")):
+        build_policy("micro", tokenizer, seed).save(tmp_path / role)
+    model = replace(CONFIG.model, student=str(tmp_path / "student"), teacher_api=api)  # type: ignore[arg-type]
+    train = replace(CONFIG.train, steps=2, eval_every=0)
+    here = replace(CONFIG, model=replace(model, teacher=str(tmp_path / "teacher")), train=train)
+    run_study(here, tmp_path / "here")
+    with served(tmp_path / "teacher") as (address, _):
+        run_study(replace(here, model=replace(model, teacher=address)), tmp_path / "there")
+    found, expected = (numbers(tmp_path / name / "atod-seed0") for name in ("there", "here"))
+    for row, wanted in zip(found, expected, strict=True):
+        assert row.keys() == wanted.keys()
+        for name, value in row.items():
+            assert value == pytest.approx(wanted[name], rel=1e-3, abs=1e-6), name
+    manifest = read_json(tmp_path / "there" / "atod-seed0" / "manifest.json")
+    assert manifest["parameters"]["teacher"] is None
