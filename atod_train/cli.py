@@ -83,8 +83,9 @@ def _run(config: RunConfig, out: Path) -> int:
 
 
 def _missing(error: ImportError) -> MissingExtraError:
-    extra = "servers" if error.name in ("starlette", "uvicorn") else "train"
-    return MissingExtraError(f"{error.name} is not installed: pip install 'atod[{extra}]'")
+    package = (error.name or "").partition(".")[0]
+    extra = "servers" if package in ("starlette", "uvicorn") else "train"
+    return MissingExtraError(f"{package} is not installed: pip install 'atod[{extra}]'")
 
 
 if __name__ == "__main__":
