@@ -151,6 +151,11 @@ def load_template(path: str | os.PathLike[str]) -> PromptTemplate:
         raise InvalidSettingError(f"{os.fspath(path)}: {error}") from error
 
 
+def left_out_note(turns: int) -> str:
+    """The line that stands where the oldest turns were left out, so that a prompt fits."""
+    return f"[{turns} earlier turn{'s' if turns > 1 else ''} left out]"
+
+
 def render_prompt(
     observation: TurnObservation | HistoryObservation,
     *,
@@ -158,6 +163,7 @@ def render_prompt(
     profile: ParseProfile,
     show_admissible: bool = True,
     tags: Sequence[str] = ACTION_TAGS,
+    left_out: int = 0,
 ) -> str:
     """The user message for an observation.
 
@@ -167,11 +173,14 @@ def render_prompt(
         profile: chooses the text of `{reply_format}`.
         show_admissible: False leaves `{admissible_actions}` empty.
         tags: those of the environment's actions, for `{reply_format}`.
+        left_out: how many of the oldest past turns to leave out; `{history}` then says so.
     """
     turn_index = int(observation["turn_index"])
     # A plain observation has no such key; the type checker knows only one of the two types.
     history = observation.get("history", ())
     assert isinstance(history, tuple)
+    notes = [left_out_note(left_out)] if left_out else []
+    history = history[left_out:]
     first_shown = turn_index - len(history) + 1
     values = {
         "instruction": observation["instruction"],
@@ -180,11 +189,16 @@ def render_prompt(
         if show_admissible
         else "",
         "history": "\n".join(
-            f"[turn {number}] you observed: {turn['text']}\n[turn {number}] you did: "
-            f"{turn['action']}"
-            for number, turn in enumerate(history, first_shown)
+            [
+                *notes,
+                *(
+                    f"[turn {number}] you observed: {turn['text']}\n[turn {number}] you did: "
+                    f"{turn['action']}"
+                    for number, turn in enumerate(history, first_shown)
+                ),
+            ]
         ),
-        "history_length": str(len(history)) if history else "",
+        "history_length": str(len(history)) if history or left_out else "",
         "turn_number": str(turn_index + 1),
         "reply_format": reply_format(profile, tags),
     }

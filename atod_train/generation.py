@@ -1,8 +1,10 @@
 """Batched sampling for many episodes at once, with a cache that outlives the turn.
 
 In chat style each turn feeds only what is new: the tokens that follow the last completion. In
-window style every turn starts afresh with its full prompt. Each episode draws from a random stream
-of its own, so what it samples does not depend on which other episodes are active.
+window style every turn starts afresh with its full prompt, of which only what follows the part in
+common with the last one is computed. Prompts that several episodes begin with, as those of a group
+do, are computed once. Each episode draws from a random stream of its own, so what it samples does
+not depend on which other episodes are active.
 """
 
 from __future__ import annotations
@@ -38,13 +40,40 @@ class Completion:
 class _Episode:
     """Where one episode stands in the cache."""
 
-    __slots__ = ("length", "pending", "slot", "stream")
+    __slots__ = ("held", "is_fresh", "pending", "slot", "stream")
 
     def __init__(self, slot: int, seed: int) -> None:
         self.slot = slot
-        self.length = 0  # tokens whose keys and values are in the cache
+        self.held: list[int] = []  # tokens whose keys and values are in the cache
+        self.is_fresh = True  # the next feed is a whole prompt
         self.pending: list[int] = []  # sampled last and not yet fed
         self.stream = torch.Generator().manual_seed(seed)
+
+    @property
+    def context_length(self) -> int:
+        return 0 if self.is_fresh else len(self.held) + len(self.pending)
+
+    def take(self, ids: Sequence[int]) -> list[int]:
+        """What must be computed to feed new tokens; forgets what the cache holds beyond them."""
+        feed = [*self.pending, *ids]
+        if self.is_fresh:
+            # At least one token is fed, to have logits after it.
+            common = _common_prefix(self.held, feed[:-1])
+            del self.held[common:]
+            feed = feed[common:]
+            self.is_fresh = False
+        self.pending = []
+        return feed
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
 
 
 class Generator:
@@ -110,7 +139,7 @@ class Generator:
 
     def restart(self, row: int) -> None:
         """Forget what an episode was fed: its next feed is a whole prompt; its stream goes on."""
-        self._episodes[row].length, self._episodes[row].pending = 0, []
+        self._episodes[row].is_fresh, self._episodes[row].pending = True, []
 
     def fits(self, row: int, new_ids: Sequence[int]) -> bool:
         """Whether an episode's new tokens and its longest completion fit `max_context`."""
@@ -119,8 +148,7 @@ class Generator:
 
     def context_length(self, row: int) -> int:
         """Tokens of prompts and completions that an episode holds so far."""
-        episode = self._episodes[row]
-        return episode.length + len(episode.pending)
+        return self._episodes[row].context_length
 
     @torch.inference_mode()
     def prompt(
@@ -142,10 +170,7 @@ class Generator:
         for row in rows:
             if self.dialogue.style == "window":
                 self.restart(row)
-        feeds = [
-            [*self._episodes[row].pending, *ids] for row, ids in zip(rows, new_ids, strict=True)
-        ]
-        if not all(feeds):
+        if not all(new_ids):
             raise AtodError("A prompt holds no token.")
         fitting = [
             index
@@ -154,13 +179,36 @@ class Generator:
         ]
         completions: list[Completion | None] = [None] * len(rows)
         if fitting:
-            self._gather([self._episodes[rows[index]] for index in fitting])
+            feeds = {index: self._episodes[rows[index]].take(new_ids[index]) for index in fitting}
+            copies = self._arrange({rows[index]: feed for index, feed in feeds.items()})
             fitting.sort(key=lambda index: self._episodes[rows[index]].slot)
             episodes = [self._episodes[rows[index]] for index in fitting]
-            done = self._complete(episodes, [feeds[index] for index in fitting])
+            done = self._complete(episodes, [feeds[index] for index in fitting], copies)
             for index, completion in zip(fitting, done, strict=True):
                 completions[index] = completion
         return completions
+
+    def _arrange(self, feeds: dict[int, list[int]]) -> list[int]:
+        """Puts the episodes that are fed into the first slots.
+
+        Returns:
+            For episodes that begin with what another one is fed too, and so stand in the last of
+            these slots, the other one's slot.
+        """
+        episodes = [self._episodes[row] for row in feeds]
+        self._gather(episodes)
+        if any(episode.held for episode in episodes):
+            return []
+        # Nothing is in the cache yet, so the slots can be dealt out anew.
+        leaders: dict[tuple[int, ...], _Episode] = {}
+        followers: list[tuple[_Episode, _Episode]] = []
+        for episode, feed in zip(episodes, feeds.values(), strict=True):
+            leader = leaders.setdefault(tuple(feed), episode)
+            if leader is not episode:
+                followers.append((episode, leader))
+        for slot, episode in enumerate([*leaders.values(), *(e for e, _ in followers)]):
+            episode.slot = slot
+        return [leader.slot for _, leader in followers]
 
     def _new_cache(self, slots: int) -> SlotCache:
         return SlotCache(self.policy.model.config.num_hidden_layers, slots, self.policy.device)
@@ -174,19 +222,25 @@ class Generator:
         pairs = list(zip(outside, in_the_way, strict=True))
         sources = [e.slot for pair in pairs for e in pair]
         targets = [e.slot for first, second in pairs for e in (second, first)]
-        longest = max((e.length for pair in pairs for e in pair), default=0)
+        longest = max((len(e.held) for pair in pairs for e in pair), default=0)
         self._cache.move(sources, targets, longest)
         for first, second in pairs:
             first.slot, second.slot = second.slot, first.slot
 
-    def _complete(self, episodes: list[_Episode], feeds: list[list[int]]) -> list[Completion]:
-        """Prefill and decode the episodes, which hold the slots 0 .. k - 1."""
+    def _complete(
+        self, episodes: list[_Episode], feeds: list[list[int]], copies: list[int]
+    ) -> list[Completion]:
+        """Prefill and decode the episodes, which hold the slots 0 .. k - 1; see `_arrange`."""
         device = self.policy.device
-        widest = max(len(feed) for feed in feeds)
-        longest = max(episode.length for episode in episodes)
-        self._cache.reserve(longest + widest + self.max_completion_tokens)
-        logits = self._prefill(episodes, feeds)
-        ends = [episode.length + len(feed) for episode, feed in zip(episodes, feeds, strict=True)]
+        ends = [len(e.held) + len(feed) for e, feed in zip(episodes, feeds, strict=True)]
+        self._cache.reserve(max(ends) + self.max_completion_tokens)
+        alone = len(episodes) - len(copies)
+        logits = self._prefill(episodes[:alone], feeds[:alone])
+        if copies:
+            self._cache.move(copies, list(range(alone, len(episodes))), max(ends))
+            logits = torch.cat([logits, logits[copies]])
+        for episode, feed in zip(episodes, feeds, strict=True):
+            episode.held += feed
         uniforms = self._uniforms(episodes)
         sampled: list[list[int]] = [[] for _ in episodes]
         scores: list[list[float]] = [[] for _ in episodes]
@@ -207,15 +261,13 @@ class Generator:
             visible = max(ends[row] for row in alive) + step + 1
             logits = self._forward(0, ids[:count, None], positions[:count, None] + step, visible)
         return [
-            self._finish(episode, end, ids, values)
-            for episode, end, ids, values in zip(episodes, ends, sampled, scores, strict=True)
+            self._finish(episode, ids, values)
+            for episode, ids, values in zip(episodes, sampled, scores, strict=True)
         ]
 
-    def _finish(
-        self, episode: _Episode, end: int, ids: list[int], logprobs: list[float]
-    ) -> Completion:
+    def _finish(self, episode: _Episode, ids: list[int], logprobs: list[float]) -> Completion:
         # The last token was sampled but not fed: it goes first in the next turn.
-        episode.length = end + len(ids) - 1
+        episode.held += ids[:-1]
         episode.pending = [ids[-1]]
         stopped = ids[-1] in self.dialogue.stop_ids
         return Completion(tuple(ids), tuple(logprobs), "stop" if stopped else "length")
@@ -225,7 +277,7 @@ class Generator:
         device = self.policy.device
         logits = []
         first = 0
-        longest = max(e.length + len(feed) for e, feed in zip(episodes, feeds, strict=True))
+        longest = max(len(e.held) + len(feed) for e, feed in zip(episodes, feeds, strict=True))
         widest = max(len(feed) for feed in feeds)
         rows = max(1, _PREFILL_MASK_ELEMENTS // (widest * longest))
         while first < len(episodes):
@@ -233,7 +285,7 @@ class Generator:
             widths = torch.tensor([len(feed) for feed in feeds[part]])
             width = int(widths.max())
             ids = torch.tensor([feed + feed[-1:] * (width - len(feed)) for feed in feeds[part]])
-            starts = torch.tensor([episode.length for episode in episodes[part]])
+            starts = torch.tensor([len(episode.held) for episode in episodes[part]])
             # Padding stands beyond the row's context: later tokens overwrite it before any looks.
             positions = starts[:, None] + torch.arange(width)
             visible = int((starts + widths).max())

@@ -14,6 +14,7 @@ from atod_gym.errors import AtodError, InvalidSettingError, TaskNotFoundError
 from atod_gym.types import Message
 from atod_gym.wrappers import agent_env
 from atod_train.config import EnvConfig
+from atod_train.episode_prompts import EpisodePrompt, next_prompt
 from atod_train.generation import Completion, Generator
 from atod_train.metrics import PhaseTimes
 from atod_train.types import StopReason, TokenizedTurn, Trajectory, TrajectoryGroup, Turn
@@ -110,27 +111,33 @@ class _Episode:
         self.turns: list[Turn] = []
         self.stop_reason: StopReason | None = None
 
-    def play(self, completion: Completion, text: str, ids: Sequence[int], pool: EnvPool) -> None:
+    def prompt(self, generator: Generator, row: int) -> EpisodePrompt:
+        """What the model is to be fed before the next turn."""
+        return next_prompt(self.env, self.messages, self.turns, generator, row)
+
+    def play(
+        self, completion: Completion, text: str, prompt: EpisodePrompt, config: EnvConfig
+    ) -> None:
         """Executes a completion and records the turn."""
-        config = pool.config
         messages, reward, terminated, truncated, info = self.env.step(text)
         tokens = TokenizedTurn(
-            prompt_ids=tuple(ids),
+            prompt_ids=prompt.ids,
             completion_ids=completion.ids,
             sampling_logprobs=completion.logprobs,
             finish_reason=completion.finish_reason,
-            extends_previous=config.prompt_style == "chat" and bool(self.turns),
+            extends_previous=prompt.extends_previous,
         )
         penalty = config.invalid_action_penalty if info["parse_error"] else 0.0
         turn = Turn(
             index=len(self.turns),
-            prompt=self.messages,
+            prompt=prompt.messages,
             completion=text,
             action=info["action"],
             reward=float(reward) * config.success_reward - penalty,
             is_action_valid=info["is_action_valid"] and not info["parse_error"],
             tokens=tokens,
             penalty=penalty,
+            turns_left_out=prompt.turns_left_out,
         )
         self.turns.append(turn)
         self.info = info
@@ -216,8 +223,11 @@ def collect(
     active = list(range(len(episodes)))
     while active:
         with times.phase("generation"):
-            prompts = [_prompt_ids(episodes[row], generator) for row in active]
-            completions = generator.prompt(prompts, active)
+            prompts = [episodes[row].prompt(generator, row) for row in active]
+            for row, prompt in zip(active, prompts, strict=True):
+                if not prompt.extends_previous:
+                    generator.restart(row)
+            completions = generator.prompt([prompt.ids for prompt in prompts], active)
             texts = ["" if c is None else generator.dialogue.decode(c.ids) for c in completions]
         with times.phase("environment"):
             played = [row for row, given in zip(active, completions, strict=True) if given]
@@ -225,12 +235,14 @@ def collect(
                 [episodes[row].env for row in played],
                 [text for text, given in zip(texts, completions, strict=True) if given],
             )
-            for row, ids, completion, text in zip(active, prompts, completions, texts, strict=True):
+            for row, prompt, completion, text in zip(
+                active, prompts, completions, texts, strict=True
+            ):
                 episode = episodes[row]
                 if completion is None:
                     episode.stop_reason = "context_limit"
                     continue
-                episode.play(completion, text, ids, pool)
+                episode.play(completion, text, prompt, pool.config)
                 if episode.stop_reason is None and len(episode.turns) >= turn_limit:
                     episode.stop_reason = "turn_limit"
         active = [row for row in active if episodes[row].stop_reason is None]
@@ -262,10 +274,3 @@ def _prefetch_steps(envs: Sequence[gymnasium.Env[Any, str]], completions: Sequen
             for env, text in zip(envs, completions, strict=True)
         ]
         inner.prefetch_steps(envs, actions)
-
-
-def _prompt_ids(episode: _Episode, generator: Generator) -> list[int]:
-    dialogue = generator.dialogue
-    if dialogue.style == "window" or not episode.turns:
-        return dialogue.first(episode.messages)
-    return dialogue.continuation(episode.messages, episode.turns[-1].tokens.finish_reason)

@@ -8,13 +8,16 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from atod_gym.types import Message
 from atod_train.atod import masked
 from atod_train.baselines import Advantages
+from atod_train.dialogue import DialogueEncoder
 from atod_train.metrics import TrajectoryRecord, TurnDisplay
 from atod_train.token_scores import TokenScores
 from atod_train.types import Batch, Trajectory
 
 _SHOWN_TRAJECTORIES = 2
+_RENDERED_TRAJECTORIES = 16
 
 
 def batch_metrics(
@@ -48,8 +51,53 @@ def batch_metrics(
         "turns": len(turns) / len(trajectories),
         "invalid_share": sum(not turn.is_action_valid for turn in turns) / len(turns),
         "rollout/logprob_drift": token_mean(batch.sampling_logprobs - scores.logprobs),
+        "rollout/truncated_prompts": sum(turn.turns_left_out > 0 for turn in turns) / len(turns),
         **per_episode,
     }
+
+
+def rendering_drift(
+    trajectories: Sequence[Trajectory],
+    dialogue: DialogueEncoder,
+    limit: int = _RENDERED_TRAJECTORIES,
+) -> float | None:
+    """How many dialogues would be trained on other ids if their text were encoded anew.
+
+    The chat template's own rendering of the whole dialogue is compared with the ids that were fed
+    and sampled. Training takes the latter, so a difference does no harm here; it says how far off
+    data would be that is kept as text. Differences come from completions that were not sampled in
+    the tokenizer's own segmentation, and from templates that strip thoughts from earlier turns.
+
+    Args:
+        trajectories: of a step; those of one turn, and those that left out turns, tell nothing.
+        dialogue: encodes in chat style.
+        limit: look at no more than this many.
+
+    Returns:
+        Share of the dialogues looked at; None if there was none.
+    """
+    if dialogue.style != "chat":
+        return None
+    chosen = [
+        record
+        for record in trajectories
+        if len(record.turns) > 1 and all(t.tokens.extends_previous for t in record.turns[1:])
+    ][:limit]
+    if not chosen:
+        return None
+    return sum(not _is_rendered_alike(record, dialogue) for record in chosen) / len(chosen)
+
+
+def _is_rendered_alike(record: Trajectory, dialogue: DialogueEncoder) -> bool:
+    """Whether the prompt of the last turn, rendered from text, is what the model was fed."""
+    *earlier, last = record.turns
+    messages: list[Message] = []
+    fed: list[int] = []
+    for turn in earlier:
+        completion = dialogue.decode(turn.tokens.completion_ids)
+        messages += [*turn.prompt, Message("assistant", completion)]
+        fed += [*turn.tokens.prompt_ids, *turn.tokens.completion_ids]
+    return dialogue.first([*messages, *last.prompt]) == [*fed, *last.tokens.prompt_ids]
 
 
 def trajectories_to_show(

@@ -57,7 +57,7 @@ from atod_train.run_folder import (
     write_manifest,
     write_summary,
 )
-from atod_train.step_records import batch_metrics, trajectories_to_show
+from atod_train.step_records import batch_metrics, rendering_drift, trajectories_to_show
 from atod_train.teacher import LocalTeacher, Teacher
 from atod_train.token_scores import TokenScores
 from atod_train.training_state import model_tensors
@@ -298,6 +298,9 @@ class Trainer:
             **batch_metrics(batch, trajectories, scores, advantages),
             **update,
         }
+        drift = rendering_drift(trajectories, self._dialogue)
+        if drift is not None:
+            metrics["rollout/rendering_drift"] = drift
         has_teacher = self.teacher is not None
         shown = trajectories_to_show(step, batch, trajectories, advantages, has_teacher)
         return metrics, shown

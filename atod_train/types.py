@@ -22,7 +22,8 @@ FinishReason = Literal["stop", "length"]
 """Why sampling ended: the end-of-turn token came, or the token limit was reached."""
 
 StopReason = Literal["terminated", "turn_limit", "context_limit"]
-"""Why an episode ended: by the task, by the turn limit, or because the prompt outgrew the model."""
+"""Why an episode ended: by the task, by the turn limit, or because not even a prompt without
+earlier turns fits the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class Turn:
     tokens: TokenizedTurn
     penalty: float = 0.0
     """What `reward` was lessened by for an invalid action."""
+    turns_left_out: int = 0
+    """Earlier turns that the prompt does not show, because it would not have fitted."""
 
     @property
     def verb(self) -> str:

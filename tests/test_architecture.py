@@ -28,7 +28,7 @@ TRAINER_LAYERS = (
     "atod weight_variants baselines",
     "batching tokenizer dialogue token_scores",
     "policy kv_cache generation teacher remote_teacher",
-    "rollout",
+    "episode_prompts rollout",
     "demonstrations starts evaluate checkpoint training_state step_records",
     "learner update serve_teacher",
     "trainer",

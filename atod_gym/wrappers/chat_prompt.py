@@ -73,6 +73,7 @@ class ChatPrompt(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
         message = spaces.Dict({"role": UnicodeText(), "content": UnicodeText()})
         self.observation_space = spaces.Sequence(message)
         self._dialogue: list[tuple[str, str]] = []
+        self._observation: Any = {}
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -88,14 +89,37 @@ class ChatPrompt(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
         self._dialogue.append(("assistant", action))
         return self._messages(observation), reward, terminated, truncated, info
 
-    def _messages(self, observation: TurnObservation) -> tuple[dict[str, str], ...]:
-        content = render_prompt(
-            observation,
+    @property
+    def past_turns(self) -> int:
+        """How many past turns the current prompt shows; they come from `History`."""
+        return len(self._observation.get("history", ()))
+
+    def shortened(self, left_out: int) -> tuple[dict[str, str], ...]:
+        """The current prompt in window style, without its oldest past turns.
+
+        Args:
+            left_out: how many of the `past_turns` to leave out; the prompt says so.
+
+        Raises:
+            InvalidSettingError: in chat style, where the dialogue only grows.
+        """
+        if self.style != "window":
+            raise InvalidSettingError("Only prompts of the window style can be shortened.")
+        return ({"role": "user", "content": self._render(left_out)},)
+
+    def _render(self, left_out: int = 0) -> str:
+        return render_prompt(
+            self._observation,
             template=self.template,
             profile=self.profile,
             show_admissible=self.show_admissible,
             tags=self.tags,
+            left_out=left_out,
         )
+
+    def _messages(self, observation: TurnObservation) -> tuple[dict[str, str], ...]:
+        self._observation = observation
+        content = self._render()
         if self.style == "window":
             self._dialogue.clear()
         self._dialogue.append(("user", content))

@@ -50,6 +50,35 @@ def test_window_prompt_of_a_later_turn() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("left_out", "lines"),
+    [
+        (1, ["(the last 1):", "[1 earlier turn left out]", "[turn 3] you observed: A desk."]),
+        (2, ["(the last 0):", "[2 earlier turns left out]"]),
+    ],
+)
+def test_past_turns_can_be_left_out(left_out: int, lines: list[str]) -> None:
+    observation: HistoryObservation = {
+        **observed(turn_index=3),
+        "history": (
+            {"text": "A room.", "action": "look"},
+            {"text": "A desk.", "action": "go to desk 1"},
+        ),
+    }
+    prompt = render_prompt(
+        observation, template=WINDOW_TEMPLATE, profile="plain", left_out=left_out
+    )
+    for line in lines:
+        assert line in prompt
+    assert "A room." not in prompt
+    assert ("A desk." in prompt) == (left_out == 1)
+    # A template that shows no history has nothing to leave out.
+    bare = PromptTemplate("{text}", "{text}")
+    assert render_prompt(observation, template=bare, profile="plain", left_out=2) == (
+        "You see a mug."
+    )
+
+
 def test_paragraphs_without_content_are_left_out() -> None:
     prompt = render_prompt(
         observed(turn_index=1), template=CHAT_TEMPLATE, profile="tags", show_admissible=False

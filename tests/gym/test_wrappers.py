@@ -140,6 +140,26 @@ def test_chat_prompts_extend_each_other_and_keep_raw_completions() -> None:
     assert len(env.reset()[0]) == 1
 
 
+def test_window_prompts_can_be_shortened() -> None:
+    env: Any = agent_env(make(), profile="plain", style="window", history_window=2)
+    (first,), _ = env.reset(seed=0)
+    assert env.past_turns == 0
+    assert env.shortened(0) == (first,)
+    for expected in (1, 2, 2):
+        (message,), *_ = env.step("look")
+        assert env.past_turns == expected
+        assert env.shortened(0) == (message,)
+        (shorter,) = env.shortened(env.past_turns)
+        assert f"[{expected} earlier turn" in shorter["content"]
+        assert "you did: look" not in shorter["content"]
+    # It changes nothing.
+    assert env.shortened(0) == (message,)
+    chat: Any = agent_env(make(), style="chat")
+    chat.reset(seed=0)
+    with pytest.raises(InvalidSettingError, match="window style"):
+        chat.shortened(1)
+
+
 def test_window_prompts_are_one_message_with_the_last_turns() -> None:
     env = agent_env(make(), profile="plain", style="window", history_window=1)
     env.reset(seed=0)

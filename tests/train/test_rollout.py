@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -109,13 +111,50 @@ def test_same_generator_state_same_trajectories(pool: EnvPool, policy: Policy) -
 
 def test_context_limit_ends_an_episode(pool: EnvPool, policy: Policy) -> None:
     dialogue = DialogueEncoder(policy.tokenizer)
-    generator = Generator(policy, dialogue, max_completion_tokens=5, max_context=110)
-    groups = collect(pool, generator, pool.task_ids[:8], group_size=1, turn_limit=4)
-    reasons = {record.stop_reason for group in groups for record in group.trajectories}
-    assert "context_limit" in reasons
     short = Generator(policy, dialogue, max_completion_tokens=5, max_context=20)
     with pytest.raises(AtodError, match="context"):
         collect(pool, short, pool.task_ids[:1], group_size=1, turn_limit=4)
+    # Where other processes play on, it is for the caller to say so.
+    [group] = collect(pool, short, pool.task_ids[:1], group_size=1, turn_limit=4, episodes_in_all=3)
+    assert [(r.stop_reason, r.turns) for r in group.trajectories] == [("context_limit", ())]
+
+
+def test_processes_that_share_a_rollout_sample_what_one_would(
+    pool: EnvPool, policy: Policy
+) -> None:
+    def play(first: int, last: int) -> list[object]:
+        generator = Generator(
+            policy,
+            DialogueEncoder(policy.tokenizer),
+            max_completion_tokens=5,
+            generator=torch.Generator().manual_seed(5),
+        )
+        found: list[object] = []
+        for _ in range(2):  # the streams of a second rollout follow
+            found += collect(
+                pool,
+                generator,
+                pool.task_ids[first:last],
+                group_size=2,
+                turn_limit=3,
+                first_episode=2 * first,
+                episodes_in_all=6,
+            )
+        return found
+
+    whole, parts = play(0, 3), [play(0, 2), play(2, 2), play(2, 3)]
+    assert not parts[1]
+    for rollout in (0, 1):
+        shared = [*parts[0][2 * rollout : 2 * rollout + 2], parts[2][rollout]]
+        for one, other in zip(shared, whole[3 * rollout : 3 * rollout + 3], strict=True):
+            assert _without_logprobs(one) == _without_logprobs(other)
+
+
+def _without_logprobs(group: Any) -> object:
+    return [
+        (record.group_id, record.task_id, [turn.tokens.completion_ids for turn in record.turns])
+        for record in group.trajectories
+    ]
 
 
 def test_unknown_environments_and_options_are_named() -> None:

@@ -1,0 +1,108 @@
+"""What an episode's model is fed before its next completion, and what is left out where it is long.
+
+In chat style that is what is new since the last completion; in window style it is a whole prompt.
+Where prompt and longest completion would not fit the model's context, the oldest turns are left out
+and a line in the prompt says so: in window style the prompt is rendered with fewer past turns; in
+chat style a new sequence begins that holds the task, that line, and the latest turns with their
+completions as they were sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from atod_gym.prompts import left_out_note
+from atod_gym.types import Message
+from atod_train.generation import Generator
+from atod_train.types import Turn
+
+_SHARE_KEPT = 0.5
+"""Of the room beside the task that earlier turns may take in a dialogue that begins anew, so that
+it does not begin anew at each turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodePrompt:
+    """Token ids to feed, and where they come from."""
+
+    ids: tuple[int, ...]
+    messages: tuple[Message, ...]
+    """New in this turn; all of the prompt in window style."""
+    extends_previous: bool
+    """The ids follow what the model holds of this episode; else they are all it gets to see."""
+    turns_left_out: int = 0
+    """Earlier turns that are not shown for want of room."""
+
+
+def next_prompt(
+    env: Any,
+    messages: tuple[Message, ...],
+    turns: Sequence[Turn],
+    generator: Generator,
+    row: int,
+) -> EpisodePrompt:
+    """The prompt of an episode's next turn; the shortest there is if none fits.
+
+    Args:
+        env: the episode's environment, see `atod_gym.wrappers.agent_env`.
+        messages: what is new in this turn; all of the prompt in window style.
+        turns: those played so far.
+        generator: says what fits.
+        row: the episode's number in it.
+    """
+    dialogue = generator.dialogue
+    if dialogue.style == "window":
+        return _window_prompt(env, messages, generator, row)
+    if not turns:
+        return EpisodePrompt(tuple(dialogue.first(messages)), messages, False)
+    ids = dialogue.continuation(messages, turns[-1].tokens.finish_reason)
+    if generator.fits(row, ids):
+        return EpisodePrompt(tuple(ids), messages, True)
+    return _restarted(messages, turns, generator)
+
+
+def _window_prompt(
+    env: Any, messages: tuple[Message, ...], generator: Generator, row: int
+) -> EpisodePrompt:
+    ids = generator.dialogue.first(messages)
+    left_out = 0
+    while not generator.fits(row, ids) and left_out < env.get_wrapper_attr("past_turns"):
+        left_out += 1
+        shortened = env.get_wrapper_attr("shortened")(left_out)
+        messages = tuple(Message(m["role"], m["content"]) for m in shortened)
+        ids = generator.dialogue.first(messages)
+    return EpisodePrompt(tuple(ids), messages, False, left_out)
+
+
+def _restarted(
+    messages: tuple[Message, ...], turns: Sequence[Turn], generator: Generator
+) -> EpisodePrompt:
+    """The dialogue from a later turn on: from the earliest that leaves room for some more."""
+    dialogue = generator.dialogue
+    room = generator.max_context - generator.max_completion_tokens
+    # From the last turn backwards, each turn adds its completion and what was said after it.
+    after: list[int] = []
+    following = messages
+    best = dialogue.first(_opening(turns, messages, len(turns)))
+    left_out = len(turns)
+    most = len(best) + _SHARE_KEPT * (room - len(best))
+    for turn in reversed(turns[1:]):
+        tokens = turn.tokens
+        continued = dialogue.continuation(following, tokens.finish_reason)
+        after = [*tokens.completion_ids, *continued, *after]
+        ids = [*dialogue.first(_opening(turns, turn.prompt, turn.index)), *after]
+        if len(ids) > most:
+            break
+        best, left_out, following = ids, turn.index, turn.prompt
+    return EpisodePrompt(tuple(best), messages, False, left_out)
+
+
+def _opening(
+    turns: Sequence[Turn], messages: tuple[Message, ...], left_out: int
+) -> tuple[Message, ...]:
+    """The first prompt with a later turn's message in it: some templates refuse two in a row."""
+    *before, task = turns[0].prompt
+    parts = (task.content, left_out_note(left_out), *(message.content for message in messages))
+    return (*before, replace(task, content="\n\n".join(parts)))
