@@ -78,7 +78,7 @@ def test_the_oldest_turns_are_left_out(
 
 
 def test_kept_completions_are_those_that_were_sampled(tokenizer: PreTrainedTokenizerFast) -> None:
-    _, records = _play(tokenizer, "chat", 210)
+    _, records = _play(tokenizer, "chat", 150)
     kept = 0
     for record in records:
         for turn in record.turns:
