@@ -1,0 +1,224 @@
+"""Our rollouts against calling `generate` for each turn from scratch, same model and episodes.
+
+    python tests/benchmarks/rollout.py --model smollm2 --style chat
+
+Generated houses; every completion has the same number of tokens, so that all sides do equal work:
+
+    ours      batched over the active episodes, the cache outlives the turn, prompts are shared
+    batched   `generate` on all active episodes, whole prompts, padded on the left
+    single    `generate` on one episode after the other
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atod_train import rollout
+from atod_train.config import EnvConfig
+from atod_train.demonstrations import demonstrate, demonstration_texts
+from atod_train.dialogue import DialogueEncoder
+from atod_train.generation import Generator
+from atod_train.metrics import PhaseTimes
+from atod_train.policy import MODEL_SHAPES, Policy, build_policy
+from atod_train.pretrained import LoadOptions, load_policy
+from atod_train.rollout import EnvPool, collect
+from atod_train.tokenizer import build_word_tokenizer
+
+
+class Stopwatch:
+    """Seconds and tokens by name."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.fed = 0
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.seconds[name] += time.perf_counter() - begun
+
+        return timed
+
+
+@contextmanager
+def watched(watch: Stopwatch) -> Iterator[None]:
+    """Times the parts of our generation, and counts the tokens that are fed."""
+    names = {"_prefill": "prefill", "_sample": "sampling", "prompt": "generation"}
+    before = {name: getattr(Generator, name) for name in names}
+    forward, next_prompt = Generator._forward, rollout.next_prompt
+
+    def count(self: Generator, first: int, ids: Tensor, *rest: Any) -> Tensor:
+        watch.fed += ids.numel()
+        return forward(self, first, ids, *rest)
+
+    for name, label in names.items():
+        setattr(Generator, name, watch.around(label, before[name]))
+    Generator._forward = count  # type: ignore[method-assign]
+    rollout.next_prompt = watch.around("prompts", next_prompt)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(Generator, name, function)
+        Generator._forward = forward  # type: ignore[method-assign]
+        rollout.next_prompt = next_prompt
+
+
+def ours(policy: Policy, pool: EnvPool, options: argparse.Namespace) -> tuple[int, str]:
+    """Completion tokens, and where the time went."""
+    dialogue = DialogueEncoder(policy.tokenizer, options.style)
+    dialogue.stop_ids = frozenset()
+    generator = Generator(policy, dialogue, max_completion_tokens=options.completion_tokens)
+    tasks = pool.task_ids[: options.episodes // options.group_size]
+    watch, times = Stopwatch(), PhaseTimes()
+    with watched(watch):
+        groups = collect(
+            pool,
+            generator,
+            tasks,
+            group_size=options.group_size,
+            turn_limit=options.turns,
+            times=times,
+        )
+    turns = [turn for group in groups for record in group.trajectories for turn in record.turns]
+    whole = 0
+    for group in groups:
+        for record in group.trajectories:
+            context = 0
+            for turn in record.turns:
+                tokens = turn.tokens
+                context = context if tokens.extends_previous else 0
+                context += len(tokens.prompt_ids)
+                whole += context
+                context += len(tokens.completion_ids)
+    seconds = watch.seconds
+    decode = seconds["generation"] - seconds["prefill"] - seconds["sampling"]
+    environment = times.take()["seconds/environment"]
+    parts = {
+        "prompts": seconds["prompts"],
+        "prefill": seconds["prefill"],
+        "decode": decode,
+        "sampling": seconds["sampling"],
+        "environment": environment,
+    }
+    shares = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
+    sampled = sum(len(turn.tokens.completion_ids) for turn in turns)
+    text = f"seconds: {shares}; {watch.fed} tokens went through the model, {whole} from scratch"
+    return sampled, text
+
+
+def theirs(policy: Policy, pool: EnvPool, options: argparse.Namespace, at_once: int) -> int:
+    """`generate` from scratch at each turn, for at most `at_once` episodes together."""
+    tokenizer, length = policy.tokenizer, options.completion_tokens
+    tokenizer.padding_side = "left"
+    tasks = [t for t in pool.task_ids for _ in range(options.group_size)][: options.episodes]
+    sampled = 0
+    for begin in range(0, len(tasks), at_once):
+        part = tasks[begin : begin + at_once]
+        envs = pool.take(len(part))
+        prompts = [env.reset(options={"task_id": t})[0] for env, t in zip(envs, part, strict=True)]
+        active = list(range(len(part)))
+        for _ in range(options.turns):
+            inputs = tokenizer.apply_chat_template(
+                [list(prompts[row]) for row in active],
+                add_generation_prompt=True,
+                tokenize=True,
+                padding=True,
+                return_tensors="pt",
+                return_dict=True,
+            ).to(policy.device)
+            inputs.pop("token_type_ids", None)
+            with torch.inference_mode():
+                output = policy.model.generate(
+                    **inputs,
+                    do_sample=True,
+                    max_new_tokens=length,
+                    min_new_tokens=length,
+                    pad_token_id=policy.pad_id,
+                    eos_token_id=None,
+                )
+            completions = output[:, inputs["input_ids"].shape[1] :]
+            sampled += completions.numel()
+            still = []
+            for row, ids in zip(active, completions, strict=True):
+                text = tokenizer.decode(ids)
+                prompts[row], _, terminated, truncated, _ = envs[row].step(text)
+                if not (terminated or truncated):
+                    still.append(row)
+            active = still
+            if not active:
+                break
+    tokenizer.padding_side = "right"
+    return sampled
+
+
+def load(options: argparse.Namespace, pool: EnvPool) -> Policy:
+    """A saved model, or a preset with random weights and the words of the houses."""
+    if options.model not in MODEL_SHAPES:
+        return load_policy(options.model, LoadOptions(device=options.device))
+    words = demonstration_texts(demonstrate(pool, 50, 0.0, 0))
+    return build_policy(options.model, build_word_tokenizer(words), 0)
+
+
+def main() -> None:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2", help="smollm2, a folder, or a preset")
+    parser.add_argument("--style", choices=("chat", "window"), default="chat")
+    parser.add_argument("--episodes", type=int, default=16)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--completion-tokens", type=int, default=12)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--single", type=int, default=2, help="episodes for the single form")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    config = EnvConfig(
+        data="generated",
+        options={"house_size": "tiny"},
+        max_turns=max(20, options.turns),
+        prompt_style=options.style,
+        show_admissible=options.style == "window",
+    )
+    pool = EnvPool(config, "train")
+    policy = load(options, pool)
+    rates = {}
+    begun = time.perf_counter()
+    sampled, text = ours(policy, pool, options)
+    rates["ours"] = (time.perf_counter() - begun, sampled)
+    begun = time.perf_counter()
+    sampled = theirs(policy, pool, options, options.episodes)
+    rates["batched"] = (time.perf_counter() - begun, sampled)
+    single = argparse.Namespace(**{**vars(options), "episodes": options.single})
+    begun = time.perf_counter()
+    sampled = theirs(policy, pool, single, 1)
+    rates["single"] = (time.perf_counter() - begun, sampled)
+    print(f"{'':10}{'seconds':>9}{'tokens':>9}{'tokens/s':>10}{'ours is':>9}")
+    seconds, sampled = rates["ours"]
+    ours_rate = sampled / seconds
+    for name, (seconds, sampled) in rates.items():
+        rate = sampled / seconds
+        print(f"{name:10}{seconds:9.1f}{sampled:9}{rate:10.1f}{ours_rate / rate:8.1f}x")
+    print(
+        f"{options.model}, {options.style} style, {options.episodes} episodes in groups of "
+        f"{options.group_size}, {options.turns} turns of {options.completion_tokens} tokens\n{text}"
+    )
+
+
+if __name__ == "__main__":
+    main()
