@@ -8,6 +8,7 @@ process of its own, so that the peak is its own:
     naive     one row per turn, rows padded to the longest, logits of all positions, log_softmax
     unpacked  one row per turn; rows sorted by length, logits at completion tokens only, in chunks
     packed    the same, and a dialogue is one sequence (the trainer's form in chat style)
+    lean      the same, and layers are computed again in the backward pass (gradient checkpointing)
 
 A micro-batch holds the same number of padded tokens in all forms.
 """
@@ -34,7 +35,7 @@ from atod_train.pretrained import LoadOptions, load_policy
 from atod_train.tokenizer import build_word_tokenizer
 from atod_train.types import Batch, TokenizedTurn, Trajectory, Turn
 
-FORMS = ("naive", "unpacked", "packed")
+FORMS = ("naive", "unpacked", "packed", "lean")
 
 
 def dialogues(count: int, turns: int, vocabulary: int) -> list[Trajectory]:
@@ -97,20 +98,24 @@ def naive_update(policy: Policy, batch: Batch, advantages: Tensor, budget: int) 
         loss.backward()
 
 
-def load(name: str, device: str) -> Policy:
+def load(options: argparse.Namespace) -> Policy:
     """A saved model, or a preset with random weights and 2,000 words."""
-    if name in MODEL_SHAPES:
-        words = build_word_tokenizer([" ".join(f"w{number}" for number in range(1900))])
-        return build_policy(name, words, 0)
-    return load_policy(name, LoadOptions(device=device))
+    again = options.form == "lean"
+    with tempfile.TemporaryDirectory() as folder:
+        name = options.model
+        if name in MODEL_SHAPES:
+            words = build_word_tokenizer([" ".join(f"w{number}" for number in range(1900))])
+            build_policy(name, words, 0).save(folder)
+            name = folder
+        return load_policy(name, LoadOptions(options.device, gradient_checkpointing=again))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """What one form takes, in this process."""
     torch.set_num_threads(options.threads)
-    policy = load(options.model, options.device)
+    policy = load(options)
     records = dialogues(options.trajectories, options.turns, len(policy.tokenizer))
-    batch = make_batch(records, policy.pad_id, pack=options.form == "packed")
+    batch = make_batch(records, policy.pad_id, pack=options.form in ("packed", "lean"))
     random = torch.Generator().manual_seed(1)
     advantages = torch.randn(batch.completion_ids.shape, generator=random)
     for weight in policy.model.parameters():

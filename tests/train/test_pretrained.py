@@ -263,8 +263,9 @@ METHODS: tuple[Method, ...] = ("atod", "opd", "grpo", "mix", "sod", "tcod", "sda
 def test_one_step_of_every_method_with_smollm2(
     smollm2: Policy, method: Method, tmp_path: Path
 ) -> None:
-    # All weights once, adapters for the others.
+    # All weights once, adapters for the others; whole distributions once.
     rank = 0 if method == "atod" else 8
+    exact = method == "mix"
     config = RunConfig(
         env=EnvConfig(
             data="generated",
@@ -274,7 +275,9 @@ def test_one_step_of_every_method_with_smollm2(
             eval_tasks=1,
         ),
         model=ModelConfig(student=SMOLLM2, teacher=SMOLLM2, lora_rank=rank),
-        algorithm=AlgorithmConfig(method=method),
+        algorithm=AlgorithmConfig(
+            method=method, opd_signal="exact" if exact else "sampled", opd_top_k=32
+        ),
         train=TrainConfig(
             steps=1,
             tasks_per_step=1,

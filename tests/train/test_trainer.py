@@ -264,6 +264,26 @@ def test_every_method_runs(method: str, tmp_path: Path) -> None:
         assert rows[0]["turns"] == 1.0
 
 
+@pytest.mark.parametrize("place", ["cpu", "offload"])
+def test_where_the_teacher_is_changes_nothing(place: str, whole_run: Path, tmp_path: Path) -> None:
+    model = replace(CONFIG.model, teacher_device=place)
+    run_study(_with(replace(CONFIG, model=model), steps=2), tmp_path)
+    assert _numbers(tmp_path / "atod-seed0") == _numbers(whole_run)[:2]
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_exact_signal_resumes_too(top_k: int, tmp_path: Path) -> None:
+    algorithm = replace(CONFIG.algorithm, opd_signal="exact", opd_top_k=top_k)
+    config = replace(CONFIG, algorithm=algorithm)
+    run_study(_with(config, steps=3), tmp_path / "whole")
+    run_study(_with(config, steps=2), tmp_path / "parts")
+    (tmp_path / "parts" / "atod-seed0" / "summary.json").unlink()
+    run_study(_resuming(_with(config, steps=3)), tmp_path / "parts")
+    runs = [_numbers(tmp_path / name / "atod-seed0") for name in ("whole", "parts")]
+    assert runs[0] == runs[1]
+    assert all(float(row["disagreement"]) > 0 for row in runs[0])  # type: ignore[arg-type]
+
+
 def test_window_style_trains_too(tmp_path: Path) -> None:
     env = replace(CONFIG.env, prompt_style="window", show_admissible=True, parse_profile="tags")
     config = _with(replace(CONFIG, env=env), steps=1, max_completion_tokens=24)

@@ -1,0 +1,97 @@
+"""Language models that are shown the task before a run begins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import CONFIG
+
+from atod_train import starts
+from atod_train.batching import make_batch
+from atod_train.config import RunConfig
+from atod_train.demonstrations import demonstrate, demonstration_texts, tokenize
+from atod_train.dialogue import DialogueEncoder
+from atod_train.policy import Policy, build_policy
+from atod_train.pretrained import load_policy
+from atod_train.rollout import EnvPool
+from atod_train.starts import Starts
+from atod_train.tokenizer import build_word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def pool() -> EnvPool:
+    return EnvPool(replace(CONFIG.env, max_turns=20), "train")
+
+
+@pytest.fixture
+def config(pool: EnvPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
+    words = demonstration_texts(demonstrate(pool, 16, 0.0, 0))
+    build_policy("micro", build_word_tokenizer(words), 0).save(tmp_path / "model")
+    model = replace(
+        CONFIG.model,
+        student=str(tmp_path / "model"),
+        teacher=str(tmp_path / "model"),
+        show_task=True,
+        student_epochs=3.0,
+        teacher_epochs=0.0,
+        demonstrations=16,
+        supervised_lr=(1e-2, 0.0),
+    )
+    return replace(CONFIG, env=pool.config, model=model)
+
+
+def _likelihood(policy: Policy, pool: EnvPool) -> float:
+    """Mean log-prob of the expert's tokens."""
+    dialogue = DialogueEncoder(policy.tokenizer)
+    records = [tokenize(episode, dialogue) for episode in demonstrate(pool, 8, 0.0, 0)]
+    batch = make_batch(records, policy.pad_id)
+    return float(policy.completion_logprobs(batch).sum() / batch.completion_mask.sum())
+
+
+def test_a_language_model_is_trained_once_and_kept(
+    config: RunConfig, pool: EnvPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untouched = load_policy(config.model.student)
+    shown = Starts(config, pool).policy("student")
+    assert _likelihood(shown, pool) > _likelihood(untouched, pool) + 0.5
+    # No passes over the demonstrations: as it is.
+    teacher = Starts(config, pool).policy("teacher")
+    assert _likelihood(teacher, pool) == pytest.approx(_likelihood(untouched, pool), abs=1e-6)
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("trained again")
+
+    monkeypatch.setattr(starts, "train_on_demonstrations", refuse)
+    again = Starts(config, pool).policy("student")
+    for name, weight in again.model.named_parameters():
+        assert torch.equal(weight, shown.model.get_parameter(name)), name
+    # Adapters stand beside what was learnt.
+    adapted = replace(config, model=replace(config.model, lora_rank=2))
+    assert _likelihood(Starts(adapted, pool).policy("student"), pool) == pytest.approx(
+        _likelihood(shown, pool), abs=1e-5
+    )
+
+
+def test_other_weights_of_the_same_name_are_trained_anew(
+    config: RunConfig, pool: EnvPool, tmp_path: Path
+) -> None:
+    first = Starts(config, pool).policy("student")
+    model = load_policy(config.model.student)
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight.mul_(1.5)
+    model.save(tmp_path / "model")
+    second = Starts(config, pool).policy("student")
+    assert not torch.equal(
+        first.model.get_input_embeddings().weight, second.model.get_input_embeddings().weight
+    )
+
+
+def test_without_the_setting_nothing_is_trained(config: RunConfig, pool: EnvPool) -> None:
+    plain = replace(config, model=replace(config.model, show_task=False))
+    found = Starts(plain, pool).policy("student")
+    for name, weight in load_policy(config.model.student).model.named_parameters():
+        assert torch.equal(weight, found.model.get_parameter(name)), name
