@@ -106,6 +106,9 @@ def machine() -> Iterator[Finding]:
         bf16 = "" if torch.cuda.is_bf16_supported() else "; no bfloat16: use --model.dtype float32"
         size = device.total_memory / GIGABYTE
         yield Finding("ok", f"cuda:{index}: {device.name}, {size:.0f} GB{bf16}")
+    if torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        yield Finding("note", f"all GPUs: torchrun --nproc-per-node {count} -m atod_train.cli ..")
     if not torch.cuda.is_available():
         yield Finding("note", "no GPU: models run on the processor in float32")
 

@@ -233,7 +233,9 @@ class Generator:
         """Prefill and decode the episodes, which hold the slots 0 .. k - 1; see `_arrange`."""
         device = self.policy.device
         ends = [len(e.held) + len(feed) for e, feed in zip(episodes, feeds, strict=True)]
-        self._cache.reserve(max(ends) + self.max_completion_tokens)
+        # Rows are padded to the widest feed, also those that hold the most already.
+        widest, longest = max(map(len, feeds)), max(len(e.held) for e in episodes)
+        self._cache.reserve(longest + widest + self.max_completion_tokens)
         alone = len(episodes) - len(copies)
         logits = self._prefill(episodes[:alone], feeds[:alone])
         if copies:

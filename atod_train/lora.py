@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,7 +20,8 @@ _BASE, _ADAPTER = ".base_layer.", ".lora_"
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> None:
     """Freezes a model and puts adapters beside all linear layers of its decoder.
 
-    An adapter adds `alpha / rank * B A x`; B is zero at first, so the model is unchanged.
+    An adapter adds `alpha / rank * B A x`; B is zero at first, so the model is unchanged. A is
+    drawn alike each time, so that runs can be repeated.
 
     Args:
         model: it is changed in place.
@@ -36,7 +38,9 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> None:
         raise MissingExtraError("Adapters need peft: pip install 'atod[llm]'.") from None
     settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear")
     try:
-        inject_adapter_in_model(settings, model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            inject_adapter_in_model(settings, model)
     except ValueError as error:
         raise AtodError(f"peft cannot adapt this model: {error}. Use lora_rank=0.") from error
 

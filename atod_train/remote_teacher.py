@@ -13,7 +13,7 @@ import warnings
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +34,12 @@ _PROMPTS_PER_REQUEST = 32
 _CACHED_TOKENS = 2**24
 _PROBED = 256
 """Ids that are compared beside the added tokens."""
+
+_LOWEST = -9999.0
+"""What stands for the logarithm of 0, as in vLLM's answers."""
+
+_ROUNDING = 1e-2
+"""Log-probs may be above 0 by as much."""
 
 _REMEDY = {
     "completions": "The server must answer /v1/completions with prompt_logprobs, as vLLM does",
@@ -59,7 +65,7 @@ class _Scored:
     """What a server said of the tokens from `first` on."""
 
     logprobs: array[float]
-    texts: tuple[str | None, ...]
+    texts: tuple[Any, ...]
 
 
 class RemoteTeacher:
@@ -104,7 +110,7 @@ class RemoteTeacher:
         self._known: OrderedDict[bytes, array[float]] = OrderedDict()
         self._known_tokens = 0
         self.name, limit = self._describe(model)
-        if max_context is not None and limit is not None and max_context > limit:
+        if limit is not None and max_context is not None and max_context > limit:
             raise AtodError(
                 f"Teacher {self.name} at {self.url} takes sequences of at most {limit} tokens, "
                 f"the student's can have {max_context}. Use --model.max-context {limit}, or start "
@@ -143,25 +149,29 @@ class RemoteTeacher:
 
     def _fetch(self, prompts: Sequence[_Prompt]) -> None:
         """Asks for what is not known yet, each once, several requests at a time."""
-        missing = {prompt.key: prompt for prompt in prompts if prompt.key not in self._known}
+        missing: dict[bytes, _Prompt] = {}
         for prompt in prompts:
             if prompt.key in self._known:
                 self._known.move_to_end(prompt.key)
+            else:
+                missing[prompt.key] = prompt
         requests = list(self._requests(list(missing.values())))
-        # A failure ends the step, but what came is kept for its repetition.
         futures = [self._threads.submit(self._ask, request) for request in requests]
-        failure: BaseException | None = None
+        # A failure ends the step, but what came is kept for its repetition.
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            for future in futures:
+                future.cancel()
         for request, future in zip(requests, futures, strict=True):
-            try:
-                answers = future.result()
-            except AtodError as error:
-                failure = failure or error
+            if future.cancelled() or future.exception() is not None:
                 continue
-            for prompt, scored in zip(request, answers, strict=True):
+            for prompt, scored in zip(request, future.result(), strict=True):
                 self._known[prompt.key] = scored.logprobs
                 self._known_tokens += len(scored.logprobs)
-        if failure is not None:
-            raise failure
+        for future in futures:
+            if not future.cancelled():
+                future.result()
 
     def _forget(self) -> None:
         """Drops what was longest out of use."""
@@ -171,8 +181,7 @@ class RemoteTeacher:
 
     def _requests(self, prompts: Sequence[_Prompt]) -> Iterator[list[_Prompt]]:
         """Prompts that go in one request: SGLang schedules single ones just as well."""
-        part: list[_Prompt] = []
-        tokens = 0
+        part, tokens = list[_Prompt](), 0
         most = _PROMPTS_PER_REQUEST if self._api == "completions" else 1
         for prompt in prompts:
             if part and (len(part) == most or tokens + len(prompt.ids) > _TOKENS_PER_REQUEST):
@@ -185,83 +194,71 @@ class RemoteTeacher:
 
     # -- the two dialects --------------------------------------------------------------------------
 
-    def _ask(self, prompts: Sequence[_Prompt]) -> list[_Scored]:
-        if self._api == "completions":
-            return self._ask_completions(prompts)
-        return [self._ask_sglang(prompt) for prompt in prompts]
+    def _ask(self, prompts: Sequence[_Prompt], with_texts: bool = False) -> list[_Scored]:
+        """Scores prompts in one request; texts come from vLLM always, from SGLang if asked for."""
+        path = "/v1/completions" if self._api == "completions" else "/generate"
+        try:
+            if self._api == "completions":
+                return self._ask_completions(prompts)
+            return [self._ask_sglang(prompt, with_texts) for prompt in prompts]
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ServerError(
+                f"POST {self.url}{path}: the answer gives no usable log-probs of the prompt's "
+                f"tokens ({what}). {_REMEDY[self._api]}."
+            ) from error
 
     def _ask_completions(self, prompts: Sequence[_Prompt]) -> list[_Scored]:
-        answer = self._client.post(
-            "/v1/completions",
-            {
-                "model": self.name,
-                "prompt": [prompt.ids for prompt in prompts],
-                "max_tokens": 1,
-                "temperature": 1.0,
-                "prompt_logprobs": 0,
-            },
-        )
-        try:
-            choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
-            if len(choices) != len(prompts):
-                raise ValueError(f"{len(choices)} choices for {len(prompts)} prompts")
-            return [
-                self._scored(prompt, _completions_entries(prompt, choice))
-                for prompt, choice in zip(prompts, choices, strict=True)
-            ]
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise self._malformed("/v1/completions", error) from error
+        ids = [prompt.ids for prompt in prompts]
+        body = {"model": self.name, "prompt": ids, "max_tokens": 1, "temperature": 1.0}
+        answer = self._client.post("/v1/completions", {**body, "prompt_logprobs": 0})
+        choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+        if [choice["index"] for choice in choices] != list(range(len(prompts))):
+            raise ValueError(f"{len(choices)} choices for {len(prompts)} prompts")
+        return [
+            _scored(prompt, _completions_entries(prompt, choice))
+            for prompt, choice in zip(prompts, choices, strict=True)
+        ]
 
-    def _ask_sglang(self, prompt: _Prompt) -> _Scored:
-        answer = self._client.post(
-            "/generate",
-            {
-                "input_ids": prompt.ids,
-                "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
-                "return_logprob": True,
-                # The first entry that comes has no log-prob.
-                "logprob_start_len": prompt.first - 1,
-                "return_text_in_logprobs": True,
-            },
-        )
-        try:
-            return self._scored(prompt, _sglang_entries(prompt, answer))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise self._malformed("/generate", error) from error
-
-    def _scored(self, prompt: _Prompt, entries: Sequence[tuple[Any, str | None]]) -> _Scored:
-        """Checks (log-prob, text) of each position from `first` on."""
-        for position, (logprob, _) in enumerate(entries, start=prompt.first):
-            if isinstance(logprob, bool) or not isinstance(logprob, int | float):
-                raise ValueError(f"no log-prob at position {position}: {logprob!r}")
-            if math.isnan(logprob) or math.isinf(logprob):
-                raise ValueError(f"log-prob {logprob} at position {position}")
-        return _Scored(array("f", [e[0] for e in entries]), tuple(e[1] for e in entries))
-
-    def _malformed(self, path: str, error: Exception) -> ServerError:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        return ServerError(
-            f"POST {self.url}{path}: the answer gives no usable log-probs of the prompt's tokens "
-            f"({what}). {_REMEDY[self._api]}."
-        )
+    def _ask_sglang(self, prompt: _Prompt, with_texts: bool) -> _Scored:
+        body = {
+            "input_ids": prompt.ids,
+            "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+            "return_logprob": True,
+            # The first entry that comes has no log-prob.
+            "logprob_start_len": prompt.first - 1,
+            "return_text_in_logprobs": with_texts,
+        }
+        answer = self._client.post("/generate", body)
+        return _scored(prompt, _sglang_entries(prompt, answer))
 
     def _describe(self, model: str) -> tuple[str, int | None]:
-        """Name of the model at the server and its longest sequence, where the server tells."""
+        """Name of the model at the server and its longest prompt, where the server tells."""
         try:
-            listed = self._client.get("/v1/models").get("data") or []
+            listed = self._client.get("/v1/models").get("data")
         except ServerError as error:
             # Older SGLang has no list of models.
             if error.status != 404 or self._api != "sglang":
                 raise
-            listed = []
-        found = [entry for entry in listed if isinstance(entry, dict) and "id" in entry]
+            return model or self._path_of_model(), None
+        entries = listed if isinstance(listed, list) else []
+        found = [entry for entry in entries if isinstance(entry, dict) and "id" in entry]
         chosen = next((entry for entry in found if entry["id"] == model or not model), None)
         if chosen is None and self._api == "completions":
             names = ", ".join(str(entry["id"]) for entry in found) or "none"
             raise AtodError(f"The server at {self.url} has no model {model!r}; it lists {names}.")
-        limit = (chosen or {}).get("max_model_len")
         name = model or str((chosen or {"id": "teacher"})["id"])
-        return name, limit if isinstance(limit, int) and limit > 0 else None
+        # Adapters are listed without a length; it is their base model's.
+        lengths = [(entry or {}).get("max_model_len") for entry in (chosen, *found)]
+        length = next((length for length in lengths if isinstance(length, int)), 0)
+        # Both servers refuse a prompt that leaves no room for one token more.
+        return name, length - 1 if length > 0 else None
+
+    def _path_of_model(self) -> str:
+        try:
+            return str(self._client.get("/get_model_info")["model_path"])
+        except (KeyError, ServerError):
+            return "teacher"
 
     # -- the vocabulary ----------------------------------------------------------------------------
 
@@ -269,43 +266,43 @@ class RemoteTeacher:
         """Compares the texts of ids at the server with those of the student's tokenizer."""
         tokenizer = student.tokenizer
         ids = _probe_ids(tokenizer)
-        size = min(_PROBED, limit or _PROBED) - 1
+        size = max(1, min(_PROBED, limit or _PROBED) - 1)
         # Before an entry with a log-prob there must be a token.
         prompts = [
             _Prompt((ids[0], *ids[begin : begin + size]), 1) for begin in range(0, len(ids), size)
         ]
+        requests = self._requests(prompts)
         try:
-            answers = [
-                answer for request in self._requests(prompts) for answer in self._ask(request)
-            ]
+            answers = [answer for request in requests for answer in self._ask(request, True)]
         except ServerError as error:
-            if error.status is None or not 400 <= error.status < 500 or error.status in (401, 403):
+            if error.status not in (400, 422):
                 raise
             raise AtodError(
                 f"Teacher {self.name} at {self.url} refuses ids of the student's vocabulary "
                 f"({error}). Use a teacher of the same model family."
             ) from error
-        told = [
-            (token_id, text)
+        told = {
+            token_id: text
             for prompt, answer in zip(prompts, answers, strict=True)
             for token_id, text in zip(prompt.ids[1:], answer.texts, strict=True)
-            if text
-        ]
-        if not told:
+            if isinstance(text, str)
+        }
+        if not any(told.values()):
             warnings.warn(
                 f"The server at {self.url} gives no texts of tokens, so its vocabulary could not "
                 "be compared with the student's; make sure that they are the same.",
                 stacklevel=3,
             )
-        different = [pair for pair in told if not _is_text_of(tokenizer, *pair)]
-        if different:
-            token_id, text = different[0]
+        elif different := _different(tokenizer, told):
+            shown = ", ".join(
+                f"{token_id} is {told[token_id]!r} for the teacher and "
+                f"{tokenizer.convert_ids_to_tokens(token_id)!r} for the student"
+                for token_id in different[:3]
+            )
             raise AtodError(
                 f"Teacher {self.name} at {self.url} and student {student.name} do not share a "
                 f"vocabulary: {len(different)} of {len(told)} ids that were compared differ (for "
-                f"example {token_id} is {text!r} for the teacher and "
-                f"{tokenizer.convert_ids_to_tokens(token_id)!r} for the student). Use a teacher of "
-                "the same model family."
+                f"example {shown}). Use a teacher of the same model family."
             )
 
 
@@ -358,12 +355,35 @@ def _sglang_entries(prompt: _Prompt, answer: dict[str, Any]) -> list[tuple[Any, 
     return found
 
 
+def _scored(prompt: _Prompt, entries: Sequence[tuple[Any, Any]]) -> _Scored:
+    """Checks (log-prob, text) of each position from `first` on."""
+    for position, (logprob, _) in enumerate(entries, start=prompt.first):
+        if isinstance(logprob, bool) or not isinstance(logprob, int | float):
+            raise ValueError(f"no log-prob at position {position}: {logprob!r}")
+        if math.isnan(logprob) or logprob > _ROUNDING:
+            raise ValueError(f"log-prob {logprob} at position {position}")
+    return _Scored(array("f", [max(e[0], _LOWEST) for e in entries]), tuple(e[1] for e in entries))
+
+
 def _probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All added tokens, and ids from all over the vocabulary."""
     everything = sorted(tokenizer.get_vocab().values())
     spread = everything[:: max(1, len(everything) // _PROBED)]
     added = (i for i in tokenizer.added_tokens_decoder if i <= everything[-1])
     return sorted({*added, *spread, everything[-1]})
+
+
+def _different(tokenizer: PreTrainedTokenizerBase, told: dict[int, str]) -> list[int]:
+    """Ids that have another text at the server, or none, as those beyond its vocabulary have."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # Some servers leave special tokens out of every text.
+    shows_special = any(told.get(token_id) for token_id in special)
+    return [
+        token_id
+        for token_id, text in told.items()
+        if not _is_text_of(tokenizer, token_id, text)
+        and (text or shows_special or token_id not in special)
+    ]
 
 
 def _is_text_of(tokenizer: PreTrainedTokenizerBase, token_id: int, text: str) -> bool:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,11 +24,13 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from atod_gym.errors import AtodError
-from atod_train.policy import Policy
+from atod_train.batching import length_buckets
+from atod_train.policy import LOGITS_PER_CHUNK, Policy
 from atod_train.pretrained import LoadOptions, load_policy
-from atod_train.types import Batch
 from env_servers import process
 from env_servers.service import (
     ErrorResponder,
@@ -39,7 +43,13 @@ from env_servers.service import (
     read_json,
 )
 
+Ranked = dict[int, tuple[float, int]]
+"""Log-probs and ranks (the most likely token has 1) of tokens at one position, by id."""
+
 _MAX_PROMPTS = 1024
+_MAX_TOP = 20
+_LOWEST = -9999.0
+"""Stands for the logarithm of 0, which JSON cannot hold, as in vLLM's answers."""
 _MAX_BODY = 64 * 2**20
 
 
@@ -73,6 +83,7 @@ class TeacherApi:
         self._thread = ThreadPoolExecutor(1)
         self._requests = self._prompts = self._tokens = 0
         self._seconds = 0.0
+        self._known_texts: dict[int, str] = {}
 
     def routes(self) -> list[Route]:
         """The addresses of the API."""
@@ -91,16 +102,22 @@ class TeacherApi:
         name = self._teacher.policy.name
         if body.get("model", name) != name:
             raise ServiceError(404, "no_such_model", f"This server has the model {name!r} only.")
-        if body.get("prompt_logprobs") not in (0, 1):
+        top = _whole_number(body, "prompt_logprobs", -1)
+        if not 0 <= top <= _MAX_TOP:
             raise ServiceError(
-                422, "no_prompt_logprobs", "Send prompt_logprobs 0 or 1: only prompts are scored."
+                422,
+                "no_prompt_logprobs",
+                f"Send prompt_logprobs 0 to {_MAX_TOP}: only prompts are scored.",
             )
-        if _whole_number(body, "max_tokens", 16) > 1 or _whole_number(body, "n", 1) != 1:
+        if _whole_number(body, "max_tokens", 16) not in (0, 1) or _whole_number(body, "n", 1) != 1:
             raise ServiceError(422, "no_generation", "Send max_tokens 0 or 1, and n 1.")
-        if body.get("stream"):
-            raise ServiceError(422, "no_stream", "Answers are not streamed.")
+        for option in ("stream", "echo", "logprobs"):
+            if body.get(option):
+                raise ServiceError(
+                    422, "not_offered", f"{option} is not offered; prompt_logprobs has the scores."
+                )
         prompts = self._checked_prompts(body.get("prompt"))
-        scored = await self._score(prompts)
+        scored = await self._score(prompts, top)
         choices = [
             {
                 "index": index,
@@ -108,9 +125,9 @@ class TeacherApi:
                 "logprobs": None,
                 "finish_reason": "length",
                 "stop_reason": None,
-                "prompt_logprobs": self._positions(ids, logprobs),
+                "prompt_logprobs": [None, *map(self._position, positions)],
             }
-            for index, (ids, logprobs) in enumerate(zip(prompts, scored, strict=True))
+            for index, positions in enumerate(scored)
         ]
         count = sum(map(len, prompts))
         return JsonResponse(
@@ -128,16 +145,22 @@ class TeacherApi:
         """POST /generate: as SGLang, for the log-probs of prompts."""
         body = _object(await read_json(request, _MAX_BODY))
         sampling = _object(body.get("sampling_params") or {})
-        if _whole_number(sampling, "max_new_tokens", 128) > 1:
+        if _whole_number(sampling, "max_new_tokens", 128) not in (0, 1):
             raise ServiceError(422, "no_generation", "Send sampling_params.max_new_tokens 0 or 1.")
         if body.get("return_logprob") is not True:
             raise ServiceError(422, "no_logprobs", "Send return_logprob: only prompts are scored.")
+        if _whole_number(body, "top_logprobs_num", 0) != 0:
+            raise ServiceError(422, "not_offered", "top_logprobs_num is not offered.")
         given = body.get("input_ids", body.get("text"))
         is_single = isinstance(given, str) or (
             isinstance(given, list) and bool(given) and not isinstance(given[0], list | str)
         )
         prompts = self._checked_prompts(given)
-        first = _whole_number(body, "logprob_start_len", -1)
+        starts = body.get("logprob_start_len")
+        if not isinstance(starts, list):
+            starts = [_whole_number(body, "logprob_start_len", -1)] * len(prompts)
+        if len(starts) != len(prompts) or not all(type(start) is int for start in starts):
+            raise ServiceError(422, "invalid_body", "logprob_start_len: one number, or one each.")
         scored = await self._score(prompts)
         with_texts = body.get("return_text_in_logprobs") is True
         answers = [
@@ -147,11 +170,11 @@ class TeacherApi:
                     "prompt_tokens": len(ids),
                     "completion_tokens": 0,
                     "finish_reason": {"type": "length", "length": 0},
-                    "input_token_logprobs": self._entries(ids, logprobs, first, with_texts),
+                    "input_token_logprobs": self._entries(ids, positions, start, with_texts),
                     "output_token_logprobs": [],
                 },
             }
-            for ids, logprobs in zip(prompts, scored, strict=True)
+            for ids, positions, start in zip(prompts, scored, starts, strict=True)
         ]
         return JsonResponse(answers[0] if is_single else answers)
 
@@ -161,7 +184,8 @@ class TeacherApi:
             "id": self._teacher.policy.name,
             "object": "model",
             "owned_by": "atod",
-            "max_model_len": self._teacher.max_context,
+            # As elsewhere, the one token that vLLM's contract asks for has its place in it.
+            "max_model_len": self._teacher.max_context + 1,
         }
         return JsonResponse({"object": "list", "data": [model]})
 
@@ -196,18 +220,24 @@ class TeacherApi:
             ]
         )
 
-    async def _score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    async def _score(self, prompts: Sequence[Sequence[int]], top: int = 0) -> list[list[Ranked]]:
         loop = asyncio.get_running_loop()
-        scored, seconds = await loop.run_in_executor(self._thread, self._score_now, prompts)
+        scored, seconds = await loop.run_in_executor(self._thread, self._score_now, prompts, top)
         self._requests += 1
         self._prompts += len(prompts)
         self._tokens += sum(map(len, prompts))
         self._seconds += seconds
         return scored
 
-    def _score_now(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[float]], float]:
+    def _score_now(
+        self, prompts: Sequence[Sequence[int]], top: int
+    ) -> tuple[list[list[Ranked]], float]:
         begun = time.perf_counter()
-        scored = prompt_logprobs(self._teacher.policy, prompts, self._teacher.tokens_per_microbatch)
+        scored = prompt_logprobs(
+            self._teacher.policy, prompts, self._teacher.tokens_per_microbatch, top=top
+        )
+        if any(math.isnan(entry[0]) for p in scored for at in p for entry in at.values()):
+            raise ServiceError(500, "not_a_number", "The model gives NaN for these prompts.")
         return scored, time.perf_counter() - begun
 
     def _checked_prompts(self, given: object) -> list[list[int]]:
@@ -235,67 +265,87 @@ class TeacherApi:
             prompts.append(ids)
         return prompts
 
-    def _positions(self, ids: Sequence[int], logprobs: Sequence[float]) -> list[Any]:
-        """The form of vLLM; the rank of a token in its distribution is not told."""
-        texts = self._texts(ids)
-        entries: list[Any] = [
-            {str(i): {"logprob": logprob, "rank": None, "decoded_token": texts[i]}}
-            for i, logprob in zip(ids[1:], logprobs, strict=True)
-        ]
-        return [None, *entries]
+    def _position(self, ranked: Ranked) -> dict[str, dict[str, Any]]:
+        """The form of vLLM: the prompt's own token first."""
+        return {
+            str(i): {"logprob": logprob, "rank": rank, "decoded_token": self._text(i)}
+            for i, (logprob, rank) in ranked.items()
+        }
 
     def _entries(
-        self, ids: Sequence[int], logprobs: Sequence[float], first: int, with_texts: bool
+        self, ids: Sequence[int], positions: Sequence[Ranked], start: int, with_texts: bool
     ) -> list[Any]:
-        """The form of SGLang: from position `first` on, the first of them without a log-prob."""
-        begin = min(first if first >= 0 else len(ids) - 1, len(ids) - 1)
-        texts = self._texts(ids) if with_texts else {}
-        known = [None, *logprobs[begin:]]
-        return [[logprob, i, texts.get(i)] for logprob, i in zip(known, ids[begin:], strict=True)]
+        """The form of SGLang: from position `start` on, the first of them without a log-prob."""
+        begin = min(start if start >= 0 else len(ids) - 1, len(ids) - 1)
+        known = [None, *(next(iter(ranked.values()))[0] for ranked in positions[begin:])]
+        return [
+            [logprob, i, self._text(i) if with_texts else None]
+            for logprob, i in zip(known, ids[begin:], strict=True)
+        ]
 
-    def _texts(self, ids: Sequence[int]) -> dict[int, str]:
-        tokenizer = self._teacher.policy.tokenizer
-        return {i: str(tokenizer.decode([i])) for i in set(ids)}
+    def _text(self, token_id: int) -> str:
+        if token_id not in self._known_texts:
+            self._known_texts[token_id] = str(self._teacher.policy.tokenizer.decode([token_id]))
+        return self._known_texts[token_id]
 
 
+@torch.no_grad()
 def prompt_logprobs(
-    policy: Policy, prompts: Sequence[Sequence[int]], tokens_per_microbatch: int = 16384
-) -> list[list[float]]:
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    tokens_per_microbatch: int = 16384,
+    *,
+    top: int = 0,
+) -> list[list[Ranked]]:
     """Log-probs of all tokens of each prompt but its first, at temperature 1.
 
     Args:
         policy: the model.
         prompts: token ids, at least one each.
         tokens_per_microbatch: padded tokens that go through the model at once.
+        top: how many of the most likely tokens to give beside the prompt's own, which comes first.
 
     Returns:
-        For each prompt one number less than it has tokens.
+        For each prompt one position less than it has tokens.
     """
-    longest = max(map(len, prompts))
     lengths = torch.tensor([len(ids) for ids in prompts])
-    input_ids = torch.full((len(prompts), longest), policy.pad_id, dtype=torch.int64)
-    for row, ids in enumerate(prompts):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-    mask = torch.arange(longest)[None] < lengths[:, None]
-    rows = torch.arange(len(prompts))
-    nothing = torch.zeros(len(prompts))
-    # Everything after the first token counts as one completion.
-    batch = Batch(
-        input_ids=input_ids,
-        attention_mask=mask,
-        completion_ids=input_ids[:, 1:],
-        completion_mask=mask[:, 1:],
-        sampling_logprobs=torch.zeros(len(prompts), longest - 1),
-        sequence_index=rows,
-        start=torch.ones_like(rows),
-        trajectory_index=rows,
-        turn_index=torch.zeros_like(rows),
-        turn_rewards=nothing,
-        group_index=rows,
-        returns=nothing,
+    at_once = max(1, LOGITS_PER_CHUNK // policy.embedding_rows)
+    found: list[list[Ranked]] = [[] for _ in prompts]
+    for bucket in length_buckets(lengths, tokens_per_microbatch):
+        rows = [torch.tensor(prompts[i]) for i in bucket.tolist()]
+        ids = pad_sequence(rows, batch_first=True, padding_value=policy.pad_id).to(policy.device)
+        is_scored = (torch.arange(1, ids.shape[1]) < lengths[bucket][:, None]).to(policy.device)
+        hidden = policy.hidden_states(ids)[:, :-1][is_scored].split(at_once)
+        targets = ids[:, 1:][is_scored].split(at_once)
+        ranked = iter(
+            entry
+            for states, own in zip(hidden, targets, strict=True)
+            for entry in _ranked(policy.logits(states), own, top)
+        )
+        for i in bucket.tolist():
+            found[i] = list(islice(ranked, len(prompts[i]) - 1))
+    return found
+
+
+def _ranked(logits: Tensor, ids: Tensor, top: int) -> list[Ranked]:
+    """Of logits [m, vocabulary] the tokens `ids` [m] and the `top` most likely ones."""
+    own = logits.gather(-1, ids[:, None])
+    best = logits.topk(min(top, logits.shape[-1]), dim=-1)
+    values = torch.cat([own, best.values], dim=-1) - logits.logsumexp(dim=-1, keepdim=True)
+    columns = (
+        torch.cat([ids[:, None], best.indices], dim=-1).tolist(),
+        values.clamp(min=_LOWEST).tolist(),
+        ((logits > own).sum(dim=-1) + 1).tolist(),
     )
-    scores = policy.completion_logprobs(batch, tokens_per_microbatch).cpu()
-    return [scores[row, : len(ids) - 1].tolist() for row, ids in enumerate(prompts)]
+    # The prompt's own token may be among the likely ones: the first entry of an id counts.
+    return [
+        {
+            tokens[k]: (logprobs[k], k or rank)
+            for k in range(len(tokens))
+            if not (k and tokens[k] == tokens[0])
+        }
+        for tokens, logprobs, rank in zip(*columns, strict=True)
+    ]
 
 
 def _object(value: object) -> dict[str, Any]:

@@ -18,18 +18,35 @@ from atod_train.checkpoint import MODEL_PREFIX, OPTIMIZER_PREFIX, RNG_PREFIX, Ch
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state_dict under `model.` names; no copy."""
-    return {MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    """The model's state_dict under `model.` names; no copy.
+
+    Weights that are not trained, such as those beside adapters, are left out: they are those that
+    the run began with.
+    """
+    named = model.named_parameters(remove_duplicate=False)  # tied weights have two names
+    frozen = {name for name, weight in named if not weight.requires_grad}
+    return {
+        MODEL_PREFIX + name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in frozen
+    }
 
 
 def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts the `model.` tensors of a checkpoint into a model of the same signature."""
+    """Puts the `model.` tensors of a checkpoint into a model of the same signature.
+
+    Raises:
+        CheckpointError: a tensor that is trained is missing.
+    """
     weights = {
         name.removeprefix(MODEL_PREFIX): tensor
         for name, tensor in tensors.items()
         if name.startswith(MODEL_PREFIX)
     }
-    model.load_state_dict(weights)
+    result = model.load_state_dict(weights, strict=False)
+    trained = {name.removeprefix(MODEL_PREFIX) for name in model_tensors(model)}
+    if lacking := sorted(trained.intersection(result.missing_keys) | {*result.unexpected_keys}):
+        raise CheckpointError(f"the checkpoint does not fit the model at {', '.join(lacking[:5])}")
 
 
 def whole(tensor: Tensor) -> Tensor:

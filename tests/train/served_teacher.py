@@ -42,8 +42,10 @@ class FakeTeacher:
     def __init__(self, answer: Callable[[str, Any], Any], models: Any = None) -> None:
         self.answer = answer
         self.models = models
+        self.info: Any = None
+        """What stands at /get_model_info."""
         self.mishaps: deque[int] = deque()
-        """Statuses of the next answers."""
+        """Statuses of the next answers; 200 for one without mishap."""
         self.posts: list[tuple[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         handler = type("Handler", (_Handler,), {"fake": self})
@@ -65,7 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        if self.fake.models is None:
+        if self.path == "/get_model_info" and self.fake.info is not None:
+            self._send(200, self.fake.info)
+        elif self.fake.models is None:
             self._send(404, {"detail": "Not Found"})
         else:
             self._send(200, {"object": "list", "data": self.fake.models})
@@ -74,8 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.fake.posts.append((self.path, body))
         self.fake.headers.append(dict(self.headers))
-        if self.fake.mishaps:
-            self._send(self.fake.mishaps.popleft(), {"detail": "oh"})
+        mishap = self.fake.mishaps.popleft() if self.fake.mishaps else 200
+        if mishap != 200:
+            self._send(mishap, {"detail": "oh"})
         else:
             answer = self.fake.answer(self.path, body)
             status, content = answer if isinstance(answer, tuple) else (200, answer)

@@ -118,3 +118,11 @@ def test_processes_take_their_own_streams_of_all() -> None:
         shared += generator.prompt([prompts[row]], [0])
     assert [c.ids for c in shared if c] == [c.ids for c in whole if c]
     assert len(shared) == 3
+
+
+def test_short_feeds_beside_long_ones_have_room() -> None:
+    generator = make_generator(style="chat", limit=2)
+    generator.start(2)
+    # One episode nearly fills what the cache has reserved, the other is fed a long prompt then.
+    generator.prompt([[30] * 120, [31] * 3], [0, 1])
+    assert all(generator.prompt([[30], [31] * 60], [0, 1]))

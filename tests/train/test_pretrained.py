@@ -271,7 +271,8 @@ def test_one_step_of_every_method_with_smollm2(
             data="generated",
             options={"house_size": "tiny"},
             max_turns=2,
-            eval_splits=("valid_seen",),
+            # Each evaluation takes seconds.
+            eval_splits=("valid_seen",) if method == "atod" else (),
             eval_tasks=1,
         ),
         model=ModelConfig(student=SMOLLM2, teacher=SMOLLM2, lora_rank=rank),

@@ -80,7 +80,7 @@ def assert_close(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "sharded"), [(2, False), (2, True), (3, False)], ids=["two", "two-sharded", "three"]
+    ("count", "sharded"), [(2, True), (3, False)], ids=["two-sharded", "three"]
 )
 def test_an_update_is_that_of_one_process(count: int, sharded: bool, tmp_path: Path) -> None:
     make_policy().save(tmp_path / "start")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +107,12 @@ def test_another_vocabulary_is_refused(url: str) -> None:
     other = build_policy(TINY, build_word_tokenizer(["look lamp with under"]), 0)
     with pytest.raises(AtodError, match=r"do not share a vocabulary.*same model family"):
         RemoteTeacher(url, other)
+    # One token more, whose id the server has in the padding of its outputs only.
+    tokenizer = copy.deepcopy(STUDENT.tokenizer)
+    tokenizer.add_tokens(["<think>"])
+    for api in APIS:
+        with pytest.raises(AtodError, match=r" 1 of .* '' for the teacher and '<think>' for the"):
+            RemoteTeacher(url, replace(STUDENT, tokenizer=tokenizer), api=api)
     # More ids than the server has.
     larger = build_policy(TINY, build_word_tokenizer([" ".join(f"w{i}" for i in range(90))]), 0)
     for api in APIS:
@@ -115,6 +123,33 @@ def test_another_vocabulary_is_refused(url: str) -> None:
 def test_too_short_a_context_is_refused(url: str) -> None:
     with pytest.raises(AtodError, match=r"at most 128 tokens.*--model\.max-context 128"):
         RemoteTeacher(url, STUDENT, max_context=129)
+    # vLLM and SGLang want room for one token behind the prompt.
+    for api, answer in zip(APIS, (_vllm, _sglang), strict=True):
+        with FakeTeacher(answer, VLLM_MODELS) as fake:
+            RemoteTeacher(fake.url, STUDENT, api=api, max_context=4095)
+            with pytest.raises(AtodError, match=r"at most 4095 tokens.*can have 4096"):
+                RemoteTeacher(fake.url, STUDENT, api=api, max_context=4096)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_a_sequence_of_full_length_is_scored(api: Api, url: str, teacher: Policy) -> None:
+    ids = tuple(8 + i % 90 for i in range(TINY.max_positions))
+    tokens = TokenizedTurn(ids[:1], ids[1:], (0.0,) * (len(ids) - 1), "stop", False)
+    turn = Turn(0, (), "", "", 0.0, True, tokens)
+    record = Trajectory(0, "t", "k", (turn,), True, False, "terminated", True, 1.0)
+    batch = make_batch([record], 0)
+    found = RemoteTeacher(url, STUDENT, api=api, max_context=len(ids)).score(batch)
+    expected = LocalTeacher(teacher, STUDENT).score(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_length_of_an_adapter_is_that_of_its_base() -> None:
+    adapter = {"id": "tuned", "object": "model", "parent": "big", "max_model_len": None}
+    with (
+        FakeTeacher(_vllm, [*VLLM_MODELS, adapter]) as fake,
+        pytest.raises(AtodError, match=r"Teacher tuned .* at most 4095"),
+    ):
+        RemoteTeacher(fake.url, STUDENT, model="tuned", max_context=4096)
 
 
 def test_an_unknown_model_is_refused(url: str) -> None:
@@ -199,7 +234,7 @@ VLLM_MODELS = [{"id": "big", "object": "model", "owned_by": "vllm", "max_model_l
 def test_published_form_of_completions() -> None:
     batch = random_batch(sequences=9, seed=3)
     with FakeTeacher(_vllm, VLLM_MODELS) as fake:
-        remote = RemoteTeacher(fake.url, STUDENT, max_context=4096)
+        remote = RemoteTeacher(fake.url, STUDENT, max_context=4095)
         fake.posts.clear()
         torch.testing.assert_close(remote.score(batch), _expected(batch))
         assert [len(body["prompt"]) for _, body in fake.posts] == [9]
@@ -211,6 +246,7 @@ def test_published_form_of_sglang() -> None:
         remote = RemoteTeacher(fake.url, STUDENT, api="sglang")
         fake.posts.clear()
         torch.testing.assert_close(remote.score(batch), _expected(batch))
+        assert not any(body["return_text_in_logprobs"] for _, body in fake.posts)
         # Prompts before the first completion are not scored.
         first = {int(batch.start[batch.sequence_index == s].min()) for s in range(5)}
         assert {body["logprob_start_len"] + 1 for _, body in fake.posts} == first
@@ -229,12 +265,49 @@ def test_what_came_before_a_failure_is_kept() -> None:
     with FakeTeacher(_sglang) as fake:
         remote = RemoteTeacher(fake.url, STUDENT, api="sglang", requests_at_once=1)
         fake.posts.clear()
-        fake.mishaps.append(500)
+        fake.mishaps.extend([200, 200, 500])
         batch = random_batch(sequences=4)
         with pytest.raises(ServerError, match="500"):
             remote.score(batch)
         torch.testing.assert_close(remote.score(batch), _expected(batch))
         assert len(fake.posts) == 5
+
+
+def test_after_a_failure_the_rest_is_not_tried() -> None:
+    with FakeTeacher(_sglang) as fake:
+        remote = RemoteTeacher(fake.url, STUDENT, api="sglang", requests_at_once=2)
+        fake.posts.clear()
+        fake.mishaps.extend([503] * 200)
+        with pytest.raises(ServerError, match="503"):
+            remote.score(random_batch(sequences=24))
+        # Five attempts each: those that failed, and those that had begun by then.
+        assert len(fake.posts) <= 20
+
+
+def test_a_server_without_the_endpoint_is_told_from_one_that_refuses_ids() -> None:
+    def absent(path: str, body: Any) -> Any:
+        return 404, {"detail": "Not Found"}
+
+    with FakeTeacher(absent, VLLM_MODELS) as fake:
+        for api in APIS:
+            with pytest.raises(ServerError, match=r"404 .*right URL.*must answer /"):
+                RemoteTeacher(fake.url, STUDENT, api=api)
+
+
+def test_the_name_of_an_older_sglang_without_a_list_of_models() -> None:
+    with FakeTeacher(_sglang) as fake:
+        fake.info = {"model_path": "Qwen/Qwen3-30B-A3B", "is_generation": True}
+        assert RemoteTeacher(fake.url, STUDENT, api="sglang").name == "Qwen/Qwen3-30B-A3B"
+        assert RemoteTeacher(fake.url, STUDENT, api="sglang", model="big").name == "big"
+
+
+@pytest.mark.parametrize("models", [3, "big", None, [], [3], [{"object": "model"}]])
+def test_an_unusable_list_of_models(models: Any) -> None:
+    with (
+        FakeTeacher(_vllm, {} if models is None else models) as fake,
+        pytest.raises(AtodError, match="it lists none"),
+    ):
+        RemoteTeacher(fake.url, STUDENT)
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -262,6 +335,46 @@ def test_an_endpoint_without_texts_gives_a_warning() -> None:
         RemoteTeacher(fake.url, STUDENT, api="sglang")
 
 
+def _without_texts(ids: Collection[int]) -> Any:
+    def answer(path: str, body: Any) -> dict[str, Any]:
+        found = _vllm(path, body)
+        for choice in found["choices"]:
+            for entry in choice["prompt_logprobs"][1:]:
+                for token, said in entry.items():
+                    said["decoded_token"] = "" if int(token) in ids else said["decoded_token"]
+        return found
+
+    return answer
+
+
+def test_servers_may_leave_out_all_special_tokens_but_not_one() -> None:
+    added = STUDENT.tokenizer.added_tokens_decoder
+    special = [i for i, token in added.items() if token.special]
+    assert len(special) > 1
+    with FakeTeacher(_without_texts(special), VLLM_MODELS) as fake:
+        RemoteTeacher(fake.url, STUDENT)
+    for missing in ([special[1]], [len(STUDENT.tokenizer) - 1]):
+        with (
+            FakeTeacher(_without_texts(missing), VLLM_MODELS) as fake,
+            pytest.raises(AtodError, match=rf" 1 of .*{missing[0]} is '' for the teacher"),
+        ):
+            RemoteTeacher(fake.url, STUDENT)
+
+
+@pytest.mark.parametrize("lowest", [float("-inf"), -9999.0, -1e300])
+def test_impossible_tokens_have_finite_logprobs(lowest: float) -> None:
+    def answer(path: str, body: Any) -> Any:
+        found = _sglang(path, body)
+        found["meta_info"]["input_token_logprobs"][-1][0] = lowest
+        return found
+
+    with FakeTeacher(_sglang) as fake:
+        remote = RemoteTeacher(fake.url, STUDENT, api="sglang")
+        fake.answer = answer
+        batch = random_batch(sequences=2, seed=4)
+        assert remote.score(batch).min() == -9999.0
+
+
 def _broken(how: str) -> Any:
     def answer(path: str, body: Any) -> Any:
         found = _vllm(path, body)
@@ -274,6 +387,17 @@ def _broken(how: str) -> Any:
             entries[-1] = {"0": {"logprob": -1.0}}
         elif how == "null":
             entries[-1] = None
+        elif how == "list":
+            entries[-1] = [1]
+        elif how == "positive":
+            for token in entries[-1].values():
+                token["logprob"] = 37.0
+        elif how == "long number":
+            for token in entries[-1].values():
+                token["logprob"] = -(10**400)
+        elif how == "same index":
+            for choice in found["choices"]:
+                choice["index"] = 0
         elif how == "not a number":
             for token in entries[-1].values():
                 token["logprob"] = float("nan")
@@ -292,13 +416,27 @@ def _broken(how: str) -> Any:
 @pytest.mark.parametrize(
     "how",
     ["few choices", "few entries", "other id", "null", "not a number", "text", "no object",
-     "choices"],
+     "choices", "list", "positive", "long number", "same index"],
 )  # fmt: skip
 def test_malformed_answers_are_named(how: str) -> None:
     with FakeTeacher(_vllm, VLLM_MODELS) as fake:
         remote = RemoteTeacher(fake.url, STUDENT)
         fake.answer = _broken(how)
         with pytest.raises(ServerError, match=fake.url):
+            remote.score(random_batch(seed=5))
+
+
+@pytest.mark.parametrize(
+    "meta",
+    ["x", None, [], {}, {"input_token_logprobs": "x"}, {"input_token_logprobs": []},
+     {"input_token_logprobs": [[None, 1, None]] * 200},
+     {"input_token_logprobs": [[-1.0, 10**6, None]] * 200}, {"input_token_logprobs": [3] * 200}],
+)  # fmt: skip
+def test_malformed_answers_of_sglang_are_named(meta: Any) -> None:
+    with FakeTeacher(_sglang) as fake:
+        remote = RemoteTeacher(fake.url, STUDENT, api="sglang")
+        fake.answer = lambda path, body: {"text": "", "meta_info": meta}
+        with pytest.raises(ServerError, match=f"{fake.url}/generate.*no usable"):
             remote.score(random_batch(seed=5))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -70,6 +71,28 @@ def test_completions(url: str) -> None:
     assert [next(iter(e.values()))["decoded_token"] for e in text[1:]] == ["mug"]
 
 
+@pytest.mark.parametrize("top", [0, 1, 5, 20])
+def test_likely_tokens_beside_the_prompts_own(top: int, url: str) -> None:
+    prompts = [[8, 9, 10], [11], [12, 9, 8, 10, 30] * 18]
+    answer = _complete(url, prompt=prompts, prompt_logprobs=top).json()
+    for ids, choice in zip(prompts, answer["choices"], strict=True):
+        with torch.no_grad():
+            logits = TEACHER.model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        for own, scores, entry in zip(ids[1:], logits, choice["prompt_logprobs"][1:], strict=True):
+            best = scores.topk(top)
+            assert next(iter(entry)) == str(own)
+            assert entry.keys() == {str(own), *map(str, best.indices.tolist())}
+            for token, said in entry.items():
+                assert said["logprob"] == pytest.approx(float(scores[int(token)]), abs=1e-5)
+                assert said["rank"] == 1 + int((scores > scores[int(token)]).sum())
+                assert said["decoded_token"] == TEACHER.tokenizer.decode([int(token)])
+
+
+def test_prompts_of_one_token(url: str) -> None:
+    choices = _complete(url, prompt=[[8], [9]]).json()["choices"]
+    assert [choice["prompt_logprobs"] for choice in choices] == [[None], [None]]
+
+
 @pytest.mark.parametrize("start", [-1, 0, 2, 4, 50])
 def test_generate(start: int, url: str) -> None:
     ids = [12, 9, 8, 10, 30]
@@ -83,11 +106,17 @@ def test_generate(start: int, url: str) -> None:
     assert [entry[0] for entry in others] == pytest.approx(_expected(ids)[begin:], abs=1e-5)
     two = requests.post(f"{url}/generate", json={**body, "input_ids": [ids, ids]}, timeout=60)
     assert two.json() == [one, one]
+    each = {**body, "input_ids": [ids, ids], "logprob_start_len": [3, start]}
+    first, second = requests.post(f"{url}/generate", json=each, timeout=60).json()
+    assert [entry[1] for entry in first["meta_info"]["input_token_logprobs"]] == ids[3:]
+    assert second == one
 
 
 def test_who_it_is(url: str) -> None:
     [model] = requests.get(f"{url}/v1/models", timeout=60).json()["data"]
-    assert (model["id"], model["max_model_len"]) == ("teacher", 100)
+    # A prompt of 100 tokens and the one that could follow it.
+    assert (model["id"], model["max_model_len"]) == ("teacher", 101)
+    assert _complete(url, prompt=[8] * 100).status_code == 200
     assert requests.get(f"{url}/get_model_info", timeout=60).json()["model_path"] == "teacher"
     assert doctor.reach(url) == doctor.Finding("ok", f"{url}: teacher")
 
@@ -111,11 +140,18 @@ def test_many_clients_at_once(url: str) -> None:
     ("body", "status", "message"),
     [
         ({"prompt": [1], "model": "gpt"}, 404, "has the model 'teacher' only"),
-        ({"prompt": [1], "prompt_logprobs": None}, 422, "prompt_logprobs 0 or 1"),
+        ({"prompt": [1], "prompt_logprobs": None}, 422, "prompt_logprobs 0 to 20"),
+        ({"prompt": [1], "prompt_logprobs": 21}, 422, "prompt_logprobs 0 to 20"),
+        ({"prompt": [1], "prompt_logprobs": -1}, 422, "prompt_logprobs 0 to 20"),
+        ({"prompt": [1], "prompt_logprobs": True}, 422, "whole number"),
+        ({"prompt": [1], "max_tokens": -5}, 422, "max_tokens 0 or 1"),
+        ({"prompt": [1], "n": 2}, 422, "n 1"),
+        ({"prompt": [1], "echo": True}, 422, "echo is not offered"),
+        ({"prompt": [1], "logprobs": 3}, 422, "logprobs is not offered"),
         ({"prompt": [1], "max_tokens": 5}, 422, "max_tokens 0 or 1"),
         ({"prompt": [1], "max_tokens": None}, 422, "max_tokens 0 or 1"),
         ({"prompt": [1], "max_tokens": "1"}, 422, "whole number"),
-        ({"prompt": [1], "stream": True}, 422, "not streamed"),
+        ({"prompt": [1], "stream": True}, 422, "stream is not offered"),
         ({}, 422, "text or a list"),
         ({"prompt": []}, 422, "1 to 1024"),
         ({"prompt": [[]]}, 422, "not empty"),
@@ -133,11 +169,18 @@ def test_what_is_refused(body: dict[str, Any], status: int, message: str, url: s
     assert message in answer.json()["error"]["message"]
 
 
+SCORED = {"input_ids": [1], "return_logprob": True, "sampling_params": {"max_new_tokens": 0}}
+
+
 def test_what_generate_refuses(url: str) -> None:
     for body, message in (
         ({"input_ids": [1], "return_logprob": True}, "max_new_tokens 0 or 1"),
         ({"input_ids": [1], "sampling_params": {"max_new_tokens": 0}}, "Send return_logprob"),
         ({"sampling_params": 3}, "JSON object"),
+        ({**SCORED, "sampling_params": {"max_new_tokens": -1}}, "max_new_tokens 0 or 1"),
+        ({**SCORED, "top_logprobs_num": 2}, "top_logprobs_num is not offered"),
+        ({**SCORED, "logprob_start_len": [0, 0]}, "one number, or one each"),
+        ({**SCORED, "logprob_start_len": [0.5]}, "one number, or one each"),
     ):
         answer = requests.post(f"{url}/generate", json=body, timeout=60)
         assert answer.status_code == 422
@@ -147,12 +190,13 @@ def test_what_generate_refuses(url: str) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
 NAMES = ("prompt", "model", "max_tokens", "prompt_logprobs", "n", "stream", "input_ids", "text",
-         "sampling_params", "return_logprob", "logprob_start_len")  # fmt: skip
+         "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "echo",
+         "logprobs")  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)
@@ -163,7 +207,9 @@ def test_no_body_breaks_it(path: str, data: st.DataObject, url: str) -> None:
                              "sampling_params": {"max_new_tokens": 0}}  # fmt: skip
     changes = data.draw(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3))
     body = data.draw(st.just({**valid, **changes}) | JSON)
-    assert requests.post(f"{url}/{path}", json=body, timeout=60).status_code in (200, 404, 422)
+    # `requests` itself would refuse to send infinite numbers.
+    content = json.dumps(body).encode("ascii")
+    assert requests.post(f"{url}/{path}", data=content, timeout=60).status_code in (200, 404, 422)
 
 
 def test_what_cannot_be_served_is_one_line(

@@ -64,10 +64,12 @@ def gradients_of_an_update(processes: Processes, signal: str) -> dict[str, torch
 
 def adapters_after_three_updates(processes: Processes, start: Path) -> dict[str, torch.Tensor]:
     """What adapters on frozen weights, with layers computed again, become."""
-    # Adapters begin at random: the other processes get those of the main one.
-    torch.manual_seed(processes.index)
     options = LoadOptions(lora_rank=4, gradient_checkpointing=True)
     student, batch = load_policy(start, options), random_batch()
+    # Whatever the others begin with, they get the weights of the main process.
+    with torch.no_grad():
+        for weight in student.model.parameters():
+            weight.add_(processes.index)
     learner = Learner(student, 1e-2, processes)
     for _ in range(3):
         for micro in learner.microbatches(batch, 60):
