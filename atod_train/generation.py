@@ -81,7 +81,8 @@ class Generator:
 
     Args:
         policy: The model to sample from.
-        dialogue: Gives the stop tokens and the style (chat: the cache persists; window: no).
+        dialogue: Gives the stop tokens and the style (chat: each turn continues the sequence;
+            window: each turn is a sequence of its own).
         temperature: 1 samples from the model's own distribution; 0 is greedy.
         max_completion_tokens: Longest completion, end-of-turn token included.
         max_context: Longest sequence of prompt and completion tokens; by default the model's.
@@ -138,11 +139,23 @@ class Generator:
         self._cache = self._new_cache(episodes)
 
     def restart(self, row: int) -> None:
-        """Forget what an episode was fed: its next feed is a whole prompt; its stream goes on."""
+        """Forget what an episode was fed: its next feed is a whole prompt; its stream goes on.
+
+        Args:
+            row: Number of the episode; its `context_length` is 0 from now on.
+        """
         self._episodes[row].is_fresh, self._episodes[row].pending = True, []
 
     def fits(self, row: int, new_ids: Sequence[int]) -> bool:
-        """Whether an episode's new tokens and its longest completion fit `max_context`."""
+        """Whether an episode's new tokens and its longest completion fit `max_context`.
+
+        Args:
+            row: Number of the episode; nothing about it changes.
+            new_ids: What `prompt` would be given for it.
+
+        Returns:
+            False exactly where `prompt` would answer None.
+        """
         held = 0 if self.dialogue.style == "window" else self.context_length(row)
         return held + len(new_ids) + self.max_completion_tokens <= self.max_context
 
@@ -167,9 +180,6 @@ class Generator:
             One completion per row, in the order of `rows`; None for an episode whose prompt and
             longest completion would not fit `max_context` (it is left as it was).
         """
-        for row in rows:
-            if self.dialogue.style == "window":
-                self.restart(row)
         if not all(new_ids):
             raise AtodError("A prompt holds no token.")
         fitting = [
@@ -178,6 +188,9 @@ class Generator:
             if self.fits(row, ids)
         ]
         completions: list[Completion | None] = [None] * len(rows)
+        if self.dialogue.style == "window":
+            for index in fitting:
+                self.restart(rows[index])
         if fitting:
             feeds = {index: self._episodes[rows[index]].take(new_ids[index]) for index in fitting}
             copies = self._arrange({rows[index]: feed for index, feed in feeds.items()})
@@ -314,7 +327,8 @@ class Generator:
         hidden = self.policy.hidden_states(
             ids,
             attention_mask=mask[:, None],
-            position_ids=positions,
+            # Padding may stand beyond the last position that a model has learned; tokens never do.
+            position_ids=positions.clamp(max=self.policy.max_positions - 1),
             cache=self._cache,
         )
         row = torch.arange(len(ids), device=ids.device)

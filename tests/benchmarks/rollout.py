@@ -5,8 +5,12 @@
 Generated houses; every completion has the same number of tokens, so that all sides do equal work:
 
     ours      batched over the active episodes, the cache outlives the turn, prompts are shared
+    unshared  the same, but each episode of a group computes its first prompt, and in window style
+              each turn its whole prompt
     batched   `generate` on all active episodes, whole prompts, padded on the left
     single    `generate` on one episode after the other
+
+A turn of each form is played before it is measured, so that nothing is loaded while the time runs.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atod_train import rollout
+from atod_train import generation, rollout
 from atod_train.config import EnvConfig
 from atod_train.demonstrations import demonstrate, demonstration_texts
 from atod_train.dialogue import DialogueEncoder
@@ -77,11 +81,29 @@ def watched(watch: Stopwatch) -> Iterator[None]:
         rollout.next_prompt = next_prompt
 
 
+@contextmanager
+def unshared() -> Iterator[None]:
+    """Our generation as it would be if prompts shared nothing."""
+    common, arrange = generation._common_prefix, Generator._arrange
+
+    def only_gather(self: Generator, feeds: dict[int, list[int]]) -> list[int]:
+        self._gather([self._episodes[row] for row in feeds])
+        return []
+
+    generation._common_prefix = lambda first, second: 0
+    Generator._arrange = only_gather  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        generation._common_prefix = common
+        Generator._arrange = arrange  # type: ignore[method-assign]
+
+
 def ours(policy: Policy, pool: EnvPool, options: argparse.Namespace) -> tuple[int, str]:
     """Completion tokens, and where the time went."""
     dialogue = DialogueEncoder(policy.tokenizer, options.style)
     dialogue.stop_ids = frozenset()
-    generator = Generator(policy, dialogue, max_completion_tokens=options.completion_tokens)
+    generator = Generator(policy, dialogue, max_completion_tokens=options.max_completion_tokens)
     tasks = pool.task_ids[: options.episodes // options.group_size]
     watch, times = Stopwatch(), PhaseTimes()
     with watched(watch):
@@ -114,15 +136,17 @@ def ours(policy: Policy, pool: EnvPool, options: argparse.Namespace) -> tuple[in
         "sampling": seconds["sampling"],
         "environment": environment,
     }
-    shares = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
+    shares = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
     sampled = sum(len(turn.tokens.completion_ids) for turn in turns)
-    text = f"seconds: {shares}; {watch.fed} tokens went through the model, {whole} from scratch"
+    text = (
+        f"{shares} s; {watch.fed} tokens went through the model, prompts from scratch have {whole}"
+    )
     return sampled, text
 
 
 def theirs(policy: Policy, pool: EnvPool, options: argparse.Namespace, at_once: int) -> int:
     """`generate` from scratch at each turn, for at most `at_once` episodes together."""
-    tokenizer, length = policy.tokenizer, options.completion_tokens
+    tokenizer, length = policy.tokenizer, options.max_completion_tokens
     tokenizer.padding_side = "left"
     tasks = [t for t in pool.task_ids for _ in range(options.group_size)][: options.episodes]
     sampled = 0
@@ -145,6 +169,9 @@ def theirs(policy: Policy, pool: EnvPool, options: argparse.Namespace, at_once: 
                 output = policy.model.generate(
                     **inputs,
                     do_sample=True,
+                    top_k=0,  # the model's own distribution, as ours
+                    top_p=1.0,
+                    temperature=1.0,
                     max_new_tokens=length,
                     min_new_tokens=length,
                     pad_token_id=policy.pad_id,
@@ -181,7 +208,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--completion-tokens", type=int, default=12)
+    parser.add_argument("--max-completion-tokens", type=int, default=12, help="of every turn")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--single", type=int, default=2, help="episodes for the single form")
@@ -197,27 +224,32 @@ def main() -> None:
     )
     pool = EnvPool(config, "train")
     policy = load(options, pool)
-    rates = {}
-    begun = time.perf_counter()
-    sampled, text = ours(policy, pool, options)
-    rates["ours"] = (time.perf_counter() - begun, sampled)
-    begun = time.perf_counter()
-    sampled = theirs(policy, pool, options, options.episodes)
-    rates["batched"] = (time.perf_counter() - begun, sampled)
     single = argparse.Namespace(**{**vars(options), "episodes": options.single})
-    begun = time.perf_counter()
-    sampled = theirs(policy, pool, single, 1)
-    rates["single"] = (time.perf_counter() - begun, sampled)
-    print(f"{'':10}{'seconds':>9}{'tokens':>9}{'tokens/s':>10}{'ours is':>9}")
-    seconds, sampled = rates["ours"]
-    ours_rate = sampled / seconds
-    for name, (seconds, sampled) in rates.items():
-        rate = sampled / seconds
-        print(f"{name:10}{seconds:9.1f}{sampled:9}{rate:10.1f}{ours_rate / rate:8.1f}x")
+    forms: dict[str, Callable[[argparse.Namespace], tuple[int, str]]] = {
+        "ours": lambda chosen: ours(policy, pool, chosen),
+        "unshared": unshared()(lambda chosen: ours(policy, pool, chosen)),
+        "batched": lambda chosen: (theirs(policy, pool, chosen, chosen.episodes), ""),
+        "single": lambda chosen: (theirs(policy, pool, chosen, 1), ""),
+    }
+    rows = {}
+    for name, form in forms.items():
+        chosen = single if name == "single" else options
+        form(argparse.Namespace(**{**vars(chosen), "turns": 1}))
+        begun = time.perf_counter()
+        sampled, text = form(chosen)
+        rows[name] = (time.perf_counter() - begun, sampled, text)
     print(
         f"{options.model}, {options.style} style, {options.episodes} episodes in groups of "
-        f"{options.group_size}, {options.turns} turns of {options.completion_tokens} tokens\n{text}"
+        f"{options.group_size}, {options.turns} turns of {options.max_completion_tokens} tokens, "
+        f"{options.threads} threads"
     )
+    print(f"{'':10}{'seconds':>9}{'tokens':>9}{'tokens/s':>10}{'ours is':>9}")
+    our_rate = rows["ours"][1] / rows["ours"][0]
+    for name, (seconds, sampled, _) in rows.items():
+        rate = sampled / seconds
+        print(f"{name:10}{seconds:9.2f}{sampled:9}{rate:10.1f}{our_rate / rate:8.1f}x")
+    for name in ("ours", "unshared"):
+        print(f"{name}: {rows[name][2]}")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from test_generation import POLICY, make_generator, random_prompts
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from atod_train.batching import make_batch
 from atod_train.config import PromptStyle
+from atod_train.dialogue import DialogueEncoder
 from atod_train.generation import Generator
+from atod_train.policy import Policy
 from atod_train.types import TokenizedTurn, Trajectory, Turn
 
 
@@ -118,6 +123,14 @@ def test_processes_take_their_own_streams_of_all() -> None:
         shared += generator.prompt([prompts[row]], [0])
     assert [c.ids for c in shared if c] == [c.ids for c in whole if c]
     assert len(shared) == 3
+    # The next rollout goes on alike, also where a process had no episode.
+    generator.start(0, before=1, after=1)
+    again = make_generator()
+    again.start(3)
+    again.start(2)
+    generator.start(1)
+    again.start(1)
+    assert generator.prompt(prompts[:1], [0]) == again.prompt(prompts[:1], [0])
 
 
 def test_short_feeds_beside_long_ones_have_room() -> None:
@@ -126,3 +139,107 @@ def test_short_feeds_beside_long_ones_have_room() -> None:
     # One episode nearly fills what the cache has reserved, the other is fed a long prompt then.
     generator.prompt([[30] * 120, [31] * 3], [0, 1])
     assert all(generator.prompt([[30], [31] * 60], [0, 1]))
+
+
+GROUPS = [[*range(40, 50)]] * 3 + [[*range(60, 67)]] * 3
+
+
+def _play_groups(style: PromptStyle, rows: Sequence[int]) -> dict[int, list[Turn]]:
+    """Three turns of two groups of three, of which only `rows` are played."""
+    generator = make_generator(style=style)
+    generator.start(6)
+    played: dict[int, list[Turn]] = {row: [] for row in rows}
+    for index in range(3):
+        # Groups begin alike; in later turns some still share their prompt, and others do not.
+        others = random_prompts(6, seed=index)
+        prompts = [others[row] if index and row % 2 else GROUPS[row] for row in range(6)]
+        for row, completion in zip(
+            rows, generator.prompt([prompts[row] for row in rows], rows), strict=True
+        ):
+            extends = style == "chat" and index > 0
+            played[row].append(_turn(index, prompts[row], completion, extends))
+    return played
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_copied_prompts_serve_whole_completions_and_later_turns(style: PromptStyle) -> None:
+    played = _play_groups(style, range(6))
+    # Completions of several tokens attend to the copied keys and values.
+    assert all(max(len(t.tokens.completion_ids) for t in turns) > 1 for turns in played.values())
+    records = [
+        Trajectory(0, "t", "k", tuple(turns), True, False, "terminated", True, 1.0)
+        for turns in played.values()
+    ]
+    batch = make_batch(records, 0)
+    again = POLICY.completion_logprobs(batch)
+    torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+@pytest.mark.parametrize("rows", [[0], [2], [4], [1, 5], [5, 3, 2]])
+def test_a_row_of_a_group_does_not_depend_on_the_others(
+    style: PromptStyle, rows: Sequence[int]
+) -> None:
+    together, apart = _play_groups(style, range(6)), _play_groups(style, rows)
+    for row in rows:
+        for one, other in zip(apart[row], together[row], strict=True):
+            assert one.tokens.completion_ids == other.tokens.completion_ids
+            torch.testing.assert_close(
+                torch.tensor(one.tokens.sampling_logprobs),
+                torch.tensor(other.tokens.sampling_logprobs),
+                rtol=0,
+                atol=1e-4,
+            )
+
+
+def test_groups_are_sampled_reproducibly() -> None:
+    assert _play_groups("window", range(6)) == _play_groups("window", range(6))
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_fits_is_the_rule_of_prompt(style: PromptStyle) -> None:
+    generator = make_generator(style=style, limit=4, max_context=20, stop_ids=frozenset())
+    generator.start(1)
+    generator.prompt([[30] * 8], [0])
+    most = 16 if style == "window" else 4
+    assert generator.fits(0, [31] * most)
+    assert not generator.fits(0, [31] * (most + 1))
+    assert generator.prompt([[31] * (most + 1)], [0]) == [None]
+    assert generator.context_length(0) == 12  # left as it was
+    [completion] = generator.prompt([[31] * most], [0])
+    assert completion is not None
+
+
+def test_a_restart_keeps_the_random_stream_going() -> None:
+    prompt = list(range(30, 40))
+    generator = make_generator(stop_ids=frozenset())
+    generator.start(1)
+    first = generator.prompt([prompt], [0])
+    generator.restart(0)
+    second = generator.prompt([prompt], [0])
+    assert first != second
+    other = make_generator(stop_ids=frozenset(), style="window")
+    other.start(1)
+    assert [other.prompt([prompt], [0]) for _ in range(2)] == [first, second]
+
+
+def test_padding_may_stand_beyond_learned_positions() -> None:
+    config = GPT2Config(
+        vocab_size=len(POLICY.tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2,
+        initializer_range=0.2, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    policy = Policy(model=GPT2LMHeadModel(config).eval(), tokenizer=POLICY.tokenizer, name="x")
+    dialogue = DialogueEncoder(POLICY.tokenizer)
+    dialogue.stop_ids = frozenset()
+    generator = Generator(policy, dialogue, max_completion_tokens=4)
+    generator.start(2)
+    prompts = [[[30] * 50, [31] * 3], [[40], [41] * 40]]
+    turns: list[list[Turn]] = [[], []]
+    for index, fed_now in enumerate(prompts):
+        for row, completion in enumerate(generator.prompt(fed_now, [0, 1])):
+            turns[row].append(_turn(index, fed_now[row], completion, index > 0))
+    batch = make_batch(
+        [Trajectory(0, "t", "k", tuple(t), True, False, "terminated", True, 1.0) for t in turns], 0
+    )
+    again = policy.completion_logprobs(batch)
+    torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-4)
