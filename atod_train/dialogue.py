@@ -99,6 +99,13 @@ class DialogueEncoder:
             raise AtodError(_REWRITES.format("an assistant message lost its text or its end"))
         return ids[1:] if previous_finish_reason == "stop" else ids
 
+    def finished(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a dialogue whose last message is an assistant's, as the template closes it.
+
+        All of it is encoded anew: completions get the tokenizer's own segmentation.
+        """
+        return self._encode(self._render(messages, generate=False))
+
     def completion(self, text: str) -> list[int]:
         """Token ids of a completion written by somebody else (an expert), with its end token."""
         return [*self._encode(text), self.end_of_turn_id]

@@ -33,7 +33,7 @@ class EpisodePrompt:
     extends_previous: bool
     """The ids follow what the model holds of this episode; else they are all it gets to see."""
     turns_left_out: int = 0
-    """Earlier turns that are not shown for want of room."""
+    """Earlier turns that the model does not see for want of room."""
 
 
 def next_prompt(
@@ -59,7 +59,7 @@ def next_prompt(
         return EpisodePrompt(tuple(dialogue.first(messages)), messages, False)
     ids = dialogue.continuation(messages, turns[-1].tokens.finish_reason)
     if generator.fits(row, ids):
-        return EpisodePrompt(tuple(ids), messages, True)
+        return EpisodePrompt(tuple(ids), messages, True, turns[-1].turns_left_out)
     return _restarted(messages, turns, generator)
 
 

@@ -17,9 +17,9 @@ number that is not finite is written as null. Shares and rates are 0..1.
     invalid_share         share of turns whose action was not valid
     actions/<verb>        mean valid actions of a trajectory that begin with that word
     rollout/logprob_drift      mean |sampling_logprobs - old_logprobs| per token, in nats
-    rollout/truncated_prompts  share of turns whose prompt left out earlier turns to fit
+    rollout/truncated_prompts  share of turns whose prompt lacks earlier turns for want of room
     rollout/rendering_drift    share of the dialogues looked at whose text, encoded anew, gives
-                          other ids than the model saw (`step_records.rendering_drift`)
+                          other ids than were fed and sampled (`step_records.rendering_drift`)
     entropy               mean entropy of the policy per token before the update, in nats
     clip_fraction         share of tokens whose ratio was clipped
     loss, grad_norm       of the policy update, mean over its minibatches

@@ -197,55 +197,29 @@ def collect(
 
     Returns:
         One group per task, in the order given; group ids count from `first_episode / group_size`.
+        An episode whose first prompt does not fit the model's context has no turns.
 
     Raises:
-        AtodError: no first prompt fits the model's context, and no other process plays on.
+        AtodError: no first prompt fits, and `episodes_in_all` is None: who shares a rollout is to
+            look at the episodes of all processes.
     """
     times = times or PhaseTimes()
-    first_group = first_episode // group_size
     wanted = [
-        (first_group + group, task)
-        for group, task in enumerate(task_ids)
+        (first_episode // group_size + number, task)
+        for number, task in enumerate(task_ids)
         for _ in range(group_size)
     ]
-    after = 0 if episodes_in_all is None else episodes_in_all - first_episode - len(wanted)
+    in_all = first_episode + len(wanted) if episodes_in_all is None else episodes_in_all
+    after = in_all - first_episode - len(wanted)
+    generator.start(len(wanted), before=first_episode, after=after)
     if not wanted:
-        generator.start(0, before=first_episode, after=after)
         return []
     with times.phase("environment"):
-        try:
-            envs = pool.take(len(wanted))
-            _prefetch_resets(envs, [task for _, task in wanted])
-            episodes = [_Episode(env, *task) for env, task in zip(envs, wanted, strict=True)]
-        except TaskNotFoundError as error:
-            raise AtodError(str(error)) from error
-    generator.start(len(episodes), before=first_episode, after=after)
-    active = list(range(len(episodes)))
+        episodes = _begin(pool, wanted)
+    active = dict(enumerate(episodes))
     while active:
-        with times.phase("generation"):
-            prompts = [episodes[row].prompt(generator, row) for row in active]
-            for row, prompt in zip(active, prompts, strict=True):
-                if not prompt.extends_previous:
-                    generator.restart(row)
-            completions = generator.prompt([prompt.ids for prompt in prompts], active)
-            texts = ["" if c is None else generator.dialogue.decode(c.ids) for c in completions]
-        with times.phase("environment"):
-            played = [row for row, given in zip(active, completions, strict=True) if given]
-            _prefetch_steps(
-                [episodes[row].env for row in played],
-                [text for text, given in zip(texts, completions, strict=True) if given],
-            )
-            for row, prompt, completion, text in zip(
-                active, prompts, completions, texts, strict=True
-            ):
-                episode = episodes[row]
-                if completion is None:
-                    episode.stop_reason = "context_limit"
-                    continue
-                episode.play(completion, text, prompt, pool.config)
-                if episode.stop_reason is None and len(episode.turns) >= turn_limit:
-                    episode.stop_reason = "turn_limit"
-        active = [row for row in active if episodes[row].stop_reason is None]
+        _play_turn(active, generator, pool.config, turn_limit, times)
+        active = {row: e for row, e in active.items() if e.stop_reason is None}
     if episodes_in_all is None and not any(episode.turns for episode in episodes):
         raise AtodError(
             "No first prompt fits the model's context. Raise model.max_context, or choose a "
@@ -256,6 +230,46 @@ def collect(
         TrajectoryGroup(task, tuple(records[i * group_size : (i + 1) * group_size]))
         for i, task in enumerate(task_ids)
     ]
+
+
+def _begin(pool: EnvPool, wanted: Sequence[tuple[int, str]]) -> list[_Episode]:
+    """An episode for each (group id, task id)."""
+    try:
+        envs = pool.take(len(wanted))
+        _prefetch_resets(envs, [task for _, task in wanted])
+        return [_Episode(env, *task) for env, task in zip(envs, wanted, strict=True)]
+    except TaskNotFoundError as error:
+        raise AtodError(str(error)) from error
+
+
+def _play_turn(
+    active: dict[int, _Episode],
+    generator: Generator,
+    config: EnvConfig,
+    turn_limit: int,
+    times: PhaseTimes,
+) -> None:
+    """One turn of the episodes that have not ended, by their rows in the generator."""
+    with times.phase("generation"):
+        prompts = [episode.prompt(generator, row) for row, episode in active.items()]
+        for row, prompt in zip(active, prompts, strict=True):
+            if not prompt.extends_previous:
+                generator.restart(row)
+        completions = generator.prompt([prompt.ids for prompt in prompts], list(active))
+        texts = ["" if c is None else generator.dialogue.decode(c.ids) for c in completions]
+    with times.phase("environment"):
+        turns = list(zip(active.values(), prompts, completions, texts, strict=True))
+        _prefetch_steps(
+            [episode.env for episode, _, completion, _ in turns if completion],
+            [text for _, _, completion, text in turns if completion],
+        )
+        for episode, prompt, completion, text in turns:
+            if completion is None:
+                episode.stop_reason = "context_limit"
+                continue
+            episode.play(completion, text, prompt, config)
+            if episode.stop_reason is None and len(episode.turns) >= turn_limit:
+                episode.stop_reason = "turn_limit"
 
 
 def _prefetch_resets(envs: Sequence[gymnasium.Env[Any, str]], task_ids: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from atod_gym.errors import InvalidSettingError
 from atod_gym.types import Message
 from atod_train.atod import masked
 from atod_train.baselines import Advantages
@@ -63,41 +64,51 @@ def rendering_drift(
 ) -> float | None:
     """How many dialogues would be trained on other ids if their text were encoded anew.
 
-    The chat template's own rendering of the whole dialogue is compared with the ids that were fed
-    and sampled. Training takes the latter, so a difference does no harm here; it says how far off
-    data would be that is kept as text. Differences come from completions that were not sampled in
-    the tokenizer's own segmentation, and from templates that strip thoughts from earlier turns.
+    The chat template's own rendering of the whole dialogue, encoded anew, is compared with the ids
+    that were fed and sampled. Training takes the latter, so a difference does no harm here; it
+    says how far off the data of trainers would be that keep text and encode it again, and so train
+    on ids that were not sampled (huggingface/trl #5224; #6250 mends such dialogues afterwards).
+    Differences come from completions that were not sampled in the tokenizer's own segmentation,
+    from completions that are no valid UTF-8, and from templates that strip thoughts or spaces.
 
     Args:
-        trajectories: of a step; those of one turn, and those that left out turns, tell nothing.
+        trajectories: of a step; one that left out turns is no whole dialogue and is passed over.
         dialogue: encodes in chat style.
-        limit: look at no more than this many.
+        limit: look at no more than this many, spread over all of them.
 
     Returns:
-        Share of the dialogues looked at; None if there was none.
+        Share of the dialogues looked at; None if there was none, as always in window style.
+
+    Raises:
+        InvalidSettingError: a limit below 1.
     """
+    if limit < 1:
+        raise InvalidSettingError(f"limit must be >= 1, not {limit}.")
     if dialogue.style != "chat":
         return None
-    chosen = [
+    whole = [
         record
         for record in trajectories
-        if len(record.turns) > 1 and all(t.tokens.extends_previous for t in record.turns[1:])
-    ][:limit]
+        if record.turns and all(turn.tokens.extends_previous for turn in record.turns[1:])
+    ]
+    # Neighbours belong to one task, so every n-th is taken.
+    chosen = whole[:: -(-len(whole) // limit) or 1]
     if not chosen:
         return None
     return sum(not _is_rendered_alike(record, dialogue) for record in chosen) / len(chosen)
 
 
 def _is_rendered_alike(record: Trajectory, dialogue: DialogueEncoder) -> bool:
-    """Whether the prompt of the last turn, rendered from text, is what the model was fed."""
-    *earlier, last = record.turns
+    """Whether the dialogue, rendered from text, begins with what the model was fed and sampled."""
     messages: list[Message] = []
-    fed: list[int] = []
-    for turn in earlier:
+    seen: list[int] = []
+    for turn in record.turns:
         completion = dialogue.decode(turn.tokens.completion_ids)
         messages += [*turn.prompt, Message("assistant", completion)]
-        fed += [*turn.tokens.prompt_ids, *turn.tokens.completion_ids]
-    return dialogue.first([*messages, *last.prompt]) == [*fed, *last.tokens.prompt_ids]
+        seen += [*turn.tokens.prompt_ids, *turn.tokens.completion_ids]
+    # What the template writes at the end is not compared: the end of a turn that was cut, and a
+    # line break that may follow.
+    return dialogue.finished(messages)[: len(seen)] == seen
 
 
 def trajectories_to_show(

@@ -58,7 +58,8 @@ class Turn:
     penalty: float = 0.0
     """What `reward` was lessened by for an invalid action."""
     turns_left_out: int = 0
-    """Earlier turns that the prompt does not show, because it would not have fitted."""
+    """Earlier turns that the model did not see, because they would not have fitted; also in turns
+    that go on after a prompt that left them out."""
 
     @property
     def verb(self) -> str:

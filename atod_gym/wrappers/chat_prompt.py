@@ -98,13 +98,19 @@ class ChatPrompt(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
         """The current prompt in window style, without its oldest past turns.
 
         Args:
-            left_out: how many of the `past_turns` to leave out; the prompt says so.
+            left_out: how many of the `past_turns` to leave out; where the template shows history,
+                a line says how many.
 
         Raises:
-            InvalidSettingError: in chat style, where the dialogue only grows.
+            InvalidSettingError: in chat style, where the dialogue only grows; for a number that is
+                negative or more than `past_turns`.
         """
         if self.style != "window":
             raise InvalidSettingError("Only prompts of the window style can be shortened.")
+        if not 0 <= left_out <= self.past_turns:
+            raise InvalidSettingError(
+                f"{left_out} turns cannot be left out of a prompt with {self.past_turns}."
+            )
         return ({"role": "user", "content": self._render(left_out)},)
 
     def _render(self, left_out: int = 0) -> str:

@@ -11,6 +11,7 @@ Generated houses; every completion has the same number of tokens, so that all si
     single    `generate` on one episode after the other
 
 A turn of each form is played before it is measured, so that nothing is loaded while the time runs.
+On a busy machine look at the processor's seconds, with --threads 1.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
-        self.fed = 0
+        self.fed = 0  # tokens of prompts that went through the model, with padding
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, timed."""
@@ -65,7 +66,8 @@ def watched(watch: Stopwatch) -> Iterator[None]:
     forward, next_prompt = Generator._forward, rollout.next_prompt
 
     def count(self: Generator, first: int, ids: Tensor, *rest: Any) -> Tensor:
-        watch.fed += ids.numel()
+        is_prefill = len(rest) == 3
+        watch.fed += ids.numel() if is_prefill else 0
         return forward(self, first, ids, *rest)
 
     for name, label in names.items():
@@ -139,7 +141,8 @@ def ours(policy: Policy, pool: EnvPool, options: argparse.Namespace) -> tuple[in
     shares = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
     sampled = sum(len(turn.tokens.completion_ids) for turn in turns)
     text = (
-        f"{shares} s; {watch.fed} tokens went through the model, prompts from scratch have {whole}"
+        f"{shares} s; the prompts have {whole} tokens, of which {watch.fed} were computed "
+        "(padding included)"
     )
     return sampled, text
 
@@ -235,21 +238,25 @@ def main() -> None:
     for name, form in forms.items():
         chosen = single if name == "single" else options
         form(argparse.Namespace(**{**vars(chosen), "turns": 1}))
-        begun = time.perf_counter()
+        begun, begun_processor = time.perf_counter(), time.process_time()
         sampled, text = form(chosen)
-        rows[name] = (time.perf_counter() - begun, sampled, text)
+        seconds = time.perf_counter() - begun
+        rows[name] = (seconds, time.process_time() - begun_processor, sampled, text)
     print(
         f"{options.model}, {options.style} style, {options.episodes} episodes in groups of "
         f"{options.group_size}, {options.turns} turns of {options.max_completion_tokens} tokens, "
         f"{options.threads} threads"
     )
-    print(f"{'':10}{'seconds':>9}{'tokens':>9}{'tokens/s':>10}{'ours is':>9}")
-    our_rate = rows["ours"][1] / rows["ours"][0]
-    for name, (seconds, sampled, _) in rows.items():
-        rate = sampled / seconds
-        print(f"{name:10}{seconds:9.2f}{sampled:9}{rate:10.1f}{our_rate / rate:8.1f}x")
+    print(f"{'':10}{'seconds':>9}{'tokens':>9}{'tokens/s':>10}{'ours is':>9}", end="")
+    print(f"{'processor s':>13}{'tokens/s':>10}{'ours is':>9}")
+    our_seconds, our_processor, our_tokens, _ = rows["ours"]
+    for name, (seconds, processor, sampled, _) in rows.items():
+        rate, processor_rate = sampled / seconds, sampled / processor
+        ratio, processor_ratio = our_tokens / our_seconds / rate, our_tokens / our_processor
+        print(f"{name:10}{seconds:9.2f}{sampled:9}{rate:10.1f}{ratio:8.1f}x", end="")
+        print(f"{processor:13.2f}{processor_rate:10.1f}{processor_ratio / processor_rate:8.1f}x")
     for name in ("ours", "unshared"):
-        print(f"{name}: {rows[name][2]}")
+        print(f"{name}: {rows[name][3]}")
 
 
 if __name__ == "__main__":

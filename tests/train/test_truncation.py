@@ -4,29 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from test_dialogue import CHATML
 from test_trainer import CONFIG
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from atod_gym.types import Message
+from atod_gym.prompts import PromptTemplate, left_out_note
+from atod_gym.spaces import UnicodeText, turn_observation_space
+from atod_gym.types import Message, TurnObservation
+from atod_gym.wrappers import agent_env
+from atod_train import trainer
 from atod_train.batching import make_batch
-from atod_train.config import EnvConfig, PromptStyle
+from atod_train.config import AlgorithmConfig, EnvConfig, PromptStyle
 from atod_train.demonstrations import demonstrate, demonstration_texts
 from atod_train.dialogue import DialogueEncoder
-from atod_train.episode_prompts import next_prompt
-from atod_train.generation import Generator
-from atod_train.metrics import read_metrics
+from atod_train.generation import Completion, Generator
+from atod_train.metrics import read_evaluations, read_metrics, read_trajectories
 from atod_train.policy import ModelShape, Policy, build_policy
 from atod_train.rollout import EnvPool, collect
 from atod_train.study import run_study
 from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import TokenizedTurn, Trajectory, Turn
+from atod_train.types import Batch, Trajectory, Turn
 
 ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=12, history_window=6)
 SHAPE = ModelShape(layers=1, width=32, heads=2, mlp_width=64, max_positions=1024)
@@ -59,10 +67,9 @@ def test_the_oldest_turns_are_left_out(
     policy, records = _play(tokenizer, style, limit)
     turns = [turn for record in records for turn in record.turns]
     assert all(record.stop_reason == "turn_limit" for record in records)
-    shortened = [turn for turn in turns if turn.turns_left_out]
+    shortened = [t for t in turns if t.turns_left_out and not t.tokens.extends_previous]
     assert len(shortened) > 5
     for turn in shortened:
-        assert not turn.tokens.extends_previous
         text = tokenizer.decode(turn.tokens.prompt_ids)
         plural = "s" if turn.turns_left_out > 1 else ""
         assert f"{turn.turns_left_out} earlier turn{plural} left out" in text
@@ -71,6 +78,13 @@ def test_the_oldest_turns_are_left_out(
         # A dialogue that begins anew goes on growing for a while.
         assert len(shortened) < len(turns) / 2
         assert any(turn.tokens.extends_previous for turn in turns)
+        # And what it lacks, it lacks until it begins anew once more.
+        for record in records:
+            for before, turn in pairwise(record.turns):
+                if turn.tokens.extends_previous:
+                    assert turn.turns_left_out == before.turns_left_out
+                else:
+                    assert turn.turns_left_out > before.turns_left_out
     batch = make_batch(records, 0)
     assert batch.input_ids.shape[1] <= limit
     again = policy.completion_logprobs(batch)
@@ -82,7 +96,7 @@ def test_kept_completions_are_those_that_were_sampled(tokenizer: PreTrainedToken
     kept = 0
     for record in records:
         for turn in record.turns:
-            if not turn.turns_left_out:
+            if turn.tokens.extends_previous or not turn.turns_left_out:
                 continue
             ids = turn.tokens.prompt_ids
             place = 0
@@ -130,72 +144,239 @@ def test_a_run_counts_them_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert max(float(row["rollout/logprob_drift"]) for row in rows) < 1e-3
 
 
+ALGORITHMS = [
+    AlgorithmConfig(method="atod", anneal_steps=4),
+    AlgorithmConfig(method="grpo", advantage_over="turns"),
+    AlgorithmConfig(method="sod", aggregation="trajectory-mean"),
+    AlgorithmConfig(method="sdar"),
+]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.method)
+def test_a_run_goes_on_where_some_episodes_cannot_begin(
+    algorithm: AlgorithmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
+    begun: list[bool] = []
+
+    def watched(records: Sequence[Trajectory], pad_id: int) -> Batch:
+        begun.extend(bool(record.turns) for record in records)
+        return make_batch(records, pad_id)
+
+    monkeypatch.setattr(trainer, "make_batch", watched)
+    config = replace(
+        CONFIG,
+        model=replace(CONFIG.model, max_context=84),
+        algorithm=algorithm,
+        train=replace(CONFIG.train, steps=3, eval_every=1, tasks_per_step=4),
+    )
+    run_study(config, tmp_path / "study")
+    assert any(begun)
+    assert not all(begun)
+    run = tmp_path / "study" / f"{algorithm.method}-seed0"
+    for row in read_metrics(run):
+        assert row["turns"] > 0
+        assert all(value is not None for value in row.values())  # null: it was not finite
+    # Episodes without turns are shown and counted like others.
+    assert any(not record.turns for record in read_trajectories(run))
+    assert any(not t.turns for e in read_evaluations(run) for t in e.result.tasks)
+
+
 # -- any dialogue --------------------------------------------------------------------------------
 
-WORDS = build_word_tokenizer(["take mug from desk 1", NOTE])
-POLICY = build_policy(ModelShape(1, 16, 2, 24, max_positions=256), WORDS, seed=0)
-TEXT = st.text(min_size=0, max_size=40) | st.sampled_from(["take mug", "desk 1", "Häuser 猫 🐈"])
+COMPLETION = 4
+SMALL = ModelShape(1, 16, 2, 24, max_positions=1024)
 
 
-class _NoHistory:
-    """A window-style environment that shows no past turns."""
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and a few pairs of them: most sampled ids are no text, or another segmentation."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "a"), ("k", "e"), ("ta", "ke"), ("m", "u"), ("mu", "g")]
+    tokens = [*letters, *("".join(pair) for pair in merges)]
+    model = models.BPE({token: number for number, token in enumerate(tokens)}, merges)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.chat_template = CHATML
+    return fast
 
-    def get_wrapper_attr(self, name: str) -> int:
-        return 0
+
+POLICIES = {
+    "words": build_policy(SMALL, build_word_tokenizer(["take mug from desk 1", NOTE]), seed=0),
+    "bytes": build_policy(SMALL, _byte_tokenizer(), seed=0),
+}
+TEXT = st.text(max_size=30) | st.sampled_from(
+    ["take mug", "desk 1", "Häuser, 猫 und 🐈\u200b!", "<|im_end|> <end>", "a\u0301\r\n\x00{", ""]
+)
 
 
-@settings(max_examples=60, deadline=None)
+class _SayingEnv(gymnasium.Env[Any, str]):
+    """Says given texts, whatever is done; the last one ends the episode."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.observation_space = turn_observation_space(len(texts))
+        self.action_space = UnicodeText()
+        self.texts = texts
+        self.index = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.index = 0
+        return self._observation(), self._info()
+
+    def step(self, action: str) -> Any:
+        self.index += 1
+        over = self.index == len(self.texts)
+        return self._observation(), 0.5, over, False, self._info()
+
+    def _observation(self) -> TurnObservation:
+        text = self.texts[min(self.index, len(self.texts) - 1)]
+        return {
+            "instruction": "mug", "text": text, "admissible_actions": (), "turn_index": self.index,
+        }  # fmt: skip
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "task_id": "t", "task_type": "k", "success": False, "score": 0.0,
+            "is_action_valid": False,
+        }  # fmt: skip
+
+
+class _Pool:
+    """Environments that speak as those of `agent_env`, with short templates."""
+
+    def __init__(self, style: PromptStyle, dialogues: Sequence[Sequence[str]]) -> None:
+        self.config = EnvConfig(prompt_style=style)
+        self.envs = []
+        for texts in dialogues:
+            env = agent_env(_SayingEnv(texts), profile="plain", style=style, history_window=3)
+            later = "{history}\n\n{text}" if style == "window" else "{text}"
+            env.template = PromptTemplate("{instruction}: {text}", later)  # type: ignore[attr-defined]
+            self.envs.append(env)
+
+    def take(self, count: int) -> list[gymnasium.Env[Any, str]]:
+        return self.envs[:count]
+
+
+class _Watched(Generator):
+    """Samples any ids, the end of a turn often enough, and keeps what the model saw."""
+
+    def start(self, episodes: int, **shares: int) -> None:
+        super().start(episodes, **shares)
+        self.context: list[list[int]] = [[] for _ in range(episodes)]
+        self.seen: list[list[list[int]]] = [[] for _ in range(episodes)]
+        """Of each turn of each episode, all ids up to and including its completion."""
+
+    def restart(self, row: int) -> None:
+        super().restart(row)
+        self.context[row] = []
+
+    def prompt(
+        self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> list[Completion | None]:
+        completions = super().prompt(new_ids, rows)
+        for row, ids, completion in zip(rows, new_ids, completions, strict=True):
+            if completion is not None:
+                self.context[row] = [*self.context[row], *ids, *completion.ids]
+                self.seen[row].append(self.context[row])
+                assert self.context_length(row) == len(self.context[row]) <= self.max_context
+        return completions
+
+    def _sample(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        ids = (uniforms * 7919 * logits.shape[-1]).long() % logits.shape[-1]
+        ids[uniforms < 0.2] = self.dialogue.end_of_turn_id
+        return ids, logits.log_softmax(dim=-1).gather(-1, ids[:, None]).squeeze(1)
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     style=st.sampled_from(["chat", "window"]),
-    texts=st.lists(TEXT, min_size=1, max_size=8),
+    name=st.sampled_from(sorted(POLICIES)),
+    dialogues=st.lists(st.lists(TEXT, min_size=1, max_size=8), min_size=1, max_size=3),
     seed=st.integers(0, 1000),
-    limit=st.integers(24, 90),
+    limit=st.integers(24, 260),
     pack=st.booleans(),
 )
 def test_what_was_fed_is_what_is_trained_on(
-    style: PromptStyle, texts: list[str], seed: int, limit: int, pack: bool
+    style: PromptStyle, name: str, dialogues: list[list[str]], seed: int, limit: int, pack: bool
 ) -> None:
-    dialogue = DialogueEncoder(WORDS, style)
-    source = torch.Generator().manual_seed(seed)
-    generator = Generator(
-        POLICY, dialogue, max_completion_tokens=4, max_context=limit, generator=source
+    policy = POLICIES[name]
+    generator = _Watched(
+        policy,
+        DialogueEncoder(policy.tokenizer, style),
+        max_completion_tokens=COMPLETION,
+        max_context=limit,
+        generator=torch.Generator().manual_seed(seed),
     )
-    generator.start(1)
-    turns: list[Turn] = []
-    fed: list[list[int]] = []  # all that the model saw before and during each turn
-    for index, text in enumerate(texts):
-        messages = (Message("user", text),)
-        env: Any = _NoHistory()
-        prompt = next_prompt(env, messages, turns, generator, 0)
-        if not prompt.extends_previous:
-            generator.restart(0)
-        [completion] = generator.prompt([prompt.ids], [0])
-        if completion is None:
-            break
-        before = fed[-1] if prompt.extends_previous else []
-        fed.append([*before, *prompt.ids, *completion.ids])
-        assert len(fed[-1]) <= limit
-        assert generator.context_length(0) == len(fed[-1])
-        tokens = TokenizedTurn(
-            prompt.ids, completion.ids, completion.logprobs, completion.finish_reason,
-            prompt.extends_previous,
-        )  # fmt: skip
-        turns.append(Turn(index, messages, "", "", 0.0, True, tokens, 0.0, prompt.turns_left_out))
-        assert prompt.turns_left_out <= index
+    pool: Any = _Pool(style, dialogues)
+    tasks = ["t"] * len(dialogues)
+    groups = collect(
+        pool, generator, tasks, group_size=1, turn_limit=8, episodes_in_all=len(dialogues)
+    )
+    records = [record for group in groups for record in group.trajectories]
+    assert [len(record.turns) for record in records] == [len(seen) for seen in generator.seen]
+    for record in records:
+        _check_turns(record, generator)
+    turns = [turn for record in records for turn in record.turns]
+    event(f"{style}, turns left out: {any(turn.turns_left_out for turn in turns)}")
     if not turns:
         return
-    record = Trajectory(0, "t", "k", tuple(turns), True, False, "terminated", True, 1.0)
-    batch = make_batch([record], POLICY.pad_id, pack=pack)
-    assert int(batch.completion_mask.sum()) == sum(len(t.tokens.completion_ids) for t in turns)
-    for row, (turn, seen) in enumerate(zip(turns, fed, strict=True)):
-        ids = turn.tokens.completion_ids
+    batch = make_batch(records, policy.pad_id, pack=pack)
+    _check_batch(batch, turns, [ids for seen in generator.seen for ids in seen])
+    again = policy.completion_logprobs(batch)
+    torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-3)
+
+
+def _check_turns(record: Trajectory, generator: Generator) -> None:
+    lacking = 0
+    for turn in record.turns:
+        tokens = turn.tokens
+        if generator.dialogue.style == "window":
+            assert not tokens.extends_previous
+            assert 0 <= turn.turns_left_out <= min(3, turn.index)
+        else:
+            anew = turn.index > 0 and not tokens.extends_previous
+            assert lacking < turn.turns_left_out <= turn.index or not anew
+            assert turn.turns_left_out == lacking or anew
+            lacking = turn.turns_left_out
+            if anew:
+                _check_new_sequence(record, turn, generator.dialogue)
+        stopped = tokens.completion_ids[-1] in generator.dialogue.stop_ids
+        assert (tokens.finish_reason == "stop") == stopped
+        assert stopped or len(tokens.completion_ids) == COMPLETION
+    assert record.stop_reason in ("terminated", "context_limit")
+
+
+def _check_new_sequence(record: Trajectory, turn: Turn, dialogue: DialogueEncoder) -> None:
+    """One user message with the task, the note and a later message; then turns as they were."""
+    kept = [*record.turns[turn.turns_left_out : turn.index], turn]
+    parts = (
+        record.turns[0].prompt[0].content,
+        left_out_note(turn.turns_left_out),
+        kept[0].prompt[0].content,
+    )
+    expected = dialogue.first([Message("user", "\n\n".join(parts))])
+    for earlier, following in pairwise(kept):
+        expected += earlier.tokens.completion_ids
+        expected += dialogue.continuation(following.prompt, earlier.tokens.finish_reason)
+    assert list(turn.tokens.prompt_ids) == expected
+
+
+def _check_batch(batch: Batch, turns: Sequence[Turn], seen: Sequence[list[int]]) -> None:
+    """Masks cover exactly the sampled tokens, each once, where the model saw them."""
+    trained = torch.zeros(batch.input_ids.shape, dtype=torch.int64)
+    for row, (turn, ids) in enumerate(zip(turns, seen, strict=True)):
+        sampled = turn.tokens.completion_ids
         start, sequence = int(batch.start[row]), int(batch.sequence_index[row])
-        assert batch.completion_ids[row, : len(ids)].tolist() == list(ids)
-        assert batch.completion_mask[row].tolist() == [
-            column < len(ids) for column in range(batch.completion_mask.shape[1])
-        ]
-        assert batch.input_ids[sequence, : start + len(ids)].tolist() == seen
-        # The end-of-turn token is trained where it was sampled.
-        assert (turn.tokens.finish_reason == "stop") == (ids[-1] in dialogue.stop_ids)
-    again = POLICY.completion_logprobs(batch)
-    torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-4)
+        assert batch.input_ids[sequence, : start + len(sampled)].tolist() == ids
+        assert ids[start:] == list(sampled)
+        width = batch.completion_mask.shape[1]
+        assert batch.completion_mask[row].tolist() == [c < len(sampled) for c in range(width)]
+        assert batch.completion_ids[row, : len(sampled)].tolist() == list(sampled)
+        trained[sequence, start : start + len(sampled)] += 1
+    assert int(trained.sum()) == sum(len(turn.tokens.completion_ids) for turn in turns)
+    assert int(trained.max()) == 1
+    assert not trained[~batch.attention_mask].any()
