@@ -10,7 +10,7 @@ from atod_train.generation import Generator
 from atod_train.intervals import EvaluationMode, EvaluationResult, TaskResult
 from atod_train.policy import Policy
 from atod_train.processes import Processes
-from atod_train.rollout import EnvPool, collect, seed_for
+from atod_train.rollout import EnvPool, collect, nothing_fits, seed_for
 from atod_train.types import Trajectory
 
 SAMPLING_TEMPERATURE = 0.4
@@ -37,6 +37,9 @@ def evaluate(
 
     Returns:
         One result per task, in manifest order.
+
+    Raises:
+        AtodError: no first prompt fits the model's context.
     """
     task_ids = pool.task_ids[: config.env.eval_tasks or None]
     generator = Generator(
@@ -63,6 +66,8 @@ def evaluate(
         )
         own = [_result(record) for group in groups for record in group.trajectories]
         results += processes.gather(own)
+    if not any(result.turns for result in results):
+        raise nothing_fits()
     return EvaluationResult(pool.split, pool.data, mode, tuple(results))
 
 

@@ -221,15 +221,20 @@ def collect(
         _play_turn(active, generator, pool.config, turn_limit, times)
         active = {row: e for row, e in active.items() if e.stop_reason is None}
     if episodes_in_all is None and not any(episode.turns for episode in episodes):
-        raise AtodError(
-            "No first prompt fits the model's context. Raise model.max_context, or choose a "
-            "shorter prompt (env.show_admissible, env.prompt_style)."
-        )
+        raise nothing_fits()
     records = [episode.trajectory() for episode in episodes]
     return [
         TrajectoryGroup(task, tuple(records[i * group_size : (i + 1) * group_size]))
         for i, task in enumerate(task_ids)
     ]
+
+
+def nothing_fits() -> AtodError:
+    """The error where not a single episode could begin."""
+    return AtodError(
+        "No first prompt fits the model's context. Raise model.max_context, or choose a shorter "
+        "prompt (env.show_admissible, env.prompt_style)."
+    )
 
 
 def _begin(pool: EnvPool, wanted: Sequence[tuple[int, str]]) -> list[_Episode]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from atod_gym.errors import AtodError
 from atod_train.baselines import (
     Advantages,
     Signals,
@@ -48,7 +47,7 @@ from atod_train.metrics import (
 from atod_train.policy import Policy
 from atod_train.processes import Processes
 from atod_train.progress import progress
-from atod_train.rollout import EnvPool, collect, seed_for, tasks_for_step
+from atod_train.rollout import EnvPool, collect, nothing_fits, seed_for, tasks_for_step
 from atod_train.run_folder import (
     CONFIG_FILE,
     RunFolderError,
@@ -308,10 +307,7 @@ class Trainer:
     def _empty_step(self, step: int) -> dict[str, Any]:
         """The numbers of a step in which no episode could be begun."""
         if step == 1:
-            raise AtodError(
-                "No first prompt fits the model's context. Raise model.max_context, or choose a "
-                "shorter prompt (env.show_admissible, env.prompt_style)."
-            )
+            raise nothing_fits()
         return {"step": step, "train_success": 0.0, "turns": 0.0, "tokens": 0}
 
     def _collect(self, step: int) -> list[Trajectory]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from atod_gym.prompts import PromptTemplate, left_out_note
 from atod_gym.spaces import UnicodeText, turn_observation_space
+from atod_gym.errors import AtodError
 from atod_gym.types import Message, TurnObservation
 from atod_gym.wrappers import agent_env
 from atod_train import trainer
@@ -28,6 +29,7 @@ from atod_train.batching import make_batch
 from atod_train.config import AlgorithmConfig, EnvConfig, PromptStyle
 from atod_train.demonstrations import demonstrate, demonstration_texts
 from atod_train.dialogue import DialogueEncoder
+from atod_train.evaluate import evaluate
 from atod_train.generation import Completion, Generator
 from atod_train.metrics import read_evaluations, read_metrics, read_trajectories
 from atod_train.policy import ModelShape, Policy, build_policy
@@ -128,6 +130,15 @@ def test_what_does_not_fit_alone_ends_the_episode(
     batch = make_batch(records, 0)
     assert len(batch.returns) == len(records)
     assert len(batch.start) == sum(len(record.turns) for record in records)
+
+
+def test_an_evaluation_in_which_nothing_fits_is_an_error(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    policy = build_policy(SHAPE, tokenizer, seed=0)
+    config = replace(CONFIG, env=ENV, model=replace(CONFIG.model, max_context=20))
+    with pytest.raises(AtodError, match="No first prompt fits"):
+        evaluate(policy, EnvPool(ENV, "valid_seen"), config)
 
 
 def test_a_run_counts_them_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
