@@ -19,9 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from atod_gym.errors import AtodError
 from atod_gym.prompts import PromptTemplate, left_out_note
 from atod_gym.spaces import UnicodeText, turn_observation_space
-from atod_gym.errors import AtodError
 from atod_gym.types import Message, TurnObservation
 from atod_gym.wrappers import agent_env
 from atod_train import trainer
