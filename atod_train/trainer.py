@@ -31,7 +31,7 @@ from atod_train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from atod_train.config import RunConfig
+from atod_train.config import RunConfig, is_url
 from atod_train.dialogue import DialogueEncoder
 from atod_train.evaluate import evaluate
 from atod_train.generation import Generator
@@ -233,7 +233,9 @@ class Trainer:
         )
 
     def _check_same_settings(self, saved: RunConfig) -> None:
-        free = {"steps", "threads", "eval_every", "save_every"}
+        free = {"steps", "threads", "eval_every", "save_every", "teacher_device"}
+        if is_url(saved.model.teacher) and is_url(self.config.model.teacher):
+            free |= {"teacher", "teacher_api"}  # its server may have moved
         for part in ("env", "model", "algorithm", "train"):
             old, new = asdict(getattr(saved, part)), asdict(getattr(self.config, part))
             for name in new:

@@ -24,6 +24,7 @@ from test_trainer import _numbers as numbers
 
 from atod_train import doctor
 from atod_train.cli import main
+from atod_train.config import StudyConfig
 from atod_train.demonstrations import demonstrate, demonstration_texts
 from atod_train.policy import build_policy
 from atod_train.rollout import EnvPool
@@ -252,5 +253,14 @@ def test_a_run_is_that_of_the_same_teacher_here(api: str, tmp_path: Path) -> Non
         assert row.keys() == wanted.keys()
         for name, value in row.items():
             assert value == pytest.approx(wanted[name], rel=1e-3, abs=1e-6), name
+    # A server that comes back at another address goes on with the run.
+    summary = tmp_path / "there" / "atod-seed0" / "summary.json"
+    summary.unlink()
+    with served(tmp_path / "teacher") as (moved, _):
+        assert moved != address
+        model = replace(model, teacher=moved)
+        longer = replace(here, model=model, train=replace(train, steps=3))
+        run_study(replace(longer, study=StudyConfig(resume=True)), tmp_path / "there")
+    assert len(numbers(tmp_path / "there" / "atod-seed0")) == 3
     manifest = read_json(tmp_path / "there" / "atod-seed0" / "manifest.json")
     assert manifest["parameters"]["teacher"] is None
