@@ -8,6 +8,7 @@ process. Environments made later use the same server, those in worker processes 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ START_SECONDS = 900.0
 _PATIENCE_SECONDS = 10.0
 _STOP_SECONDS = 3.0
 _HEALTH_SECONDS = 5.0
+_ENDING_SECONDS = 1.0
 _SHOWN_LINES = 8
 _INSTALL = "pip install 'atod[servers]'"
 # What a parent process tells its spawned workers: JSON, key of a server -> [url, process id].
@@ -56,6 +58,14 @@ class RunningServer:
         if self._own is not None and self._own.owner == os.getpid():
             return self._own.is_running()
         return _health(self.url, self.pid) is not None
+
+    def settle(self) -> None:
+        """After a failed connection: gives a process that is just ending a moment to be gone.
+
+        A dying process stops listening before its parent can see that it has ended.
+        """
+        if self._own is not None and self._own.owner == os.getpid():
+            self._own.wait(_ENDING_SECONDS)
 
     def last_words(self) -> str:
         """The end of what it wrote to standard error, if it has ended; else an empty text."""
@@ -83,6 +93,11 @@ class _OwnProcess:
 
     def is_running(self) -> bool:
         return self._process.poll() is None
+
+    def wait(self, seconds: float) -> None:
+        """Returns when it has ended, or after some seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
 
     def first_line(self, waiting: Callable[[], None]) -> bytes | None:
         """Its first line, empty if it ended without; None if none came in START_SECONDS."""

@@ -221,7 +221,10 @@ class RetrievalServer:
         try:
             return self._client.request(method, path, body)
         except ServerError as error:
-            self.is_lost = self.is_lost or error.status == 0
+            if error.status == 0:
+                self.is_lost = True
+                if self._running is not None:
+                    self._running.settle()
             more = "" if self._advice in str(error) else f" {self._advice}"
             if error.status == 401:
                 more = f" Give its token as token=... or in the variable {TOKEN_VARIABLE}."

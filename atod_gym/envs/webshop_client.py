@@ -262,10 +262,12 @@ class ShopServer:
             more = f"Give the server's token as token=... or in the variable {TOKEN_VARIABLE}."
         elif error.status == 0:
             self.is_lost = True
-            if self._running is not None and not self._running.is_alive():
-                words = self._running.last_words()
-                more = f"That process has ended{f', saying: {words}' if words else ''}. "
-                more += "reset() starts a new one."
+            if self._running is not None:
+                self._running.settle()
+                if not self._running.is_alive():
+                    words = self._running.last_words()
+                    more = f"That process has ended{f', saying: {words}' if words else ''}. "
+                    more += "reset() starts a new one."
         if not more:
             return error
         return ServerError(f"{error} {more}", status=error.status, code=error.code)

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -56,6 +57,13 @@ if mode == "silent":
 if mode == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 server = HTTPServer(("127.0.0.1", 0), Handler)
+if mode == "slow-end":
+    def stop(number, frame):
+        server.socket.close()
+        time.sleep(0.3)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
 name = "other" if mode == "misnamed" else service
 url = f"http://127.0.0.1:{server.server_address[1]}"
 print(json.dumps({"ready": True, "url": url, "service": name}), flush=True)
@@ -138,6 +146,28 @@ def test_a_server_that_died_is_replaced_and_its_last_words_are_told(
     assert second.url != first.url
     assert f"{first.url} has ended" in caplog.text
     assert first.last_words() == "a warning before the start"
+
+
+def test_a_server_that_is_just_ending_gets_a_moment_to_be_gone() -> None:
+    ending, living = (shared_server(name, ["slow-end"]) for name in ("shop", "library"))
+    os.kill(ending.pid, signal.SIGTERM)
+    port = int(ending.url.rpartition(":")[2])
+    assert refuses_soon(port)
+    # It does not answer any more, but its process is still there.
+    assert ending.is_alive()
+    for server in (ending, living):
+        server.settle()
+    assert (ending.is_alive(), living.is_alive()) == (False, True)
+
+
+def refuses_soon(port: int) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        except OSError:
+            return True
+    return False
 
 
 def is_gone_as_child(server: server_process.RunningServer) -> bool:
