@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -148,26 +147,17 @@ def test_a_server_that_died_is_replaced_and_its_last_words_are_told(
     assert first.last_words() == "a warning before the start"
 
 
-def test_a_server_that_is_just_ending_gets_a_moment_to_be_gone() -> None:
-    ending, living = (shared_server(name, ["slow-end"]) for name in ("shop", "library"))
-    os.kill(ending.pid, signal.SIGTERM)
-    port = int(ending.url.rpartition(":")[2])
-    assert refuses_soon(port)
-    # It does not answer any more, but its process is still there.
-    assert ending.is_alive()
-    for server in (ending, living):
-        server.settle()
-    assert (ending.is_alive(), living.is_alive()) == (False, True)
-
-
-def refuses_soon(port: int) -> bool:
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=5).close()
-        except OSError:
-            return True
-    return False
+def test_a_server_that_is_just_ending_gets_a_moment_to_be_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = shared_server("shop", ["slow-end"])
+    monkeypatch.setattr(server_process, "_ENDING_SECONDS", 0.01)
+    server.settle()
+    assert server.is_alive()
+    os.kill(server.pid, signal.SIGTERM)
+    monkeypatch.setattr(server_process, "_ENDING_SECONDS", 30.0)
+    server.settle()
+    assert not server.is_alive()
 
 
 def is_gone_as_child(server: server_process.RunningServer) -> bool:
