@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+# Two workers on two cores: threads of one more would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
