@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from atod_gym.prompts import left_out_note
 from atod_gym.types import Message
-from atod_train.generation import Generator
+from atod_train.dialogue import DialogueEncoder
 from atod_train.types import Turn
 
 _SHARE_KEPT = 0.5
@@ -36,11 +36,30 @@ class EpisodePrompt:
     """Earlier turns that the model does not see for want of room."""
 
 
+class Room(Protocol):
+    """What a prompt has to fit into, such as a `Generator`."""
+
+    @property
+    def dialogue(self) -> DialogueEncoder:
+        """Encodes messages."""
+
+    @property
+    def max_completion_tokens(self) -> int:
+        """Tokens that are kept free after a prompt."""
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and completion."""
+
+    def fits(self, row: int, new_ids: Sequence[int]) -> bool:
+        """Whether new ids of an episode fit behind those it has."""
+
+
 def next_prompt(
     env: Any,
     messages: tuple[Message, ...],
     turns: Sequence[Turn],
-    generator: Generator,
+    room: Room,
     row: int,
 ) -> EpisodePrompt:
     """The prompt of an episode's next turn; the shortest there is if none fits.
@@ -49,45 +68,41 @@ def next_prompt(
         env: the episode's environment, see `atod_gym.wrappers.agent_env`.
         messages: what is new in this turn; all of the prompt in window style.
         turns: those played so far.
-        generator: says what fits.
+        room: says what fits.
         row: the episode's number in it.
     """
-    dialogue = generator.dialogue
+    dialogue = room.dialogue
     if dialogue.style == "window":
-        return _window_prompt(env, messages, generator, row)
+        return _window_prompt(env, messages, room, row)
     if not turns:
         return EpisodePrompt(tuple(dialogue.first(messages)), messages, False)
     ids = dialogue.continuation(messages, turns[-1].tokens.finish_reason)
-    if generator.fits(row, ids):
+    if room.fits(row, ids):
         return EpisodePrompt(tuple(ids), messages, True, turns[-1].turns_left_out)
-    return _restarted(messages, turns, generator)
+    return _restarted(messages, turns, room)
 
 
-def _window_prompt(
-    env: Any, messages: tuple[Message, ...], generator: Generator, row: int
-) -> EpisodePrompt:
-    ids = generator.dialogue.first(messages)
+def _window_prompt(env: Any, messages: tuple[Message, ...], room: Room, row: int) -> EpisodePrompt:
+    ids = room.dialogue.first(messages)
     left_out = 0
-    while not generator.fits(row, ids) and left_out < env.get_wrapper_attr("past_turns"):
+    while not room.fits(row, ids) and left_out < env.get_wrapper_attr("past_turns"):
         left_out += 1
         shortened = env.get_wrapper_attr("shortened")(left_out)
         messages = tuple(Message(m["role"], m["content"]) for m in shortened)
-        ids = generator.dialogue.first(messages)
+        ids = room.dialogue.first(messages)
     return EpisodePrompt(tuple(ids), messages, False, left_out)
 
 
-def _restarted(
-    messages: tuple[Message, ...], turns: Sequence[Turn], generator: Generator
-) -> EpisodePrompt:
+def _restarted(messages: tuple[Message, ...], turns: Sequence[Turn], room: Room) -> EpisodePrompt:
     """The dialogue from a later turn on: from the earliest that leaves room for some more."""
-    dialogue = generator.dialogue
-    room = generator.max_context - generator.max_completion_tokens
+    dialogue = room.dialogue
+    most_ids = room.max_context - room.max_completion_tokens
     # From the last turn backwards, each turn adds its completion and what was said after it.
     after: list[int] = []
     following = messages
     best = dialogue.first(_opening(turns, messages, len(turns)))
     left_out = len(turns)
-    most = len(best) + _SHARE_KEPT * (room - len(best))
+    most = len(best) + _SHARE_KEPT * (most_ids - len(best))
     for turn in reversed(turns[1:]):
         tokens = turn.tokens
         continued = dialogue.continuation(following, tokens.finish_reason)

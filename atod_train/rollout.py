@@ -241,7 +241,7 @@ def _begin(pool: EnvPool, wanted: Sequence[tuple[int, str]]) -> list[_Episode]:
     """An episode for each (group id, task id)."""
     try:
         envs = pool.take(len(wanted))
-        _prefetch_resets(envs, [task for _, task in wanted])
+        prefetch_resets(envs, [task for _, task in wanted])
         return [_Episode(env, *task) for env, task in zip(envs, wanted, strict=True)]
     except TaskNotFoundError as error:
         raise AtodError(str(error)) from error
@@ -264,7 +264,7 @@ def _play_turn(
         texts = ["" if c is None else generator.dialogue.decode(c.ids) for c in completions]
     with times.phase("environment"):
         turns = list(zip(active.values(), prompts, completions, texts, strict=True))
-        _prefetch_steps(
+        prefetch_steps(
             [episode.env for episode, _, completion, _ in turns if completion],
             [text for _, _, completion, text in turns if completion],
         )
@@ -277,14 +277,14 @@ def _play_turn(
                 episode.stop_reason = "turn_limit"
 
 
-def _prefetch_resets(envs: Sequence[gymnasium.Env[Any, str]], task_ids: Sequence[str]) -> None:
+def prefetch_resets(envs: Sequence[gymnasium.Env[Any, str]], task_ids: Sequence[str]) -> None:
     """One request for all first pages, where the environments live in a server."""
     inner: Any = envs[0].unwrapped
     if hasattr(inner, "prefetch_resets"):
         inner.prefetch_resets(envs, task_ids)
 
 
-def _prefetch_steps(envs: Sequence[gymnasium.Env[Any, str]], completions: Sequence[str]) -> None:
+def prefetch_steps(envs: Sequence[gymnasium.Env[Any, str]], completions: Sequence[str]) -> None:
     """One request for a turn of all episodes, where the environments live in a server."""
     inner: Any = envs[0].unwrapped if envs else None
     if hasattr(inner, "prefetch_steps"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -80,19 +80,37 @@ class LocalTeacher:
         return scores.to(batch.completion_ids.device)
 
 
+def require_same_vocabulary(
+    ours: Mapping[str, int], theirs: Mapping[str, int], student: str, teacher: str
+) -> None:
+    """Checks that two tokenizers give every id the same meaning.
+
+    Args:
+        ours: token -> id of the student.
+        theirs: token -> id of the teacher.
+        student: its name, for the message.
+        teacher: its name, for the message.
+
+    Raises:
+        AtodError: They differ; names a token.
+    """
+    if ours == theirs:
+        return
+    different = sorted(
+        token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)
+    )
+    example = different[0]
+    raise AtodError(
+        f"Teacher {teacher} and student {student} do not share a vocabulary: {len(theirs)} and "
+        f"{len(ours)} tokens, {len(different)} of them differ (for example {example!r} is "
+        f"{theirs.get(example)} for the teacher and {ours.get(example)} for the student). Use a "
+        "teacher of the same model family, or train both on one tokenizer."
+    )
+
+
 def _check_same_vocabulary(teacher: Policy, student: Policy) -> None:
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    if ours != theirs:
-        different = sorted(
-            token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)
-        )
-        example = different[0]
-        raise AtodError(
-            f"Teacher {teacher.name} and student {student.name} do not share a vocabulary: "
-            f"{len(theirs)} and {len(ours)} tokens, {len(different)} of them differ (for example "
-            f"{example!r} is {theirs.get(example)} for the teacher and {ours.get(example)} for the "
-            "student). Use a teacher of the same model family, or train both on one tokenizer."
-        )
+    ours = student.tokenizer.get_vocab()
+    require_same_vocabulary(ours, teacher.tokenizer.get_vocab(), student.name, teacher.name)
     rows = teacher.embedding_rows
     if rows <= max(ours.values()):
         raise AtodError(

@@ -1,0 +1,157 @@
+"""Our environments for TRL's trainers: a tool that plays, and tasks as a data set.
+
+TRL's `environment_factory` (tested with TRL 1.16) makes one object per rollout, shows the model the
+object's public methods as tools, and asks it for the reward. Models must know tool calls. Where a
+model is to write actions itself, in chat or window style, use `atod_train.adapters.trl`, which
+also has the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+
+import atod_gym  # noqa: F401 - registers the environments
+from atod_gym.errors import MissingExtraError
+from atod_gym.parsing import ACTION_TAGS, action_tags
+from atod_gym.prompts import PromptTemplate, render_prompt
+
+_ACTIONS = "You can do one of these now:\n{admissible_actions}"
+_TOOL = "Call the tool act, again and again, until the task is done: one action each time"
+_OVER = "The episode is over; nothing more can be done."
+
+
+def task_dataset(env_id: str, *, tools: bool = True, **settings: Any) -> Any:
+    """The tasks of a split as a data set that TRL's trainers take.
+
+    Args:
+        env_id: such as `atod/WebShop-v0`.
+        tools: rows for `environment_factory`: an empty prompt, to which the task is added, and
+            `task_id`. False: rows for `atod_train.adapters.trl.Rollouts`: the prompt is the id.
+        **settings: of the environment, such as `split` and `data`.
+
+    Returns:
+        A `datasets.Dataset` with one row per task, in manifest order.
+
+    Raises:
+        MissingExtraError: if the package datasets is not installed.
+        AtodError: as the environment does.
+    """
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        raise MissingExtraError(
+            "Data sets for TRL need packages that are not installed: pip install 'atod[trl]'"
+        ) from error
+    env = gymnasium.make(env_id, **settings)
+    try:
+        task_ids = env.get_wrapper_attr("task_ids")
+    finally:
+        env.close()
+    empty = [{"role": "user", "content": ""}]
+    return Dataset.from_list(
+        [{"prompt": empty if tools else task_id, "task_id": task_id} for task_id in task_ids]
+    )
+
+
+def environment_factory(
+    env_id: str,
+    *,
+    success_reward: float = 1.0,
+    invalid_action_penalty: float = 0.0,
+    show_admissible: bool = True,
+    **settings: Any,
+) -> Callable[[], TaskTool]:
+    """What `GRPOTrainer(environment_factory=...)` takes.
+
+    Args:
+        env_id: such as `atod/WebShop-v0`.
+        success_reward: the environment's reward is multiplied by this.
+        invalid_action_penalty: subtracted for every action that was not valid.
+        show_admissible: whether the model is told the admissible actions.
+        **settings: of the environment, such as `split`, `data` and `max_turns`.
+
+    Returns:
+        A function that makes an environment of its own for every rollout.
+    """
+
+    def make() -> TaskTool:
+        env = gymnasium.make(env_id, **settings)
+        return TaskTool(env, success_reward, invalid_action_penalty, show_admissible)
+
+    return make
+
+
+class TaskTool:
+    """One environment whose actions are calls of the tool `act`.
+
+    TRL takes every public method but `reset` and `get_reward` for a tool.
+    """
+
+    def __init__(
+        self,
+        env: gymnasium.Env[Any, str],
+        success_reward: float = 1.0,
+        invalid_action_penalty: float = 0.0,
+        show_admissible: bool = True,
+    ) -> None:
+        """See `environment_factory`."""
+        self.env = env
+        self.success_reward = success_reward
+        self.invalid_action_penalty = invalid_action_penalty
+        self.show_admissible = show_admissible
+        self.info: dict[str, Any] = {}
+        """Of the last reset or action."""
+        self._reward = 0.0
+        self._over = True
+        tags = action_tags(env.unwrapped.metadata)
+        forms = "." if tags == ACTION_TAGS else f": {' or '.join(f'{tag}[..]' for tag in tags)}."
+        self._template = PromptTemplate(
+            first=f"Your task: {{instruction}}\n\n{{text}}\n\n{_ACTIONS}\n\n{_TOOL}{forms}",
+            later=f"{{text}}\n\n{_ACTIONS}",
+        )
+
+    def reset(self, task_id: str | None = None, **row: object) -> str:
+        """Starts an episode; what it returns is added to the prompt.
+
+        Args:
+            task_id: the task; None: a random one.
+            **row: the other columns of the data set, unused.
+        """
+        options = {} if task_id is None else {"task_id": task_id}
+        observation, self.info = self.env.reset(options=options)
+        self._reward = 0.0
+        self._over = False
+        return self._told(observation)
+
+    def act(self, action: str) -> str:
+        """Does one action and tells what happens.
+
+        Args:
+            action: The action, written as the task asks for it.
+
+        Returns:
+            What can be observed then.
+        """
+        if self._over:
+            return _OVER
+        observation, reward, terminated, truncated, self.info = self.env.step(str(action))
+        self._reward += float(reward) * self.success_reward
+        if not self.info["is_action_valid"]:
+            self._reward -= self.invalid_action_penalty
+        self._over = terminated or truncated
+        return f"{observation['text']}\n\n{_OVER}" if self._over else self._told(observation)
+
+    def get_reward(self) -> float:
+        """The sum of the episode's rewards, penalties included."""
+        return self._reward
+
+    def _told(self, observation: Any) -> str:
+        return render_prompt(
+            observation,
+            template=self._template,
+            profile="plain",
+            show_admissible=self.show_admissible,
+        )

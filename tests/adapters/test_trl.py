@@ -1,0 +1,387 @@
+"""Our environments, rollouts and objective inside the real TRL."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+import torch
+
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'atod[trl]'")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+from atod_gym.adapters.trl import environment_factory, task_dataset  # noqa: E402
+from atod_gym.errors import AtodError, InvalidSettingError  # noqa: E402
+from atod_gym.wrappers import agent_env  # noqa: E402
+from atod_train.adapters.trl import ATODTrainer, Rollouts, episode_returns  # noqa: E402
+from atod_train.atod import Schedule, turn_weights  # noqa: E402
+from atod_train.config import EnvConfig  # noqa: E402
+from atod_train.dialogue import DialogueEncoder  # noqa: E402
+from atod_train.policy import ModelShape, build_policy  # noqa: E402
+from atod_train.rollout import new_messages  # noqa: E402
+from atod_train.tokenizer import build_word_tokenizer  # noqa: E402
+
+# What TRL and transformers say about each other's changes is theirs to mend.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+    pytest.mark.filterwarnings("ignore::UserWarning:trl"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+WORDS = build_word_tokenizer(
+    ["go to desk 1", "take mug 1 from desk 1", "look", "open drawer close shelf You see nothing"]
+)
+SHAPE = ModelShape(layers=2, width=32, heads=2, mlp_width=48, max_positions=2048)
+SETTINGS = {"split": "train", "data": "generated", "house_size": "tiny"}
+ENV = {"data": "generated", "options": {"house_size": "tiny"}, "show_admissible": True}
+EQUAL = Schedule(0.0, 0.0, 1.0, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+def model(seed: int) -> Any:
+    return build_policy(SHAPE, WORDS, seed).model
+
+
+def tasks(count: int = 8) -> Any:
+    return task_dataset("atod/ALFWorld-v0", tools=False, **SETTINGS).select(range(count))
+
+
+def variety(completions: Sequence[Any], **columns: object) -> list[float]:
+    """A reward that differs within groups, as random models hardly ever succeed."""
+    return [len(set(str(completion))) / 10 for completion in completions]
+
+
+def make_trainer(
+    folder: Path, kind: type[Any] = ATODTrainer, style: str = "chat", **settings: Any
+) -> Any:
+    env = EnvConfig(**ENV, max_turns=4, prompt_style=style)  # type: ignore[arg-type]
+    options = {"max_steps": 2, "gradient_accumulation_steps": 2, **settings.pop("options", {})}
+    return kind(
+        model=model(0),
+        processing_class=WORDS,
+        reward_funcs=[episode_returns, variety],
+        rollout_func=Rollouts(env),
+        train_dataset=tasks(),
+        args=trl.GRPOConfig(
+            output_dir=str(folder), bf16=False, report_to="none", use_cpu=True,
+            save_strategy="no", seed=0, per_device_train_batch_size=4, num_generations=4,
+            max_completion_length=6, loss_type="dapo", learning_rate=1e-2, logging_steps=1,
+            **options,
+        ),
+        **settings,
+    )  # fmt: skip
+
+
+def rows_of(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], Any]:
+    """What the first step trains on, and the rollout's output that it came from."""
+    kept: list[dict[str, Any]] = []
+    rollouts: list[dict[str, Any]] = []
+    inner, play = trainer._generate_and_score_completions, trainer.rollout_func
+
+    def generate(inputs: Any) -> Any:
+        kept.append(inner(inputs))
+        return dict(kept[-1])
+
+    def rollout(prompts: Any, trainer: Any) -> Any:
+        output = play(prompts, trainer)
+        rollouts.append({**output, "asked": prompts})
+        return output
+
+    monkeypatch.setattr(trainer, "_generate_and_score_completions", generate)
+    trainer.rollout_func = rollout
+    trainer.train()
+    return kept[0], rollouts[0]
+
+
+# -- the objective ---------------------------------------------------------------------------------
+
+
+def test_without_the_teachers_part_it_is_their_grpo(tmp_path: Path) -> None:
+    theirs = make_trainer(tmp_path, trl.GRPOTrainer)
+    ours = make_trainer(tmp_path, teacher=model(1), schedule=EQUAL)
+    start = {name: value.clone() for name, value in theirs.model.state_dict().items()}
+    for trainer in (theirs, ours):
+        torch.manual_seed(0)
+        trainer.train()
+    for name, value in theirs.model.state_dict().items():
+        assert torch.equal(value, ours.model.state_dict()[name]), name
+    assert any(not torch.equal(start[n], v) for n, v in theirs.model.state_dict().items())
+    keys = ("loss", "grad_norm", "reward")
+    for one, other in zip(theirs.state.log_history, ours.state.log_history, strict=True):
+        assert [one.get(key) for key in keys] == [other.get(key) for key in keys]
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_advantages_are_those_of_the_paper(
+    style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = model(0), model(1)
+    trainer = make_trainer(
+        tmp_path, style=style, teacher=model(1), schedule=Schedule(anneal_steps=4)
+    )
+    rows, rollout = rows_of(trainer, monkeypatch)
+    kappa, rho = 1.0 - 0.9 / 4, 1.0 + 1.0 / 4
+    found = 0
+    parts = []
+    for i in range(len(rollout["asked"])):
+        turns = _turns(rows, rollout, i, style)
+        scored = [_scores(m, turn) for m in (student, teacher) for turn in turns]
+        own, other = scored[: len(turns)], scored[len(turns) :]
+        d = torch.stack([(a - b).abs().mean() for a, b in zip(own, other, strict=True)])
+        h = torch.stack([-a.mean() for a in own])
+        weights = turn_weights(d, h)
+        returns = []
+        for turn, a, b, w in zip(turns, own, other, weights, strict=True):
+            returns.append((turn["advantages"] - kappa * w * (b - a)) / rho)
+            found += len(a)
+        # What is left is the return's part: one number for all tokens of an episode.
+        flat = torch.cat(returns)
+        assert float(flat.max() - flat.min()) < 1e-4
+        parts.append(flat.mean())
+    groups = torch.stack(parts).view(-1, 4)
+    torch.testing.assert_close(groups.mean(1), torch.zeros(len(groups)), atol=1e-4, rtol=0)
+    assert groups.std(1).tolist() == pytest.approx([1.0] * len(groups), abs=0.02)
+    mask = rows["completion_mask"] * rows["tool_mask"]
+    assert found == int(mask.sum()) == int(rows["num_items_in_batch"])
+    # Nothing but sampled tokens has an advantage where there is a teacher.
+    assert not rows["advantages"][mask == 0].any()
+
+
+def _turns(
+    rows: dict[str, Any], rollout: dict[str, Any], episode: int, style: str
+) -> list[dict[str, Any]]:
+    """The turns of an episode: context, completion and its advantages, found by the ids."""
+    if style == "chat":
+        mask = (rows["completion_mask"] * rows["tool_mask"])[episode].tolist()
+        ids = rows["completion_ids"][episode].tolist()
+        advantages = rows["advantages"][episode]
+        before = rollout["prompt_ids"][episode]
+        runs = [m.span() for m in re.finditer("1+", "".join(map(str, mask)))]
+        return [
+            {"context": before + ids[:a], "ids": ids[a:b], "advantages": advantages[a:b]}
+            for a, b in runs
+        ]
+    found = []
+    for prompt, completion, _ in rollout["turn_rows"][episode]:
+        # Episodes of one group may have the same turn, with equal statistics but other weights.
+        first = sum(len(turns) for turns in rollout["turn_rows"][:episode]) + len(found)
+        row = rows["completion_ids"][first].tolist()
+        assert row[: len(completion)] == completion
+        assert rows["prompt_ids"][first].tolist()[-len(prompt) :] == prompt
+        advantages = rows["advantages"][first][: len(completion)]
+        found.append({"context": prompt, "ids": completion, "advantages": advantages})
+    return found
+
+
+@torch.no_grad()
+def _scores(scorer: Any, turn: dict[str, Any]) -> torch.Tensor:
+    ids = torch.tensor([turn["context"] + turn["ids"]])
+    logprobs = scorer(input_ids=ids).logits.log_softmax(-1)[0, len(turn["context"]) - 1 : -1]
+    return logprobs.gather(1, torch.tensor(turn["ids"]).unsqueeze(1)).squeeze(1)
+
+
+def test_turn_rows_are_parts_of_equal_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"gradient_accumulation_steps": 3, "max_steps": 1}
+    trainer = make_trainer(tmp_path, style="window", teacher=model(1), options=options)
+    rows, rollout = rows_of(trainer, monkeypatch)
+    turns = [turn for episode in rollout["turn_rows"] for turn in episode]
+    assert len(rows["advantages"]) % 3 == 0
+    assert 0 <= len(rows["advantages"]) - len(turns) < 3
+    trained = (rows["completion_mask"] * rows["tool_mask"]).sum()
+    assert int(trained) == sum(len(completion) for _, completion, _ in turns)
+
+
+def test_it_learns_from_its_teacher_alone(tmp_path: Path) -> None:
+    options = {"max_steps": 30, "learning_rate": 3e-3, "gradient_accumulation_steps": 1}
+    options |= {"per_device_train_batch_size": 8, "temperature": 1.0}
+    settings = {"kind": ATODTrainer, "teacher": model(1), "schedule": Schedule(1, 1, 0, 0, 0)}
+    del options["per_device_train_batch_size"], options["learning_rate"]
+    trainer = make_trainer(tmp_path, options=options, **settings)
+    trainer.train()
+    distances = [row["atod/log_ratio"] for row in trainer.state.log_history if "reward" in row]
+    assert sum(distances[-5:]) < 0.8 * sum(distances[:5])
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettingError, match="use ATODTrainer"):
+        make_trainer(tmp_path, trl.GRPOTrainer, "window").train()
+    trainer = make_trainer(tmp_path, style="window", teacher=model(1))
+    rows, rollout = rows_of(trainer, pytest.MonkeyPatch())
+    trainer.beta = 0.1
+    with pytest.raises(InvalidSettingError, match=r"beta=0\.0"):
+        trainer._with_turn_rows(rows, rollout["turn_rows"])
+    other = build_policy(SHAPE, build_word_tokenizer(["another vocabulary"]), 0)
+    other.save(tmp_path / "other")
+    with pytest.raises(AtodError, match="do not share a vocabulary"):
+        make_trainer(tmp_path, teacher=str(tmp_path / "other"))
+
+
+# -- rollouts --------------------------------------------------------------------------------------
+
+
+def test_chat_rows_hold_what_the_environment_says_and_the_model_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, trl.GRPOTrainer, options={"max_steps": 1})
+    _, rollout = rows_of(trainer, monkeypatch)
+    dialogue = DialogueEncoder(WORDS, "chat")
+    env = agent_env(
+        gymnasium.make("atod/ALFWorld-v0", max_turns=4, **SETTINGS), profile="plain", style="chat"
+    )
+    for i, task_id in enumerate(rollout["asked"]):
+        messages, info = env.reset(options={"task_id": task_id})
+        assert rollout["prompt_ids"][i] == dialogue.first(new_messages(messages))
+        ids, mask = rollout["completion_ids"][i], rollout["env_mask"][i]
+        assert len(ids) == len(mask)
+        rewards, at, over, turns = 0.0, 0, False, 0
+        while not over:
+            end = mask.index(0, at) if 0 in mask[at:] else len(mask)
+            completion = ids[at:end]
+            messages, reward, terminated, truncated, info = env.step(dialogue.decode(completion))
+            rewards += float(reward) * 10.0 - (0.1 if info["parse_error"] else 0.0)
+            over, turns = terminated or truncated, turns + 1
+            if not over:
+                reason = "stop" if completion[-1] in dialogue.stop_ids else "length"
+                said = dialogue.continuation(new_messages(messages), reason)  # type: ignore[arg-type]
+                assert ids[end : end + len(said)] == said
+                assert mask[end : end + len(said)] == [0] * len(said)
+                at = end + len(said)
+        assert (turns, rewards) == (
+            rollout["turns"][i],
+            pytest.approx(rollout["episode_return"][i]),
+        )
+
+
+def test_an_episode_that_cannot_begin_trains_on_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, teacher=model(1), options={"max_steps": 1})
+    trainer.model.config.max_position_embeddings = 8
+    with pytest.raises(AtodError, match="No first prompt fits"):
+        trainer.train()
+
+
+# -- the tool --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", ["atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0"])
+def test_the_tool_plays_what_the_environment_plays(env_id: str) -> None:
+    settings: dict[str, Any] = {"data": "generated", "max_turns": 12}
+    settings |= {"atod/WebShop-v0": {"products": 60}, "atod/SearchQA-v0": {"entities": 60}}.get(
+        env_id, {"house_size": "tiny"}
+    )
+    env = gymnasium.make(env_id, **settings)
+    tool = environment_factory(
+        env_id, success_reward=10.0, invalid_action_penalty=0.5, **settings
+    )()
+    task_id = env.get_wrapper_attr("task_ids")[3]
+    observation, _ = env.reset(options={"task_id": task_id})
+    told = tool.reset(task_id=task_id, prompt=[], other=1)
+    assert observation["instruction"] in told
+    assert "tool act" in told
+    expert = env.unwrapped.expert()  # type: ignore[attr-defined]
+    expert.reset(observation["instruction"], observation["text"])
+    reward, over, action = 0.0, False, None
+    assert tool.act("fly to the moon") is not None
+    observation, _, _, _, info = env.step("fly to the moon")
+    assert not info["is_action_valid"]
+    while not over:
+        action = expert.act(observation["text"], observation["admissible_actions"], action)
+        observation, reward, terminated, truncated, _ = env.step(action)
+        over = terminated or truncated
+        told = tool.act(action)
+        assert observation["text"] in told
+        assert all(choice in told for choice in observation["admissible_actions"] if not over)
+    assert float(reward) == 1.0
+    assert tool.get_reward() == 9.5
+    assert tool.act("look") == "The episode is over; nothing more can be done."
+    assert tool.get_reward() == 9.5
+
+
+def test_grpo_trains_on_calls_of_the_tool(tmp_path: Path) -> None:
+    tokenizer = _byte_tokenizer()
+    policy = build_policy(SHAPE, tokenizer, 0)
+    rows = task_dataset("atod/ALFWorld-v0", **SETTINGS).select(range(2))
+    factory = environment_factory("atod/ALFWorld-v0", show_admissible=False, **SETTINGS)
+    trainer = trl.GRPOTrainer(
+        model=policy.model,
+        processing_class=tokenizer,
+        environment_factory=factory,
+        train_dataset=rows,
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, save_strategy="no",
+            per_device_train_batch_size=2, num_generations=2, max_completion_length=700,
+            max_tool_calling_iterations=3, temperature=0.05, max_steps=1, logging_steps=1,
+        ),
+    )  # fmt: skip
+    call = '<tool_call>\n{"name": "act", "arguments": {"action": "look"}}\n</tool_call><|im_end|>'
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": factory().reset(task_id)}],
+            tools=trainer.tools, add_generation_prompt=True, tokenize=True, return_dict=False,
+        )
+        for task_id in rows["task_id"]
+    ]  # fmt: skip
+    _teach(trainer.model, prompts, tokenizer.encode(call, add_special_tokens=False))
+    trainer.train()
+    [step] = [row for row in trainer.state.log_history if "reward" in row]
+    assert step["tools/call_frequency"] >= 1
+    assert step["tools/failure_frequency"] == 0
+    assert "rewards/TaskTool/mean" in step
+
+
+def _byte_tokenizer() -> Any:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    templates = Path(trl.__file__).parent / "chat_templates"
+    tokenizer.chat_template = (templates / "qwen3.jinja").read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _teach(student: Any, prompts: list[list[int]], completion: list[int]) -> None:
+    """Teaches a model to answer some prompts with one completion."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    for number in range(600):
+        prompt = prompts[number % len(prompts)]
+        ids = torch.tensor([prompt + completion])
+        labels = torch.tensor([[-100] * len(prompt) + completion])
+        loss = student(input_ids=ids, labels=labels).loss
+        if number > 50 and float(loss.detach()) < 0.01:
+            return
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+# -- the example -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_the_example_trains_one_step(style: str, tmp_path: Path) -> None:
+    script = REPOSITORY / "examples" / "trl_atod.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
+    result = subprocess.run(
+        [sys.executable, str(script), "--style", style, "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "'atod/kappa': 0.1" in result.stdout.splitlines()[-1]
