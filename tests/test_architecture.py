@@ -26,7 +26,7 @@ OPTIONAL_IN_GYM = {
 TRAINER_LAYERS = (
     "types config intervals progress interrupts run_folder metrics processes",
     "atod weight_variants baselines",
-    "batching tokenizer dialogue token_scores",
+    "batching tokenizer dialogue token_scores turn_records",
     "policy kv_cache generation teacher remote_teacher",
     "episode_prompts rollout",
     "demonstrations starts evaluate checkpoint training_state step_records",
