@@ -13,8 +13,7 @@ from typing import Any
 
 import gymnasium
 
-import atod_gym  # noqa: F401 - registers the environments
-from atod_gym.errors import MissingExtraError
+from atod_gym.adapters import tasks
 from atod_gym.parsing import ACTION_TAGS, action_tags
 from atod_gym.prompts import PromptTemplate, render_prompt
 
@@ -39,21 +38,12 @@ def task_dataset(env_id: str, *, tools: bool = True, **settings: Any) -> Any:
         MissingExtraError: if the package datasets is not installed.
         AtodError: as the environment does.
     """
-    try:
-        from datasets import Dataset
-    except ImportError as error:
-        raise MissingExtraError(
-            "Data sets for TRL need packages that are not installed: pip install 'atod[trl]'"
-        ) from error
-    env = gymnasium.make(env_id, **settings)
-    try:
-        task_ids = env.get_wrapper_attr("task_ids")
-    finally:
-        env.close()
     empty = [{"role": "user", "content": ""}]
-    return Dataset.from_list(
-        [{"prompt": empty if tools else task_id, "task_id": task_id} for task_id in task_ids]
-    )
+    rows = [
+        {"prompt": empty if tools else task_id, "task_id": task_id}
+        for task_id in tasks.task_ids(env_id, **settings)
+    ]
+    return tasks.dataset(rows, "trl")
 
 
 def environment_factory(

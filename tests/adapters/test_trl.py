@@ -175,7 +175,8 @@ def _turns(
             for a, b in runs
         ]
     found = []
-    for prompt, completion, _ in rollout["turn_rows"][episode]:
+    for turn in rollout["turn_rows"][episode]:
+        prompt, completion = turn.prompt_ids, turn.response_ids
         # Episodes of one group may have the same turn, with equal statistics but other weights.
         first = sum(len(turns) for turns in rollout["turn_rows"][:episode]) + len(found)
         row = rows["completion_ids"][first].tolist()
@@ -201,7 +202,7 @@ def test_turn_rows_are_parts_of_equal_size(tmp_path: Path, monkeypatch: pytest.M
     assert len(rows["advantages"]) % 3 == 0
     assert 0 <= len(rows["advantages"]) - len(turns) < 3
     trained = (rows["completion_mask"] * rows["tool_mask"]).sum()
-    assert int(trained) == sum(len(completion) for _, completion, _ in turns)
+    assert int(trained) == sum(len(turn.response_ids) for turn in turns)
 
 
 def test_it_learns_from_its_teacher_alone(tmp_path: Path) -> None:

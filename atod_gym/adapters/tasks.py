@@ -1,0 +1,42 @@
+"""The tasks of a split, as outside trainers take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+
+import atod_gym  # noqa: F401 - registers the environments
+from atod_gym.errors import MissingExtraError
+
+
+def task_ids(env_id: str, **settings: Any) -> tuple[str, ...]:
+    """The task ids of a split, in manifest order.
+
+    Raises:
+        AtodError: as the environment does.
+    """
+    env = gymnasium.make(env_id, **settings)
+    try:
+        return tuple(env.get_wrapper_attr("task_ids"))
+    finally:
+        env.close()
+
+
+def dataset(rows: list[dict[str, Any]], extra: str) -> Any:
+    """A `datasets.Dataset` of rows.
+
+    Args:
+        rows: with the same keys.
+        extra: the extra to install, for the message.
+
+    Raises:
+        MissingExtraError: if the package datasets is not installed.
+    """
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Data sets need packages that are not installed: pip install 'atod[{extra}]'"
+        ) from error
+    return Dataset.from_list(rows)

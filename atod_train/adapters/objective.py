@@ -1,0 +1,99 @@
+"""ATOD's advantages on the rows of other trainers, which hold whole dialogues or single turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from atod_train.atod import masked, sampled_log_ratio, turn_statistics, turn_weights
+
+Weights = Literal["soft_or", "uniform", "disagreement", "uncertainty"]
+
+
+@dataclass(frozen=True)
+class TurnWeighting:
+    """T-DUR as other trainers are given it, see `atod_train.atod.turn_weights`."""
+
+    variant: Weights = "soft_or"
+    min_turns: int = 3
+    min_disagreement: float = 0.01
+
+
+@dataclass(frozen=True)
+class MixedAdvantages:
+    """What `mixed_advantages` gives: detached, 0 outside the mask."""
+
+    advantages: Tensor
+    """[B, T]."""
+    log_ratio: Tensor
+    """[B, T]: teacher's log-probs minus student's."""
+    weights: Tensor
+    """[B, T]: T-DUR's weight of each token's turn."""
+
+    def metrics(self, mask: Tensor) -> dict[str, float]:
+        """Means over the tokens: of the absolute log-ratio, and of the weights."""
+        tokens = mask.sum().clamp(min=1)
+        return {
+            "log_ratio": float(self.log_ratio.abs().sum() / tokens),
+            "weight": float(self.weights.sum() / tokens),
+        }
+
+
+def mixed_advantages(
+    advantages: Tensor,
+    student_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    mask: Tensor,
+    episode: Tensor,
+    *,
+    kappa: float,
+    rho: float,
+    weighting: TurnWeighting,
+) -> MixedAdvantages:
+    """Eq. 8, kappa w_k delta_t + rho A, where A is another trainer's advantage.
+
+    Args:
+        advantages: [B] or [B, T], the return's part.
+        student_logprobs: [B, T], before the update.
+        teacher_logprobs: [B, T], at temperature 1.
+        mask: [B, T] bool, True exactly on sampled tokens. A turn is a run of them in a row, so
+            something must stand between the turns of a dialogue, as it always does.
+        episode: [B] int64, which episode a row belongs to, counted from 0.
+        kappa: coefficient of the teacher's part.
+        rho: coefficient of the return's part.
+        weighting: of the turns.
+
+    Raises:
+        ValueError: as `atod_train.atod.sampled_log_ratio`.
+    """
+    log_ratio = sampled_log_ratio(student_logprobs, teacher_logprobs, mask)
+    weights = _token_weights(student_logprobs, teacher_logprobs, mask, episode, weighting)
+    base = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages
+    mixed = kappa * (weights * log_ratio) + rho * base
+    return MixedAdvantages(masked(mixed, mask).detach(), log_ratio, weights)
+
+
+def _token_weights(
+    student: Tensor, teacher: Tensor, mask: Tensor, episode: Tensor, weighting: TurnWeighting
+) -> Tensor:
+    before = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
+    number = (mask & ~before).cumsum(1) * mask
+    turns = number.amax(1)
+    row = torch.repeat_interleave(turns)
+    first = (turns.cumsum(0) - turns)[row]
+    turn = torch.arange(len(row), device=row.device) - first + 1
+    turn_mask = number[row] == turn.unsqueeze(1)
+    disagreement, uncertainty = turn_statistics(student[row], teacher[row], turn_mask)
+    weights = turn_weights(
+        disagreement,
+        uncertainty,
+        min_turns=weighting.min_turns,
+        min_disagreement=weighting.min_disagreement,
+        variant=weighting.variant,
+        trajectory_index=episode[row],
+    )
+    spread = turn_mask * weights.unsqueeze(1)
+    return torch.zeros(mask.shape, dtype=spread.dtype, device=mask.device).index_add(0, row, spread)
