@@ -1,0 +1,343 @@
+"""verl: an agent loop that plays our environments, and ATOD as a trainer mode. Tested with 0.9.1.
+
+Load this module in every process of verl: VERL_USE_EXTERNAL_MODULES=atod_train.adapters.verl in
+the environment. Then `trainer.v1.trainer_mode=atod` is verl's synchronous trainer, and after its
+own advantages, such as those of GRPO, come ATOD's: kappa w_k delta_t + rho A (Eq. 8). The teacher is what verl's reference
+worker holds; `+trainer.v1.atod.teacher=<model>` names it. Settings: see `ATODSettings`; each is
+given as `+trainer.v1.atod.<name>=<value>`. An advantage estimator of verl would not do: it is
+given rewards and masks, neither log-probs nor the step.
+
+`ATODAgentLoop` plays a row of `atod_gym.adapters.verl.task_dataset`; a file for
+`actor_rollout_ref.rollout.agent.agent_loop_config_path` says how:
+
+    - name: atod
+      _target_: atod_train.adapters.verl.ATODAgentLoop
+      max_completion_tokens: 512
+      env: {id: atod/ALFWorld-v0, data: official, prompt_style: window, max_turns: 50}
+
+In window style every turn is a row of its own, as in the published runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from atod_gym.errors import InvalidSettingError, MissingExtraError
+from atod_train.adapters.episode import Episode, PromptRoom, RowTokens
+from atod_train.adapters.objective import TurnWeighting, Weights, mixed_advantages
+from atod_train.atod import Schedule
+from atod_train.config import EnvConfig, Shape
+from atod_train.dialogue import DialogueEncoder
+from atod_train.rollout import EnvPool
+
+try:
+    import transfer_queue
+    from omegaconf import DictConfig, OmegaConf, open_dict
+    from tensordict import TensorDict
+    from verl.experimental.agent_loop.agent_loop import (
+        AgentLoopBase,
+        AgentLoopMetrics,
+        AgentLoopOutput,
+    )
+    from verl.single_controller.base.decorator import Dispatch, register
+    from verl.trainer.ppo.utils import Role
+    from verl.trainer.ppo.v1 import register_trainer
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+    from verl.workers.utils.padding import response_to_nested
+except ImportError as error:
+    raise MissingExtraError(
+        f"The adapter for verl needs packages that are not installed ({error.name}): "
+        "pip install 'atod[train,verl]'"
+    ) from error
+
+MODE = "atod"
+"""The trainer mode."""
+
+
+@dataclass(frozen=True)
+class ATODSettings:
+    """The settings under `trainer.v1.atod`; defaults are the paper's."""
+
+    teacher: str = ""
+    """Folder or hub name of the teacher; empty: no teacher's part, whatever kappa is."""
+    kappa_init: float = 1.0
+    kappa_min: float = 0.1
+    rho_init: float = 1.0
+    rho_max: float = 2.0
+    anneal_steps: int = 80
+    shape: Shape = "linear"
+    weights: Weights = "soft_or"
+    min_turns: int = 3
+    min_disagreement: float = 0.01
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> ATODSettings:
+        """Reads what a user gave.
+
+        Raises:
+            InvalidSettingError: an unknown name, or values that make no sense.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(config) - known)
+        if unknown:
+            raise InvalidSettingError(
+                f"trainer.v1.atod has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}."
+            )
+        settings = cls(**config)
+        try:
+            settings.schedule  # noqa: B018 - checks the values
+        except (TypeError, ValueError) as error:
+            raise InvalidSettingError(f"trainer.v1.atod: {error}") from error
+        return settings
+
+    @property
+    def schedule(self) -> Schedule:
+        """Kappa and rho over the steps."""
+        ends = (self.kappa_init, self.kappa_min, self.rho_init, self.rho_max)
+        return Schedule(*ends, self.anneal_steps, self.shape)
+
+    @property
+    def weighting(self) -> TurnWeighting:
+        """T-DUR."""
+        return TurnWeighting(self.weights, self.min_turns, self.min_disagreement)
+
+
+# -- environments ---------------------------------------------------------------------------------
+
+
+class _Envs:
+    """Environments of one kind that episodes of this process borrow."""
+
+    def __init__(self, config: EnvConfig, split: str) -> None:
+        self._pool = EnvPool(config, split)
+        self._free: list[Any] = []
+        self._made = 0
+        self._lock = threading.Lock()
+
+    def borrow(self) -> Any:
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            self._made += 1
+            return self._pool.take(self._made)[-1]
+
+    def give_back(self, env: Any) -> None:
+        with self._lock:
+            self._free.append(env)
+
+
+_envs: dict[tuple[str, str], _Envs] = {}
+_envs_lock = threading.Lock()
+
+
+def _envs_of(config: EnvConfig, split: str) -> _Envs:
+    key = (repr(asdict(config)), split)
+    with _envs_lock:
+        if key not in _envs:
+            _envs[key] = _Envs(config, split)
+        return _envs[key]
+
+
+class ATODAgentLoop(AgentLoopBase):
+    """Plays the task that a row of the data set names, token for token as our own trainer does.
+
+    Args:
+        *args: verl's.
+        env: settings of `atod_train.config.EnvConfig`.
+        max_completion_tokens: of a turn; `data.max_response_length` limits a row.
+        **kwargs: verl's.
+
+    In chat style an episode is one row and ends where its next turn would not fit
+    `data.max_response_length`; in window style every turn is a row, and its prompt leaves out past
+    turns where it would not fit `data.max_prompt_length`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        env: Mapping[str, Any] | None = None,
+        max_completion_tokens: int = 512,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        given = OmegaConf.to_container(env, resolve=True) if isinstance(env, DictConfig) else env
+        try:
+            self.env_config = EnvConfig(**dict(given or {}))
+        except TypeError as error:
+            raise InvalidSettingError(f"The agent loop's env: {error}.") from error
+        style = self.env_config.prompt_style
+        most_prompt, most_response = (
+            int(self.rollout_config.prompt_length),
+            int(self.rollout_config.response_length),
+        )
+        completion = min(max_completion_tokens, most_response)
+        dialogue = DialogueEncoder(self.tokenizer, style, self.env_config.template_options)
+        in_all = most_prompt + (completion if style == "window" else most_response)
+        self.room = PromptRoom(dialogue, completion, in_all, most_prompt)
+
+    async def run(
+        self, sampling_params: dict[str, Any], **kwargs: Any
+    ) -> AgentLoopOutput | list[AgentLoopOutput]:
+        """Plays one episode.
+
+        Args:
+            sampling_params: verl's.
+            **kwargs: the row; `extra_info` holds `task_id` and `split`.
+
+        Returns:
+            One output in chat style, one for each turn in window style.
+        """
+        row = kwargs["extra_info"]
+        envs = await asyncio.to_thread(_envs_of, self.env_config, str(row.get("split", "train")))
+        env = await asyncio.to_thread(envs.borrow)
+        said: list[dict[str, Any]] = []
+        try:
+            episode = await asyncio.to_thread(
+                Episode, env, str(row["task_id"]), self.env_config, self.room
+            )
+            request = uuid4().hex
+            asked = {**sampling_params, "max_tokens": self.room.max_completion_tokens}
+            while not episode.over:
+                ids = await asyncio.to_thread(episode.next_prompt)
+                if ids is None:
+                    break
+                sampled = await self.server_manager.generate(
+                    request_id=request, prompt_ids=ids, sampling_params=dict(asked)
+                )
+                said.append(dict(sampled.extra_fields))
+                await asyncio.to_thread(episode.play, sampled.token_ids, sampled.log_probs)
+        finally:
+            envs.give_back(env)
+        return self._outputs(episode, said)
+
+    def _outputs(
+        self, episode: Episode, said: Sequence[dict[str, Any]]
+    ) -> AgentLoopOutput | list[AgentLoopOutput]:
+        is_window = self.room.dialogue.style == "window"
+        end = self.room.dialogue.end_of_turn_id
+        # An episode that could not begin: verl wants a row, of which nothing is trained on.
+        rows = episode.rows() or [RowTokens([end], [end], [0], None)]
+        outputs = [
+            AgentLoopOutput(
+                prompt_ids=row.prompt_ids,
+                response_ids=row.response_ids,
+                response_mask=row.mask,
+                response_logprobs=row.logprobs,
+                reward_score=episode.episode_return,
+                num_turns=2 * episode.turns,
+                metrics=AgentLoopMetrics(),
+                extra_fields={
+                    **(said[number if is_window else -1] if said else {}),
+                    "reward_extra_info": dict(episode.outcome),
+                    "turn_scores": [],
+                    "tool_rewards": [],
+                },
+            )
+            for number, row in enumerate(rows)
+        ]
+        if said and not is_window and "min_global_steps" in said[0]:
+            outputs[0].extra_fields["min_global_steps"] = said[0]["min_global_steps"]
+        return outputs if is_window else outputs[0]
+
+
+# -- the objective --------------------------------------------------------------------------------
+
+
+class TeacherWorker(ActorRolloutRefWorker):
+    """verl's worker, whose reference model is the teacher that `config.ref.atod_teacher` names."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
+    def init_model(self) -> None:
+        """Builds the models."""
+        with open_dict(self.config.ref):
+            teacher = self.config.ref.pop("atod_teacher", "")
+        inner: Any = self.ref_worker_cls
+        if teacher:
+            model = OmegaConf.merge(self.config.model, {"path": teacher, "tokenizer_path": teacher})
+
+            def build(config: Any) -> Any:
+                config.model_config = omega_conf_to_dataclass(model)
+                return inner(config=config)
+
+            self.ref_worker_cls = build
+        super().init_model()
+        self.ref_worker_cls = inner
+
+
+@register_trainer(MODE)
+class ATODTrainer(PPOTrainerSync):
+    """verl's synchronous trainer with ATOD's advantages after its own.
+
+    Raises:
+        InvalidSettingError: settings that make no sense, or a teacher without a reference worker.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        given = config.trainer.v1.get(MODE, {}) or {}
+        self.settings = ATODSettings.read(dict(given))
+        if self.settings.teacher and not config.actor_rollout_ref.actor.use_kl_loss:
+            raise InvalidSettingError(
+                "The teacher is scored by verl's reference worker, which verl starts only with "
+                "actor_rollout_ref.actor.use_kl_loss=True; add kl_loss_coef=0.0 beside it."
+            )
+        with open_dict(config):
+            # Where verl asks for the mode by name, it is the synchronous one.
+            config.trainer.v1.trainer_mode = "sync"
+            config.actor_rollout_ref.ref.atod_teacher = self.settings.teacher
+        super().__init__(config)
+
+    def _init_resource_pool_mgr(self) -> None:
+        import ray
+
+        super()._init_resource_pool_mgr()
+        for role in (Role.ActorRolloutRef, Role.RefPolicy):
+            if role in self.role_worker_mapping:
+                self.role_worker_mapping[role] = ray.remote(TeacherWorker)
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """Replaces verl's advantages by the mix; rows of one session are one episode."""
+        batch = super()._compute_advantage(batch, metrics)
+        kappa, rho = self.settings.schedule.coefficients(self.global_steps)
+        has_teacher = bool(self.settings.teacher) and kappa != 0.0
+        metrics.update({"atod/kappa": kappa, "atod/rho": rho})
+        names = ["advantages", "response_mask"]
+        names += ["old_log_probs", "ref_log_prob"] if has_teacher else []
+        where = {"keys": batch.keys, "partition_id": batch.partition_id}
+        data = transfer_queue.kv_batch_get(**where, select_fields=names)
+        nested_mask = data["response_mask"]
+        rows = data.to_padded_tensor()
+        mask = rows["response_mask"].bool()
+        if has_teacher:
+            mixed = mixed_advantages(
+                rows["advantages"],
+                rows["old_log_probs"],
+                rows["ref_log_prob"],
+                mask,
+                _episodes(batch.keys),
+                kappa=kappa,
+                rho=rho,
+                weighting=self.settings.weighting,
+            )
+            metrics.update({f"atod/{k}": v for k, v in mixed.metrics(mask).items()})
+            advantages = mixed.advantages
+        else:
+            advantages = rho * rows["advantages"]
+        nested = response_to_nested(advantages, nested_mask)
+        output = TensorDict({"advantages": nested, "returns": nested}, batch_size=len(batch))
+        return transfer_queue.kv_batch_put(**where, fields=output)
+
+
+def _episodes(keys: Sequence[str]) -> torch.Tensor:
+    """Which episode each row belongs to: keys are `{uid}_{session}_{row of the session}`."""
+    numbers: dict[str, int] = {}
+    sessions = [key.rpartition("_")[0] for key in keys]
+    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in sessions])
