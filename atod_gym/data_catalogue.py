@@ -17,6 +17,7 @@ _ALFWORLD = "https://github.com/alfworld/alfworld/releases/download"
 _DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
 _QUESTIONS = "https://huggingface.co/datasets/RUC-NLPIR/FlashRAG_datasets/resolve/main"
 _WIKI = "https://huggingface.co/datasets/PeterJinGo/wiki-18-corpus/resolve/main"
+_PACKED = ("", ".gz", ".xz")
 _SHOP_LICENCE = "code MIT; product texts come from a shop's pages, no licence is stated for them"
 
 GAMES = {
@@ -94,8 +95,20 @@ class DataSet:
             return path / self.cache if self.cache == "webshop-full" else path
         # Both shops have the same human goals, which thus tell nothing.
         marks = [place for place in self.places if place != _HUMAN_GOALS.name]
-        found = (f for f in self.folders() if any((f / mark).exists() for mark in marks))
+        folders = (place for f in self.folders() for place in (f, f / self.cache))
+        found = (f for f in folders if any(is_there(f, mark) for mark in marks))
         return next(found, Path.home() / ".cache" / self.cache)
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """A file as it is or packed as .gz or .xz, which the environments read as well."""
+    paths = [folder / f"{name}{suffix}" for suffix in _PACKED]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def is_there(folder: Path, place: str) -> bool:
+    """Whether a file, packed or not, or a folder is in a folder."""
+    return (folder / place).is_dir() or find_file(folder, place) is not None
 
 
 def data_set(name: str) -> DataSet:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from atod_gym.data_archives import check_zip
-from atod_gym.data_catalogue import GAMES, SMALL_SHOP, DataFile, DataSet
+from atod_gym.data_catalogue import GAMES, SMALL_SHOP, DataFile, DataSet, find_file
 from atod_gym.data_records import Record, read_record
 from atod_gym.download_progress import Progress, human_bytes
 from atod_gym.envs.alfworld.splits import scan_games
@@ -22,7 +22,6 @@ from atod_gym.errors import AtodError, DownloadError
 from atod_gym.part_files import sha256_of
 
 _SMALL_SHOP_FILE = "items_shuffle_1000.json"
-_PACKED = ("", ".gz", ".xz")
 _PARSED_UP_TO = 300 << 20
 """Larger JSON files would take too much memory; their hash has to do."""
 _READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError)
@@ -51,12 +50,6 @@ class Report:
         problems = [{"path": path, "problem": problem} for path, problem in self.problems]
         return {"name": self.name, "folder": str(self.folder), "ok": self.is_right,
                 "checked": self.checked, "problems": problems, "notes": self.notes}  # fmt: skip
-
-
-def find_file(folder: Path, name: str) -> Path | None:
-    """A file as it is or packed as .gz or .xz, which the environments read as well."""
-    paths = [folder / f"{name}{suffix}" for suffix in _PACKED]
-    return next((path for path in paths if path.is_file()), None)
 
 
 def verify(data: DataSet, folder: Path, *, deep: bool, progress: Progress) -> Report:
@@ -123,19 +116,34 @@ def _verify_file(
         return
     name = path.relative_to(folder).as_posix()
     try:
-        how = ""
         if name in record.files:
             _compare(path, record.files[name], progress)
-            how = ", as downloaded"
-            if file.sha256 not in (None, record.files[name][0]):
-                report.notes.append(f"{name}: not the file that others have, but as downloaded")
-                file = DataFile(file.name, file.url)
-        elif file.sha256 is not None and name == file.name:
-            _compare(path, (file.sha256, file.size or path.stat().st_size), progress)
-            how = ", the known SHA-256"
-        report.checked.append(f"{name}: {check_content(file, path)}{how}")
+            seen = _seen_as_downloaded(file, path, name, record, report)
+        else:
+            seen = ""
+            if file.sha256 is not None and name == file.name:
+                _compare(path, (file.sha256, file.size or path.stat().st_size), progress)
+                seen = ", the known SHA-256"
+            seen = check_content(file, path) + seen
     except (DownloadError, OSError) as error:
         report.problems.append((name, str(error)))
+    else:
+        report.checked.append(f"{name}: {seen}")
+
+
+def _seen_as_downloaded(
+    file: DataFile, path: Path, name: str, record: Record, report: Report
+) -> str:
+    """What a file holds that is as it came; another one than the known was then wanted."""
+    is_known = file.sha256 in (None, record.files[name][0])
+    try:
+        seen = check_content(file, path)
+    except DownloadError:
+        is_known = False
+    if not is_known:
+        report.notes.append(f"{name}: not the known file, but as downloaded")
+        seen = check_content(DataFile(file.name, file.url), path)
+    return f"{seen}, as downloaded"
 
 
 def _compare(path: Path, expected: tuple[str, int], progress: Progress) -> None:

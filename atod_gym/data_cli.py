@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from atod_gym.data_catalogue import DATA_SETS, DataSet, data_set
-from atod_gym.data_checks import find_file, lines_of, verify
+from atod_gym.data_catalogue import DATA_SETS, DataSet, data_set, is_there
+from atod_gym.data_checks import lines_of, verify
 from atod_gym.data_get import MIRROR_VARIABLE, Wishes, get
 from atod_gym.download_progress import Progress, human_bytes
 from atod_gym.errors import AtodError, DownloadError
@@ -110,7 +110,7 @@ def _chosen(names: Sequence[str]) -> tuple[DataSet, ...]:
 
 def _state(data: DataSet, folder: Path) -> str:
     """How much is there, by names and without reading anything."""
-    there = [_is_there(folder, place) for place in data.places]
+    there = [is_there(folder, place) for place in data.places]
     if all(there):
         return "there"
     if any(there):
@@ -120,10 +120,6 @@ def _state(data: DataSet, folder: Path) -> str:
     begun += [path for one in aside for path in (one, part_of(one))]
     size = sum(path.stat().st_size for path in begun if path.is_file())
     return f"begun, {human_bytes(size)}" if size else "not there"
-
-
-def _is_there(folder: Path, place: str) -> bool:
-    return (folder / place).is_dir() or find_file(folder, place) is not None
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -173,7 +169,7 @@ def _get(options: argparse.Namespace) -> int:
         report = verify(data, folder, deep=False, progress=progress)
         print("\n".join(lines_of(report)))
         status = max(status, int(not report.is_right))
-        if folder not in data.folders() or data.cache == "webshop-full":
+        if folder not in data.folders():
             print(f"  The environments find it with {data.variable}={folder.absolute()}")
         sys.stdout.flush()
     return status
@@ -203,7 +199,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _is_begun(data: DataSet, folder: Path) -> bool:
-    return any(_is_there(folder, place) for place in data.places)
+    return any(is_there(folder, place) for place in data.places)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from atod_gym.data_archives import unpack_gzip, unpack_zips
-from atod_gym.data_catalogue import DataFile, DataSet
-from atod_gym.data_checks import check_content, find_file, verify
+from atod_gym.data_catalogue import DataFile, DataSet, find_file
+from atod_gym.data_checks import check_content, verify
 from atod_gym.data_records import Record, locked, read_record, write_record
 from atod_gym.download import fetch
 from atod_gym.download_http import PATIENCE, Patience, Source

@@ -62,7 +62,14 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         DownloadError: if another process holds it.
     """
-    handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:
+        if os.access(folder, os.W_OK):
+            raise
+        # Where nothing can be written nothing can collide; data that is whole can still be found.
+        yield
+        return
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -67,7 +67,7 @@ class Progress:
         self._shown_at = now
         self._marks.append((now, done))
         # The rate of the last seconds says more than that since the beginning.
-        while len(self._marks) > 2 and now - self._marks[0][0] > _RATE_OVER:
+        while now - self._marks[1][0] > _RATE_OVER:
             self._marks.popleft()
         self._show(done)
 
