@@ -165,8 +165,7 @@ def _get(options: argparse.Namespace) -> int:
         print(f"  Source:  {options.mirror or data.source}")
         print(f"  Folder:  {folder} ({size})", flush=True)
         progress = Progress(quiet=options.quiet)
-        get(data, folder, wishes, progress=progress, say=_say)
-        report = verify(data, folder, deep=False, progress=progress)
+        report = get(data, folder, wishes, progress=progress, say=_say)
         print("\n".join(lines_of(report)))
         status = max(status, int(not report.is_right))
         if folder not in data.folders():

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from atod_gym.data_archives import unpack_gzip, unpack_zips
 from atod_gym.data_catalogue import DataFile, DataSet, find_file
-from atod_gym.data_checks import check_content, verify
+from atod_gym.data_checks import Report, check_content, verify
 from atod_gym.data_records import Record, locked, read_record, write_record
 from atod_gym.download import fetch
 from atod_gym.download_http import PATIENCE, Patience, Source
@@ -48,8 +48,8 @@ def get(
     *,
     progress: Progress,
     say: Callable[[str], None],
-) -> None:
-    """Downloads what is not there.
+) -> Report:
+    """Downloads what is not there, and looks whether all is right.
 
     Args:
         data: the data set.
@@ -57,6 +57,9 @@ def get(
         wishes: how.
         progress: told how far it is.
         say: called with each thing that was done.
+
+    Returns:
+        What `verify` finds in the end.
 
     Raises:
         DownloadError: if something cannot be had or is wrong; what is right stays.
@@ -66,10 +69,11 @@ def get(
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             if data.unpacks_to:
-                _get_archives(data, folder, wishes, progress, say)
-            else:
-                for file in data.files:
-                    _get_file(data, file, folder, wishes, progress, say)
+                return _get_archives(data, folder, wishes, progress, say)
+            for file in data.files:
+                _get_file(data, file, folder, wishes, progress, say)
+            return verify(data, folder, deep=False, progress=progress)
+    raise AssertionError("errors are explained, not passed over")
 
 
 def source_of(data: DataSet, file: DataFile, mirror: str | None) -> Source:
@@ -169,13 +173,13 @@ def _download(
 
 def _get_archives(
     data: DataSet, folder: Path, wishes: Wishes, progress: Progress, say: Callable[[str], None]
-) -> None:
+) -> Report:
     there = find_file(folder, data.unpacks_to) or folder / data.unpacks_to
     if there.exists() and not wishes.force:
         report = verify(data, folder, deep=False, progress=progress)
         if report.is_right:
             say(f"{there} is there and right.")
-            return
+            return report
         path, problem = report.problems[0]
         more = f" and {len(report.problems) - 1} more" if len(report.problems) > 1 else ""
         raise DownloadError(
@@ -199,6 +203,7 @@ def _get_archives(
     write_record(folder, data.name, record)
     shutil.rmtree(folder / _DOWNLOADS)
     say(f"{folder / data.unpacks_to}: {len(record.files)} files unpacked")
+    return verify(data, folder, deep=False, progress=progress)
 
 
 def _download_archive(

@@ -43,7 +43,7 @@ class Progress:
         self._total: int | None = None
         self._shown_at = 0.0
         self._line = ""
-        self._marks: deque[tuple[float, int]] = deque()
+        self._marks: deque[tuple[float, int]] = deque([(clock(), 0)])
 
     def begin(self, name: str, done: int, total: int | None) -> None:
         """A piece of work starts or goes on.

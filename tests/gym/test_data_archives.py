@@ -57,7 +57,10 @@ def test_members_that_would_leave_the_folder_are_refused(tmp_path: Path, name: s
     archive = zipped(tmp_path / "a.zip", {"top/good": b"1", name: b"2"})
     folder = tmp_path / "deep" / "to"
     folder.mkdir(parents=True)
-    for refuse in (lambda: check_zip(archive), lambda: unpack_zips([archive], folder, "top", QUIET)):
+    for refuse in (
+        lambda: check_zip(archive),
+        lambda: unpack_zips([archive], folder, "top", QUIET),
+    ):
         with pytest.raises(DownloadError, match="not safe to unpack"):
             refuse()
     assert names(tmp_path) == ["a.zip", "deep", "deep/to"]

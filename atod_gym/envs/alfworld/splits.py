@@ -32,9 +32,9 @@ SPLITS = ("train", "valid_seen", "valid_unseen")
 GAME_FILE = "game.tw-pddl"
 OFFICIAL_FOLDER = "json_2.1.1"
 HOW_TO_GET_DATA = (
-    'pip install "atod[alfworld]" and then run alfworld-download; data that lies elsewhere is '
-    "found through the environment variable ALFWORLD_DATA or ATOD_DATA (the folder that holds "
-    f"{OFFICIAL_FOLDER})"
+    "run atod-data get alfworld (or alfworld-download of the package alfworld); data that lies "
+    "elsewhere is found through the environment variable ALFWORLD_DATA or ATOD_DATA (the folder "
+    f"that holds {OFFICIAL_FOLDER})"
 )
 
 _SOLVABLE = re.compile(rb'"solvable"\s*:\s*true')
