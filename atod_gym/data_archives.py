@@ -102,14 +102,19 @@ def unpack_gzip(archive: Path, target: Path, progress: Progress) -> tuple[str, i
     part = part_of(target)
     total = hashlib.sha256()
     size = 0
-    with _broken_named(archive), _inner_file(archive) as source, part.open("wb") as copy:
-        progress.begin(f"unpacking {target.name}", 0, None)
-        while chunk := source.read(_CHUNK):
-            copy.write(chunk)
-            total.update(chunk)
-            size += len(chunk)
-            progress.advance(size)
-        progress.end(size)
+    try:
+        with _broken_named(archive), _inner_file(archive) as source, part.open("wb") as copy:
+            progress.begin(f"unpacking {target.name}", 0, None)
+            while chunk := source.read(_CHUNK):
+                copy.write(chunk)
+                total.update(chunk)
+                size += len(chunk)
+                progress.advance(size)
+            progress.end(size)
+    except BaseException:
+        # It cannot be gone on with, and takes the room that may be missing.
+        part.unlink(missing_ok=True)
+        raise
     put_in_place(part, target)
     return total.hexdigest(), size
 

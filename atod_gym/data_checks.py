@@ -71,7 +71,8 @@ def verify(data: DataSet, folder: Path, *, deep: bool, progress: Progress) -> Re
         _verify_games(folder / data.unpacks_to, record, report, progress)
     elif (path := find_file(folder, data.unpacks_to)) is not None:
         _compare_with_record(folder, record, report, progress)
-        _verify_corpus(path, data, report, deep=deep, progress=progress)
+        if report.is_right:
+            _verify_corpus(path, data, report, deep=deep, progress=progress)
     else:
         report.problems.append((data.unpacks_to, "missing"))
     return report
@@ -190,10 +191,10 @@ def _verify_games(root: Path, record: Record, report: Report, progress: Progress
             report.problems.append((name, f"{found} games instead of {count}"))
         elif manifest.content_hash == content_hash:
             report.checked.append(f"{name}: {found} games, exactly the known ones")
-        elif record.files:
+        elif record.files and report.is_right:
             report.checked.append(f"{name}: {found} games")
             report.notes.append(f"{name}: as downloaded, but not the known bytes of these games")
-        else:
+        elif not record.files:
             wrong = f"{found} games as it should be, but not their known bytes"
             report.problems.append((name, f"{wrong}: damaged, changed, or of another release"))
 

@@ -186,6 +186,12 @@ def _get_archives(
             f"{there} is there, but not right ({path}: {problem}{more}). Delete it, or replace it "
             "with --force."
         )
+    free = shutil.disk_usage(folder).free
+    if free < data.unpacked_size:
+        raise DownloadError(
+            f"No room to unpack {data.name}: {human_bytes(data.unpacked_size)} are needed in "
+            f"{folder}, {human_bytes(free)} are free."
+        )
     record = Record()
     archives = []
     for file in data.files:

@@ -136,7 +136,8 @@ class HttpDownload:
                 self._is_joined = True
                 return True
             headers["Range"] = f"bytes={offset}-"
-            if begun.url == self._source.url and begun.validator:
+            # A known hash tells better: networks that spread files name the same file differently.
+            if self._source.sha256 is None and begun.validator:
                 headers["If-Range"] = begun.validator
         request = urllib.request.Request(self._address, headers=headers)
         with contextlib.closing(self._open(request)) as response:
@@ -206,7 +207,9 @@ class HttpDownload:
         expected = self._source.size if total is None else total
         if offset == 0:
             discard(self._part)
-        etag, date = headers.get("ETag"), headers.get("Last-Modified")
+        kept = begun if offset else None
+        etag = headers.get("ETag", kept and kept.etag)
+        date = headers.get("Last-Modified", kept and kept.last_modified)
         write_begun(self._part, Begun(self._source.url, etag, date, expected))
         self._store(response, beginning, offset, expected)
         return True
@@ -221,7 +224,7 @@ class HttpDownload:
         """The answer must be the rest of the very file that was begun."""
         match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
         is_rest = begun is not None and match is not None and int(match[1]) == offset
-        if begun is not None and begun.url == self._source.url:
+        if begun is not None and self._source.sha256 is None:
             is_rest = is_rest and headers.get("ETag", begun.etag) == begun.etag
             changed = headers.get("Last-Modified", begun.last_modified)
             is_rest = is_rest and changed == begun.last_modified

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 from faulty_files import FaultyFiles
 
 import atod_gym
-from atod_gym import data_catalogue, data_checks, data_cli
+from atod_gym import data_catalogue, data_checks, data_cli, data_records
 from atod_gym.data_catalogue import DATA_SETS, DataSet, data_set
 from atod_gym.data_get import source_of
 from atod_gym.data_records import locked
@@ -104,7 +105,11 @@ def small(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, DataSet]:
                     entries=file.entries and {"searchqa": 3, "searchqa-corpus": 50}.get(data.name),
                 )
             )
-        sets.append(dataclasses.replace(data, files=tuple(files)))
+        sets.append(
+            dataclasses.replace(
+                data, files=tuple(files), unpacked_size=9000 * (data.unpacked_size > 0)
+            )
+        )
     for module in (data_catalogue, data_cli):
         monkeypatch.setattr(module, "DATA_SETS", tuple(sets))
     with zipfile.ZipFile(mirror / "alfworld/json_2.1.2_tw-pddl.zip") as archive:
@@ -222,7 +227,8 @@ def test_one_flipped_byte_is_found(run: Run, mirror: Path, tmp_path: Path) -> No
         reports = {report["name"]: report for report in json.loads(out)}
         assert (status, err) == (1, "")
         problems = [one["path"] for one in reports[name]["problems"]]
-        assert path.relative_to(tmp_path).as_posix() in problems
+        assert problems == [path.relative_to(tmp_path).as_posix()]
+        assert reports[name]["notes"] == []
         assert [other for other, report in reports.items() if not report["ok"]] == [name]
         status, out, _ = run("verify", "--in", tmp_path)
         lines = [line for line in out.splitlines() if line.startswith("  problem")]
@@ -341,6 +347,35 @@ def test_an_archive_that_leaves_its_folder_is_not_kept(
     server.files["alfworld/json_2.1.2_tw-pddl.zip"] = server.files["alfworld/json_2.1.1_pddl.zip"]
     run("get", "alfworld", "--to", tmp_path / "to", "--mirror", server.url)
     assert [path for path, _ in server.requests] == ["alfworld/json_2.1.2_tw-pddl.zip"]
+
+
+@pytest.mark.usefixtures("small")
+def test_room_for_unpacking_is_looked_for_first(
+    run: Run, server: FaultyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=8000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    status, _, err = run("get", "alfworld", "--to", tmp_path, "--mirror", server.url)
+    assert status == 1
+    assert "No room to unpack alfworld: 9 kB are needed" in err
+    assert server.requests == []
+
+
+@pytest.mark.usefixtures("small")
+def test_data_in_a_folder_that_cannot_be_written_is_found(
+    run: Run, mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("get", "webshop", "--to", tmp_path, "--mirror", mirror)[0] == 0
+    (tmp_path / ".atod-data.lock").unlink()
+
+    def refuse(path: object, *_: object) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(data_records.os, "open", refuse)
+    monkeypatch.setattr(data_records.os, "access", lambda path, mode: False)
+    status, out, _ = run("get", "webshop", "--to", tmp_path)
+    assert status == 0
+    assert out.count("is there and right") == 3
 
 
 def test_a_locked_folder_is_left_alone(run: Run, mirror: Path, tmp_path: Path) -> None:

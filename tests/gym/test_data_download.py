@@ -284,6 +284,30 @@ def test_redirects_are_followed(server: FaultyFiles, tmp_path: Path) -> None:
         get(server, tmp_path / "loop")
 
 
+def test_proxies_are_used(
+    server: FaultyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("http_proxy", server.url)
+    server.files["http://files.example/file"] = CONTENT
+    fetch(Source("http://files.example/file"), tmp_path / "file", patience=HASTY)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_download_goes_on_at_another_address_if_the_hash_is_known(
+    server: FaultyFiles, tmp_path: Path
+) -> None:
+    server.faults.extend([("drop", 900)] + [("status", 503, None)] * 9)
+    with pytest.raises(DownloadError, match="503"):
+        get(server, tmp_path / "file", sha256=SHA256)
+    server.faults.clear()
+    server.files["mirror"] = CONTENT
+    get(server, tmp_path / "file", sha256=SHA256, path="mirror")
+    assert server.requests[-1] == ("mirror", "bytes=900-")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
 def test_web_pages_are_not_taken_for_files(server: FaultyFiles, tmp_path: Path) -> None:
     server.faults.append("page")
     with pytest.raises(DownloadError, match=r"web page \(Quota exceeded\).*tomorrow.*--mirror"):
