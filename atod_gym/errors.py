@@ -15,6 +15,10 @@ class DataNotFoundError(AtodError):
     """The data asked for is not there; the message names the command or setting that helps."""
 
 
+class DownloadError(AtodError):
+    """A file cannot be fetched or is not what it should be; nothing wrong was put in its place."""
+
+
 class TaskNotFoundError(AtodError, KeyError):
     """A task id that the chosen split does not have."""
 

@@ -16,9 +16,9 @@ from atod_gym.envs.search_qa_questions import (
 from atod_gym.errors import DataNotFoundError, InvalidSettingError
 
 HOW_TO_GET_DATA = (
-    "put question files such as nq/test.jsonl of "
-    "https://huggingface.co/datasets/RUC-NLPIR/FlashRAG_datasets and a corpus such as "
-    "wiki-18.jsonl.gz of https://huggingface.co/datasets/PeterJinGo/wiki-18-corpus into "
+    "run atod-data get searchqa searchqa-corpus, or put question files such as nq/test.jsonl of "
+    "https://huggingface.co/datasets/RUC-NLPIR/FlashRAG_datasets and a corpus, as JSON lines, such "
+    "as wiki-18.jsonl of https://huggingface.co/datasets/PeterJinGo/wiki-18-corpus into "
     "~/.cache/searchqa, or name their folder in the environment variable SEARCHQA_DATA"
 )
 _CORPUS_FORMAT = "JSON lines with id and contents (or title and text), plain, .gz or .xz"

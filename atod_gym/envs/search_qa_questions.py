@@ -227,8 +227,12 @@ def _is_member(file: QuestionFile, union: str, files: Sequence[QuestionFile]) ->
     return file.part == union and (union == "train" or "test" in parts)
 
 
-@lru_cache(maxsize=64)
-def _read(file: QuestionFile) -> tuple[Question, ...]:
+def read_question_file(file: QuestionFile) -> tuple[Question, ...]:
+    """The questions of one file, as they stand.
+
+    Raises:
+        InvalidSettingError: if the file cannot be read or a line is broken; names both.
+    """
     lines_of: dict[str, int] = {}
     questions = []
     try:
@@ -247,6 +251,9 @@ def _read(file: QuestionFile) -> tuple[Question, ...]:
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise InvalidSettingError(f"Cannot read the questions in {file.path}: {error}.") from error
     return tuple(questions)
+
+
+_read = lru_cache(maxsize=64)(read_question_file)
 
 
 def _question(file: QuestionFile, number: int, row: object) -> Question:

@@ -14,10 +14,10 @@ TEXT_STYLES = ("text", "text_rich")
 
 PRODUCT_FILES = ("items_shuffle_1000.json", "items_shuffle.json")
 HOW_TO_GET_DATA = (
-    "put items_shuffle_1000.json and items_ins_v2_1000.json (or the full items_shuffle.json and "
-    "items_ins_v2.json), which the setup script of https://github.com/princeton-nlp/WebShop "
-    "downloads, into ~/.cache/webshop, or name their folder in the environment variable "
-    "WEBSHOP_DATA"
+    "run atod-data get webshop (or webshop-full), or put items_shuffle_1000.json and "
+    "items_ins_v2_1000.json (or the full items_shuffle.json and items_ins_v2.json), which the "
+    "setup script of https://github.com/princeton-nlp/WebShop downloads, into ~/.cache/webshop, or "
+    "name their folder in the environment variable WEBSHOP_DATA"
 )
 
 # Sessions in a server of our own end with it; nobody else is waiting for their places.

@@ -136,7 +136,7 @@ def test_auto_without_official_data_says_so_once(
         sources = [open_tasks("auto", split, "tiny") for split in SPLITS]
     assert {source.label for source in sources} == {"generated"}
     assert [record.name for record in caplog.records] == ["atod_gym"]
-    assert "alfworld-download" in caplog.text
+    assert "atod-data get alfworld" in caplog.text
     announce_once("something else")
     assert len(caplog.records) == 2
 
@@ -145,7 +145,7 @@ def test_auto_without_official_data_says_so_once(
 def test_missing_official_data_names_the_commands() -> None:
     with pytest.raises(DataNotFoundError) as caught:
         open_tasks("official", "train", "small")
-    for word in ('pip install "atod[alfworld]"', "alfworld-download", "ALFWORLD_DATA", ".cache"):
+    for word in ("atod-data get alfworld", "alfworld-download", "ALFWORLD_DATA", ".cache"):
         assert word in str(caught.value)
 
 

@@ -321,7 +321,9 @@ def test_data_is_looked_for_and_else_generated(
     with caplog.at_level(logging.WARNING, logger="atod_gym"):
         assert [make(data="auto").data for _ in range(2)] == ["generated"] * 2
     assert caplog.text.count("no question files found") == 1
-    with pytest.raises(DataNotFoundError, match=r"looked in .*FlashRAG.*SEARCHQA_DATA"):
+    with pytest.raises(
+        DataNotFoundError, match=r"looked in .*atod-data get searchqa.*SEARCHQA_DATA"
+    ):
         make(data="official")
     with pytest.raises(DataNotFoundError, match="A corpus is given, but no question"):
         make(data="auto", corpus=tmp_path / "corpus.jsonl")

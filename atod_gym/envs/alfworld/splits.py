@@ -32,9 +32,9 @@ SPLITS = ("train", "valid_seen", "valid_unseen")
 GAME_FILE = "game.tw-pddl"
 OFFICIAL_FOLDER = "json_2.1.1"
 HOW_TO_GET_DATA = (
-    'pip install "atod[alfworld]" and then run alfworld-download; data that lies elsewhere is '
-    "found through the environment variable ALFWORLD_DATA or ATOD_DATA (the folder that holds "
-    f"{OFFICIAL_FOLDER})"
+    "run atod-data get alfworld (or alfworld-download of the package alfworld); data that lies "
+    "elsewhere is found through the environment variable ALFWORLD_DATA or ATOD_DATA (the folder "
+    f"that holds {OFFICIAL_FOLDER})"
 )
 
 _SOLVABLE = re.compile(rb'"solvable"\s*:\s*true')
@@ -248,11 +248,16 @@ def _generated_manifest(split: str, house_size: str) -> TaskManifest:
     return TaskManifest(f"alfworld/generated-{house_size}", split, tuple(sorted(task_ids)), digest)
 
 
-@lru_cache(maxsize=64)
-def _scan(root: Path, split: str, name: str) -> TaskManifest:
-    """Reads every game file of a split once, as bytes: parsing them all would take a minute.
+def scan_games(root: Path, split: str, name: str = "alfworld/files") -> TaskManifest:
+    """Reads every game file of a split, as bytes: parsing them all would take a minute.
 
-    The result stays for the life of the process, so that many environments start fast.
+    Args:
+        root: the folder of splits.
+        split: must be there.
+        name: of the data, for the manifest.
+
+    Raises:
+        InvalidGameError: if a game file cannot be read.
     """
     digests = {}
     for task_folder in _folders(root / split):
@@ -273,6 +278,10 @@ def _scan(root: Path, split: str, name: str) -> TaskManifest:
                 digest = hashlib.sha256(content).hexdigest()
                 digests[f"{task_folder.name}/{trial_folder.name}"] = digest
     return TaskManifest(name, split, tuple(sorted(digests)), content_hash(digests))
+
+
+# The result stays for the life of the process, so that many environments start fast.
+_scan = lru_cache(maxsize=64)(scan_games)
 
 
 def _is_damaged(content: bytes) -> bool:
