@@ -164,12 +164,12 @@ async def play_episode(
     messages, info = await thread.run(env.reset, options={"task_id": task_id})
     agent.reset(env, env.unwrapped.observation, info)
     taken = _Taken()
-    stop_reason = ""
+    stop_reason = stop_message = ""
     while not stop_reason:
         try:
             said = checked(await agent.act(messages, env.unwrapped.observation, info))
         except EpisodeStopped as stop:
-            stop_reason = stop.reason
+            stop_reason, stop_message = stop.reason, str(stop)
             break
         prompt = messages
         messages, _, terminated, truncated, info = await thread.run(env.step, said.text)
@@ -187,6 +187,7 @@ async def play_episode(
         invalid_turns=taken.invalid_turns,
         actions=tuple(sorted(taken.verbs.items())),
         stop_reason=stop_reason,
+        stop_message=stop_message,
         prompt_tokens=taken.prompt_tokens,
         completion_tokens=taken.completion_tokens,
         reasoning_tokens=taken.reasoning_tokens,

@@ -161,12 +161,11 @@ class ChatEndpoint:
         if failed >= (min(tries, _TRIES_AT_A_STRANGER) if is_stranger else tries):
             advice = " Is the server running, and --base-url right?" if is_stranger else ""
             raise ServerError(f"{failure.message} That was attempt {failed}.{advice}")
-        wait = failure.wait
-        if wait is None:
-            wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** (failed - 1))
-            wait *= 0.75 + self._random.random() / 2
-        elif wait > _LONGEST_TOLD:
-            raise ServerError(f"{failure.message} It asks to wait for {wait:.0f} s.")
+        told = failure.wait or 0.0
+        if told > _LONGEST_TOLD:
+            raise ServerError(f"{failure.message} It asks to wait for {told:.0f} s.")
+        wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** (failed - 1))
+        wait = max(told, wait * (0.75 + self._random.random() / 2))
         if failure.is_limit:
             self._limiter.hold(wait)
         return wait

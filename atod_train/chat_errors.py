@@ -11,7 +11,8 @@ from typing import Any, Literal
 _CONTEXT_CODES = ("context_length_exceeded", "exceed_context_size_error")
 _CONTEXT = re.compile(
     r"context (length|window|size)|maximum context|max_model_len|prompt is too long"
-    r"|too many (input |prompt )?tokens|(input|prompt)\b.{0,60}\b(too long|longer than|exceeds)",
+    r"|too many (input |prompt )?tokens|max_new_tokens\W+must be <="
+    r"|(input|prompt)\b.{0,60}\b(too long|longer than|exceeds)",
     re.IGNORECASE,
 )
 _FILTER_CODES = ("content_filter", "content_policy_violation")
@@ -82,9 +83,10 @@ def _status(error: Any, url: str, model: str, key_variable: str) -> Failure:
             return Failure("context_limit", where)
         if codes & set(_FILTER_CODES):
             return Failure("refused", where)
-        return Failure(
-            "fatal", f"{where} Change what it does not take (--temperature, --extra-body ..)."
-        )
+        advice = "Change what it does not take (--temperature, --extra-body ..)."
+        if "max_completion_tokens" in said:
+            advice = """Use --extra-body '{"max_completion_tokens": N}' instead of --max-tokens."""
+        return Failure("fatal", f"{where} {advice}")
     if status in (401, 403):
         return Failure(
             "fatal",

@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from atod_gym.errors import InvalidSettingError
+from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.intervals import EvaluationMode, EvaluationResult, TaskResult
 from atod_train.run_folder import (
     RunFolderError,
@@ -49,6 +49,8 @@ class EpisodeRecord:
     """(verb, how often it was used in a valid action), sorted."""
     stop_reason: str
     """`terminated`, `turn_limit`, `context_limit` (the prompt was too long) or `refused`."""
+    stop_message: str
+    """What the endpoint said in the last two cases."""
     prompt_tokens: int | None
     completion_tokens: int | None
     """With those of the reasoning."""
@@ -201,9 +203,19 @@ class EvaluationFolder:
         task_ids: Sequence[str],
         prices: tuple[float, float] | None,
     ) -> Evaluated:
-        """Writes the result of tasks that have all been played."""
+        """Writes the result of tasks that have all been played.
+
+        Raises:
+            AtodError: no episode had a single turn, so that there is nothing to evaluate.
+        """
         by_task = {record.task_id: record for record in self.records}
         records = [by_task[task_id] for task_id in task_ids]
+        if not any(record.turns for record in records):
+            raise AtodError(
+                f"No first prompt got an answer ({records[0].stop_message}) Choose a model with a "
+                "longer context, a smaller --max-tokens or shorter prompts (--hide-admissible); "
+                f"{self.path} holds nothing else."
+            )
         settings = self.settings
         result = EvaluationResult(
             split=settings["split"],

@@ -155,6 +155,7 @@ def test_a_date_to_wait_for_and_one_too_far_away(chat: FakeChat) -> None:
         (403, "--api-key-env"),
         (404, "Check --model toy and --base-url, which mostly ends in /v1."),
         (400, "oh, 400. Change what it does not take"),
+        ((400, {"error": {"message": "use max_completion_tokens"}}), "instead of --max-tokens"),
         (402, "Add credit"),
         ((429, {"error": {"message": "spent", "code": "insufficient_quota"}}), "Add credit"),
         ((418, {"detail": "tea"}), "answers 418: tea."),
@@ -281,6 +282,15 @@ def test_too_long_in_chat_style_fails_the_episode(
     assert value["totals"]["stop_reasons"] == {"context_limit": 4}
     assert [task["turns"] for task in value["tasks"]] == [1] * 4
     assert "count as failed: context_limit 4" in capsys.readouterr().out
+
+
+def test_where_no_prompt_fits_there_is_no_result(
+    chat: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.most_characters = 10
+    assert evaluate(chat, tmp_path, "--tasks", "4") == 2
+    assert "maximum context length is 8 tokens.) Choose a model" in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_too_long_in_window_style_leaves_out_the_oldest_turns(
