@@ -83,7 +83,7 @@ def _status(error: Any, url: str, model: str, key_variable: str) -> Failure:
             return Failure("context_limit", where)
         if codes & set(_FILTER_CODES):
             return Failure("refused", where)
-        advice = "Change what it does not take (--temperature, --extra-body ..)."
+        advice = "Change what it does not take (--model, --temperature, --extra-body ..)."
         if "max_completion_tokens" in said:
             advice = """Use --extra-body '{"max_completion_tokens": N}' instead of --max-tokens."""
         return Failure("fatal", f"{where} {advice}")

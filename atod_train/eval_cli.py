@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell(str(error))
         return 2
     except KeyboardInterrupt:
-        _tell("stopped")
+        _tell("Stopped.")
         return 130
 
 
@@ -143,13 +143,20 @@ def _play(
                 folder.add(record, time.monotonic() - began)
                 solved = sum(kept.success for kept in folder.records)
                 advance(note=f"{solved} of {len(folder.records)} solved")
+                if options.agent == "human":
+                    end = "Solved" if record.success else "Not solved"
+                    print(f"\n{end} after {record.turns} turns (score {record.score:g}).")
 
             asyncio.run(run())
     except (KeyboardInterrupt, AtodError, OSError) as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        kept = f"{len(folder.records)} of {len(task_ids)} tasks are kept in {folder.path}"
-        what = "stopped;" if stopped else f"{error} So far"
-        _tell(f"{what} {kept}; to go on: {command_to_resume(words)}")
+        what = "Stopped." if stopped else str(error)
+        if folder.records:
+            what += (
+                f" {len(folder.records)} of {len(task_ids)} tasks are kept in {folder.path}; "
+                f"to go on: {command_to_resume(words)}"
+            )
+        _tell(what)
         return 130 if stopped else 2
     return 0
 

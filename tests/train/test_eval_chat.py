@@ -317,7 +317,7 @@ def test_a_dying_endpoint_loses_nothing(
     error = capsys.readouterr().err.splitlines()[-1]
     kept = len((tmp_path / EPISODES_FILE).read_text().splitlines())
     assert 5 <= kept < 20
-    assert f"So far {kept} of 20 tasks are kept" in error
+    assert f"{kept} of 20 tasks are kept" in error
     assert error.endswith("--tasks 20 --retries 0 --resume")
     assert not (tmp_path / "result.json").exists()
     chat.healthy = 10**9

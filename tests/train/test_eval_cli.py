@@ -220,7 +220,7 @@ def test_a_stopped_evaluation_goes_on(
     if how is signal.SIGINT:
         assert process.returncode == 130
         [told] = [line for line in error.splitlines() if line.startswith("atod-eval")]
-        assert f"stopped; {kept} of 24 tasks are kept in out; to go on: atod-eval" in told
+        assert f"Stopped. {kept} of 24 tasks are kept in out; to go on: atod-eval" in told
         assert told.endswith("--concurrency 2 --out out --resume")
         assert "Traceback" not in error
     again = subprocess.run(
