@@ -262,6 +262,19 @@ def test_all_tasks_at_once_with_tokens_and_cost(
     assert first["parse_error"] == ""
 
 
+@pytest.mark.parametrize("limit", [("--requests-per-minute", "4"), ("--tokens-per-minute", "1800")])
+def test_limits_hold_over_all_episodes(
+    chat: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(rate_limiter, "_WINDOW", 0.5)
+    # About 330 tokens are reckoned with for a prompt and a completion that may be long.
+    chat.seconds = 0.1
+    assert evaluate(chat, tmp_path, "--tasks", "6", "--concurrency", "6", *limit) == 0
+    assert len(chat.times) == 12
+    assert chat.most_at_once < 6
+    assert max(chat.times) - min(chat.times) >= 0.49
+
+
 def test_missing_usage_is_unknown_not_zero(
     chat: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
