@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 when the episode ended or the player left, 2 for a mistake of the user, which
         is named in one line on standard error.
     """
-    _accept_any_text()
+    accept_any_text()
     options = _parser().parse_args(arguments)
     try:
         env = _make(options)
@@ -92,17 +92,17 @@ def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> int:
     task = {} if options.task_id is None else {"task_id": options.task_id}
     observation, info = env.reset(seed=options.seed, options=task)
     print(f"Task {info['task_id']} ({info['split']}, {info['data']} data)")
-    print(f"Goal: {observation['instruction']}\n\n{_page(observation)}\n\n{HELP}")
+    print(f"Goal: {observation['instruction']}\n\n{page(observation)}\n\n{HELP}")
     tags = action_tags(env.unwrapped.metadata)
     if tags != ACTION_TAGS:
         print(f"Actions: {', '.join(f'{tag}[..]' for tag in tags)}")
     while True:
-        action = _ask(observation)
+        action = ask(observation)
         if action is None:
             print("Bye.")
             return 0
         observation, _, terminated, truncated, info = env.step(action)
-        print(f"\n{_page(observation)}")
+        print(f"\n{page(observation)}")
         if terminated or truncated:
             end = "Solved" if info["success"] else "Not solved"
             print(f"\n{end} after {info['turn_index']} turns (score {info['score']:g}).")
@@ -111,12 +111,12 @@ def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> int:
             return 0
 
 
-def _page(observation: TurnObservation) -> str:
+def page(observation: TurnObservation) -> str:
     """The text in lines: that of a web page has its parts in one line, with marks between them."""
     return observation["text"].replace(" [SEP] ", "\n")
 
 
-def _ask(observation: TurnObservation) -> str | None:
+def ask(observation: TurnObservation) -> str | None:
     """The player's next action; None when the player quits."""
     actions = observation["admissible_actions"]
     print()
@@ -142,7 +142,7 @@ def _filled_in(action: str) -> str:
     return action.replace(blank, input("query> ").strip()) if blank in action else action
 
 
-def _accept_any_text() -> None:
+def accept_any_text() -> None:
     """Takes any bytes typed and escapes what the terminal cannot show, so that play goes on."""
     for stream, errors in (
         (sys.stdin, "surrogateescape"),

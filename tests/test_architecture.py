@@ -24,17 +24,18 @@ OPTIONAL_IN_GYM = {
 }
 # A module may import from its own layer and from the layers above it in this list.
 TRAINER_LAYERS = (
-    "types config intervals progress interrupts run_folder metrics processes",
-    "atod weight_variants baselines",
-    "batching tokenizer dialogue token_scores turn_records",
+    "types config intervals progress interrupts run_folder metrics processes agents rate_limiter"
+    " chat_errors",
+    "atod weight_variants baselines chat_agent eval_records",
+    "batching tokenizer dialogue token_scores turn_records agent_evaluation eval_tables",
     "policy kv_cache generation teacher remote_teacher",
     "episode_prompts rollout",
     "demonstrations starts evaluate checkpoint training_state step_records",
     "learner update serve_teacher",
     "trainer",
     "presets report_data report_figures report_curves report_page report_tables report study"
-    " study_tables",
-    "cli",
+    " study_tables eval_options",
+    "cli eval_cli",
 )
 
 GYM_LIBRARIES = {"numpy", "gymnasium", "requests", "urllib3"}

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from atod_gym.envs.alfworld.env import ALFWorldEnv
-from atod_gym.envs.alfworld.generator import generate_game
+from atod_gym.envs.alfworld.generator import generate_game, generated_task_ids
 from atod_gym.envs.alfworld.native import NativeEngine
 from atod_gym.envs.alfworld.official import OfficialEngine, _check_versions
 from atod_gym.errors import InvalidGameError, MissingExtraError, UnsupportedGameError
@@ -41,6 +42,20 @@ def test_a_missing_official_engine_names_the_extra(monkeypatch: pytest.MonkeyPat
     env = ALFWorldEnv(data="generated", house_size="tiny", backend="alfworld")
     with pytest.raises(MissingExtraError, match=r'pip install "atod\[alfworld\]"'):
         env.reset(seed=0)
+
+
+def test_official_engines_in_several_threads() -> None:
+    pytest.importorskip("alfworld")
+    names = generated_task_ids("train", "tiny")[:4]
+    games = [generate_game(name) for name in names]
+
+    def plays(game: dict[str, object]) -> bool:
+        engine = OfficialEngine(game)
+        engine.reset()
+        return [engine.step(command).won for command in engine.walkthrough][-1]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(plays, games))
 
 
 def test_the_official_engine_says_the_same(alfworld_data: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -20,9 +21,12 @@ from atod_gym.errors import InvalidGameError, MissingExtraError, UnsupportedGame
 _OLD_PUT = "put {o} in/on {r}"
 _NEW_PUT = "move {o} to {r}"
 
+_one_at_a_time = threading.RLock()
+"""Fast Downward, its translator and the filters of warnings belong to the whole process."""
+
 
 class OfficialEngine:
-    """`GameEngine` on `textworld.envs.PddlEnv`; not thread-safe, as Fast Downward is not."""
+    """`GameEngine` on `textworld.envs.PddlEnv`; those of several threads wait for each other."""
 
     def __init__(self, game: Mapping[str, object] | str | os.PathLike[str]) -> None:
         """Loads a game: its content, or the path of its file.
@@ -32,13 +36,16 @@ class OfficialEngine:
             UnsupportedGameError: if the data and the installed alfworld are of different versions.
             InvalidGameError: if the game cannot be read, or the official engine refuses it.
         """
-        pddl_env, demangler, infos = _official_classes()
+        with _one_at_a_time:
+            pddl_env, demangler, infos = _official_classes()
         content = game if isinstance(game, Mapping) else read_game(game)
         _check_versions(str(content["grammar"]), importlib.metadata.version("alfworld"))
         walkthrough = content.get("walkthrough")
         steps = walkthrough if isinstance(walkthrough, list | tuple) else ()
         self.walkthrough: tuple[str, ...] = tuple(map(str, steps))
-        self._env: Any = demangler(pddl_env(infos(won=True, admissible_commands=True)))
+        self._env: Any = self._call(
+            lambda: demangler(pddl_env(infos(won=True, admissible_commands=True)))
+        )
         self._call(self._env.load, content)
 
     def reset(self) -> EngineState:
@@ -64,7 +71,7 @@ class OfficialEngine:
     @staticmethod
     def _call(function: Any, *arguments: object) -> Any:
         """Calls into the official engine: its warnings stay inside, its failures get a name."""
-        with warnings.catch_warnings():
+        with _one_at_a_time, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 return function(*arguments)

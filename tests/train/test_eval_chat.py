@@ -1,0 +1,430 @@
+"""The chat agent against a real HTTP server that also misbehaves, and its rate limiter."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+from echo_env import EchoEnv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from served_chat import FakeChat, first_action
+
+from atod_gym.errors import InvalidSettingError, MissingExtraError, ServerError
+from atod_train import chat_agent, rate_limiter
+from atod_train.agents import Completion, EpisodeStopped
+from atod_train.chat_agent import ChatEndpoint, ChatSettings
+from atod_train.eval_cli import main
+from atod_train.eval_records import EPISODES_FILE
+from atod_train.rate_limiter import RateLimiter
+
+ENV_ID = "tests/EvalEcho-v0"
+MESSAGES = [{"role": "user", "content": "You can do one of these now:\nlook\ngo"}]
+
+
+@pytest.fixture(autouse=True)
+def _client_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    if "chat" in request.fixturenames and importlib.util.find_spec("openai") is None:
+        if os.environ.get("CI"):
+            pytest.fail("no package openai; under CI these tests must run")
+        pytest.skip("no package openai: pip install 'atod[eval]'")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _echo() -> Iterator[None]:
+    gymnasium.register(ENV_ID, entry_point=EchoEnv)
+    yield
+    del gymnasium.registry[ENV_ID]
+
+
+@pytest.fixture
+def chat() -> Iterator[FakeChat]:
+    with FakeChat() as served:
+        yield served
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardly any waiting between attempts."""
+    monkeypatch.setattr(chat_agent, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(chat_agent, "_LONGEST_WAIT", 0.02)
+
+
+def ask(chat: FakeChat, *, limiter: RateLimiter | None = None, **changes: Any) -> Completion:
+    async def run() -> Completion:
+        chosen = ChatSettings("toy", **{"base_url": chat.url, **changes})
+        endpoint = ChatEndpoint(chosen, limiter)
+        try:
+            return await endpoint.complete(MESSAGES)
+        finally:
+            await endpoint.close()
+
+    return asyncio.run(run())
+
+
+def test_what_is_asked_and_what_comes_back(chat: FakeChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    completion = ask(
+        chat, key_variable="MY_KEY", temperature=0.5, top_p=0.9, max_tokens=7, seed=3,
+        extra_body={"top_k": 4},
+    )  # fmt: skip
+    assert completion == Completion("<think>the first</think><action>look</action>", 36, 2, 0)
+    assert chat.posts == [
+        {
+            "model": "toy", "messages": MESSAGES, "temperature": 0.5, "top_p": 0.9,
+            "max_tokens": 7, "seed": 3, "top_k": 4,
+        }
+    ]  # fmt: skip
+    assert chat.headers[0]["authorization"] == "Bearer secret"
+    ask(chat)
+    assert chat.posts[1] == {"model": "toy", "messages": MESSAGES}
+
+
+def test_reasoning_is_kept_apart_unless_wanted(chat: FakeChat) -> None:
+    for name in ("reasoning_content", "reasoning"):
+        chat.reasoning = {name: "hm"}
+        apart, together = ask(chat), ask(chat, keep_reasoning=True)
+        assert (apart.reasoning, apart.reasoning_tokens) == ("hm", None)
+        assert together.text == f"<think>hm</think>{apart.text}"
+
+
+def test_no_text_and_a_cut_text(chat: FakeChat) -> None:
+    chat.reasoning = {"content": None}  # type: ignore[dict-item]
+    assert ask(chat).text == ""
+    chat.mishaps.append("cut")
+    assert ask(chat).is_cut
+
+
+@pytest.mark.parametrize("mishap", [500, 503, 529, 408, 409, "garbage", "page", "no choices"])
+def test_what_passes_is_tried_again(chat: FakeChat, quick: None, mishap: Any) -> None:
+    chat.mishaps += [mishap, mishap]
+    assert ask(chat).text == first_action(MESSAGES)
+    assert len(chat.posts) == 3
+
+
+def test_a_hanging_endpoint_is_asked_again(chat: FakeChat, quick: None) -> None:
+    chat.mishaps.append("hang")
+    assert ask(chat, timeout=0.3).text == first_action(MESSAGES)
+
+
+@pytest.mark.parametrize("mishap", [500, "garbage", "page", "no choices"])
+def test_attempts_are_bounded(chat: FakeChat, quick: None, mishap: Any) -> None:
+    chat.healthy, chat.always = 0, mishap
+    with pytest.raises(ServerError, match=r"That was attempt 3\."):
+        ask(chat, retries=2)
+    assert len(chat.posts) == 3
+
+
+def test_it_waits_as_long_as_it_is_told(chat: FakeChat) -> None:
+    chat.mishaps.append(429)
+    chat.retry_after = "1"
+    limiter = RateLimiter()
+    ask(chat, limiter=limiter)
+    assert chat.times[1] - chat.times[0] >= 0.99
+
+
+def test_a_date_to_wait_for_and_one_too_far_away(chat: FakeChat) -> None:
+    chat.mishaps += [429, 429]
+    chat.retry_after = formatdate(time.time() - 5, usegmt=True)
+    began = time.monotonic()
+    ask(chat)
+    assert time.monotonic() - began < 5
+    chat.mishaps.append(429)
+    chat.retry_after = formatdate(time.time() + 7200, usegmt=True)
+    with pytest.raises(ServerError, match=r"oh, 429\. It asks to wait for 7\d\d\d s\."):
+        ask(chat)
+
+
+@pytest.mark.parametrize(
+    ("mishap", "message"),
+    [
+        (401, "answers 401: oh, 401. Put a valid key into OPENAI_API_KEY"),
+        (403, "--api-key-env"),
+        (404, "Check --model toy and --base-url, which mostly ends in /v1."),
+        (400, "oh, 400. Change what it does not take"),
+        ((400, {"error": {"message": "use max_completion_tokens"}}), "instead of --max-tokens"),
+        (402, "Add credit"),
+        ((429, {"error": {"message": "spent", "code": "insufficient_quota"}}), "Add credit"),
+        ((418, {"detail": "tea"}), "answers 418: tea."),
+    ],
+)
+def test_what_does_not_pass_is_told_at_once(chat: FakeChat, mishap: Any, message: str) -> None:
+    chat.mishaps.append(mishap)
+    with pytest.raises(ServerError, match=re.escape(message)):
+        ask(chat)
+    assert len(chat.posts) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ((413, {"detail": "large"}), "context_limit"),
+        ((400, {"message": "Input is 900 tokens, longer than the model takes"}), "context_limit"),
+        ((400, {"error": {"message": "the request exceeds the available context size"}}),
+         "context_limit"),
+        ((400, {"error": {"message": "no", "code": "content_filter"}}), "refused"),
+    ],
+)  # fmt: skip
+def test_what_ends_one_episode_only(chat: FakeChat, answer: Any, reason: str) -> None:
+    chat.mishaps.append(answer)
+    with pytest.raises(EpisodeStopped) as stop:
+        ask(chat)
+    assert stop.value.reason == reason
+
+
+def test_an_endpoint_that_is_not_there(chat: FakeChat, quick: None) -> None:
+    with FakeChat() as gone:
+        pass
+    with pytest.raises(ServerError, match=r"cannot be reached .* attempt 3\. Is the server runn"):
+        ask(gone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_url": "localhost:8000"}, "--base-url must be a URL"),
+        ({"key_variable": "NOT_SET"}, "The environment variable NOT_SET holds no key"),
+        ({"base_url": None}, "The environment variable OPENAI_API_KEY holds no key"),
+        ({"temperature": -1.0}, "--temperature must be >= 0"),
+        ({"timeout": 0.0}, "--timeout must be > 0"),
+        ({"max_tokens": 0}, "--max-tokens must be >= 1"),
+    ],
+)
+def test_settings_without_meaning(chat: FakeChat, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSettingError, match=message):
+        ask(chat, **changes)
+
+
+def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'atod\[eval\]'"):
+        ChatEndpoint(ChatSettings("toy", base_url="http://127.0.0.1:1/v1"))
+
+
+# -- whole evaluations -----------------------------------------------------------------------------
+
+
+def evaluate(chat: FakeChat, out: Path, *options: str) -> int:
+    return main(
+        [
+            ENV_ID, "--agent", "chat", "--model", "toy", "--base-url", chat.url, "--split", "test",
+            "--out", str(out), *options,
+        ]
+    )  # fmt: skip
+
+
+def solved(messages: Any) -> str:
+    """Says the words of the instruction in order."""
+    words = messages[0]["content"].partition("say ")[2].split()
+    turn = sum(message["role"] == "assistant" for message in messages)
+    return f"<think></think><action>say {words[turn]}</action>"
+
+
+def read(out: Path, name: str = "result.json") -> Any:
+    return json.loads((out / name).read_text(encoding="utf-8"))
+
+
+def test_all_tasks_at_once_with_tokens_and_cost(
+    chat: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.answer, chat.seconds = solved, 0.02
+    chat.mishaps += [500, 429]
+    prices = ("--price-in", "2", "--price-out", "10")
+    assert evaluate(chat, tmp_path, "--concurrency", "5", "--transcripts", *prices) == 0
+    value = read(tmp_path)
+    totals = value["totals"]
+    assert (value["success_rate"], len(value["tasks"]), value["agent"]) == (1.0, 30, "toy")
+    assert len(chat.posts) == 62
+    assert chat.most_at_once == 5
+    assert totals["completion_tokens"] == 60 * 2
+    asked = sum(len(m["content"]) for post in chat.posts[2:] for m in post["messages"])
+    assert abs(totals["prompt_tokens"] - asked) < 1000
+    cost = (2 * totals["prompt_tokens"] + 10 * 120) / 1e6
+    assert totals["cost"] == pytest.approx(cost)
+    assert f"120 out; cost {cost:.4f}" in capsys.readouterr().out
+    episode = json.loads((tmp_path / EPISODES_FILE).read_text().splitlines()[0])
+    first, second = episode["transcript"]
+    assert [m["role"] for m in second["messages"]] == ["user"]
+    assert second["action"].startswith("say ")
+    assert first["parse_error"] == ""
+
+
+@pytest.mark.parametrize("limit", [("--requests-per-minute", "4"), ("--tokens-per-minute", "1800")])
+def test_limits_hold_over_all_episodes(
+    chat: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(rate_limiter, "_WINDOW", 0.5)
+    # About 330 tokens are reckoned with for a prompt and a completion that may be long.
+    chat.seconds = 0.1
+    assert evaluate(chat, tmp_path, "--tasks", "6", "--concurrency", "6", *limit) == 0
+    assert len(chat.times) == 12
+    assert chat.most_at_once < 6
+    assert max(chat.times) - min(chat.times) >= 0.49
+
+
+def test_missing_usage_is_unknown_not_zero(
+    chat: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.mishaps.append("no usage")
+    assert evaluate(chat, tmp_path, "--tasks", "3", "--price-in", "1", "--price-out", "1") == 0
+    assert "tokens unknown in, unknown out; cost unknown" in capsys.readouterr().out
+    assert read(tmp_path)["totals"]["cost"] is None
+
+
+def test_too_long_in_chat_style_fails_the_episode(
+    chat: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.answer = solved
+    # Room for all first prompts and for no second one.
+    chat.most_characters = 300
+    assert evaluate(chat, tmp_path, "--tasks", "4") == 0
+    value = read(tmp_path)
+    assert value["totals"]["stop_reasons"] == {"context_limit": 4}
+    assert [task["turns"] for task in value["tasks"]] == [1] * 4
+    assert "count as failed: context_limit 4" in capsys.readouterr().out
+
+
+def test_where_no_prompt_fits_there_is_no_result(
+    chat: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.most_characters = 10
+    assert evaluate(chat, tmp_path, "--tasks", "4") == 2
+    assert "maximum context length is 8 tokens.) Choose a model" in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_too_long_in_window_style_leaves_out_the_oldest_turns(
+    chat: FakeChat, tmp_path: Path
+) -> None:
+    too_long = (400, {"error": {"message": "no", "code": "context_length_exceeded"}})
+    chat.mishaps += [None, too_long]
+    options = ("--tasks", "1", "--prompt-style", "window")
+    assert evaluate(chat, tmp_path, *options) == 0
+    episode = json.loads((tmp_path / EPISODES_FILE).read_text())
+    assert (episode["turns"], episode["stop_reason"]) == (2, "terminated")
+    assert episode["turns_left_out"] == 1
+    _, whole, shortened = (post["messages"][-1]["content"] for post in chat.posts)
+    assert "say amber" in whole.partition("You observe now")[0]
+    assert "say amber" not in shortened.partition("You observe now")[0].partition("\n\n")[2]
+
+
+def test_a_dying_endpoint_loses_nothing(
+    chat: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.answer, chat.healthy, chat.always = solved, 21, 500
+    options = ("--tasks", "20", "--retries", "0")
+    assert evaluate(chat, tmp_path, *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    kept = len((tmp_path / EPISODES_FILE).read_text().splitlines())
+    assert 5 <= kept < 20
+    assert f"{kept} of 20 tasks are kept" in error
+    assert error.endswith("--tasks 20 --retries 0 --resume")
+    assert not (tmp_path / "result.json").exists()
+    chat.healthy = 10**9
+    with FakeChat(solved) as moved:
+        assert evaluate(moved, tmp_path, *options, "--resume") == 0
+        assert len(moved.posts) == 2 * (20 - kept)
+    assert read(tmp_path)["success_rate"] == 1.0
+    assert len(read(tmp_path, "settings.json")["sessions"]) == 2
+
+
+# -- the limiter -----------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes only where somebody waits."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now += seconds
+        await asyncio.sleep(0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 5), st.integers(1, 100), st.lists(st.integers(1, 120), min_size=1, max_size=25)
+)
+def test_no_minute_sees_more_than_allowed(most: int, tokens: int, sizes: list[int]) -> None:
+    clock = Clock()
+    limiter = RateLimiter(most, tokens, clock=clock, sleep=clock.sleep)
+    admitted: list[tuple[float, int, int]] = []
+
+    async def one(number: int, size: int) -> None:
+        await limiter.admit(size)
+        admitted.append((clock(), size, number))
+
+    async def run() -> None:
+        await asyncio.gather(*(one(number, size) for number, size in enumerate(sizes)))
+
+    asyncio.run(run())
+    assert [number for _, _, number in admitted] == list(range(len(sizes)))
+    for start, _, _ in admitted:
+        minute = [size for t, size, _ in admitted if start <= t < start + 59.99]
+        assert len(minute) <= most
+        assert sum(minute) <= tokens or len(minute) == 1
+
+
+def test_without_limits_nobody_waits_and_after_a_hold_all_do() -> None:
+    clock = Clock()
+    limiter = RateLimiter(clock=clock, sleep=clock.sleep)
+    asyncio.run(limiter.admit(10**9))
+    assert clock() == 1000
+    limiter.hold(5)
+    limiter.hold(2)
+    asyncio.run(limiter.admit(1))
+    assert clock() == pytest.approx(1005)
+
+
+def test_what_an_answer_did_not_take_is_free_at_once() -> None:
+    clock = Clock()
+    limiter = RateLimiter(None, 100, clock=clock, sleep=clock.sleep)
+
+    async def run() -> None:
+        admission = await limiter.admit(90)
+        waiting = asyncio.create_task(limiter.admit(80))
+        await asyncio.sleep(0)
+        limiter.settle(admission, 10)
+        await waiting
+
+    asyncio.run(run())
+    assert clock() - 1000 <= 2 * rate_limiter._LONGEST_SLEEP
+
+
+def test_one_who_gives_up_does_not_block_the_others() -> None:
+    clock = Clock()
+    limiter = RateLimiter(1, None, clock=clock, sleep=clock.sleep)
+
+    async def run() -> None:
+        await limiter.admit(1)
+        waiting = [asyncio.create_task(limiter.admit(1)) for _ in range(2)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        await waiting[1]
+
+    asyncio.run(run())
+    assert clock() == pytest.approx(1060)
+
+
+@pytest.mark.parametrize("limits", [(0, None), (None, 0)])
+def test_limits_below_one_are_refused(limits: tuple[Any, Any]) -> None:
+    with pytest.raises(InvalidSettingError, match="per-minute must be >= 1"):
+        RateLimiter(*limits)
