@@ -18,27 +18,24 @@ this package; its settings are `--env.taskset.env-id atod/WebShop-v0` and so on.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import gymnasium
 
+from atod_gym.adapters.made_env import made_env
+from atod_gym.adapters.verifiers_episode import Episode
 from atod_gym.errors import InvalidSettingError, MissingExtraError
 from atod_gym.parsing import ParseProfile
 from atod_gym.prompts import PromptStyle
-from atod_gym.wrappers import agent_env
 
 PLUGIN_ID = "atod-verifiers"
 """What verifiers calls the taskset, the environment and the harness."""
 
 REWARD = "environment_reward"
 """Name of the reward in traces: the sum of the rewards of the turns."""
-
-T = TypeVar("T")
 
 
 class Plugin(NamedTuple):
@@ -182,22 +179,14 @@ def _made(config: Any) -> gymnasium.Env[Any, str]:
     chosen = {name: value for name, value in chosen.items() if value is not None}
     for name in chosen.keys() & config.options.keys():
         raise InvalidSettingError(f"{name} is set twice: by itself and among the options.")
-    try:
-        env = gymnasium.make(config.env_id, **chosen, **config.options)
-    except TypeError as error:
-        raise InvalidSettingError(f"{config.env_id}: {error}") from error
-    try:
-        return agent_env(
-            env,
-            profile=config.parse_profile,
-            style=config.prompt_style,
-            history_window=config.history_window,
-            template=config.template,
-            show_admissible=config.show_admissible,
-        )
-    except BaseException:
-        env.close()
-        raise
+    prompt_options = {
+        "profile": config.parse_profile,
+        "style": config.prompt_style,
+        "history_window": config.history_window,
+        "template": config.template,
+        "show_admissible": config.show_admissible,
+    }
+    return made_env(config.env_id, {**chosen, **config.options}, prompt_options)
 
 
 class _Tasks:
@@ -239,7 +228,7 @@ class _Playing:
 
     async def run(self, task: Any, agents: Any) -> None:
         """Plays one episode; its trace gets the reward, the metrics and where the task is from."""
-        episode = _Episode(functools.partial(_made, self.taskset.config))
+        episode = Episode(functools.partial(_made, self.taskset.config))
         try:
             message = await episode.start(task.data.id)
             async with agents.agent.interaction(task) as interaction:
@@ -327,77 +316,3 @@ async def _ask(
 def _certificates() -> ssl.SSLContext:
     """Read once: a client of its own reads them in 40 ms, and every turn has a client."""
     return ssl.create_default_context()
-
-
-class _Episode:
-    """A gym environment in a thread of its own, so that a slow one holds up no other.
-
-    All calls run in that thread one after the other; closing therefore waits for a call that was
-    left because its rollout was cancelled.
-    """
-
-    def __init__(self, make: Callable[[], gymnasium.Env[Any, str]]) -> None:
-        self._make = make
-        self._env: gymnasium.Env[Any, str] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="atod-episode")
-        self._info: dict[str, Any] = {}
-        self.turns = 0
-        self.inadmissible = 0
-        self.malformed = 0
-        self.total_reward = 0.0
-        self.stop_reason = ""
-        """`terminated` or `truncated`; empty while the episode goes on."""
-
-    async def start(self, task_id: str) -> str:
-        """Opens the environment; gives the first user message."""
-
-        def opened() -> tuple[Any, dict[str, Any]]:
-            self._env = self._make()
-            return self._env.reset(options={"task_id": task_id})
-
-        messages, self._info = await self._in_thread(opened)
-        return str(messages[-1]["content"])
-
-    async def play(self, completion: str) -> str:
-        """Plays a turn; gives the next user message."""
-        assert self._env is not None
-        messages, reward, terminated, truncated, info = await self._in_thread(
-            functools.partial(self._env.step, completion)
-        )
-        self._info = info
-        self.turns += 1
-        self.inadmissible += not info["is_action_valid"]
-        self.malformed += bool(info["parse_error"])
-        self.total_reward += float(reward)
-        self.stop_reason = "terminated" if terminated else "truncated" if truncated else ""
-        return str(messages[-1]["content"])
-
-    async def close(self) -> None:
-        """Closes the environment, if it was opened."""
-
-        def closed() -> None:
-            if self._env is not None:
-                self._env.close()
-
-        closing = self._thread.submit(closed)
-        self._thread.shutdown(wait=False)
-        # A rollout that is cancelled a second time does not wait; the closing goes on.
-        await asyncio.shield(asyncio.wrap_future(closing))
-
-    def metrics(self) -> dict[str, float]:
-        """Figures of the episode so far."""
-        turns = max(self.turns, 1)
-        return {
-            "success": float(self._info["success"]),
-            "score": float(self._info["score"]),
-            "turns": float(self.turns),
-            "invalid_share": self.inadmissible / turns,
-            "malformed_share": self.malformed / turns,
-        }
-
-    def origin(self) -> dict[str, str]:
-        """Which task of which data was played."""
-        return {name: self._info[name] for name in ("task_id", "task_type", "split", "data")}
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.wrap_future(self._thread.submit(call))
