@@ -27,7 +27,8 @@ def made_env(
         AtodError: if the environment cannot be made, see its class.
     """
     try:
-        env = gymnasium.make(env_id, **env_options)
+        # Gymnasium's checker breaks the first step after a first reset that was refused.
+        env = gymnasium.make(env_id, disable_env_checker=True, **env_options)
     except TypeError as error:
         raise InvalidSettingError(f"{env_id}: {error}") from error
     if prompt_options is None:

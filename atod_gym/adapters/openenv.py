@@ -227,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000, help="0: a free one")
     options = parser.parse_args(arguments)
     try:
+        if not 0 <= options.port < 2**16:
+            raise InvalidSettingError(f"--port must be 0 to 65535, not {options.port}.")
         app = make_app(
             options.env_id,
             completions=options.completions,
@@ -234,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **_env_options(options),
         )
         listener = socket.create_server((options.host, options.port), backlog=_BACKLOG)
-    except (AtodError, gymnasium.error.Error, OSError, OverflowError) as error:
+    except (AtodError, gymnasium.error.Error, OSError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     import uvicorn

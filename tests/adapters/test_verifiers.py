@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -299,17 +300,14 @@ def test_vf_eval_runs_it(base_url: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_user_data")
-def test_the_example_runs(base_url: str) -> None:
+def test_the_example_runs(
+    base_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert len(EXAMPLE.read_text().splitlines()) <= 60
-    result = subprocess.run(
-        [
-            *(sys.executable, "-W", "error", str(EXAMPLE)),
-            *("--base-url", base_url, "--model", "any", "--tasks", "2", "--max-turns", "5"),
-        ],
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    *lines, last = result.stdout.splitlines()
+    options = ["--base-url", base_url, "--model", "any", "--tasks", "2", "--max-turns", "5"]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *options])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    *lines, last = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert all("after 5 turns" in line for line in lines)
     assert last == "success: 0 of 2"
