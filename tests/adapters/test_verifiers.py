@@ -158,6 +158,29 @@ def test_malformed_completions_cost_turns(model: str, base_url: str) -> None:
     assert trace.reward == 0.0
 
 
+def test_a_limit_of_the_agent_ends_the_episode(base_url: str) -> None:
+    env = small_environment()
+    env.config.agent.max_turns = 3
+    [episode] = play(env, base_url, "any", env.taskset.task_ids[:1])
+    assert episode.ok, episode.errors
+    [trace] = episode.traces
+    assert (trace.metrics["turns"], trace.stop_condition) == (3, "max_turns")
+
+
+def test_a_system_prompt_stands_first(base_url: str, tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text("Be quick.")
+    plugin = load_plugin()
+    taskset = plugin.taskset_config(
+        id=PLUGIN_ID, system_prompt=tmp_path / "system.txt", max_turns=4, data="generated"
+    )
+    env = plugin.environment(plugin.environment_config(taskset=taskset))
+    [episode] = play(env, base_url, "any", env.taskset.task_ids[:1])
+    [trace] = episode.traces
+    [branch] = trace.branches
+    assert [m.role for m in branch.messages] == ["system", *["user", "assistant"] * 4]
+    assert branch.messages[0].content == "Be quick."
+
+
 def test_episodes_at_once_have_environments_of_their_own(
     base_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
