@@ -14,8 +14,8 @@ Every session (a websocket) has a gym environment of its own, opened at its firs
 with it. OpenEnv's plain HTTP routes keep no session: there `/reset` shows the start of a task, and
 `/step` answers 409.
 
-A reset takes `seed`, `episode_id`, `task_id`, or `index`, the task's number in the split; of the
-two kinds of task at most one. OpenEnv's task routes (`/<name>/tasks` and so on) list the tasks.
+A reset takes `seed`, `episode_id`, and one of `task_id` and `index`, the task's number in the
+split. OpenEnv's task routes (`/<name>/tasks` and so on) list the tasks.
 """
 
 from __future__ import annotations

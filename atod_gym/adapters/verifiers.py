@@ -12,8 +12,9 @@ exactly that; the older `MultiTurnEnv` is gone from the package. Here
 In chat style a turn's request is the whole dialogue, and the trace is one branch. In window style
 every turn's message stands alone: it starts a branch of its own in the trace.
 
-`vf-eval atod-verifiers` finds all of it in the module `atod_verifiers`, which is installed with
-this package; its settings are `--env.taskset.env-id atod/WebShop-v0` and so on.
+`vf-eval atod-verifiers`, and env servers such as those of prime-rl, find all of it in the module
+`atod_verifiers`, which is installed with this package; its settings are
+`--env.taskset.env-id atod/WebShop-v0` and so on.
 """
 
 from __future__ import annotations
