@@ -81,7 +81,9 @@ def test_environments_import_little_and_never_torch() -> None:
     for module, path in sources("atod_gym").items():
         for name in third_party(path) - GYM_LIBRARIES - {"atod_gym"}:
             # Adapters are for outside libraries, each imported where it is used.
-            if module.startswith("atod_gym.adapters."):
+            if module.startswith("atod_gym.adapters.examples."):
+                assert name not in {"torch", "atod_train", "env_servers"}, (module, name)
+            elif module.startswith("atod_gym.adapters."):
                 assert name not in third_party(path, at_import_only=True), (module, name)
                 assert name not in {"atod_train", "env_servers"}, (module, name)
             else:

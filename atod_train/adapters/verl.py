@@ -2,10 +2,10 @@
 
 Load this module in every process of verl: VERL_USE_EXTERNAL_MODULES=atod_train.adapters.verl in
 the environment. Then `trainer.v1.trainer_mode=atod` is verl's synchronous trainer, and after its
-own advantages, such as those of GRPO, come ATOD's: kappa w_k delta_t + rho A (Eq. 8). The teacher is what verl's reference
-worker holds; `+trainer.v1.atod.teacher=<model>` names it. Settings: see `ATODSettings`; each is
-given as `+trainer.v1.atod.<name>=<value>`. An advantage estimator of verl would not do: it is
-given rewards and masks, neither log-probs nor the step.
+own advantages, such as those of GRPO, come ATOD's: kappa w_k delta_t + rho A (Eq. 8). The teacher
+is what verl's reference worker holds; `+trainer.v1.atod.teacher=<model>` names it. Settings: see
+`ATODSettings`; each is given as `+trainer.v1.atod.<name>=<value>`. An advantage estimator of verl
+would not do: it is given rewards and masks, neither log-probs nor the step.
 
 `ATODAgentLoop` plays a row of `atod_gym.adapters.verl.task_dataset`; a file for
 `actor_rollout_ref.rollout.agent.agent_loop_config_path` says how:
@@ -255,12 +255,14 @@ class ATODAgentLoop(AgentLoopBase):
 class TeacherWorker(ActorRolloutRefWorker):
     """verl's worker, whose reference model is the teacher that `config.ref.atod_teacher` names."""
 
+    ref_worker_cls: Any
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def init_model(self) -> None:
         """Builds the models."""
         with open_dict(self.config.ref):
             teacher = self.config.ref.pop("atod_teacher", "")
-        inner: Any = self.ref_worker_cls
+        inner = self.ref_worker_cls
         if teacher:
             model = OmegaConf.merge(self.config.model, {"path": teacher, "tokenizer_path": teacher})
 

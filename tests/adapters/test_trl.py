@@ -378,7 +378,7 @@ def _teach(student: Any, prompts: list[list[int]], completion: list[int]) -> Non
 
 @pytest.mark.parametrize("style", ["chat", "window"])
 def test_the_example_trains_one_step(style: str, tmp_path: Path) -> None:
-    script = REPOSITORY / "examples" / "trl_atod.py"
+    script = REPOSITORY / "atod_train" / "adapters" / "examples" / "trl_atod.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
     result = subprocess.run(
         [sys.executable, str(script), "--style", style, "--out", str(tmp_path / "out")],

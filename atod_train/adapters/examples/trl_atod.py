@@ -1,12 +1,13 @@
 """ATOD inside TRL: tiny models on generated ALFWorld games, one optimiser step, CPU, seconds.
 
-    pip install 'atod[train,trl]' && python examples/trl_atod.py
+    pip install 'atod[train,trl]' && python -m atod_train.adapters.examples.trl_atod
 
 With real models: --student Qwen/Qwen3-0.6B --teacher <folder> --steps 150
 """
 
 import argparse
 import os
+from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,6 +28,7 @@ parser.add_argument("--steps", type=int, default=1)
 parser.add_argument("--out", default="runs/trl-atod")
 options = parser.parse_args()
 
+student: Any
 if options.student:
     student = AutoModelForCausalLM.from_pretrained(options.student)
     tokenizer = AutoTokenizer.from_pretrained(options.student)

@@ -1,0 +1,42 @@
+"""Gym environments from settings that came from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+
+from atod_gym.errors import InvalidSettingError
+from atod_gym.wrappers import agent_env
+
+
+def made_env(
+    env_id: str, env_options: Mapping[str, Any], prompt_options: Mapping[str, Any] | None = None
+) -> gymnasium.Env[Any, str]:
+    """A new environment.
+
+    Args:
+        env_id: what `gymnasium.make` takes.
+        env_options: keywords of the environment.
+        prompt_options: keywords of `agent_env`, with which the environment speaks messages; None:
+            it takes actions.
+
+    Raises:
+        InvalidSettingError: if a keyword is unknown or has no meaning.
+        AtodError: if the environment cannot be made, see its class.
+    """
+    try:
+        # Gymnasium's checker breaks the first step after a first reset that was refused.
+        env = gymnasium.make(env_id, disable_env_checker=True, **env_options)
+    except TypeError as error:
+        raise InvalidSettingError(f"{env_id}: {error}") from error
+    if prompt_options is None:
+        return env
+    try:
+        return agent_env(env, **prompt_options)
+    except BaseException as error:
+        env.close()
+        if isinstance(error, TypeError):
+            raise InvalidSettingError(f"Prompt options: {error}") from error
+        raise

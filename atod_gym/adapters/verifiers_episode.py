@@ -1,0 +1,89 @@
+"""One episode of a gym environment for the adapter to verifiers, which is asynchronous."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import gymnasium
+
+from atod_gym.adapters.wire_text import encodable
+
+T = TypeVar("T")
+
+
+class Episode:
+    """A gym environment in a thread of its own, so that a slow one holds up no other.
+
+    All calls run in that thread one after the other; closing therefore waits for a call that was
+    left because its rollout was cancelled.
+    """
+
+    def __init__(self, make: Callable[[], gymnasium.Env[Any, str]]) -> None:
+        self._make = make
+        self._env: gymnasium.Env[Any, str] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="atod-episode")
+        self._info: dict[str, Any] = {}
+        self.turns = 0
+        self.inadmissible = 0
+        self.malformed = 0
+        self.total_reward = 0.0
+        self.stop_reason = ""
+        """`terminated` or `truncated`; empty while the episode goes on."""
+
+    async def start(self, task_id: str) -> str:
+        """Opens the environment; gives the first user message."""
+
+        def opened() -> tuple[Any, dict[str, Any]]:
+            self._env = self._make()
+            return self._env.reset(options={"task_id": task_id})
+
+        messages, self._info = await self._in_thread(opened)
+        return encodable(messages[-1]["content"])
+
+    async def play(self, completion: str) -> str:
+        """Plays a turn; gives the next user message."""
+        assert self._env is not None
+        messages, reward, terminated, truncated, info = await self._in_thread(
+            functools.partial(self._env.step, completion)
+        )
+        self._info = info
+        self.turns += 1
+        self.inadmissible += not info["is_action_valid"]
+        self.malformed += bool(info["parse_error"])
+        self.total_reward += float(reward)
+        self.stop_reason = "terminated" if terminated else "truncated" if truncated else ""
+        return encodable(messages[-1]["content"])
+
+    async def close(self) -> None:
+        """Closes the environment, if it was opened."""
+
+        def closed() -> None:
+            if self._env is not None:
+                self._env.close()
+
+        closing = self._thread.submit(closed)
+        self._thread.shutdown(wait=False)
+        # A rollout that is cancelled a second time does not wait; the closing goes on.
+        await asyncio.shield(asyncio.wrap_future(closing))
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the episode so far."""
+        turns = max(self.turns, 1)
+        return {
+            "success": float(self._info["success"]),
+            "score": float(self._info["score"]),
+            "turns": float(self.turns),
+            "invalid_share": self.inadmissible / turns,
+            "malformed_share": self.malformed / turns,
+        }
+
+    def origin(self) -> dict[str, str]:
+        """Which task of which data was played."""
+        return {name: self._info[name] for name in ("task_id", "task_type", "split", "data")}
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self._thread.submit(call))

@@ -1,0 +1,1 @@
+"""Short programs that show the adapters: run them with `python -m`."""
