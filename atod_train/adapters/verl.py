@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 from uuid import uuid4
 
@@ -267,8 +267,9 @@ class TeacherWorker(ActorRolloutRefWorker):
             model = OmegaConf.merge(self.config.model, {"path": teacher, "tokenizer_path": teacher})
 
             def build(config: Any) -> Any:
-                config.model_config = omega_conf_to_dataclass(model)
-                return inner(config=config)
+                chosen = omega_conf_to_dataclass(model)
+                chosen.mtp = config.model_config.mtp
+                return inner(config=replace(config, model_config=chosen))
 
             self.ref_worker_cls = build
         super().init_model()
