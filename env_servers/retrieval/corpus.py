@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import lzma
+import tarfile
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from env_servers.search.storage import StringTable
 LONGEST_LINE = 64 << 20
 """Bytes of a line above which a file is not taken for JSON lines."""
 
+_TAR_MARK = slice(257, 262)
 _FIELDS = "Each line must be an object with 'contents', or with 'title' and 'text'"
 
 
@@ -106,7 +108,8 @@ def read_corpus(path: Path) -> Iterator[Passage]:
     lines do not count. That ids are different is not looked at here.
 
     Args:
-        path: a .jsonl file, as it is or compressed as .gz or .xz.
+        path: a .jsonl file, as it is or compressed as .gz or .xz; a .gz that holds a tar archive,
+            as the published wiki-18.jsonl.gz is said to, gives its first .jsonl file.
 
     Raises:
         CorpusError: if there is no such file, or a line is wrong; names the line.
@@ -149,17 +152,35 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise CorpusError(f"There is no corpus file {path}.") from None
     except IsADirectoryError:
         raise CorpusError(f"{path} is a folder; give the corpus file in it.") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CorpusError(f"Cannot read {path} after line {number}: {reason}.") from error
 
 
-def _opened(path: Path) -> io.BufferedIOBase:
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    return path.open("rb")
+        with gzip.open(path, "rb") as unpacked:
+            is_tar = unpacked.read(512)[_TAR_MARK] == b"ustar"
+        if is_tar:
+            # Not "r|gz", which does not notice where a compressed file was cut.
+            with (
+                gzip.open(path, "rb") as unpacked,
+                tarfile.open(fileobj=unpacked, mode="r|") as archive,
+            ):
+                yield _member(archive, path)
+            return
+    opened: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, Path.open)
+    with opened(path, "rb") as file:
+        yield file
+
+
+def _member(archive: tarfile.TarFile, path: Path) -> IO[bytes]:
+    for member in archive:
+        file = archive.extractfile(member) if member.isfile() else None
+        if file is not None and member.name.endswith(".jsonl"):
+            return file
+    raise CorpusError(f"{path} is a tar archive without a .jsonl file.")
 
 
 def _parsed(line: bytes, row: int) -> Passage:

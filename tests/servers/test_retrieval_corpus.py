@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,10 +66,23 @@ def everything(indexed: IndexedCorpus) -> list[Passage]:
     return list(map(Passage, indexed.corpus.ids(rows), indexed.corpus.contents(rows)))
 
 
+def in_tar(content: bytes, name: str = "data/wiki.jsonl") -> bytes:
+    """A tar archive with a folder and a file in it, compressed."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        folder = tarfile.TarInfo("data")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "pack"),
     [("a.jsonl", bytes), ("a.json", bytes), ("a.jsonl.gz", gzip.compress),
-     ("a.jsonl.xz", lzma.compress)],
+     ("b.jsonl.gz", in_tar), ("a.jsonl.xz", lzma.compress)],
 )  # fmt: skip
 def test_files_plain_and_compressed(
     tmp_path: Path, name: str, pack: Callable[[bytes], bytes]
@@ -160,7 +175,12 @@ def test_files_that_cannot_be_read(tmp_path: Path, cache: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CorpusError, match=f"Cannot read .*{name} after line"):
             index_file(tmp_path / name, 0.9, 0.4)
+    varied = b"".join(b'{"contents": "%x"}\n' % (7**number) for number in range(300))
+    (tmp_path / "d.gz").write_bytes(in_tar(b"", "readme.txt"))
+    (tmp_path / "e.gz").write_bytes(in_tar(varied)[: len(in_tar(varied)) // 2])
     for path, message in (
+        (tmp_path / "d.gz", "is a tar archive without a .jsonl file"),
+        (tmp_path / "e.gz", "Cannot read .*e.gz after line"),
         (tmp_path / "missing.jsonl", "There is no corpus file .*missing"),
         (tmp_path, "is a folder"),
         (broken / "below", "Cannot read .*Not a directory"),
