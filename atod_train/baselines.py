@@ -155,13 +155,31 @@ def turn_limit(settings: AlgorithmConfig, step: int, max_turns: int) -> int:
     return min(1 + step // TCOD_STEPS_PER_TURN, max_turns)
 
 
-def compute_advantages(signals: Signals, settings: AlgorithmConfig, step: int) -> Advantages:
+def schedule_of(settings: AlgorithmConfig) -> Schedule:
+    """The schedule of method atod; where it adapts itself, only its end points count.
+
+    Raises:
+        ValueError: as `Schedule`.
+    """
+    shape = "linear" if settings.shape == "adaptive" else settings.shape
+    return Schedule(*settings.kappa, *settings.rho, anneal_steps=settings.anneal_steps, shape=shape)
+
+
+def is_adaptive(settings: AlgorithmConfig) -> bool:
+    """Whether progress comes from the run itself, see `atod_train.adaptive`."""
+    return settings.method == "atod" and settings.shape == "adaptive"
+
+
+def compute_advantages(
+    signals: Signals, settings: AlgorithmConfig, step: int, progress: float = 0.0
+) -> Advantages:
     """Per-token advantages of the method in `settings` at optimiser cycle `step`.
 
     Args:
         signals: the batch; padding may hold anything.
         settings: method, coefficients and variants.
         step: optimiser cycle, counted from 1.
+        progress: of an adaptive schedule, in [0, 1]; others take `step`.
 
     Raises:
         ValueError: an unknown method; no teacher_logprobs for a method that needs them; a
@@ -181,7 +199,7 @@ def compute_advantages(signals: Signals, settings: AlgorithmConfig, step: int) -
         if signals.divergences is not None:
             log_ratio = masked(-signals.divergences, mask)
             disagreement = mean_over_tokens(log_ratio.abs(), mask)
-        kappa, rho = _coefficients(settings, step)
+        kappa, rho = _coefficients(settings, step, progress)
         weights = _weights(signals, settings, log_ratio, disagreement, uncertainty)
         reward_part = _row_advantages(signals, settings).to(log_ratio.dtype)
         rl_term = atod_advantages(log_ratio, weights, reward_part, 0.0, rho, mask)
@@ -293,13 +311,13 @@ def auxiliary_loss(
     return coefficient * aggregate_tokens(gate * gap, mask, normalizer)
 
 
-def _coefficients(settings: AlgorithmConfig, step: int) -> tuple[float, float]:
+def _coefficients(settings: AlgorithmConfig, step: int, progress: float) -> tuple[float, float]:
     if settings.method != "atod":
         needs_teacher(settings.method)  # refuses unknown names
         return _FIXED_COEFFICIENTS[settings.method]
-    schedule = Schedule(
-        *settings.kappa, *settings.rho, anneal_steps=settings.anneal_steps, shape=settings.shape
-    )
+    schedule = schedule_of(settings)
+    if is_adaptive(settings):
+        return schedule.coefficients_at(progress)
     return schedule.coefficients(step)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Method = Literal["atod", "opd", "grpo", "mix", "sod", "tcod", "sdar"]
-Shape = Literal["linear", "cosine", "constant"]
+Shape = Literal["linear", "cosine", "constant", "adaptive"]
 WeightVariant = Literal[
     "soft_or", "uniform", "disagreement", "uncertainty", "token", "top_fraction"
 ]
@@ -116,6 +116,8 @@ class AlgorithmConfig:
     """opd_signal=exact: compare the student's most likely tokens and the rest as one; 0: all."""
     anneal_steps: int = 80
     shape: Shape = "linear"
+    """Of the way between the coefficients, anneal_steps long. adaptive: it has no length and moves
+    on while the student has stopped getting closer to its teacher, or is nearly as good."""
     turn_weights: WeightVariant = "soft_or"
     top_fraction: float = 0.5
     """Share of a trajectory's turns that turn_weights=top_fraction keeps."""

@@ -5,6 +5,7 @@ number that is not finite is written as null. Shares and rates are 0..1.
 
     step                  1-based optimiser cycle
     kappa, rho            coefficients of the distillation and the reward term
+    anneal_progress       of an adaptive schedule, 0 to 1
     opd_signal            mean over tokens of |kappa * w * delta|
     rl_signal             mean over tokens of |rho * A|
     turn_weight           mean turn weight w

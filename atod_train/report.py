@@ -158,7 +158,11 @@ def _facts(runs: Sequence[RunSummary]) -> str:
     batch = {f"{t['tasks_per_step']} x {t['group_size']}" for t in train if "group_size" in t}
     anneal = {
         "kappa {} to {}, rho {} to {} ".format(*a["kappa"], *a["rho"])
-        + f"over {a['anneal_steps']} steps, {a['shape']}"
+        + (
+            "adaptive"
+            if a["shape"] == "adaptive"
+            else f"over {a['anneal_steps']} steps, {a['shape']}"
+        )
         for a in algorithm
         if {"kappa", "rho", "anneal_steps", "shape"} <= a.keys()
     }

@@ -15,8 +15,7 @@ from typing import Any
 import transformers
 
 from atod_gym.errors import AtodError
-from atod_train.atod import Schedule
-from atod_train.baselines import has_exact_signal, needs_teacher
+from atod_train.baselines import has_exact_signal, needs_teacher, schedule_of
 from atod_train.config import OFFLOAD, RunConfig, is_url
 from atod_train.evaluate import evaluate
 from atod_train.interrupts import interruptible
@@ -251,7 +250,7 @@ def _check_settings(config: RunConfig) -> None:
     if algorithm.dual_clip <= 1:
         raise AtodError("algorithm.dual_clip must be above 1 (inf: none).")
     try:
-        Schedule(*algorithm.kappa, *algorithm.rho, algorithm.anneal_steps, algorithm.shape)
+        schedule_of(algorithm)
         for method in config.study.methods or (algorithm.method,):
             exact = has_exact_signal(replace(algorithm, method=method))
             if exact and is_url(config.model.teacher):

@@ -9,16 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from atod_train.adaptive import AdaptiveProgress
 from atod_train.baselines import (
     Advantages,
     Signals,
     compute_advantages,
+    is_adaptive,
     needs_teacher,
     turn_limit,
 )
@@ -80,6 +82,8 @@ class Progress:
     trajectories: int = 0
     best_step: int = 0
     best_success: float = -1.0
+    annealing: dict[str, Any] = field(default_factory=dict)
+    """Of an adaptive schedule, see `AdaptiveProgress`."""
 
 
 class Trainer:
@@ -119,6 +123,8 @@ class Trainer:
         )
         self._times = PhaseTimes()
         self.done = Progress()
+        self._annealing = AdaptiveProgress()
+        self._teacher_success = _success_of("teacher", known)
 
     # -- the run -----------------------------------------------------------------------------------
 
@@ -212,6 +218,7 @@ class Trainer:
             state = load_checkpoint(checkpoint, model=model_tensors(self.student.model))
             self.learner.restore(state.tensors)
             self.done = Progress(**state.metadata["progress"])
+            self._annealing = AdaptiveProgress(**self.done.annealing)
         self.processes.wait()
         return exists
 
@@ -299,6 +306,12 @@ class Trainer:
             **batch_metrics(batch, trajectories, scores, advantages),
             **update,
         }
+        if is_adaptive(self.config.algorithm):
+            metrics["anneal_progress"] = self._annealing.progress
+            self._annealing.update(
+                metrics["disagreement"], metrics["train_success"], self._teacher_success
+            )
+            self.done.annealing = asdict(self._annealing)
         drift = rendering_drift(trajectories, self._dialogue)
         if drift is not None:
             metrics["rollout/rendering_drift"] = drift
@@ -358,7 +371,15 @@ class Trainer:
             divergences=scores.divergences,
             turn_penalties=torch.tensor([u.penalty for t in trajectories for u in t.turns]),
         )
-        return compute_advantages(signals, self.config.algorithm, step)
+        return compute_advantages(signals, self.config.algorithm, step, self._annealing.progress)
+
+
+def _success_of(model: str, known: Sequence[Evaluation]) -> float | None:
+    """A model's success rate over all splits, sampled if that was looked at; None: not known."""
+    results = [e.result for e in known if e.model == model]
+    sampled = [result for result in results if result.mode == "sampled"] or results
+    tasks = sum(len(result.tasks) for result in sampled)
+    return sum(result.successes for result in sampled) / tasks if tasks else None
 
 
 def _parameters(policy: Policy) -> int:

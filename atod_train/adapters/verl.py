@@ -24,7 +24,7 @@ import asyncio
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import torch
@@ -33,7 +33,7 @@ from atod_gym.errors import InvalidSettingError, MissingExtraError
 from atod_train.adapters.episode import Episode, PromptRoom, RowTokens
 from atod_train.adapters.objective import TurnWeighting, Weights, mixed_advantages
 from atod_train.atod import Schedule
-from atod_train.config import EnvConfig, Shape
+from atod_train.config import EnvConfig
 from atod_train.dialogue import DialogueEncoder
 from atod_train.rollout import EnvPool
 
@@ -74,7 +74,7 @@ class ATODSettings:
     rho_init: float = 1.0
     rho_max: float = 2.0
     anneal_steps: int = 80
-    shape: Shape = "linear"
+    shape: Literal["linear", "cosine", "constant"] = "linear"
     weights: Weights = "soft_or"
     min_turns: int = 3
     min_disagreement: float = 0.01
