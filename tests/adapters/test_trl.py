@@ -376,12 +376,11 @@ def _teach(student: Any, prompts: list[list[int]], completion: list[int]) -> Non
 # -- the example -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("style", ["chat", "window"])
-def test_the_example_trains_one_step(style: str, tmp_path: Path) -> None:
+def test_the_example_trains_one_step(tmp_path: Path) -> None:
     script = REPOSITORY / "atod_train" / "adapters" / "examples" / "trl_atod.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
     result = subprocess.run(
-        [sys.executable, str(script), "--style", style, "--out", str(tmp_path / "out")],
+        [sys.executable, str(script), "--style", "window", "--out", str(tmp_path / "out")],
         capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]

@@ -295,6 +295,7 @@ def test_one_step_of_every_method_with_smollm2(
     assert float(step["rollout/logprob_drift"]) < 1e-3
     assert 0 < step["tokens"] <= 16
     assert read_json(run / "manifest.json")["parameters"]["student"] >= WEIGHTS
-    saved = AutoModelForCausalLM.from_pretrained(run / "models" / "last")
-    assert saved.num_parameters() == WEIGHTS
+    if method in ("atod", "grpo"):
+        saved = AutoModelForCausalLM.from_pretrained(run / "models" / "last")
+        assert saved.num_parameters() == WEIGHTS
     shutil.rmtree(tmp_path)  # 2 GB
