@@ -1,11 +1,13 @@
-"""The command line: `atod-train PRESET [--section.setting value ..]`, `doctor`, `serve-teacher`."""
+"""The command line: `atod-train PRESET [--section.setting value ..]`, `study FILE`, and others."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -28,30 +30,84 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from atod_train import serve_teacher
 
             return serve_teacher.main(chosen[1:])
-        import tyro
+        import tyro  # noqa: F401 - whether it is there
     except ImportError as error:
         print(f"atod-train: {_missing(error)}", file=sys.stderr)
         return 2
-    configs = {name: (preset.summary, preset.config) for name, preset in PRESETS.items()}
-    config: RunConfig = tyro.extras.overridable_config_cli(configs, prog="atod-train", args=chosen)
+    if chosen[:1] == ["study"]:
+        return _guarded(_study, chosen[1:])
+    config = _parsed(chosen)
     preset = next((name for name in chosen if name in PRESETS), "run")
     out = Path(config.study.out or Path("runs") / preset)
-    return _run(config, out)
+    return _guarded(_run, config, out)
 
 
-def _run(config: RunConfig, out: Path) -> int:
+def _parsed(arguments: list[str]) -> RunConfig:
+    """The settings of a command line that begins with a preset."""
+    import tyro
+
+    configs = {name: (preset.summary, preset.config) for name, preset in PRESETS.items()}
+    config: RunConfig = tyro.extras.overridable_config_cli(
+        configs, prog="atod-train", args=arguments
+    )
+    return config
+
+
+def _run(config: RunConfig, out: Path) -> None:
+    from atod_train.study import run_study
+
+    _show(out, run_study(config, out))
+
+
+def _study(arguments: list[str]) -> None:
+    from atod_train.processes import is_main_process
+    from atod_train.report_data import read_run
+    from atod_train.study import make_runs
+    from atod_train.study_file import read_study
+    from atod_train.study_results import RESULTS_FILE, write_results
+
+    parser = argparse.ArgumentParser(
+        prog="atod-train study",
+        description="Make the runs of a study file, or go on with them; "
+        "the format is described in atod_train/study_file.py.",
+    )
+    parser.add_argument("file", type=Path, help="TOML file")
+    parser.add_argument("--out", type=Path, help="folder (default: runs/<name of the file>)")
+    options = parser.parse_args(arguments)
+    out = options.out or Path("runs") / options.file.stem
+    done = {}
+    for part in read_study(options.file, out, _parsed):
+        report = make_runs(part.config, part.runs, part.folder)
+        if is_main_process():
+            print(f"\n{part.name}")
+            done[part.name] = [read_run(run.folder) for run in part.runs]
+            write_results(out / RESULTS_FILE, done)
+            _show(part.folder, report)
+
+
+def _show(out: Path, report: Path) -> None:
+    """Prints the tables of a study."""
+    from atod_train.processes import is_main_process
+    from atod_train.report_data import read_run
+    from atod_train.study_tables import print_tables
+
+    if is_main_process():
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        runs = [read_run(path.parent) for path in sorted(out.glob("*/config.json"))]
+        print_tables(runs, console)
+        console.print(f"report: {report}")
+
+
+def _guarded(work: Callable[..., None], *arguments: Any) -> int:
+    """Runs something that trains; what goes wrong is told in a line."""
     import transformers
 
-    from atod_train.processes import is_main_process, leave_processes
-    from atod_train.report_data import read_run
-    from atod_train.study import run_study
-    from atod_train.study_tables import print_tables
+    from atod_train.processes import leave_processes
     from atod_train.trainer import StoppedByUser
 
     transformers.utils.logging.disable_progress_bar()
-    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        report = run_study(config, out)
+        work(*arguments)
     except StoppedByUser as stop:
         print(f"atod-train: {stop}", file=sys.stderr)
         return 130
@@ -74,11 +130,6 @@ def _run(config: RunConfig, out: Path) -> int:
         return 2
     finally:
         leave_processes()
-    if not is_main_process():
-        return 0
-    runs = [read_run(path.parent) for path in sorted(out.glob("*/config.json"))]
-    print_tables(runs, console)
-    console.print(f"report: {report}")
     return 0
 
 

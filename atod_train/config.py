@@ -166,6 +166,8 @@ class StudyConfig:
     """Runs at the same time, each in a process of its own."""
     resume: bool = False
     """Go on with what is in the folder: finished runs are kept, others continue."""
+    label: str = ""
+    """What a run is called in tables and figures; empty: its method."""
 
 
 @dataclass(frozen=True)

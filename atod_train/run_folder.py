@@ -141,7 +141,7 @@ def write_manifest(
 
     Args:
         run_dir: the run folder.
-        method: such as `atod`.
+        method: such as `atod`, or what else the run is called.
         env_id: Gymnasium id.
         data: which data is played: `official`, `generated` or a path.
         data_hash: content hash of the task manifest.

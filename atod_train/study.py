@@ -35,7 +35,7 @@ from atod_train.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """One run of a study."""
 
     config: RunConfig
@@ -56,14 +56,8 @@ def run_study(config: RunConfig, out: Path) -> Path:
         AtodError: a setting, file or environment that cannot be used; the message says what to do.
         StoppedByUser: after Ctrl-C.
     """
-    _check_settings(config)
-    processes = join_processes(config.model.device)
-    if processes.is_main:
-        _check_folder(out)
-    else:
-        no_lines()
     runs = [
-        _Run(
+        Run(
             replace(
                 config,
                 algorithm=replace(config.algorithm, method=method),
@@ -74,6 +68,31 @@ def run_study(config: RunConfig, out: Path) -> Path:
         for seed in config.study.seeds or (config.train.seed,)
         for method in config.study.methods or (config.algorithm.method,)
     ]
+    return make_runs(config, runs, out)
+
+
+def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> Path:
+    """Makes the start and the teacher, then some runs, and writes the report.
+
+    Args:
+        config: what all runs share: environment, models, and how many at the same time.
+        runs: they differ in algorithm, budget and seed only.
+        out: folder of the study.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        AtodError, StoppedByUser: as `run_study`.
+    """
+    for run in runs:
+        _check_settings(run.config)
+    _check_settings(config)
+    processes = join_processes(config.model.device)
+    if processes.is_main:
+        _check_folder(out)
+    else:
+        no_lines()
     left = [run for run in runs if not _is_finished(run)]
     # Nobody looks later than the main process writes.
     processes.wait()
@@ -87,7 +106,7 @@ def run_study(config: RunConfig, out: Path) -> Path:
 
 
 def _make_runs(
-    config: RunConfig, runs: Sequence[_Run], left: Sequence[_Run], processes: Processes
+    config: RunConfig, runs: Sequence[Run], left: Sequence[Run], processes: Processes
 ) -> None:
     """Makes what all runs share, then the runs that are left."""
     wants_teacher = any(needs_teacher(run.config.algorithm.method) for run in runs)
@@ -108,7 +127,7 @@ def _make_runs(
         call_all(_train, [(run, known, processes) for run in left])
 
 
-def _is_finished(run: _Run) -> bool:
+def _is_finished(run: Run) -> bool:
     return run.config.study.resume and bool(read_json(run.folder / SUMMARY_FILE).get("finished"))
 
 
@@ -172,7 +191,7 @@ def _evaluate_start(
         pool.close()
 
 
-def _train(run: _Run, known: Sequence[Evaluation], processes: Processes) -> None:
+def _train(run: Run, known: Sequence[Evaluation], processes: Processes) -> None:
     """One run, from the start or from its last checkpoint."""
     config = run.config
     train_pool = EnvPool(config.env, "train")

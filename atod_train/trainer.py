@@ -228,7 +228,7 @@ class Trainer:
         teacher = self.teacher.policy if isinstance(self.teacher, LocalTeacher) else None
         write_manifest(
             self.run_dir,
-            method=self.config.algorithm.method,
+            method=self.config.study.label or self.config.algorithm.method,
             env_id=self.config.env.id,
             data=self._train_pool.data,
             data_hash=self._train_pool.content_hash,

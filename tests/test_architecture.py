@@ -34,7 +34,7 @@ TRAINER_LAYERS = (
     "learner update serve_teacher",
     "trainer",
     "presets report_data report_figures report_curves report_page report_tables report study"
-    " study_tables eval_options",
+    " study_tables study_file study_results eval_options",
     "cli eval_cli",
 )
 

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atod_gym.errors import InvalidSettingError
+from atod_train.cli import _parsed, main
+from atod_train.metrics import read_evaluations, read_metrics
+from atod_train.run_folder import read_json
+from atod_train.study_file import read_study
+
+STUDY = """
+seeds = [0, 1]
+
+[environments.houses]
+preset = "quickstart"
+"env.eval_tasks" = 3
+"env.max_turns" = 12
+"env.eval_splits" = ["valid_seen"]
+"model.demonstrations" = 8
+"model.student_epochs" = 0.5
+"model.teacher_epochs" = 0.5
+"train.steps" = 2
+"train.tasks_per_step" = 2
+"train.group_size" = 2
+
+[runs.atod]
+[runs.adaptive]
+"algorithm.shape" = "adaptive"
+"algorithm.kappa" = [0.8, 0.2]
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(STUDY, encoding="utf-8")
+    return path
+
+
+def test_a_study_is_read(study: Path, tmp_path: Path) -> None:
+    [part] = read_study(study, tmp_path / "out", _parsed)
+    assert [run.folder.name for run in part.runs] == [
+        "atod-seed0", "adaptive-seed0", "atod-seed1", "adaptive-seed1"
+    ]  # fmt: skip
+    first, second = part.runs[:2]
+    assert first.config.algorithm.shape == "linear"
+    assert second.config.algorithm.kappa == (0.8, 0.2)
+    assert second.config.study.label == "adaptive"
+    assert {run.config.train.save_every for run in part.runs} == {1}
+    assert first.config.env.eval_splits == ("valid_seen",)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = [0, 1]", "seeds = [0, 0]", "twice"),
+        ("seeds = [0, 1]", "seeds = 3", "seeds must be a list"),
+        ("seeds = [0, 1]", "seed = [0]", "unknown key 'seed'"),
+        ("seeds = [0, 1]", "jobs = 0", "jobs must be"),
+        ("seeds = [0, 1]", "seeds = [", "Cannot read the study"),
+        ("[runs.adaptive]", "[runs.'a/b']", "cannot be the name of a folder"),
+        ('preset = "quickstart"', 'preset = "slowstart"', "preset must be one of"),
+        ('"algorithm.shape" = "adaptive"', '"model.student" = "tiny"', "cannot be set here"),
+        ('"algorithm.shape" = "adaptive"', '"env.max_turns" = 3', "cannot be set here"),
+        ('"algorithm.shape" = "adaptive"', 'algorithm.shape = "adaptive"', "with quotes"),
+        ('"env.max_turns" = 12', '"study.jobs" = 12', "cannot be set here"),
+        ("[runs.atod]\n[runs.adaptive]", "[run.adaptive]", "unknown key 'run'"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(
+    old: str, new: str, message: str, study: Path, tmp_path: Path
+) -> None:
+    study.write_text(STUDY.replace(old, new), encoding="utf-8")
+    with pytest.raises(InvalidSettingError, match=re.escape(message)):
+        read_study(study, tmp_path / "out", _parsed)
+
+
+def test_mistakes_are_one_line(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study.write_text(STUDY.replace("quickstart", "none"), encoding="utf-8")
+    assert main(["study", str(study), "--out", str(tmp_path / "out")]) == 2
+    assert main(["study", str(tmp_path / "none.toml")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("atod-train: error: ") for line in lines)
+
+
+def test_a_killed_study_goes_on_and_writes_its_results(study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    environment = {**os.environ, "ATOD_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "atod_train.cli", "study", str(study), "--out", str(out)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(out / "houses" / "atod-seed0")) < 1:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.kill()
+    assert not (out / "results.json").exists()
+    finished = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "adaptive, mean of 2 seeds" in finished.stdout
+    assert (out / "houses" / "report.html").is_file()
+
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    houses: dict[str, Any] = results["houses"]
+    assert [(run["label"], run["seed"]) for run in houses["runs"]] == [
+        ("atod", 0), ("adaptive", 0), ("atod", 1), ("adaptive", 1)
+    ]  # fmt: skip
+    assert len(houses["tasks"]["valid_seen"]) == 3
+    assert houses["start"].keys() == houses["teacher"].keys() == {
+        "valid_seen/greedy", "valid_seen/sampled"
+    }  # fmt: skip
+    for run in houses["runs"]:
+        folder = out / "houses" / f"{run['label']}-seed{run['seed']}"
+        assert [step["step"] for step in read_metrics(folder)] == [1, 2]
+        assert run["minutes"] == read_json(folder / "summary.json")["minutes"]
+        last = [e for e in read_evaluations(folder) if e.step == 2 and e.result.mode == "greedy"]
+        bits = "".join("1" if task.success else "0" for task in last[0].result.tasks)
+        assert run["last"]["valid_seen/greedy"]["success"] == bits
+        assert run["seconds"]["generation"] >= 0
+    # Nothing is left to do, and nothing changes.
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
