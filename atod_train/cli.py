@@ -99,10 +99,16 @@ def _show(out: Path, report: Path) -> None:
 
 
 def _guarded(work: Callable[..., None], *arguments: Any) -> int:
+    """Runs something that trains, and ends the process where it trains with others."""
+    from atod_train.processes import end_process
+
+    return end_process(_told(work, *arguments))
+
+
+def _told(work: Callable[..., None], *arguments: Any) -> int:
     """Runs something that trains; what goes wrong is told in a line."""
     import transformers
 
-    from atod_train.processes import leave_processes
     from atod_train.trainer import StoppedByUser
 
     transformers.utils.logging.disable_progress_bar()
@@ -128,8 +134,6 @@ def _guarded(work: Callable[..., None], *arguments: Any) -> int:
             file=sys.stderr,
         )
         return 2
-    finally:
-        leave_processes()
     return 0
 
 

@@ -17,7 +17,7 @@ from atod_train.config import AlgorithmConfig
 from atod_train.learner import Learner
 from atod_train.metrics import PhaseTimes
 from atod_train.pretrained import LoadOptions, load_policy
-from atod_train.processes import Processes, join_processes, leave_processes
+from atod_train.processes import Processes, end_process, join_processes
 from atod_train.study import run_study
 from atod_train.teacher import LocalTeacher
 from atod_train.training_state import whole
@@ -84,8 +84,7 @@ def main() -> None:
     what, out = sys.argv[1], Path(sys.argv[2])
     if what == "run":
         run_study(test_processes.with_steps(int(sys.argv[3]), resume=True), out)
-        leave_processes()
-        return
+        end_process(0)
     processes = join_processes("cpu")
     found = {signal: gradients_of_an_update(processes, signal) for signal in ("sampled", "exact")}
     found["adapters"] = adapters_after_three_updates(processes, out / "start")
@@ -96,7 +95,7 @@ def main() -> None:
         (out / "processes.json").write_text(text)
     else:
         processes.any(processes.index == 0)
-    leave_processes()
+    end_process(0)
 
 
 if __name__ == "__main__":
