@@ -28,6 +28,7 @@ LAST_CHARACTERS = 30
 ACTION_TAGS = ("action",)
 """Tags of an environment that names none."""
 
+_VERB = re.compile("[A-Za-z]+")
 _CJK = re.compile("[\u4e00-\u9fff]")
 _OPEN, _CLOSE = "<action>", "</action>"
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
@@ -84,6 +85,12 @@ def format_action(action: str, profile: ParseProfile, tags: Sequence[str] = ACTI
         known = " nor ".join(f"{tag}[..]" for tag in tags)
         raise InvalidSettingError(f"The action {action[:100]!r} is neither {known}.")
     return f"<think></think><{tag}>{content}</{tag}>"
+
+
+def action_verb(action: str) -> str:
+    """The first word of an action, such as `go`, `click` or `search`; empty if there is none."""
+    found = _VERB.match(action)
+    return found[0].lower() if found else ""
 
 
 def action_tags(metadata: Mapping[str, Any]) -> tuple[str, ...]:

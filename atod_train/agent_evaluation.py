@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ import gymnasium
 
 import atod_gym  # noqa: F401 - registers the environments
 from atod_gym.errors import InvalidSettingError
+from atod_gym.parsing import action_verb
 from atod_gym.wrappers import agent_env
 from atod_train.agents import Agent, Completion, EpisodeStopped, checked
 from atod_train.config import ParseProfile, PromptStyle
@@ -22,7 +22,6 @@ from atod_train.eval_records import EpisodeRecord
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_VERB = re.compile("[A-Za-z]+")
 
 
 @dataclass(frozen=True)
@@ -217,8 +216,7 @@ class _Taken:
         self.completion_tokens = _sum(self.completion_tokens, said.completion_tokens)
         self.reasoning_tokens = _sum(self.reasoning_tokens, said.reasoning_tokens)
         if info["is_action_valid"] and not info["parse_error"]:
-            verb = _VERB.match(info["action"])
-            self.verbs[verb[0].lower() if verb else ""] += 1
+            self.verbs[action_verb(info["action"])] += 1
         else:
             self.invalid_turns += 1
 

@@ -7,13 +7,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from atod_gym.errors import AtodError, MissingExtraError
 from atod_train.config import RunConfig
 from atod_train.presets import PRESETS
+
+if TYPE_CHECKING:
+    from atod_train.report_data import RunSummary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,9 +57,11 @@ def _parsed(arguments: list[str]) -> RunConfig:
 
 
 def _run(config: RunConfig, out: Path) -> None:
+    from atod_train.report_data import read_run
     from atod_train.study import run_study
 
-    _show(out, run_study(config, out))
+    report = run_study(config, out)
+    _show([read_run(path.parent) for path in sorted(out.glob("*/config.json"))], report)
 
 
 def _study(arguments: list[str]) -> None:
@@ -82,18 +87,16 @@ def _study(arguments: list[str]) -> None:
             print(f"\n{part.name}")
             done[part.name] = [read_run(run.folder) for run in part.runs]
             write_results(out / RESULTS_FILE, done)
-            _show(part.folder, report)
+            _show(done[part.name], report)
 
 
-def _show(out: Path, report: Path) -> None:
+def _show(runs: Sequence[RunSummary], report: Path) -> None:
     """Prints the tables of a study."""
     from atod_train.processes import is_main_process
-    from atod_train.report_data import read_run
     from atod_train.study_tables import print_tables
 
     if is_main_process():
         console = Console(width=None if sys.stdout.isatty() else 120)
-        runs = [read_run(path.parent) for path in sorted(out.glob("*/config.json"))]
         print_tables(runs, console)
         console.print(f"report: {report}")
 

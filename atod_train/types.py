@@ -7,16 +7,14 @@ sequence, N trajectories, G trajectories per group.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from atod_gym.parsing import action_verb
 from atod_gym.types import Message
-
-_VERB = re.compile("[A-Za-z]+")
 
 FinishReason = Literal["stop", "length"]
 """Why sampling ended: the end-of-turn token came, or the token limit was reached."""
@@ -64,8 +62,7 @@ class Turn:
     @property
     def verb(self) -> str:
         """The first word of the action, such as `go`, `click` or `search`; "" for none."""
-        found = _VERB.match(self.action)
-        return found[0].lower() if found else ""
+        return action_verb(self.action)
 
 
 @dataclass(frozen=True, slots=True)

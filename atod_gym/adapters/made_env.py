@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium
 
+import atod_gym  # noqa: F401 - registers the environments
 from atod_gym.errors import InvalidSettingError
 from atod_gym.wrappers import agent_env
 

@@ -10,8 +10,8 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from atod_gym.adapters.made_env import made_env
-from atod_gym.adapters.wire_text import encodable
 from atod_gym.errors import InvalidSettingError
+from atod_gym.wire_text import encodable
 
 
 class ServedEnv(NamedTuple):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium
-
-import atod_gym  # noqa: F401 - registers the environments
+from atod_gym.adapters.made_env import made_env
 from atod_gym.errors import MissingExtraError
 
 
@@ -14,9 +12,9 @@ def task_ids(env_id: str, **settings: Any) -> tuple[str, ...]:
     """The task ids of a split, in manifest order.
 
     Raises:
-        AtodError: as the environment does.
+        AtodError: as `made_env`.
     """
-    env = gymnasium.make(env_id, **settings)
+    env = made_env(env_id, settings)
     try:
         return tuple(env.get_wrapper_attr("task_ids"))
     finally:

@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium
 
 from atod_gym.adapters import tasks
+from atod_gym.adapters.made_env import made_env
 from atod_gym.parsing import ACTION_TAGS, action_tags
 from atod_gym.prompts import PromptTemplate, render_prompt
 
@@ -68,7 +69,7 @@ def environment_factory(
     """
 
     def make() -> TaskTool:
-        env = gymnasium.make(env_id, **settings)
+        env = made_env(env_id, settings)
         return TaskTool(env, success_reward, invalid_action_penalty, show_admissible)
 
     return make

@@ -23,6 +23,7 @@ from atod_gym.envs.search_qa_texts import Passage, make_passage
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
 from atod_gym.http_client import RETRY_STATUSES, TOKEN_VARIABLE, JsonClient, in_batches
 from atod_gym.server_process import RunningServer, shared_server
+from atod_gym.wire_text import encodable
 
 SERVICE = "retrieval"
 BATCH_LIMIT = 1024
@@ -137,8 +138,7 @@ class RetrievalServer:
         Raises:
             ServerError: if the server fails, or sends no sense, several times.
         """
-        # No UTF-8 can hold lone surrogates, and many a server fails on them.
-        clean = [query.encode("utf-8", "replace").decode() for query in queries]
+        clean = [encodable(query) for query in queries]
         found: dict[str, tuple[Passage, ...]] = {}
         for part in in_batches(list(dict.fromkeys(clean)), BATCH_LIMIT):
             found.update(zip(part, self._retrieve(part, topk), strict=True))

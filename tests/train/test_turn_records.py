@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from atod_gym.errors import AtodError
@@ -74,6 +75,8 @@ def statistics(trajectory: Trajectory) -> tuple[TurnStatistics, ...]:
 
 @given(trajectories(), st.booleans())
 def test_what_is_written_is_read_back(trajectory: Trajectory, has_teacher: bool) -> None:
+    # Two rewards of 1e308 have no sum that JSON could hold; `write_rows` refuses it, see below.
+    assume(math.isfinite(trajectory.episode_return))
     found = statistics(trajectory) if has_teacher and trajectory.turns else None
     row = json.loads(json.dumps(to_row(trajectory, found), allow_nan=False))
     again, said = from_row(row)

@@ -1,4 +1,4 @@
-"""What adapters do to texts before they leave the process."""
+"""What is done to texts before they leave the process."""
 
 from __future__ import annotations
 
