@@ -20,6 +20,7 @@ from atod_gym.errors import AtodError
 from atod_gym.types import Message
 from atod_train.batching import length_buckets, make_batch
 from atod_train.dialogue import DialogueEncoder
+from atod_train.muon import Muon
 from atod_train.policy import Policy
 from atod_train.progress import progress
 from atod_train.rollout import EnvPool, new_messages, seed_for, tasks_for_step
@@ -226,7 +227,7 @@ def _supervised_optimizers(policy: Policy, lr: tuple[float, float]) -> list[torc
         torch.optim.AdamW(others, lr=lr[0], betas=(0.9, 0.95), weight_decay=0.01)
     ]
     if matrices:
-        optimizers.insert(0, torch.optim.Muon(matrices, lr=lr[1], weight_decay=0.01))
+        optimizers.insert(0, Muon(matrices, lr=lr[1]))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
