@@ -218,7 +218,7 @@ def page_figures(environment: StudyEnvironment, key: str) -> list[ReportFigure]:
                 "line. Where only the last step was evaluated: 95 % bootstrap intervals over "
                 "seeds and tasks.",
                 _describe(environment, split),
-                draw(f"{key}-success{number}", success_paint(environment, split), size=(7.0, 3.4)),
+                draw(f"{key}-success{number}", success_paint(environment, split), size=(6.0, 3.2)),
             )
         )
     for number, (title, note, panels) in enumerate(
@@ -236,7 +236,7 @@ def page_figures(environment: StudyEnvironment, key: str) -> list[ReportFigure]:
     ):
         paint = metrics_paint(environment, [panels])
         alt = f"{title}: {' and '.join(panel.title for panel in panels)} over steps."
-        svg = draw(f"{key}-metrics{number}", paint, size=(7.0, 3.0))
+        svg = draw(f"{key}-metrics{number}", paint, size=(6.0, 2.8))
         figures.append(ReportFigure(title, note, alt, svg))
     return figures
 
