@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atod_gym.errors import AtodError
+from atod_train.config import is_url
 from atod_train.study_results import FOLDER_NAME
 
 _EVALUATIONS = ("last", "best")
@@ -197,5 +198,14 @@ def _setting_differences(
     for section in sections:
         old, new = a.get(section) or {}, b.get(section) or {}
         for key in old:
-            if key in new and key not in _FREE[section] and old[key] != new[key]:
+            if key not in new or key in _FREE[section]:
+                continue
+            if _plain(key, old[key]) != _plain(key, new[key]):
                 yield f"{section}.{key} ({old[key]!r} and {new[key]!r})"
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A setting as it is compared: a model may lie in another folder, or behind another URL."""
+    if key not in ("student", "teacher") or not isinstance(value, str):
+        return value
+    return "a server" if is_url(value) else value.rstrip("/").rpartition("/")[2]

@@ -205,6 +205,11 @@ def test_the_course_of_one_seed_has_intervals_over_tasks(tmp_path: Path) -> None
     assert (band.lows[1], band.highs[1]) == pytest.approx(wilson_interval(9, 12))
 
 
+def test_a_course_begins_at_the_start_of_its_piece(merged: StudyEnvironment) -> None:
+    courses = seed_courses(merged, "b", "greedy")
+    assert courses == [{0: 1.0, 3: 0.75}, {0: 0.0, 3: 1.0}]
+
+
 def test_the_course_of_three_seeds_has_intervals_over_seeds(tmp_path: Path) -> None:
     band = course_band(with_courses(tmp_path, [0.4, 0.5, 0.6]), "a", "greedy", "s")
     assert band is not None
@@ -371,6 +376,10 @@ def change_path(record: dict[str, Any]) -> None:
     record["env"] = {"max_turns": 30, "data": "/elsewhere"}
 
 
+def change_folder(record: dict[str, Any]) -> None:
+    record["model"] = {"student": "/models/tiny/"}
+
+
 def change_option(record: dict[str, Any]) -> None:
     record["model"] = {"student": "tiny", "new_setting": 1}
 
@@ -380,6 +389,7 @@ def change_option(record: dict[str, Any]) -> None:
     [
         pytest.param(change_device, id="device"),
         pytest.param(change_path, id="path"),
+        pytest.param(change_folder, id="folder-of-a-model"),
         pytest.param(change_option, id="setting-of-one-alone"),
     ],
 )
