@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
+from typing import Any
 
 from atod_gym.errors import AtodError, MissingExtraError
 from atod_train.config import RunConfig
 from atod_train.presets import PRESETS
-
-if TYPE_CHECKING:
-    from atod_train.report_data import RunSummary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,12 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from atod_train import serve_teacher
 
             return serve_teacher.main(chosen[1:])
+        if chosen[:1] == ["results"]:
+            from atod_train import study_cli
+
+            return study_cli.results(chosen[1:])
         import tyro  # noqa: F401 - whether it is there
     except ImportError as error:
         print(f"atod-train: {_missing(error)}", file=sys.stderr)
         return 2
     if chosen[:1] == ["study"]:
-        return _guarded(_study, chosen[1:])
+        from atod_train import study_cli
+
+        return _guarded(study_cli.study, chosen[1:], _parsed)
     config = _parsed(chosen)
     preset = next((name for name in chosen if name in PRESETS), "run")
     out = Path(config.study.out or Path("runs") / preset)
@@ -57,48 +57,14 @@ def _parsed(arguments: list[str]) -> RunConfig:
 
 
 def _run(config: RunConfig, out: Path) -> None:
+    from atod_train.processes import is_main_process
     from atod_train.report_data import read_run
     from atod_train.study import run_study
+    from atod_train.study_tables import show_study
 
     report = run_study(config, out)
-    _show([read_run(path.parent) for path in sorted(out.glob("*/config.json"))], report)
-
-
-def _study(arguments: list[str]) -> None:
-    from atod_train.processes import is_main_process
-    from atod_train.report_data import read_run
-    from atod_train.study import make_runs
-    from atod_train.study_file import read_study
-    from atod_train.study_results import RESULTS_FILE, write_results
-
-    parser = argparse.ArgumentParser(
-        prog="atod-train study",
-        description="Make the runs of a study file, or go on with them; "
-        "the format is described in atod_train/study_file.py.",
-    )
-    parser.add_argument("file", type=Path, help="TOML file")
-    parser.add_argument("--out", type=Path, help="folder (default: runs/<name of the file>)")
-    options = parser.parse_args(arguments)
-    out = options.out or Path("runs") / options.file.stem
-    done = {}
-    for part in read_study(options.file, out, _parsed):
-        report = make_runs(part.config, part.runs, part.folder)
-        if is_main_process():
-            print(f"\n{part.name}")
-            done[part.name] = [read_run(run.folder) for run in part.runs]
-            write_results(out / RESULTS_FILE, done)
-            _show(done[part.name], report)
-
-
-def _show(runs: Sequence[RunSummary], report: Path) -> None:
-    """Prints the tables of a study."""
-    from atod_train.processes import is_main_process
-    from atod_train.study_tables import print_tables
-
     if is_main_process():
-        console = Console(width=None if sys.stdout.isatty() else 120)
-        print_tables(runs, console)
-        console.print(f"report: {report}")
+        show_study([read_run(path.parent) for path in sorted(out.glob("*/config.json"))], report)
 
 
 def _guarded(work: Callable[..., None], *arguments: Any) -> int:

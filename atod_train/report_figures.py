@@ -16,6 +16,9 @@ from atod_train.intervals import EvaluationResult
 from atod_train.metrics import Evaluation
 from atod_train.report_data import Board, RunSummary, by_method, mean_curve, smooth
 
+Paint = Callable[[Any], None]
+"""Draws into an empty figure of matplotlib."""
+
 _TEXT, _GRID = "#123457", "#765432"  # stand-ins, replaced by the page's colours
 METHOD_COLOURS = {
     "atod": "#2f7ed8",
@@ -26,7 +29,7 @@ METHOD_COLOURS = {
     "tcod": "#2aa7b5",
     "sdar": "#d6477f",
 }
-_OTHER_COLOURS = ("#7f8fa6", "#c0564b", "#6b8e23", "#5f6caf")
+OTHER_COLOURS = ("#7f8fa6", "#c0564b", "#6b8e23", "#5f6caf")
 _PHASE_COLOURS = {
     "environment": "#2a9d6f",
     "generation": "#2f7ed8",
@@ -70,7 +73,7 @@ class ReportFigure:
 
 def method_colour(method: str, index: int = 0) -> str:
     """A method's own colour; others take turns by index."""
-    return METHOD_COLOURS.get(method, _OTHER_COLOURS[index % len(_OTHER_COLOURS)])
+    return METHOD_COLOURS.get(method, OTHER_COLOURS[index % len(OTHER_COLOURS)])
 
 
 def method_label(method: str) -> str:
@@ -78,18 +81,12 @@ def method_label(method: str) -> str:
     return "".join(c if 32 <= ord(c) < 127 else "?" for c in method[:24])
 
 
-def draw(key: str, paint: Callable[[Any], None], *, size: tuple[float, float] = (5.0, 3.2)) -> str:
+def draw(key: str, paint: Paint, *, size: tuple[float, float] = (5.0, 3.2)) -> str:
     """Runs `paint(figure)` and returns the figure as an SVG element without outside references."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=size, layout="constrained")
-        paint(figure)
-        buffer = io.StringIO()
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
+    buffer = io.BytesIO()
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    _paint(paint, size, _SETTINGS, buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue().decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
@@ -103,14 +100,52 @@ def draw(key: str, paint: Callable[[Any], None], *, size: tuple[float, float] = 
     return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
 
 
+def draw_png(paint: Paint, *, size: tuple[float, float] = (5.0, 3.2)) -> bytes:
+    """Runs `paint(figure)` and returns the figure as a PNG file: dark on white, 130 dots an inch.
+
+    `paint` takes the colour of text from `ink`.
+    """
+    inks = {_TEXT: "#1c2430", _GRID: "#e3e7ec"}
+    settings = {
+        name: inks.get(value, value) if isinstance(value, str) else value
+        for name, value in _SETTINGS.items()
+    }
+    from PIL import Image  # matplotlib cannot do without it
+
+    painted, small = io.BytesIO(), io.BytesIO()
+    _paint(paint, size, settings, painted, format="png", dpi=130, facecolor="white")
+    # A palette makes the file a third as large.
+    Image.open(painted).convert("RGB").quantize(255).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def _paint(
+    paint: Paint, size: tuple[float, float], settings: Any, buffer: io.BytesIO, **options: Any
+) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure)
+        figure.savefig(buffer, **options)
+
+
+def ink() -> str:
+    """The colour of text, while a figure is painted."""
+    import matplotlib
+
+    return str(matplotlib.rcParams["text.color"])
+
+
 def legend(axes: Any) -> None:
     """A legend under the plot, where it hides nothing; as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         return
-    columns = max(1, min(len(labels), 60 // (6 + max(map(len, labels)))))
-    rows = -(-len(labels) // columns)
     width, height = axes.figure.get_size_inches()
+    columns = max(1, min(len(labels), int(12 * width) // (6 + max(map(len, labels)))))
+    rows = -(-len(labels) // columns)
     axes.figure.set_size_inches(width, height + 0.18 * (rows - 1))  # the plot keeps its size
     axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
@@ -214,7 +249,7 @@ def time_figure(key: str, runs: Sequence[RunSummary]) -> ReportFigure | None:
         m: [sum(v) / max(1, *(len(steps) for steps, _ in c)) for _, v in c]
         for m, c in curves.items()
     }
-    colours = [_PHASE_COLOURS.get(n, _OTHER_COLOURS[i % 4]) for i, n in enumerate(names)]
+    colours = [_PHASE_COLOURS.get(n, OTHER_COLOURS[i % 4]) for i, n in enumerate(names)]
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()

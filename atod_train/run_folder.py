@@ -54,13 +54,17 @@ def without_infinities(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a file atomically."""
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file atomically, as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    text = json.dumps(without_infinities(value), indent=2, default=str)
-    partial.write_text(text + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", newline="\n")
     os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file atomically."""
+    write_text(path, json.dumps(without_infinities(value), indent=2, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

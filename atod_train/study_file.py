@@ -16,15 +16,14 @@ TOML, with the settings of `atod-train <preset>` by their names on the command l
     "algorithm.shape" = "adaptive"
 
 Runs may change `algorithm.*` and `train.*` alone, so that start, teacher and tasks are the same for
-all of them. Every step is saved unless `train.save_every` says otherwise: a study that is killed
-loses no more than the step under way.
+all of them; `train.seed` is for `seeds` to decide. Every step is saved unless `train.save_every`
+says otherwise: a study that is killed loses no more than the step under way.
 """
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from atod_gym.errors import InvalidSettingError
 from atod_train.config import RunConfig
 from atod_train.presets import PRESETS
 from atod_train.study import Run
+from atod_train.study_results import FOLDER_NAME
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,8 +42,17 @@ else:
 ParseArguments = Callable[[list[str]], RunConfig]
 """Reads a command line that begins with a preset."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 _KEYS = {"seeds", "jobs", "environments", "runs"}
+_TABLE_ROWS = ("start", "teacher")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which part of a study is made; None: what the file says."""
+
+    seeds: Sequence[int] | None = None
+    environments: Sequence[str] | None = None
+    runs: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,16 +62,25 @@ class StudyPart:
     name: str
     config: RunConfig
     runs: tuple[Run, ...]
+    """The selected ones; none where the environment is not selected."""
     folder: Path
+    labels: tuple[str, ...]
+    """All runs of the file, selected or not."""
 
 
-def read_study(path: Path, out: Path, parse: ParseArguments) -> tuple[StudyPart, ...]:
+def read_study(
+    path: Path, out: Path, parse: ParseArguments, selection: Selection | None = None
+) -> tuple[StudyPart, ...]:
     """Reads a study file.
 
     Args:
         path: the file.
         out: folder of the study; each environment has a folder in it.
         parse: reads settings as the command line has them.
+        selection: makes a part of the study only.
+
+    Returns:
+        A part for every environment of the file.
 
     Raises:
         InvalidSettingError: the file cannot be read, or something in it has no meaning; says what.
@@ -72,15 +90,19 @@ def read_study(path: Path, out: Path, parse: ParseArguments) -> tuple[StudyPart,
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidSettingError(f"Cannot read the study {path}: {error}.") from error
     try:
-        return tuple(_parts(content, out, parse))
+        return tuple(_parts(content, out, parse, selection or Selection()))
     except InvalidSettingError as error:
         raise InvalidSettingError(f"{path}: {error}") from error
 
 
-def _parts(content: Mapping[str, Any], out: Path, parse: ParseArguments) -> list[StudyPart]:
+def _parts(
+    content: Mapping[str, Any], out: Path, parse: ParseArguments, selection: Selection
+) -> list[StudyPart]:
     if unknown := sorted(set(content) - _KEYS):
         raise InvalidSettingError(f"unknown key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
     seeds, jobs = content.get("seeds", [0]), content.get("jobs", 1)
+    if selection.seeds is not None:
+        seeds = list(selection.seeds)
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
         raise InvalidSettingError("seeds must be a list of whole numbers, such as [0, 1, 2].")
     if len(set(seeds)) != len(seeds):
@@ -88,10 +110,22 @@ def _parts(content: Mapping[str, Any], out: Path, parse: ParseArguments) -> list
     if type(jobs) is not int or jobs < 1:
         raise InvalidSettingError(f"jobs must be a whole number >= 1, not {jobs!r}.")
     environments, runs = (_tables(content, name) for name in ("environments", "runs"))
+    chosen = _chosen("environment", selection.environments, environments)
+    labels = _chosen("run", selection.runs, runs)
     return [
-        _part(name, settings, runs, seeds, jobs, out / name, parse)
+        _part(
+            name, settings, runs, labels if name in chosen else (), seeds, jobs, out / name, parse
+        )
         for name, settings in environments.items()
     ]
+
+
+def _chosen(kind: str, names: Sequence[str] | None, known: Iterable[str]) -> tuple[str, ...]:
+    """The chosen ones in the order of the file; all of them if there was no choice."""
+    for name in names or ():
+        if name not in known:
+            raise InvalidSettingError(f"there is no {kind} {name!r}; known: {', '.join(known)}.")
+    return tuple(name for name in known if names is None or name in names)
 
 
 def _tables(content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
@@ -101,8 +135,12 @@ def _tables(content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
     for name, settings in tables.items():
         if not isinstance(settings, dict):
             raise InvalidSettingError(f"{key}.{name} must be a table: [{key}.{name}].")
-        if not _NAME.fullmatch(name):
+        if not FOLDER_NAME.fullmatch(name):
             raise InvalidSettingError(f"{key}: {name!r} cannot be the name of a folder.")
+        if key == "runs" and name in _TABLE_ROWS:
+            raise InvalidSettingError(
+                f"a run cannot be called {name!r}: tables have a line of that name already."
+            )
     return tables
 
 
@@ -110,6 +148,7 @@ def _part(
     name: str,
     settings: Mapping[str, Any],
     runs: Mapping[str, Mapping[str, Any]],
+    selected: Sequence[str],
     seeds: list[int],
     jobs: int,
     folder: Path,
@@ -133,7 +172,9 @@ def _part(
             made.append(Run(run, folder / f"{label}-seed{seed}"))
     # By seeds, so that a study that is stopped early has all lines of its table.
     made.sort(key=lambda run: seeds.index(run.config.train.seed))
-    return StudyPart(name, made[0].config, tuple(made), folder)
+    # What all runs share does not depend on the selection.
+    kept = tuple(run for run in made if run.config.study.label in selected)
+    return StudyPart(name, made[0].config, kept, folder, tuple(runs))
 
 
 def _arguments(settings: Mapping[str, Any], where: str, closed: tuple[str, ...]) -> list[str]:
@@ -144,6 +185,10 @@ def _arguments(settings: Mapping[str, Any], where: str, closed: tuple[str, ...])
         if not dot or isinstance(value, dict):
             raise InvalidSettingError(
                 f'{where}: {key!r} is no setting; write it as "train.steps" = 60, with quotes.'
+            )
+        if key == "train.seed":
+            raise InvalidSettingError(
+                f"{where}: 'train.seed' cannot be set here; write seeds = [{value}] at the top."
             )
         if section in closed:
             raise InvalidSettingError(f"{where}: {key!r} cannot be set here.")

@@ -1,42 +1,100 @@
 """The raw numbers of a study in one small file: every task of every evaluation, no checkpoints.
 
-`results.json` holds, for each environment, what was played, with which versions, and for each run
-its label, seed, settings, cost and evaluations. Success is one character a task, `1` or `0`, in the
-order of `tasks`, so that any difference can be computed again, paired by task.
+`results.json` holds, for each environment, what was played, with which settings and versions, and
+for each finished run its label, seed, settings, cost, course and evaluations. Success is one
+character a task, `1` or `0`, in the order of `tasks`, so that any difference can be computed again,
+paired by task. `course` has [step, success rate] of every evaluation after the start, and `metrics`
+one value for each step from 1 on (null: not measured). A run takes one line of the file.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from atod_train.intervals import EvaluationResult
 from atod_train.metrics import Evaluation
-from atod_train.report_data import Board, RunSummary, all_boards
-from atod_train.run_folder import write_json
+from atod_train.report_data import Board, RunSummary, all_boards, read_run
+from atod_train.run_folder import SUMMARY_FILE, read_json, without_infinities, write_text
 
 RESULTS_FILE = "results.json"
-_SHARED = ("env_id", "data", "parameters", "python", "packages", "platform")
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+"""What an environment or a run of a study may be called."""
+
+KEPT_METRICS = (
+    "kappa",
+    "rho",
+    "opd_signal",
+    "rl_signal",
+    "turn_weight",
+    "disagreement",
+    "uncertainty",
+    "train_success",
+    "invalid_share",
+    "turns",
+    "anneal_progress",
+    "entropy",
+)
+_SHARED = ("env_id", "data", "python", "packages", "platform", "device", "processes", "time")
 _SECONDS = "seconds/"
 
 
+def finished_runs(folder: Path, labels: Sequence[str]) -> list[RunSummary]:
+    """The finished runs in the folder of an environment.
+
+    Args:
+        folder: of the environment; a run lies in `<label>-seed<seed>`.
+        labels: the runs to look for; their order is that of the runs of one seed.
+
+    Returns:
+        By seeds, then labels; empty if none has finished.
+
+    Raises:
+        RunFolderError: a file of a run is broken.
+    """
+    found = []
+    for place, label in enumerate(labels):
+        for path in folder.glob(f"{label}-seed*"):
+            match = re.fullmatch(r"-seed(-?\d+)", path.name.removeprefix(label))
+            if match and read_json(path / SUMMARY_FILE).get("finished"):
+                found.append((int(match[1]), place, path))
+    return [read_run(path, method=labels[place], seed=seed) for seed, place, path in sorted(found)]
+
+
 def write_results(path: Path, studies: Mapping[str, Sequence[RunSummary]]) -> None:
-    """Writes the file.
+    """Writes the file, unless there is nothing to write.
 
     Args:
         path: of the file.
-        studies: name of an environment -> its runs.
+        studies: name of an environment -> its finished runs; one without any is left out.
     """
-    write_json(path, {name: results_of(runs) for name, runs in studies.items()})
+    results = {name: results_of(runs) for name, runs in studies.items() if runs}
+    if results:
+        parts = [f"{json.dumps(name)}: {_lines(record)}" for name, record in results.items()]
+        write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def _lines(record: Mapping[str, Any]) -> str:
+    """An environment as JSON, a line for each of its keys and runs."""
+    record = without_infinities(record)
+    lines = [f"  {json.dumps(key)}: {json.dumps(record[key])}" for key in record if key != "runs"]
+    runs = ",\n".join(f"    {json.dumps(run)}" for run in record["runs"])
+    return "{\n" + ",\n".join([*lines, f'  "runs": [\n{runs}\n  ]']) + "\n}"
 
 
 def results_of(runs: Sequence[RunSummary]) -> dict[str, Any]:
     """The record of runs that share start, teacher and tasks; of JSON values."""
     boards = all_boards(runs)
     first = runs[0]
+    # Methods without a teacher do not name its size.
+    sizes = [run.manifest.get("parameters", {}) for run in runs]
     return {
         **{name: first.manifest.get(name) for name in _SHARED},
+        "parameters": next((size for size in sizes if size.get("teacher")), sizes[0]),
+        **{section: first.config.get(section) for section in ("env", "model")},
         "tasks": {split: _tasks(runs, split) for split, _ in boards},
         "start": {_key(board): _evaluation(first.start(board)) for board in boards},
         "teacher": {_key(board): _evaluation(_teacher(runs, board)) for board in boards},
@@ -61,7 +119,27 @@ def _run(run: RunSummary, boards: Sequence[Board]) -> dict[str, Any]:
         "seconds": seconds,
         "last": {_key(board): _at_step(run.last(board)) for board in boards},
         "best": {_key(board): _at_step(run.best(board)) for board in boards},
+        "course": {_key(board): _course(run, board) for board in boards},
+        "metrics": _metrics(run),
     }
+
+
+def _course(run: RunSummary, board: Board) -> list[list[float]]:
+    return [[e.step, round(e.result.success_rate, 4)] for e in run.course(board) if e.step > 0]
+
+
+def _metrics(run: RunSummary) -> dict[str, list[float | None]]:
+    """The kept metrics with four significant digits, a value for each step from 1 on."""
+    last = max((record["step"] for record in run.metrics), default=0)
+    kept = {}
+    for name in KEPT_METRICS:
+        curve = run.curve(name)
+        if curve:
+            kept[name] = [
+                float(f"{curve[step]:.4g}") if step in curve else None
+                for step in range(1, last + 1)
+            ]
+    return kept
 
 
 def _teacher(runs: Sequence[RunSummary], board: Board) -> EvaluationResult | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +16,13 @@ from atod_train.intervals import (
     paired_by_task,
 )
 from atod_train.report_data import RunSummary
+
+
+def show_study(runs: Sequence[RunSummary], report: Path) -> None:
+    """Prints the tables of runs on one environment, and where their report is."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    print_tables(runs, console)
+    console.print(f"report: {report}")
 
 
 def print_tables(runs: Sequence[RunSummary], console: Console) -> None:

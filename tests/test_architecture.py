@@ -34,8 +34,9 @@ TRAINER_LAYERS = (
     "learner update serve_teacher",
     "trainer",
     "presets report_data report_figures report_curves report_page report_tables report study"
-    " study_tables study_file study_results eval_options",
-    "cli eval_cli",
+    " study_tables study_file study_results study_pieces study_analysis study_markdown"
+    " study_figures study_report eval_options",
+    "cli eval_cli study_cli",
 )
 
 GYM_LIBRARIES = {"numpy", "gymnasium", "requests", "urllib3"}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
 import pytest
+from html_page import Page
 
 from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
 from atod_train.intervals import EvaluationResult, TaskResult, tango_interval, wilson_interval
@@ -17,49 +17,9 @@ from atod_train.report_data import RunSummary, mean_curve, smooth
 from atod_train.report_page import LONGEST_TEXT, percent, percent_range, trajectory
 from atod_train.run_folder import RunFolderError, write_config, write_manifest, write_summary
 
-VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
 NASTY = (
     "<script>alert('x')</script> & \"quoted\" <img src=https://example.org/x.png> \x00 \ud800 $x_1$"
 )
-
-
-class Page(HTMLParser):
-    """Collects what the tests ask about, and refuses tags that do not close in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.stack: list[str] = []
-        self.rows: list[list[str]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.stack == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.stack.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("th", "td"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data):
-        if "style" in self.stack:
-            return
-        self.text += data
-        if "th" in self.stack or "td" in self.stack:
-            self.rows[-1][-1] += data
-
-    def attributes(self, name: str) -> list[str]:
-        return [value for _, attrs in self.tags if (value := attrs.get(name)) is not None]
 
 
 def evaluation(step: int, solved: int, model="student", tasks: int = 20) -> Evaluation:

@@ -15,7 +15,8 @@ from atod_gym.errors import InvalidSettingError
 from atod_train.cli import _parsed, main
 from atod_train.metrics import read_evaluations, read_metrics
 from atod_train.run_folder import read_json
-from atod_train.study_file import read_study
+from atod_train.study_file import Selection, read_study
+from atod_train.study_pieces import read_results
 
 STUDY = """
 seeds = [0, 1]
@@ -36,6 +37,11 @@ preset = "quickstart"
 [runs.adaptive]
 "algorithm.shape" = "adaptive"
 "algorithm.kappa" = [0.8, 0.2]
+"""
+OTHER = """
+[environments.more]
+preset = "quickstart"
+"env.max_turns" = 5
 """
 
 
@@ -74,6 +80,9 @@ def test_a_study_is_read(study: Path, tmp_path: Path) -> None:
         ('"algorithm.shape" = "adaptive"', 'algorithm.shape = "adaptive"', "with quotes"),
         ('"env.max_turns" = 12', '"study.jobs" = 12', "cannot be set here"),
         ("[runs.atod]\n[runs.adaptive]", "[run.adaptive]", "unknown key 'run'"),
+        ("[runs.adaptive]", "[runs.teacher]", "cannot be called 'teacher'"),
+        ('"train.steps" = 2', '"train.seed" = 2', "write seeds = [2] at the top"),
+        ('"algorithm.shape" = "adaptive"', '"train.seed" = 5', "write seeds = [5] at the top"),
     ],
 )
 def test_what_has_no_meaning_is_refused(
@@ -82,6 +91,39 @@ def test_what_has_no_meaning_is_refused(
     study.write_text(STUDY.replace(old, new), encoding="utf-8")
     with pytest.raises(InvalidSettingError, match=re.escape(message)):
         read_study(study, tmp_path / "out", _parsed)
+
+
+def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
+    study.write_text(STUDY + OTHER, encoding="utf-8")
+    selection = Selection(seeds=[3, 2], environments=["more"], runs=["adaptive"])
+    houses, more = read_study(study, tmp_path, _parsed, selection)
+    assert [run.folder.name for run in more.runs] == ["adaptive-seed3", "adaptive-seed2"]
+    assert houses.runs == ()
+    assert houses.labels == more.labels == ("atod", "adaptive")
+    # What all runs share does not depend on which are chosen.
+    assert more.config == read_study(study, tmp_path, _parsed, Selection([3, 2]))[1].config
+    assert more.config.study.label == "atod"
+    assert more.config.env.max_turns == 5
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        pytest.param(
+            Selection(environments=["house"]),
+            "no environment 'house'; known: houses, more",
+            id="environment",
+        ),
+        pytest.param(Selection(runs=["x"]), "no run 'x'; known: atod, adaptive", id="run"),
+        pytest.param(Selection(seeds=[1, 1]), "a number twice", id="seeds"),
+    ],
+)
+def test_a_choice_of_what_is_not_there_is_refused(
+    selection: Selection, message: str, study: Path, tmp_path: Path
+) -> None:
+    study.write_text(STUDY + OTHER, encoding="utf-8")
+    with pytest.raises(InvalidSettingError, match=message):
+        read_study(study, tmp_path, _parsed, selection)
 
 
 def test_mistakes_are_one_line(
@@ -95,20 +137,28 @@ def test_mistakes_are_one_line(
     assert all(line.startswith("atod-train: error: ") for line in lines)
 
 
-def test_a_killed_study_goes_on_and_writes_its_results(study: Path, tmp_path: Path) -> None:
+def test_a_killed_study_goes_on_and_writes_its_results(
+    study: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     out = tmp_path / "out"
-    environment = {**os.environ, "ATOD_CACHE": str(tmp_path / "cache")}
+    variables = {**os.environ, "ATOD_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "atod_train.cli", "study", str(study), "--out", str(out)]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while len(read_metrics(out / "houses" / "atod-seed0")) < 1:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.kill()
+    looks = ["study", str(study), "--out", str(out), "--results-only"]
+    assert main(looks) == 2
+    assert "has finished; there are no results" in capsys.readouterr().err
     assert not (out / "results.json").exists()
     finished = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=200
+        command, env=variables, capture_output=True, text=True, check=False, timeout=200
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert "adaptive, mean of 2 seeds" in finished.stdout
@@ -131,7 +181,25 @@ def test_a_killed_study_goes_on_and_writes_its_results(study: Path, tmp_path: Pa
         bits = "".join("1" if task.success else "0" for task in last[0].result.tasks)
         assert run["last"]["valid_seen/greedy"]["success"] == bits
         assert run["seconds"]["generation"] >= 0
+        board = "valid_seen/greedy"
+        assert run["course"][board][-1] == [2, round(run["last"][board]["success_rate"], 4)]
+        steps = [f"{step['rho']:.4g}" for step in read_metrics(folder)]
+        assert [f"{value:.4g}" for value in run["metrics"]["rho"]] == steps
+    assert houses["env"]["max_turns"] == 12
+    assert min(houses["parameters"].values()) > 0
+    [environment] = read_results([out / "results.json"])
+    assert environment.labels == ("atod", "adaptive")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert 'href="houses/report.html"' in page
+    assert {path.name for path in out.glob("*.png")} == {
+        "houses-success.png", "houses-signals.png"
+    }  # fmt: skip
     # Nothing is left to do, and nothing changes.
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0
+    monkeypatch.setenv("ATOD_CACHE", variables["ATOD_CACHE"])
+    assert main(looks[:-1]) == 0
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+    # A run that has not finished is left out.
+    (out / "houses" / "atod-seed1" / "summary.json").unlink()
+    assert main(looks) == 0
+    houses["runs"].pop(2)
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results

@@ -1,0 +1,142 @@
+"""The tables of a study as text: rows of cells, and Markdown made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from atod_train.report_page import NOTHING
+from atod_train.study_analysis import STILL, Estimate, cost, difference, rate, verdict
+from atod_train.study_pieces import StudyEnvironment
+
+_PHASES = ("environment", "generation", "teacher", "update")
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of plain text."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def markdown(self) -> str:
+        """The table, without its title, in Markdown; ends with a line break."""
+        lines = [self.head, ("---",) * len(self.head), *self.rows]
+        return "".join(f"| {' | '.join(_cell(text) for text in line)} |\n" for line in lines)
+
+
+def main_table(environment: StudyEnvironment, split: str | None = None) -> TextTable:
+    """Success, gain and cost of start, teacher and every label; split None: all tasks together."""
+    rows = []
+    for model in (*STILL, *environment.labels):
+        still = model in STILL
+        rates = [
+            rate(environment, model, "greedy", split),
+            rate(environment, model, "sampled", split),
+            None if still else rate(environment, model, "sampled", split, "best"),
+        ]
+        gain = difference(environment, model, "start", "sampled", split)
+        if still and not any(rates):
+            continue
+        seeds = NOTHING if still else str(len(environment.of(model)))
+        minutes = NOTHING if still else f"{cost(environment, model).minutes:.1f}"
+        cells = [rate_text(found) for found in rates]
+        gained = NOTHING if model == "start" else difference_text(gain)
+        rows.append((model, seeds, *cells, gained, minutes))
+    head = (
+        "model",
+        "seeds",
+        "greedy, last",
+        "sampled, last",
+        "sampled, best",
+        "gain over start (sampled, last)",
+        "minutes",
+    )
+    return TextTable(f"{_where(split)}: tasks solved, % [95 % interval]", head, tuple(rows))
+
+
+def first_pairs(environment: StudyEnvironment) -> list[tuple[str, str]]:
+    """The first label with each other one."""
+    first, *others = environment.labels
+    return [(first, other) for other in others]
+
+
+def difference_table(
+    environment: StudyEnvironment, pairs: Sequence[tuple[str, str]], split: str | None = None
+) -> TextTable:
+    """Claims that the first of two models solves more than the second, and whether they hold.
+
+    Args:
+        environment: where.
+        pairs: labels, `start` or `teacher`; a pair with nothing in common has no numbers.
+        split: of the tasks; None: all of them together.
+    """
+    rows = []
+    for first, second in pairs:
+        cells, common = [], 0
+        for mode in ("greedy", "sampled"):
+            found = difference(environment, first, second, mode, split)
+            cells += [difference_text(found), verdict(found) if found else NOTHING]
+            common = max(common, found.replicates if found else 0)
+        rows.append((f"{first} > {second}", str(common), *cells))
+    head = ("claim", "common seeds", "greedy, last", "verdict", "sampled, last", "verdict")
+    return TextTable(f"{_where(split)}: differences, points", head, tuple(rows))
+
+
+def phase_table(environment: StudyEnvironment) -> TextTable:
+    """Minutes, episodes and tokens of a run, and the share of each phase."""
+    rows = []
+    for label in environment.labels:
+        found = cost(environment, label)
+        shares = [found.phases.get(phase, 0.0) for phase in _PHASES]
+        rest = sum(share for phase, share in found.phases.items() if phase not in _PHASES)
+        rows.append(
+            (
+                label,
+                f"{found.minutes:.1f}",
+                f"{found.episodes:.0f}",
+                f"{found.tokens / 1000:.0f}",
+                *(f"{share:.0f} %" for share in (*shares, rest)),
+            )
+        )
+    head = ("model", "minutes", "episodes", "thousand tokens", *_PHASES, "evaluation, other")
+    return TextTable("A run on average, and where its time goes", head, tuple(rows))
+
+
+def describe(environment: StudyEnvironment) -> str:
+    """One sentence on what was evaluated."""
+    sizes = ", ".join(f"{split} {len(tasks)}" for split, tasks in environment.tasks.items())
+    total = sum(map(len, environment.tasks.values()))
+    pieces = len(environment.pieces)
+    made = "one start and teacher" if pieces == 1 else f"{pieces} starts and teachers"
+    return f"{total} tasks ({sizes}); {len(environment.runs)} runs from {made}."
+
+
+def rate_text(estimate: Estimate | None) -> str:
+    """As "72.1 [64.2, 78.9]", in percent."""
+    if estimate is None:
+        return NOTHING
+    return f"{_points(estimate.value)} [{_points(estimate.low)}, {_points(estimate.high)}]"
+
+
+def difference_text(estimate: Estimate | None) -> str:
+    """As "+4.3 [-1.0, +9.9]", in points."""
+    if estimate is None:
+        return NOTHING
+    low, high = (_points(bound, "+") for bound in (estimate.low, estimate.high))
+    return f"{_points(estimate.value, '+')} [{low}, {high}]"
+
+
+def _points(share: float, sign: str = "") -> str:
+    rounded = round(100 * share, 1) + 0.0  # no "-0.0"
+    return f"{rounded:{sign}.1f}"
+
+
+def _where(split: str | None) -> str:
+    return split or "all splits together"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

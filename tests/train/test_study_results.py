@@ -1,0 +1,137 @@
+"""What `results.json` keeps of run folders, and when it is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atod_train import study
+from atod_train.cli import main
+from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
+from atod_train.intervals import EvaluationResult, TaskResult
+from atod_train.metrics import EvaluatedModel, Evaluation, MetricsWriter
+from atod_train.run_folder import write_config, write_manifest, write_summary
+from atod_train.study_results import RESULTS_FILE, finished_runs, results_of, write_results
+from atod_train.trainer import StoppedByUser
+
+STUDY = """
+[environments.houses]
+preset = "quickstart"
+[environments.more]
+preset = "quickstart"
+[runs.atod]
+[runs.grpo]
+"algorithm.method" = "grpo"
+"""
+
+
+def evaluation(step: int, bits: str, model: EvaluatedModel = "student") -> Evaluation:
+    tasks = tuple(
+        TaskResult(f"t{number}", "pick", bit == "1", float(bit), 4, 1)
+        for number, bit in enumerate(bits)
+    )
+    return Evaluation(step, model, EvaluationResult("seen", "generated", "greedy", tasks))
+
+
+def make_run(folder: Path, *, method: str = "atod", seed: int = 0, finished: bool = True) -> None:
+    """A run of four steps; step 3 has left no metrics."""
+    config = RunConfig(algorithm=AlgorithmConfig(method=method), train=TrainConfig(seed=seed))
+    write_config(folder, config)
+    write_manifest(
+        folder,
+        method=method,
+        env_id="some/Env-v0",
+        data="generated",
+        data_hash="c0ffee",
+        seeds={"train": seed},
+        student_parameters=1000,
+        teacher_parameters=None if method == "grpo" else 5000,
+        command=["atod-train"],
+    )
+    with MetricsWriter(folder, tensorboard=False) as writer:
+        writer.write_evaluation(evaluation(0, "001"))
+        writer.write_evaluation(evaluation(0, "111", "teacher"))
+        for step in (1, 2, 4):
+            distance = 0.123456 / step if step != 2 else float("nan")
+            writer.write({"step": step, "rho": 1.0, "disagreement": distance, "grad_norm": 2.0,
+                          "kappa": float("nan"), "seconds/update": 1.26})  # fmt: skip
+        writer.write_evaluation(evaluation(2, "011"))
+        writer.write_evaluation(evaluation(4, "010"))
+    write_summary(folder, steps=4, minutes=1.5, tokens=90, trajectories=16,
+                  extra={"finished": finished})  # fmt: skip
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_run_is_kept_in_one_line(tmp_path: Path) -> None:
+    make_run(tmp_path / "houses" / "atod-seed0")
+    path = tmp_path / RESULTS_FILE
+    write_results(path, {"houses": finished_runs(tmp_path / "houses", ["atod"]), "more": []})
+    assert list(read(path)) == ["houses"]
+    record = read(path)["houses"]
+    [run] = record["runs"]
+    assert [line for line in lines_of(path) if '"label"' in line] == ["    " + json.dumps(run)]
+    assert run["course"] == {"seen/greedy": [[2, 0.6667], [4, 0.3333]]}
+    # kappa was never a number; what is not of interest later is not kept.
+    assert run["metrics"] == {
+        "rho": [1.0, 1.0, None, 1.0], "disagreement": [0.1235, None, None, 0.03086]
+    }  # fmt: skip
+    assert run["best"]["seen/greedy"]["success"] == "011"
+    assert run["seconds"] == {"update": 3.8}
+    assert record["env"]["max_turns"] == 30
+    assert record["model"]["student"] == "tiny"
+    assert record["tasks"] == {"seen": ["t0", "t1", "t2"]}
+    assert (record["start"]["seen/greedy"]["success"], record["data"]["hash"]) == ("001", "c0ffee")
+
+
+def test_the_teacher_is_described_by_a_run_that_has_one(tmp_path: Path) -> None:
+    for method in ("grpo", "atod"):
+        make_run(tmp_path / f"{method}-seed0", method=method)
+    runs = finished_runs(tmp_path, ["grpo", "atod"])
+    assert results_of(runs)["parameters"] == {"student": 1000, "teacher": 5000}
+    assert results_of(runs[:1])["parameters"] == {"student": 1000, "teacher": None}
+
+
+def test_finished_runs_are_found_whatever_their_seed(tmp_path: Path) -> None:
+    for name in ("a-seed10", "a-seed2", "a-seed1-seed2", "b-seed2", "c-seed0"):
+        make_run(tmp_path / name, finished=name != "c-seed0")
+    found = finished_runs(tmp_path, ["b", "a", "c"])
+    assert [(run.method, run.seed) for run in found] == [("b", 2), ("a", 2), ("a", 10)]
+    assert finished_runs(tmp_path / "none", ["a"]) == []
+
+
+def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "small.toml", tmp_path / "out"
+    path.write_text(STUDY, encoding="utf-8")
+    asked = []
+
+    def make_runs(config: RunConfig, runs: list[study.Run], folder: Path) -> Path:
+        asked.append([run.folder.relative_to(out).as_posix() for run in runs])
+        make_run(runs[0].folder, method=runs[0].config.study.label, seed=7)
+        raise StoppedByUser("stopped")
+
+    monkeypatch.setattr(study, "make_runs", make_runs)
+    command = ["study", str(path), "--out", str(out), "--seeds", "7"]
+    assert main([*command, "--environments", "more"]) == 130
+    assert asked == [["more/atod-seed7", "more/grpo-seed7"]]
+    assert [run["seed"] for run in read(out / RESULTS_FILE)["more"]["runs"]] == [7]
+    assert not (out / "report.html").exists()
+    # What other calls have made in the same folder stays in the results.
+    assert main([*command, "--environments", "houses", "--runs", "grpo"]) == 130
+    assert asked[1:] == [["houses/grpo-seed7"]]
+    results = read(out / RESULTS_FILE)
+    assert {name: [run["label"] for run in results[name]["runs"]] for name in results} == {
+        "houses": ["grpo"], "more": ["atod"]
+    }  # fmt: skip
+    assert capsys.readouterr().err == "atod-train: stopped\n" * 2
