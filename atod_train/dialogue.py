@@ -25,6 +25,8 @@ from atod_train.types import FinishReason
 _FIRST, _SECOND, _THIRD = "Aqzuser", "Bqzuser", "Cqzuser"
 _REPLY, _LATER_REPLY = "Dqzreply", "Eqzreply"
 
+_KEPT_COMPLETIONS = 100_000
+
 _REWRITES = (
     "The chat template of this tokenizer does not only append: it renders earlier turns "
     "differently once later ones follow ({}). Use prompt_style='window', or give the tokenizer an "
@@ -64,6 +66,7 @@ class DialogueEncoder:
         self.tokenizer = tokenizer
         self.style = style
         self._options = dict(template_options or {})
+        self._completions: dict[str, tuple[int, ...]] = {}
         self.end_of_turn_id = self._find_end_of_turn()
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset(
@@ -109,6 +112,18 @@ class DialogueEncoder:
     def completion(self, text: str) -> list[int]:
         """Token ids of a completion written by somebody else (an expert), with its end token."""
         return [*self._encode(text), self.end_of_turn_id]
+
+    def completion_ids(self, text: str) -> tuple[int, ...]:
+        """As `completion`, for texts that come again and again.
+
+        Empty for a text that the tokenizer cannot write: its ids would give another one.
+        """
+        if text not in self._completions:
+            if len(self._completions) >= _KEPT_COMPLETIONS:
+                self._completions.clear()
+            ids = self.completion(text)
+            self._completions[text] = tuple(ids) if self.decode(ids) == text else ()
+        return self._completions[text]
 
     def decode(self, completion_ids: Sequence[int]) -> str:
         """Text of a completion without its end-of-turn token; other special tokens stay visible."""

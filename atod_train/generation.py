@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from atod_gym.errors import AtodError, InvalidSettingError
+from atod_train.choices import Choices
 from atod_train.dialogue import DialogueEncoder
 from atod_train.kv_cache import SlotCache
 from atod_train.policy import Policy
@@ -35,6 +36,8 @@ class Completion:
     """One per id, under the distribution that was sampled from (temperature included); for greedy
     decoding at temperature 1."""
     finish_reason: FinishReason
+    allowed_ids: tuple[tuple[int, ...], ...] = ()
+    """One per id, where completions were constrained: the tokens among which it was chosen."""
 
 
 class _Episode:
@@ -165,7 +168,10 @@ class Generator:
 
     @torch.inference_mode()
     def prompt(
-        self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]
+        self,
+        new_ids: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        choices: Sequence[Sequence[tuple[int, ...]]] | None = None,
     ) -> list[Completion | None]:
         """Feed each given episode its new tokens and sample its next completion.
 
@@ -175,6 +181,8 @@ class Generator:
             new_ids: For each row the tokens to feed, at least one. Chat style: the first prompt,
                 later the continuation; window style: the full prompt each time.
             rows: Distinct episode numbers.
+            choices: For each row the completions that it may give, end-of-turn token included:
+                each token is sampled among those that continue one. None: anything.
 
         Returns:
             One completion per row, in the order of `rows`; None for an episode whose prompt and
@@ -196,7 +204,10 @@ class Generator:
             copies = self._arrange({rows[index]: feed for index, feed in feeds.items()})
             fitting.sort(key=lambda index: self._episodes[rows[index]].slot)
             episodes = [self._episodes[rows[index]] for index in fitting]
-            done = self._complete(episodes, [feeds[index] for index in fitting], copies)
+            among = None
+            if choices is not None:
+                among = Choices([choices[index] for index in fitting], self.max_completion_tokens)
+            done = self._complete(episodes, [feeds[index] for index in fitting], copies, among)
             for index, completion in zip(fitting, done, strict=True):
                 completions[index] = completion
         return completions
@@ -241,7 +252,11 @@ class Generator:
             first.slot, second.slot = second.slot, first.slot
 
     def _complete(
-        self, episodes: list[_Episode], feeds: list[list[int]], copies: list[int]
+        self,
+        episodes: list[_Episode],
+        feeds: list[list[int]],
+        copies: list[int],
+        among: Choices | None,
     ) -> list[Completion]:
         """Prefill and decode the episodes, which hold the slots 0 .. k - 1; see `_arrange`."""
         device = self.policy.device
@@ -262,11 +277,15 @@ class Generator:
         alive = list(range(len(episodes)))
         positions = torch.tensor(ends, device=device)
         for step in range(self.max_completion_tokens):
+            if among is not None:
+                logits = among.constrain(logits, step, alive)
             ids, logprobs = self._sample(logits, uniforms[: len(logits), step])
             id_list, score_list = ids.tolist(), logprobs.tolist()
             for row in alive:
                 sampled[row].append(id_list[row])
                 scores[row].append(score_list[row])
+                if among is not None:
+                    among.take(row, step, id_list[row])
             alive = [row for row in alive if id_list[row] not in self.dialogue.stop_ids]
             if not alive or step + 1 == self.max_completion_tokens:
                 break
@@ -275,17 +294,27 @@ class Generator:
             count = alive[-1] + 1
             visible = max(ends[row] for row in alive) + step + 1
             logits = self._forward(0, ids[:count, None], positions[:count, None] + step, visible)
+        allowed = [[] for _ in episodes] if among is None else among.allowed
         return [
-            self._finish(episode, ids, values)
-            for episode, ids, values in zip(episodes, sampled, scores, strict=True)
+            self._finish(episode, ids, values, choices)
+            for episode, ids, values, choices in zip(
+                episodes, sampled, scores, allowed, strict=True
+            )
         ]
 
-    def _finish(self, episode: _Episode, ids: list[int], logprobs: list[float]) -> Completion:
+    def _finish(
+        self,
+        episode: _Episode,
+        ids: list[int],
+        logprobs: list[float],
+        allowed: list[tuple[int, ...]],
+    ) -> Completion:
         # The last token was sampled but not fed: it goes first in the next turn.
         episode.held += ids[:-1]
         episode.pending = [ids[-1]]
         stopped = ids[-1] in self.dialogue.stop_ids
-        return Completion(tuple(ids), tuple(logprobs), "stop" if stopped else "length")
+        reason: FinishReason = "stop" if stopped else "length"
+        return Completion(tuple(ids), tuple(logprobs), reason, tuple(allowed))
 
     def _prefill(self, episodes: list[_Episode], feeds: list[list[int]]) -> Tensor:
         """Feed the new tokens; logits [k, vocabulary] after the last of each row."""

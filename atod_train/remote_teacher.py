@@ -128,8 +128,10 @@ class RemoteTeacher:
             [R, T] float32, 0 on padding, on the batch's device.
 
         Raises:
-            ServerError: The server fails after some attempts, or its answer is malformed.
+            AtodError: The server fails, its answer is malformed, or completions were constrained.
         """
+        if batch.allowed_ids is not None:
+            raise AtodError("A teacher behind a URL cannot score constrained completions.")
         prompts = _prompts(batch)
         self._fetch([prompt for prompt in prompts if prompt is not None])
         scores = torch.zeros(batch.completion_ids.shape, dtype=torch.float32)

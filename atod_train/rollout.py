@@ -115,6 +115,18 @@ class _Episode:
         """What the model is to be fed before the next turn."""
         return next_prompt(self.env, self.messages, self.turns, generator, row)
 
+    def choices(self, generator: Generator) -> list[tuple[int, ...]]:
+        """The completions that are admissible actions, as far as the model has words for them."""
+        inner: Any = self.env.unwrapped
+        actions = inner.observation["admissible_actions"]
+        if not actions:
+            raise InvalidSettingError(
+                "env.constrain_actions needs an environment that lists its admissible actions; "
+                f"{self.info['task_id']} lists none."
+            )
+        written = [generator.dialogue.completion_ids(action) for action in actions]
+        return [ids for ids in written if ids]
+
     def play(
         self, completion: Completion, text: str, prompt: EpisodePrompt, config: EnvConfig
     ) -> None:
@@ -126,6 +138,7 @@ class _Episode:
             sampling_logprobs=completion.logprobs,
             finish_reason=completion.finish_reason,
             extends_previous=prompt.extends_previous,
+            allowed_ids=completion.allowed_ids,
         )
         penalty = config.invalid_action_penalty if info["parse_error"] else 0.0
         turn = Turn(
@@ -260,7 +273,12 @@ def _play_turn(
         for row, prompt in zip(active, prompts, strict=True):
             if not prompt.extends_previous:
                 generator.restart(row)
-        completions = generator.prompt([prompt.ids for prompt in prompts], list(active))
+        choices = (
+            [episode.choices(generator) for episode in active.values()]
+            if config.constrain_actions
+            else None
+        )
+        completions = generator.prompt([prompt.ids for prompt in prompts], list(active), choices)
         texts = ["" if c is None else generator.dialogue.decode(c.ids) for c in completions]
     with times.phase("environment"):
         turns = list(zip(active.values(), prompts, completions, texts, strict=True))

@@ -265,6 +265,13 @@ def _check_settings(config: RunConfig) -> None:
             raise AtodError(f"train.{name} must be at least 1, not {getattr(train, name)}.")
     if train.lr <= 0 or train.temperature <= 0:
         raise AtodError("train.lr and train.temperature must be above 0.")
+    if config.env.constrain_actions and config.env.parse_profile != "plain":
+        raise AtodError("env.constrain_actions goes with env.parse_profile plain alone.")
+    if config.env.constrain_actions and is_url(config.model.teacher):
+        raise AtodError(
+            "env.constrain_actions takes a teacher in this process: a server gives log-probs over "
+            "the whole vocabulary."
+        )
     algorithm = config.algorithm
     if algorithm.dual_clip <= 1:
         raise AtodError("algorithm.dual_clip must be above 1 (inf: none).")
