@@ -353,16 +353,16 @@ class Generator:
         precision = self.policy.autocast_dtype or self.policy.model.dtype
         mask = torch.zeros(future.shape, dtype=precision, device=ids.device)
         mask.masked_fill_(future, float("-inf"))
-        hidden = self.policy.hidden_states(
+        chosen = torch.zeros_like(ids[:, 0]) if last is None else last
+        hidden = self.policy.states_at(
             ids,
+            chosen[:, None],
             attention_mask=mask[:, None],
             # Padding may stand beyond the last position that a model has learned; tokens never do.
             position_ids=positions.clamp(max=self.policy.max_positions - 1),
             cache=self._cache,
         )
-        row = torch.arange(len(ids), device=ids.device)
-        chosen = hidden[:, 0] if last is None else hidden[row, last]
-        return self.policy.logits(chosen)
+        return self.policy.logits(hidden[:, 0])
 
     def _uniforms(self, episodes: list[_Episode]) -> Tensor:
         """[k, max_completion_tokens] float64 in [0, 1), each row from its episode's stream."""

@@ -31,6 +31,7 @@ from atod_train.batching import Minibatch, length_buckets, select_sequences
 from atod_train.lora import merged_weights
 from atod_train.token_scores import MicroBatch, TokenScores, score_tokens
 from atod_train.types import Batch
+from atod_train.wanted import can_be_chosen, only_at, places
 
 LOGITS_PER_CHUNK = 2**26
 """Logits that exist at once; 256 MiB in float32."""
@@ -54,8 +55,8 @@ class ModelShape:
 
 MODEL_SHAPES = {
     "micro": ModelShape(layers=1, width=32, heads=2, mlp_width=64),
-    "mini": ModelShape(layers=2, width=128, heads=4, mlp_width=256),
-    "tiny": ModelShape(layers=4, width=128, heads=4, mlp_width=352),
+    "mini": ModelShape(layers=2, width=128, heads=2, mlp_width=256),
+    "tiny": ModelShape(layers=4, width=128, heads=2, mlp_width=352),
     "small": ModelShape(layers=6, width=224, heads=7, mlp_width=608),
 }
 """Without the embedding (`width` for each word): 0.01, 0.33, 0.8 and 3.7 M parameters."""
@@ -137,6 +138,24 @@ class Policy:
             output = self.model.base_model(input_ids=input_ids, **inputs)
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def states_at(self, input_ids: Tensor, wanted: Tensor, **inputs: Any) -> Tensor:
+        """Last hidden states at some positions; where it is possible only those are computed.
+
+        Args:
+            input_ids: [s, l], see `hidden_states`.
+            wanted: [s, w] int64, positions in `input_ids`.
+            **inputs: see `hidden_states`.
+
+        Returns:
+            [s, w, width].
+        """
+        # Layers that are computed again in the backward pass would then be computed in full.
+        if can_be_chosen(self.model) and not self.gradient_checkpointing:
+            with only_at(self.model, wanted):
+                return self.hidden_states(input_ids, **inputs)
+        row = torch.arange(len(wanted), device=wanted.device)[:, None]
+        return self.hidden_states(input_ids, **inputs)[row, wanted]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [.., vocabulary] float32 from hidden states [.., width]."""
@@ -310,9 +329,9 @@ class Policy:
         row, column = batch.completion_mask.to(device).nonzero(as_tuple=True)
         # The token at position p is predicted from position p - 1.
         position = batch.start.to(device)[row] + column - 1
-        flat = batch.sequence_index.to(device)[row] * batch.input_ids.shape[1] + position
-        hidden = self.hidden_states(batch.input_ids.to(device))
-        return hidden.flatten(0, 1).index_select(0, flat)
+        sequence = batch.sequence_index.to(device)[row]
+        wanted, column = places(sequence, position, len(batch.input_ids))
+        return self.states_at(batch.input_ids.to(device), wanted)[sequence, column]
 
 
 def _cache_argument(model: torch.nn.Module) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ class Starts:
 
     def _key(self, name: str, epochs: float, seed: int) -> str:
         env, model = self._config.env, self._config.model
-        depends = {
+        depends: dict[str, object] = {
             "recipe": _RECIPE,
             "env": [env.id, sorted(env.options.items()), env.max_turns, env.prompt_style],
             "prompt": [env.history_window, env.show_admissible, env.parse_profile],
@@ -91,7 +92,9 @@ class Starts:
             "updates": [model.episodes_per_update, model.observation_weight],
             "model": [name, epochs, model.supervised_lr, seed],
         }
-        if name not in MODEL_SHAPES:
+        if name in MODEL_SHAPES:
+            depends["shape"] = asdict(MODEL_SHAPES[name])
+        else:
             depends["start"] = [_identity(name), sorted(env.template_options.items())]
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         return f"{Path(name).name}-{digest[:20]}"

@@ -27,7 +27,7 @@ TRAINER_LAYERS = (
     "types config intervals progress interrupts run_folder metrics processes adaptive agents muon"
     " rate_limiter chat_errors",
     "atod weight_variants baselines chat_agent eval_records",
-    "batching tokenizer dialogue token_scores turn_records agent_evaluation eval_tables",
+    "batching tokenizer dialogue token_scores wanted turn_records agent_evaluation eval_tables",
     "policy kv_cache choices generation teacher remote_teacher",
     "episode_prompts rollout",
     "demonstrations starts evaluate checkpoint training_state step_records",
