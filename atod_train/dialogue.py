@@ -10,7 +10,7 @@ encoding what was decoded may give other tokens. In window style every turn has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ from atod_train.types import FinishReason
 _FIRST, _SECOND, _THIRD = "Aqzuser", "Bqzuser", "Cqzuser"
 _REPLY, _LATER_REPLY = "Dqzreply", "Eqzreply"
 
-_KEPT_COMPLETIONS = 100_000
+_KEPT = 50_000
 
 _REWRITES = (
     "The chat template of this tokenizer does not only append: it renders earlier turns "
@@ -66,7 +66,7 @@ class DialogueEncoder:
         self.tokenizer = tokenizer
         self.style = style
         self._options = dict(template_options or {})
-        self._completions: dict[str, tuple[int, ...]] = {}
+        self._encoded: dict[Hashable, tuple[int, ...]] = {}
         self.end_of_turn_id = self._find_end_of_turn()
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset(
@@ -94,13 +94,18 @@ class DialogueEncoder:
         """
         if self.style != "chat":
             raise AtodError("Only chat style has continuations; in window style call first().")
+        ids = self._kept(("continuation", *messages), lambda: self._continuation(messages))
+        return list(ids[1:] if previous_finish_reason == "stop" else ids)
+
+    def _continuation(self, messages: Sequence[Message]) -> list[int]:
+        """With the end-of-turn token of the completion before."""
         dialogue = (Message("user", _FIRST), Message("assistant", _REPLY), *messages)
         rendered = self._render(dialogue, generate=True)
         _, found, after = rendered.partition(_REPLY)
         ids = self._encode(after.lstrip()) if found else []
         if not ids or ids[0] != self.end_of_turn_id:
             raise AtodError(_REWRITES.format("an assistant message lost its text or its end"))
-        return ids[1:] if previous_finish_reason == "stop" else ids
+        return ids
 
     def finished(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a dialogue whose last message is an assistant's, as the template closes it.
@@ -118,12 +123,20 @@ class DialogueEncoder:
 
         Empty for a text that the tokenizer cannot write: its ids would give another one.
         """
-        if text not in self._completions:
-            if len(self._completions) >= _KEPT_COMPLETIONS:
-                self._completions.clear()
+
+        def encode() -> list[int]:
             ids = self.completion(text)
-            self._completions[text] = tuple(ids) if self.decode(ids) == text else ()
-        return self._completions[text]
+            return ids if self.decode(ids) == text else []
+
+        return self._kept(("completion", text), encode)
+
+    def _kept(self, key: Hashable, encode: Callable[[], list[int]]) -> tuple[int, ...]:
+        """What was encoded before: environments say the same things again and again."""
+        if key not in self._encoded:
+            if len(self._encoded) >= _KEPT:
+                self._encoded.clear()
+            self._encoded[key] = tuple(encode())
+        return self._encoded[key]
 
     def decode(self, completion_ids: Sequence[int]) -> str:
         """Text of a completion without its end-of-turn token; other special tokens stay visible."""
