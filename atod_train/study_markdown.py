@@ -34,8 +34,8 @@ def main_table(environment: StudyEnvironment, split: str | None = None) -> TextT
         still = model in STILL
         rates = [
             rate(environment, model, "greedy", split),
+            None if still else rate(environment, model, "greedy", split, "best"),
             rate(environment, model, "sampled", split),
-            None if still else rate(environment, model, "sampled", split, "best"),
         ]
         gain = difference(environment, model, "start", "sampled", split)
         if still and not any(rates):
@@ -49,8 +49,8 @@ def main_table(environment: StudyEnvironment, split: str | None = None) -> TextT
         "model",
         "seeds",
         "greedy, last",
+        "greedy, best",
         "sampled, last",
-        "sampled, best",
         "gain over start (sampled, last)",
         "minutes",
     )
@@ -58,9 +58,10 @@ def main_table(environment: StudyEnvironment, split: str | None = None) -> TextT
 
 
 def first_pairs(environment: StudyEnvironment) -> list[tuple[str, str]]:
-    """The first label with each other one."""
+    """The first label with each other one, and with the teacher."""
     first, *others = environment.labels
-    return [(first, other) for other in others]
+    taught = any(piece["teacher"].values() for piece in environment.pieces)
+    return [(first, other) for other in (*others, *(["teacher"] if taught else []))]
 
 
 def difference_table(
