@@ -19,11 +19,13 @@ from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.choices import Choices
 from atod_train.dialogue import DialogueEncoder
 from atod_train.kv_cache import SlotCache
+from atod_train.packed import Feed, can_be_packed, last_states
+from atod_train.padded import padded_logits, padded_prefill
 from atod_train.policy import Policy
 from atod_train.types import FinishReason
 
-_PREFILL_MASK_ELEMENTS = 2**26
-"""Attention-mask elements of one prefill pass; more rows are fed in several passes."""
+_PACKED_TOKENS = 2**14
+"""New tokens that go through the model at once where they are packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ class Generator:
         self.max_completion_tokens = max_completion_tokens
         self.max_context = max_context or policy.max_positions
         self._generator = generator or torch.Generator().manual_seed(0)
+        self._is_packed = can_be_packed(policy)
         self._episodes: list[_Episode] = []
         self._cache = self._new_cache(0)
 
@@ -220,6 +223,8 @@ class Generator:
             these slots, the other one's slot.
         """
         episodes = [self._episodes[row] for row in feeds]
+        if self._is_packed and any(episode.held for episode in episodes):
+            return []  # rows may have any slots
         self._gather(episodes)
         if any(episode.held for episode in episodes):
             return []
@@ -289,11 +294,26 @@ class Generator:
             alive = [row for row in alive if id_list[row] not in self.dialogue.stop_ids]
             if not alive or step + 1 == self.max_completion_tokens:
                 break
+            if self._is_packed:
+                grown = [
+                    Feed(episodes[row].slot, ends[row] + step, [id_list[row]]) for row in alive
+                ]
+                logits = logits.new_zeros(logits.shape).index_copy_(
+                    0, torch.tensor(alive), self._feed(grown)
+                )
+                continue
             # Finished rows between the others are computed too, which costs less than moving the
             # cache; what they write lies beyond their context and is overwritten next turn.
             count = alive[-1] + 1
             visible = max(ends[row] for row in alive) + step + 1
-            logits = self._forward(0, ids[:count, None], positions[:count, None] + step, visible)
+            logits = padded_logits(
+                self.policy,
+                self._cache,
+                0,
+                ids[:count, None],
+                positions[:count, None] + step,
+                visible,
+            )
         allowed = [[] for _ in episodes] if among is None else among.allowed
         return [
             self._finish(episode, ids, values, choices)
@@ -318,51 +338,27 @@ class Generator:
 
     def _prefill(self, episodes: list[_Episode], feeds: list[list[int]]) -> Tensor:
         """Feed the new tokens; logits [k, vocabulary] after the last of each row."""
-        device = self.policy.device
-        logits = []
-        first = 0
-        longest = max(len(e.held) + len(feed) for e, feed in zip(episodes, feeds, strict=True))
-        widest = max(len(feed) for feed in feeds)
-        rows = max(1, _PREFILL_MASK_ELEMENTS // (widest * longest))
-        while first < len(episodes):
-            part = slice(first, first + rows)
-            widths = torch.tensor([len(feed) for feed in feeds[part]])
-            width = int(widths.max())
-            ids = torch.tensor([feed + feed[-1:] * (width - len(feed)) for feed in feeds[part]])
-            starts = torch.tensor([len(episode.held) for episode in episodes[part]])
-            # Padding stands beyond the row's context: later tokens overwrite it before any looks.
-            positions = starts[:, None] + torch.arange(width)
-            visible = int((starts + widths).max())
-            last = (widths - 1).to(device)
-            logits.append(self._forward(first, ids.to(device), positions.to(device), visible, last))
-            first += rows
-        return torch.cat(logits)
-
-    def _forward(
-        self,
-        first_slot: int,
-        ids: Tensor,
-        positions: Tensor,
-        visible: int,
-        last: Tensor | None = None,
-    ) -> Tensor:
-        """One pass over [n, q] tokens; logits [n, vocabulary] at column `last` [n], or column 0."""
-        self._cache.aim(first_slot, positions, visible)
-        future = torch.arange(visible, device=ids.device) > positions[:, :, None]
-        # Additive from the start: a boolean mask would be converted in every layer.
-        precision = self.policy.autocast_dtype or self.policy.model.dtype
-        mask = torch.zeros(future.shape, dtype=precision, device=ids.device)
-        mask.masked_fill_(future, float("-inf"))
-        chosen = torch.zeros_like(ids[:, 0]) if last is None else last
-        hidden = self.policy.states_at(
-            ids,
-            chosen[:, None],
-            attention_mask=mask[:, None],
-            # Padding may stand beyond the last position that a model has learned; tokens never do.
-            position_ids=positions.clamp(max=self.policy.max_positions - 1),
-            cache=self._cache,
+        held = [len(episode.held) for episode in episodes]
+        if not self._is_packed:
+            return padded_prefill(self.policy, self._cache, held, feeds)
+        return self._feed(
+            [
+                Feed(e.slot, start, feed)
+                for e, start, feed in zip(episodes, held, feeds, strict=True)
+            ]
         )
-        return self.policy.logits(hidden[:, 0])
+
+    def _feed(self, feeds: Sequence[Feed]) -> Tensor:
+        """Feed new tokens without padding; logits [k, vocabulary] after each feed's last one."""
+        logits = []
+        first = tokens = 0
+        for after, feed in enumerate(feeds, 1):
+            tokens += len(feed.ids)
+            if tokens >= _PACKED_TOKENS or after == len(feeds):
+                states = last_states(self.policy.model, self._cache, feeds[first:after])
+                logits.append(self.policy.logits(states))
+                first, tokens = after, 0
+        return torch.cat(logits)
 
     def _uniforms(self, episodes: list[_Episode]) -> Tensor:
         """[k, max_completion_tokens] float64 in [0, 1), each row from its episode's stream."""

@@ -129,6 +129,22 @@ class SlotCache(Cache):
         self.window.positions = positions
         self.window.visible = visible
 
+    def write(
+        self, layer: int, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor
+    ) -> None:
+        """Put the keys and values [t, heads, head_width] of tokens at their slots and positions."""
+        held = self._slot_layers[layer]
+        if not held.is_initialized:
+            held.lazy_initialization(keys, values)
+        held.stored_keys.transpose(1, 2).index_put_((slots, positions), keys)
+        held.stored_values.transpose(1, 2).index_put_((slots, positions), values)
+
+    def read(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
+        """The first keys and values of a slot, [1, heads, length, head_width] each; no copies."""
+        held = self._slot_layers[layer]
+        part = slice(slot, slot + 1)
+        return held.stored_keys[part, :, :length], held.stored_values[part, :, :length]
+
     def move(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy slots onto others, all at once, so that a permutation needs no spare slot."""
         if sources:

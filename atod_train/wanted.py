@@ -86,16 +86,16 @@ def _forward(
     attention = layer.self_attn
     cos, sin = (table.expand(len(wanted), -1, -1) for table in position_embeddings)
     normed = layer.input_layernorm(hidden_states)
-    keys = _rotated(_heads(attention.k_proj(normed), attention.head_dim), cos, sin)
+    keys = rotated(_heads(attention.k_proj(normed), attention.head_dim), cos[:, None], sin[:, None])
     values = _heads(attention.v_proj(normed), attention.head_dim)
     # Earlier releases of transformers 5 have the other name.
     cache = cache if cache is not None else past_key_values
     if cache is not None:
         keys, values = cache.update(keys, values, attention.layer_idx)
-    queries = _rotated(
+    queries = rotated(
         _heads(attention.q_proj(_at(normed, wanted)), attention.head_dim),
-        _at(cos, wanted),
-        _at(sin, wanted),
+        _at(cos, wanted)[:, None],
+        _at(sin, wanted)[:, None],
     )
     if attention_mask is None:
         future = torch.arange(keys.shape[2], device=wanted.device) > wanted[:, :, None]
@@ -127,6 +127,7 @@ def _heads(states: Tensor, head_dim: int) -> Tensor:
     return states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
-def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """States with rotary positions; the tables have the last dimension in common with them."""
     turned: Tensor = rotate_half(states)
-    return states * cos[:, None] + turned * sin[:, None]
+    return states * cos + turned * sin

@@ -108,3 +108,12 @@ def _unpacked(archive: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+@pytest.fixture(params=["packed", "padded"])
+def feeding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Rollouts as on a processor, and as on other devices."""
+    if request.param == "padded":
+        monkeypatch.setattr("atod_train.generation.can_be_packed", lambda policy: False)
+    kind: str = request.param
+    return kind

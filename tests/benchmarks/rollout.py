@@ -43,7 +43,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
-        self.fed = 0  # tokens of prompts that went through the model, with padding
+        self.fed = 0  # tokens of prompts that went through the model
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, timed."""
@@ -63,23 +63,22 @@ def watched(watch: Stopwatch) -> Iterator[None]:
     """Times the parts of our generation, and counts the tokens that are fed."""
     names = {"_prefill": "prefill", "_sample": "sampling", "prompt": "generation"}
     before = {name: getattr(Generator, name) for name in names}
-    forward, next_prompt = Generator._forward, rollout.next_prompt
-
-    def count(self: Generator, first: int, ids: Tensor, *rest: Any) -> Tensor:
-        is_prefill = len(rest) == 3
-        watch.fed += ids.numel() if is_prefill else 0
-        return forward(self, first, ids, *rest)
-
+    next_prompt = rollout.next_prompt
     for name, label in names.items():
         setattr(Generator, name, watch.around(label, before[name]))
-    Generator._forward = count  # type: ignore[method-assign]
+    timed = Generator._prefill
+
+    def count(self: Generator, episodes: Any, feeds: list[list[int]]) -> Tensor:
+        watch.fed += sum(map(len, feeds))
+        return timed(self, episodes, feeds)
+
+    Generator._prefill = count  # type: ignore[method-assign]
     rollout.next_prompt = watch.around("prompts", next_prompt)
     try:
         yield
     finally:
         for name, function in before.items():
             setattr(Generator, name, function)
-        Generator._forward = forward  # type: ignore[method-assign]
         rollout.next_prompt = next_prompt
 
 

@@ -25,6 +25,8 @@ from atod_train.tokenizer import build_word_tokenizer
 from atod_train.turn_records import from_row, to_row
 from atod_train.types import Trajectory
 
+pytestmark = pytest.mark.usefixtures("feeding")
+
 CHOICES = [(5, 6, 2), (5, 7, 8, 2), (9, 2)]
 ENV = EnvConfig(
     data="generated", options={"house_size": "tiny"}, max_turns=5, constrain_actions=True

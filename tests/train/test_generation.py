@@ -16,6 +16,8 @@ from atod_train.policy import ModelShape, Policy, build_policy
 from atod_train.tokenizer import build_word_tokenizer
 from atod_train.types import TokenizedTurn, Trajectory, Turn
 
+pytestmark = pytest.mark.usefixtures("feeding")
+
 TINY = ModelShape(layers=2, width=32, heads=2, mlp_width=48, max_positions=512)
 POLICY: Policy = build_policy(TINY, build_word_tokenizer(["take mug from desk"]), seed=0)
 # Random weights give nearly equal probabilities; larger ones make a distribution with a shape.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from test_generation import POLICY, make_generator, random_prompts
-from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from atod_train.batching import make_batch
@@ -17,19 +16,17 @@ from atod_train.generation import Generator
 from atod_train.policy import Policy
 from atod_train.types import TokenizedTurn, Trajectory, Turn
 
+pytestmark = pytest.mark.usefixtures("feeding")
+
 
 @pytest.fixture
-def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def fed() -> Iterator[list[int]]:
     """Tokens, padding included, of each pass through the model."""
     counts: list[int] = []
-    forward = Generator._forward
-
-    def count(self: Generator, first_slot: int, ids: Tensor, *rest: Tensor | int | None) -> Tensor:
-        counts.append(ids.numel())
-        return forward(self, first_slot, ids, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Generator, "_forward", count)
-    return counts
+    embedding = POLICY.model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _, given, result: counts.append(given[0].numel()))
+    yield counts
+    hook.remove()
 
 
 def _turn(index: int, prompt: list[int], completion: object, extends: bool) -> Turn:
@@ -50,7 +47,8 @@ def test_a_group_computes_its_first_prompt_once(style: PromptStyle, fed: list[in
     generator.start(7)
     prompts = [first, other, first, first, other, first, first]
     completions = generator.prompt(prompts, range(7))
-    assert fed == [2 * max(len(first), len(other))]
+    padded = 2 * max(len(first), len(other))
+    assert fed == [len(first) + len(other) if generator._is_packed else padded]
     records = [
         Trajectory(0, "t", "k", (_turn(0, ids, c, False),), True, False, "terminated", True, 1.0)
         for ids, c in zip(prompts, completions, strict=True)
