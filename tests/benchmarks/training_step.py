@@ -28,6 +28,7 @@ from atod_train.dialogue import DialogueEncoder
 from atod_train.generation import Generator
 from atod_train.rollout import EnvPool, collect
 from atod_train.tokenizer import build_word_tokenizer
+from atod_train.types import Trajectory
 
 LR = (3e-3, 1.8e-2)
 
@@ -68,25 +69,18 @@ def main() -> None:
     model = policy.build_policy(options.model, tokenizer, seed=0)
     dialogue = DialogueEncoder(tokenizer)
     taught = [demonstrations.tokenize(episode, dialogue) for episode in shown]
-    generator = Generator(model, dialogue, max_completion_tokens=10)
-
-    def play() -> list[object]:
-        tasks = pool.task_ids[: options.tasks]
-        return list(collect(pool, generator, tasks, group_size=options.group_size, turn_limit=20))
-
     # A model that knows a little, so that episodes are as long as in training.
     demonstrations.train_on_demonstrations(
         model, taught, epochs=2.0, lr=LR, seed=0, tokens_per_microbatch=2048
     )
-    generator = Generator(model, dialogue, max_completion_tokens=10)
-    groups = collect(
-        pool,
-        generator,
-        pool.task_ids[: options.tasks],
-        group_size=options.group_size,
-        turn_limit=20,
-    )
-    batch = make_batch([t for group in groups for t in group.trajectories], model.pad_id)
+
+    def play() -> list[Trajectory]:
+        generator = Generator(model, dialogue, max_completion_tokens=10)
+        tasks = pool.task_ids[: options.tasks]
+        groups = collect(pool, generator, tasks, group_size=options.group_size, turn_limit=20)
+        return [trajectory for group in groups for trajectory in group.trajectories]
+
+    batch = make_batch(play(), model.pad_id)
 
     def update() -> None:
         model.model.zero_grad()
