@@ -25,8 +25,6 @@ from atod_train.tokenizer import build_word_tokenizer
 from atod_train.turn_records import from_row, to_row
 from atod_train.types import Trajectory
 
-pytestmark = pytest.mark.usefixtures("feeding")
-
 CHOICES = [(5, 6, 2), (5, 7, 8, 2), (9, 2)]
 ENV = EnvConfig(
     data="generated", options={"house_size": "tiny"}, max_turns=5, constrain_actions=True
@@ -54,6 +52,7 @@ def test_choices_that_cannot_be_are_refused() -> None:
         Choices([CHOICES], longest=3)
 
 
+@pytest.mark.usefixtures("feeding")
 def test_every_completion_is_one_of_the_choices() -> None:
     generator = make_generator(limit=4, stop_ids=frozenset({2}))
     generator.start(6)
