@@ -223,10 +223,10 @@ class Generator:
             these slots, the other one's slot.
         """
         episodes = [self._episodes[row] for row in feeds]
-        if self._is_packed and any(episode.held for episode in episodes):
-            return []  # rows may have any slots
-        self._gather(episodes)
-        if any(episode.held for episode in episodes):
+        has_context = any(episode.held for episode in episodes)
+        if not (self._is_packed and has_context):  # packed rows may have any slots
+            self._gather(episodes)
+        if has_context:
             return []
         # Nothing is in the cache yet, so the slots can be dealt out anew.
         leaders: dict[tuple[int, ...], _Episode] = {}

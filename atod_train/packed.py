@@ -68,31 +68,24 @@ def last_states(model: PreTrainedModel, cache: SlotCache, feeds: Sequence[Feed])
     states = base.embed_tokens(ids)
     cos, sin = (table[0] for table in base.rotary_emb(states[None], positions[None]))
     masks = [_mask(feed) for feed in feeds]
-    bounds = ends.tolist()
-    *early, last = base.layers
-    for layer in early:
+    sizes = widths.tolist()
+    for layer in base.layers:
         normed = layer.input_layernorm(states)
         attention = layer.self_attn
         _write(cache, attention, normed, cos, sin, slots, positions)
+        if layer is base.layers[-1]:
+            # From here on the last token of each feed is enough; it sees everything.
+            chosen = ends - 1
+            states, normed, cos, sin = states[chosen], normed[chosen], cos[chosen], sin[chosen]
+            sizes, masks = [1] * len(feeds), [None] * len(feeds)
         queries = _heads(attention.q_proj(normed), attention.head_dim)
         queries = rotated(queries, cos[:, None], sin[:, None])
         attended = [
-            _attend(cache, attention, feed, queries[end - len(feed.ids) : end], mask)
-            for feed, end, mask in zip(feeds, bounds, masks, strict=True)
+            _attend(cache, attention, feed, part, mask)
+            for feed, part, mask in zip(feeds, queries.split(sizes), masks, strict=True)
         ]
         states = states + attention.o_proj(torch.cat(attended))
         states = states + layer.mlp(layer.post_attention_layernorm(states))
-    attention, chosen = last.self_attn, ends - 1
-    normed = last.input_layernorm(states)
-    _write(cache, attention, normed, cos, sin, slots, positions)
-    queries = _heads(attention.q_proj(normed[chosen]), attention.head_dim)
-    queries = rotated(queries, cos[chosen, None], sin[chosen, None])
-    attended = [
-        _attend(cache, attention, feed, query[None], None)
-        for feed, query in zip(feeds, queries, strict=True)
-    ]
-    states = states[chosen] + attention.o_proj(torch.cat(attended))
-    states = states + last.mlp(last.post_attention_layernorm(states))
     result: Tensor = base.norm(states)
     return result
 

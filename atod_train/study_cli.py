@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atod_gym.errors import AtodError
-from atod_train.study_markdown import (
-    TextTable,
-    describe,
-    difference_table,
-    first_pairs,
-    main_table,
-    phase_table,
-)
+from atod_train.study_markdown import all_tables, describe
 from atod_train.study_pieces import ResultsError, StudyEnvironment, read_results
 from atod_train.study_results import RESULTS_FILE, finished_runs, write_results
 
@@ -135,7 +128,7 @@ def results(arguments: Sequence[str]) -> int:
         _check_pairs(pairs, environments)
         for environment in environments:
             print(f"## {environment.name}\n\n{describe(environment)}\n")
-            for table in _tables(environment, pairs, options.splits):
+            for table in all_tables(environment, pairs, by_split=options.splits):
                 print(f"{table.title}:\n\n{table.markdown}")
         if options.out:
             print(f"report: {_write_report(options.out, environments)}")
@@ -153,14 +146,3 @@ def _check_pairs(
     for name in (name for pair in pairs for name in pair):
         if name not in names:
             raise ResultsError(f"--pair: there is no {name!r}; known: {', '.join(names)}.")
-
-
-def _tables(
-    environment: StudyEnvironment, pairs: Sequence[tuple[str, str]], by_split: bool
-) -> list[TextTable]:
-    splits = list(environment.tasks) if by_split and len(environment.tasks) > 1 else []
-    tables = [main_table(environment, split) for split in (None, *splits)]
-    chosen = pairs or first_pairs(environment)
-    if chosen:
-        tables.append(difference_table(environment, chosen))
-    return [*tables, phase_table(environment)]

@@ -86,6 +86,26 @@ def difference_table(
     return TextTable(f"{_where(split)}: differences, points", head, tuple(rows))
 
 
+def all_tables(
+    environment: StudyEnvironment,
+    pairs: Sequence[tuple[str, str]] = (),
+    *,
+    by_split: bool,
+) -> list[TextTable]:
+    """All tables of an environment in order.
+
+    Args:
+        environment: where.
+        pairs: claims, as in `difference_table`; none: `first_pairs`.
+        by_split: success for each split too, where there are several.
+    """
+    splits = list(environment.tasks) if by_split and len(environment.tasks) > 1 else []
+    tables = [main_table(environment, split) for split in (None, *splits)]
+    if chosen := pairs or first_pairs(environment):
+        tables.append(difference_table(environment, chosen))
+    return [*tables, phase_table(environment)]
+
+
 def phase_table(environment: StudyEnvironment) -> TextTable:
     """Minutes, episodes and tokens of a run, and the share of each phase."""
     rows = []

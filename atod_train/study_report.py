@@ -9,14 +9,7 @@ from atod_train.report import REPORT_FILE, ReportError
 from atod_train.report_figures import draw_png
 from atod_train.report_page import definitions, distinct, escape, figure, page, table
 from atod_train.study_figures import page_figures, png_paints
-from atod_train.study_markdown import (
-    TextTable,
-    describe,
-    difference_table,
-    first_pairs,
-    main_table,
-    phase_table,
-)
+from atod_train.study_markdown import TextTable, all_tables, describe
 from atod_train.study_pieces import StudyEnvironment
 
 _METHOD = (
@@ -62,11 +55,7 @@ def _section(folder: Path, environment: StudyEnvironment, key: str) -> list[str]
     parts = [f"<h2>{name}</h2>", f"<p>{escape(describe(environment))}</p>", _facts(environment)]
     if (folder / environment.name / REPORT_FILE).is_file():
         parts.append(f'<p><a href="{name}/{REPORT_FILE}">Every run and its trajectories</a></p>')
-    splits = environment.tasks if len(environment.tasks) > 1 else ()
-    tables = [main_table(environment, split) for split in (None, *splits)]
-    if pairs := first_pairs(environment):
-        tables.append(difference_table(environment, pairs))
-    parts += [_html(found) for found in (*tables, phase_table(environment))]
+    parts += [_html(found) for found in all_tables(environment, by_split=True)]
     figures = "".join(figure(item) for item in page_figures(environment, key))
     return [*parts, f'<div class="figures">{figures}</div>']
 
