@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from atod_train.intervals import Interval, mean_interval, wilson_interval
 from atod_train.study_pieces import StudyEnvironment, StudyRun
+from atod_train.study_results import STILL
 
 Which = Literal["last", "best"]
 """The last evaluation, or the best of a run: of each split and mode its own best."""
@@ -32,9 +33,6 @@ Which = Literal["last", "best"]
 Verdict = Literal["holds", "does not hold", "undecided"]
 
 DRAWS = 5000
-STILL = ("start", "teacher")
-"""Models that do not train."""
-
 _Replicate = tuple[int, "int | None"]
 """(piece, seed); no seed for a model that does not train."""
 

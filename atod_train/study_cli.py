@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from atod_gym.errors import AtodError
 from atod_train.study_markdown import all_tables, describe
 from atod_train.study_pieces import ResultsError, StudyEnvironment, read_results
-from atod_train.study_results import RESULTS_FILE, finished_runs, write_results
+from atod_train.study_results import RESULTS_FILE, STILL, finished_runs, write_results
 
 if TYPE_CHECKING:
     from atod_train.study_file import ParseArguments, StudyPart
@@ -142,7 +142,7 @@ def _check_pairs(
     pairs: Sequence[tuple[str, str]], environments: Sequence[StudyEnvironment]
 ) -> None:
     known = dict.fromkeys(label for environment in environments for label in environment.labels)
-    names = (*known, "start", "teacher")
+    names = (*known, *STILL)
     for name in (name for pair in pairs for name in pair):
         if name not in names:
             raise ResultsError(f"--pair: there is no {name!r}; known: {', '.join(names)}.")

@@ -19,7 +19,6 @@ from atod_train.report_figures import (
     method_label,
 )
 from atod_train.study_analysis import (
-    STILL,
     Estimate,
     course_band,
     mean_metric,
@@ -27,6 +26,7 @@ from atod_train.study_analysis import (
     seed_courses,
 )
 from atod_train.study_pieces import StudyEnvironment
+from atod_train.study_results import STILL
 
 _MARKERS = "os^DvPX<>*hp"
 _WINDOW = 5

@@ -32,7 +32,7 @@ from atod_gym.errors import InvalidSettingError
 from atod_train.config import RunConfig
 from atod_train.presets import PRESETS
 from atod_train.study import Run
-from atod_train.study_results import FOLDER_NAME
+from atod_train.study_results import FOLDER_NAME, STILL
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,7 +43,6 @@ ParseArguments = Callable[[list[str]], RunConfig]
 """Reads a command line that begins with a preset."""
 
 _KEYS = {"seeds", "jobs", "environments", "runs"}
-_TABLE_ROWS = ("start", "teacher")
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def _tables(content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
             raise InvalidSettingError(f"{key}.{name} must be a table: [{key}.{name}].")
         if not FOLDER_NAME.fullmatch(name):
             raise InvalidSettingError(f"{key}: {name!r} cannot be the name of a folder.")
-        if key == "runs" and name in _TABLE_ROWS:
+        if key == "runs" and name in STILL:
             raise InvalidSettingError(
                 f"a run cannot be called {name!r}: tables have a line of that name already."
             )

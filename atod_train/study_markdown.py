@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atod_train.report_page import NOTHING
-from atod_train.study_analysis import STILL, Estimate, cost, difference, rate, verdict
+from atod_train.study_analysis import Estimate, cost, difference, rate, verdict
 from atod_train.study_pieces import StudyEnvironment
+from atod_train.study_results import STILL
 
 _PHASES = ("environment", "generation", "teacher", "update")
 

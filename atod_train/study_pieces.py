@@ -16,7 +16,7 @@ from typing import Any
 
 from atod_gym.errors import AtodError
 from atod_train.config import is_url
-from atod_train.study_results import FOLDER_NAME
+from atod_train.study_results import FOLDER_NAME, STILL
 
 _EVALUATIONS = ("last", "best")
 _RUN_KEYS = ("minutes", "tokens", "episodes", "seconds", *_EVALUATIONS, "course", "metrics")
@@ -117,7 +117,7 @@ def _check(name: str, record: Mapping[str, Any]) -> None:
     boards = {**record["start"], **record["teacher"]}
     if not record["runs"] or not lengths or not boards:
         raise ValueError(f"{name} has no runs, tasks or evaluations")
-    _check_evaluations(record, ("start", "teacher"), lengths)
+    _check_evaluations(record, STILL, lengths)
     seen = set()
     for run in record["runs"]:
         if missing := [key for key in ("label", "seed", *_RUN_KEYS) if key not in run]:

@@ -24,6 +24,9 @@ RESULTS_FILE = "results.json"
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 """What an environment or a run of a study may be called."""
 
+STILL = ("start", "teacher")
+"""Models of a study that do not train; no run may have their names."""
+
 KEPT_METRICS = (
     "kappa",
     "rho",

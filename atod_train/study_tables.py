@@ -16,6 +16,7 @@ from atod_train.intervals import (
     paired_by_task,
 )
 from atod_train.report_data import RunSummary
+from atod_train.study_results import STILL
 
 
 def show_study(runs: Sequence[RunSummary], report: Path) -> None:
@@ -94,7 +95,7 @@ def _print_differences(runs: Sequence[RunSummary], console: Console) -> None:
             method: [_by_task(run, mode, "last") for run in runs if run.method == method]
             for method in methods
         }
-        others = {name: _by_task(runs[0], mode, name) for name in ("start", "teacher")}
+        others = {name: _by_task(runs[0], mode, name) for name in STILL}
         for number, method in enumerate(methods):
             mine = _mean(seeds[method])
             rivals = {**others, **{name: _mean(seeds[name]) for name in methods[number + 1 :]}}
