@@ -38,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen[:1] == ["study"]:
         from atod_train import study_cli
 
-        return _guarded(study_cli.study, chosen[1:], _parsed)
+        return _guarded("the same command", study_cli.study, chosen[1:], _parsed)
     config = _parsed(chosen)
     preset = next((name for name in chosen if name in PRESETS), "run")
     out = Path(config.study.out or Path("runs") / preset)
-    return _guarded(_run, config, out)
+    return _guarded("the same command with --study.resume", _run, config, out)
 
 
 def _parsed(arguments: list[str]) -> RunConfig:
@@ -67,15 +67,15 @@ def _run(config: RunConfig, out: Path) -> None:
         show_study([read_run(path.parent) for path in sorted(out.glob("*/config.json"))], report)
 
 
-def _guarded(work: Callable[..., None], *arguments: Any) -> int:
+def _guarded(again: str, work: Callable[..., None], *arguments: Any) -> int:
     """Runs something that trains, and ends the process where it trains with others."""
     from atod_train.processes import end_process
 
-    return end_process(_told(work, *arguments))
+    return end_process(_told(again, work, *arguments))
 
 
-def _told(work: Callable[..., None], *arguments: Any) -> int:
-    """Runs something that trains; what goes wrong is told in a line."""
+def _told(again: str, work: Callable[..., None], *arguments: Any) -> int:
+    """Runs something that trains; what goes wrong is told in a line. `again`: what goes on."""
     import transformers
 
     from atod_train.trainer import StoppedByUser
@@ -84,12 +84,11 @@ def _told(work: Callable[..., None], *arguments: Any) -> int:
     try:
         work(*arguments)
     except StoppedByUser as stop:
-        print(f"atod-train: {stop}", file=sys.stderr)
+        print(f"atod-train: {stop}; {again} goes on from there", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print(
-            "atod-train: stopped at once; the same command with --study.resume goes on from the "
-            "last checkpoint",
+            f"atod-train: stopped at once; {again} goes on from the last checkpoint",
             file=sys.stderr,
         )
         return 130
@@ -98,8 +97,8 @@ def _told(work: Callable[..., None], *arguments: Any) -> int:
         return 2
     except OSError as error:
         print(
-            f"atod-train: error: {error}. Free space or choose another folder with --study.out; "
-            "what was saved is intact and --study.resume goes on from it.",
+            f"atod-train: error: {error}. Free space or choose another folder; what was saved is "
+            f"intact and {again} goes on from it.",
             file=sys.stderr,
         )
         return 2

@@ -294,6 +294,6 @@ def _check_folder(out: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise AtodError(
-            f"The folder {out} cannot be written ({error.strerror}); choose another one with "
-            "--study.out."
+            f"The folder {out} cannot be written ({error.strerror}); choose another one "
+            "(--study.out; --out for a study file)."
         ) from error

@@ -168,10 +168,7 @@ class Trainer:
                     self._save()
                 advance(note=_note(metrics))
                 if stop and not last:
-                    raise StoppedByUser(
-                        f"stopped after step {step} of {settings.steps}; the same command with "
-                        "--study.resume goes on from there"
-                    )
+                    raise StoppedByUser(f"stopped after step {step} of {settings.steps}")
         if self.processes.is_main:
             self._finish()
         self.processes.wait()
@@ -250,7 +247,7 @@ class Trainer:
                     raise RunFolderError(
                         f"{self.run_dir} was run with {part}.{name}={old[name]!r}, not "
                         f"{new[name]!r}; resume with the same settings, or choose another folder "
-                        "with --study.out"
+                        "(--study.out; --out for a study file)"
                     )
 
     def _save(self) -> None:

@@ -134,4 +134,5 @@ def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     assert {name: [run["label"] for run in results[name]["runs"]] for name in results} == {
         "houses": ["grpo"], "more": ["atod"]
     }  # fmt: skip
-    assert capsys.readouterr().err == "atod-train: stopped\n" * 2
+    told = "atod-train: stopped; the same command goes on from there\n"
+    assert capsys.readouterr().err == told * 2

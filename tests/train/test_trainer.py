@@ -173,7 +173,7 @@ def test_kill_9_and_ctrl_c_lose_nothing(whole_run: Path, tmp_path: Path) -> None
     output, _ = process.communicate(timeout=120)
     if process.returncode != 0:  # it may have been in its last step
         assert process.returncode == 130
-        assert "--study.resume" in output
+        assert "stopped after step" in output
         process = _start(tmp_path)
         process.communicate(timeout=120)
     assert process.returncode == 0
