@@ -140,7 +140,7 @@ class _Episode:
             extends_previous=prompt.extends_previous,
             allowed_ids=completion.allowed_ids,
         )
-        penalty = config.invalid_action_penalty if info["parse_error"] else 0.0
+        penalty = config.penalty(info)
         turn = Turn(
             index=len(self.turns),
             prompt=prompt.messages,

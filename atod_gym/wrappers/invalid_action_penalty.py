@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import gymnasium
@@ -10,6 +11,18 @@ from gymnasium.utils import RecordConstructorArgs
 from atod_gym.errors import InvalidSettingError
 
 Validity = Literal["strict", "format", "either"]
+
+
+def is_penalized(info: Mapping[str, Any], validity: Validity) -> bool:
+    """Whether a turn costs something, by the `info` that it ended with.
+
+    Args:
+        info: of `ParseAction`, with `parse_error` and `is_action_valid`.
+        validity: `strict`: the action was not admissible; `format`: the completion did not parse
+            (as in published ALFWorld runs); `either`: one of the two.
+    """
+    is_malformed = validity != "strict" and bool(info["parse_error"])
+    return is_malformed or (validity != "format" and not info["is_action_valid"])
 
 
 class InvalidActionPenalty(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
@@ -23,8 +36,7 @@ class InvalidActionPenalty(gymnasium.Wrapper[Any, str, Any, str], RecordConstruc
         Args:
             env: the environment.
             penalty: subtracted from the turn's reward, >= 0.
-            validity: `strict`: the action was not admissible; `format`: the completion did not
-                parse (as in published ALFWorld runs); `either`: one of the two.
+            validity: see `is_penalized`.
 
         Raises:
             InvalidSettingError: for a negative penalty or an unknown validity.
@@ -43,7 +55,5 @@ class InvalidActionPenalty(gymnasium.Wrapper[Any, str, Any, str], RecordConstruc
     def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Executes an action; the reward is lower if it is not valid."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        is_malformed = self.validity != "strict" and bool(info["parse_error"])
-        is_inadmissible = self.validity != "format" and not info["is_action_valid"]
-        penalty = self.penalty if is_malformed or is_inadmissible else 0.0
+        penalty = self.penalty if is_penalized(info, self.validity) else 0.0
         return observation, float(reward) - penalty, terminated, truncated, info

@@ -134,7 +134,7 @@ class Episode:
         has_end = bool(ids) and ids[-1] in self._room.dialogue.stop_ids
         self._finish_reason = "stop" if has_end else "length"
         messages, reward, terminated, truncated, self.info = self.env.step(self.text(ids))
-        penalty = config.invalid_action_penalty if self.info["parse_error"] else 0.0
+        penalty = config.penalty(self.info)
         self.episode_return += float(reward) * config.success_reward - penalty
         self._messages = new_messages(messages)
         self.over = terminated or truncated

@@ -62,14 +62,19 @@ def test_seeds_depend_on_everything() -> None:
     assert all(0 <= seed < 2**62 for seed in seeds)
 
 
-@pytest.mark.parametrize("style", ["chat", "window"])
-def test_groups_hold_what_was_played(pool: EnvPool, policy: Policy, style: str) -> None:
+@pytest.mark.parametrize(
+    ("style", "invalid"), [("chat", "format"), ("window", "format"), ("window", "strict")]
+)
+def test_groups_hold_what_was_played(
+    pool: EnvPool, policy: Policy, style: str, invalid: str
+) -> None:
     config = EnvConfig(
         data="generated",
         options={"house_size": "tiny"},
         max_turns=4,
         parse_profile="tags" if style == "chat" else "plain",
         prompt_style=style,  # type: ignore[arg-type]
+        invalid_turns=invalid,  # type: ignore[arg-type]
     )
     chosen = EnvPool(config, "train")
     dialogue = DialogueEncoder(policy.tokenizer, config.prompt_style)
@@ -88,7 +93,9 @@ def test_groups_hold_what_was_played(pool: EnvPool, policy: Policy, style: str) 
                 assert turn.tokens.extends_previous == (style == "chat" and turn.index > 0)
                 assert len(turn.tokens.completion_ids) == len(turn.tokens.sampling_logprobs)
                 assert dialogue.decode(turn.tokens.completion_ids) == turn.completion
-                expected = 0.0 if turn.is_action_valid or style == "window" else 0.1
+                # In plain style everything parses.
+                is_free = style == "window" and invalid == "format"
+                expected = 0.0 if turn.is_action_valid or is_free else 0.1
                 assert turn.penalty == expected
                 assert turn.reward == pytest.approx(-expected)
             assert record.episode_return == pytest.approx(sum(t.reward for t in record.turns))
