@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atod_gym.errors import AtodError
-from atod_train.study_markdown import all_tables, describe
+from atod_train.study_markdown import all_tables, claims_table, describe
 from atod_train.study_pieces import ResultsError, StudyEnvironment, read_results
 from atod_train.study_results import RESULTS_FILE, STILL, finished_runs, write_results
 
@@ -130,6 +130,9 @@ def results(arguments: Sequence[str]) -> int:
             print(f"## {environment.name}\n\n{describe(environment)}\n")
             for table in all_tables(environment, pairs, by_split=options.splits):
                 print(f"{table.title}:\n\n{table.markdown}")
+        if len(environments) > 1:
+            claims = claims_table(environments, pairs)
+            print(f"## All environments\n\n{claims.title}:\n\n{claims.markdown}")
         if options.out:
             print(f"report: {_write_report(options.out, environments)}")
     except (AtodError, OSError) as error:

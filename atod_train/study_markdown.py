@@ -87,6 +87,27 @@ def difference_table(
     return TextTable(f"{_where(split)}: differences, points", head, tuple(rows))
 
 
+def claims_table(
+    environments: Sequence[StudyEnvironment], pairs: Sequence[tuple[str, str]] = ()
+) -> TextTable:
+    """Claims at one glance: sampled success at the last step in every environment.
+
+    Args:
+        environments: where.
+        pairs: claims, as in `difference_table`; none: the `first_pairs` of all of them.
+    """
+    claims = dict.fromkeys(pairs or (pair for found in environments for pair in first_pairs(found)))
+    rows = []
+    for first, second in claims:
+        cells = []
+        for environment in environments:
+            found = difference(environment, first, second, "sampled")
+            cells.append(f"{difference_text(found)} {verdict(found)}" if found else NOTHING)
+        rows.append((f"{first} > {second}", *cells))
+    head = ("claim", *(environment.name for environment in environments))
+    return TextTable("Sampled, last: differences, points, and verdicts", head, tuple(rows))
+
+
 def all_tables(
     environment: StudyEnvironment,
     pairs: Sequence[tuple[str, str]] = (),

@@ -9,7 +9,7 @@ from atod_train.report import REPORT_FILE, ReportError
 from atod_train.report_figures import draw_png
 from atod_train.report_page import definitions, distinct, escape, figure, page, table
 from atod_train.study_figures import page_figures, png_paints
-from atod_train.study_markdown import TextTable, all_tables, describe
+from atod_train.study_markdown import TextTable, all_tables, claims_table, describe
 from atod_train.study_pieces import StudyEnvironment
 
 _METHOD = (
@@ -36,6 +36,8 @@ def write_study_report(folder: Path, environments: Sequence[StudyEnvironment]) -
     """
     heading = f"Study: {', '.join(environment.name for environment in environments)}"
     parts = [f"<h1>{escape(heading)}</h1>", _METHOD]
+    if len(environments) > 1:
+        parts.append(_html(claims_table(environments)))
     for number, environment in enumerate(environments):
         parts += _section(folder, environment, f"e{number}")
     path = folder / REPORT_FILE

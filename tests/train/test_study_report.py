@@ -47,8 +47,9 @@ def test_tables_are_printed(pieces: list[Path], capsys: pytest.CaptureFixture[st
     assert main(["results", *map(str, pieces)]) == 0
     printed = capsys.readouterr().out
     assert [line for line in printed.splitlines() if line.startswith("## ")] == [
-        "## houses", "## shop"
+        "## houses", "## shop", "## All environments"
     ]  # fmt: skip
+    assert "| atod > <opd> | +16.7 [+0.0, +50.0] undecided | – |" in printed  # noqa: RUF001
     assert "| atod > <opd> | 2 | +16.7 [+0.0, +50.0] | undecided |" in printed
     assert "s: tasks solved" not in printed
     pair = ["--pair", "atod", "start", "--splits"]
