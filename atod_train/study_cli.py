@@ -33,7 +33,7 @@ def study(arguments: Sequence[str], parse: ParseArguments) -> None:
 
     options = _study_parser().parse_args(arguments)
     out = options.out or Path("runs") / options.file.stem
-    selection = Selection(options.seeds, options.environments, options.runs)
+    selection = Selection(options.seeds, options.environments, options.runs, options.jobs)
     parts = read_study(options.file, out, parse, selection)
     if not options.results_only:
         _train(parts, out)
@@ -60,6 +60,7 @@ def _study_parser() -> argparse.ArgumentParser:
         "--environments", nargs="+", metavar="NAME", help="only these environments of the file"
     )
     parser.add_argument("--runs", nargs="+", metavar="NAME", help="only these runs of the file")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at the same time")
     parser.add_argument(
         "--results-only",
         action="store_true",

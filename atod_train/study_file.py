@@ -47,11 +47,13 @@ _KEYS = {"seeds", "jobs", "environments", "runs"}
 
 @dataclass(frozen=True)
 class Selection:
-    """Which part of a study is made; None: what the file says."""
+    """Which part of a study is made, and how; None: what the file says."""
 
     seeds: Sequence[int] | None = None
     environments: Sequence[str] | None = None
     runs: Sequence[str] | None = None
+    jobs: int | None = None
+    """How many runs at the same time."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def _parts(
     seeds, jobs = content.get("seeds", [0]), content.get("jobs", 1)
     if selection.seeds is not None:
         seeds = list(selection.seeds)
+    if selection.jobs is not None:
+        jobs = selection.jobs
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
         raise InvalidSettingError("seeds must be a list of whole numbers, such as [0, 1, 2].")
     if len(set(seeds)) != len(seeds):

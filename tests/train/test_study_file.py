@@ -95,13 +95,15 @@ def test_what_has_no_meaning_is_refused(
 
 def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
     study.write_text(STUDY + OTHER, encoding="utf-8")
-    selection = Selection(seeds=[3, 2], environments=["more"], runs=["adaptive"])
+    selection = Selection(seeds=[3, 2], environments=["more"], runs=["adaptive"], jobs=7)
     houses, more = read_study(study, tmp_path, _parsed, selection)
     assert [run.folder.name for run in more.runs] == ["adaptive-seed3", "adaptive-seed2"]
     assert houses.runs == ()
     assert houses.labels == more.labels == ("atod", "adaptive")
     # What all runs share does not depend on which are chosen.
-    assert more.config == read_study(study, tmp_path, _parsed, Selection([3, 2]))[1].config
+    whole = read_study(study, tmp_path, _parsed, Selection([3, 2], jobs=7))
+    assert more.config == whole[1].config
+    assert more.config.study.jobs == 7
     assert more.config.study.label == "atod"
     assert more.config.env.max_turns == 5
 
@@ -116,6 +118,7 @@ def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
         ),
         pytest.param(Selection(runs=["x"]), "no run 'x'; known: atod, adaptive", id="run"),
         pytest.param(Selection(seeds=[1, 1]), "a number twice", id="seeds"),
+        pytest.param(Selection(jobs=0), "jobs must be", id="jobs"),
     ],
 )
 def test_a_choice_of_what_is_not_there_is_refused(
