@@ -1,18 +1,27 @@
-"""The tables of results in the README are those of the raw numbers beside the benchmarks."""
+"""The tables of results, in the README and beside the raw numbers, are those of the raw numbers."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from atod_train.cli import _parsed
 from atod_train.study_file import read_study
-from atod_train.study_markdown import TextTable, difference_table, first_pairs, main_table
+from atod_train.study_markdown import (
+    TextTable,
+    difference_table,
+    first_pairs,
+    main_table,
+    phase_table,
+)
 from atod_train.study_pieces import StudyEnvironment, read_results
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ENVIRONMENTS = read_results(sorted((REPOSITORY / "tests/benchmarks/results").glob("*.json")))
+RESULTS = REPOSITORY / "tests/benchmarks/results"
+TEXTS = (REPOSITORY / "README.md", RESULTS / "README.md")
+ENVIRONMENTS = read_results(sorted(RESULTS.glob("*.json")))
 STUDIES = sorted((REPOSITORY / "tests/benchmarks/studies").glob("*.toml"))
 
 
@@ -21,10 +30,27 @@ def tables(environment: StudyEnvironment) -> list[TextTable]:
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda found: found.name)
-def test_the_readme_says_what_was_measured(environment: StudyEnvironment) -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def test_the_texts_say_what_was_measured(environment: StudyEnvironment) -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in TEXTS)
     for table in tables(environment):
-        assert table.markdown in readme
+        assert table.markdown in text
+
+
+def test_every_table_of_results_is_of_the_raw_numbers() -> None:
+    made = {
+        table.markdown
+        for found in ENVIRONMENTS
+        for table in (
+            *tables(found),
+            phase_table(found),
+            *(main_table(found, split) for split in found.tasks),
+        )
+    }
+    readme, beside = (path.read_text(encoding="utf-8") for path in TEXTS)
+    results = readme.partition("\n## Results\n")[2].partition("\n## ")[0]
+    shown = re.findall(r"(?:^\|.*\n)+", f"{results}\n{beside}", re.MULTILINE)
+    assert shown
+    assert set(shown) <= made
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda found: found.name)
