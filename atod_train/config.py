@@ -178,7 +178,8 @@ class StudyConfig:
     jobs: int = 1
     """Runs at the same time, each in a process of its own."""
     resume: bool = False
-    """Go on with what is in the folder: finished runs are kept, others continue."""
+    """Go on with what is in the folder: runs that have all of `train.steps` are kept, others
+    continue; a finished run too, if steps were added."""
     label: str = ""
     """What a run is called in tables and figures; empty: its method."""
 

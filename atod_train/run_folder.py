@@ -28,7 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from atod_gym.errors import AtodError
-from atod_train.config import AlgorithmConfig, EnvConfig, ModelConfig, RunConfig, TrainConfig
+from atod_train.config import (
+    AlgorithmConfig,
+    EnvConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    is_url,
+)
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -111,6 +118,30 @@ def read_config(run_dir: Path) -> RunConfig:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{path} is no config of this version: {error}") from error
+
+
+def check_same_settings(run_dir: Path, config: RunConfig) -> None:
+    """Refuses to go on with, or to count, a run that was made with other settings.
+
+    What a step does not depend on may change: how many there are, what is evaluated and saved when,
+    threads and devices.
+
+    Raises:
+        RunFolderError: a setting differs, or config.json cannot be read.
+    """
+    saved = read_config(run_dir)
+    free = {"steps", "threads", "eval_every", "save_every", "teacher_device"}
+    if is_url(saved.model.teacher) and is_url(config.model.teacher):
+        free |= {"teacher", "teacher_api"}  # its server may have moved
+    for part in ("env", "model", "algorithm", "train"):
+        old, new = asdict(getattr(saved, part)), asdict(getattr(config, part))
+        for name in new:
+            if name not in free and old[name] != new[name]:
+                raise RunFolderError(
+                    f"{run_dir} was run with {part}.{name}={old[name]!r}, not {new[name]!r}; go on "
+                    "with the same settings, or choose another folder (--study.out; --out for a "
+                    "study file)"
+                )
 
 
 def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
@@ -201,3 +232,8 @@ def write_summary(
     """
     totals = {"steps": steps, "minutes": minutes, "tokens": tokens, "trajectories": trajectories}
     write_json(run_dir / SUMMARY_FILE, {**totals, **(extra or {})})
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run has ended. RunFolderError if its summary is broken."""
+    return bool(read_json(run_dir / SUMMARY_FILE).get("finished"))

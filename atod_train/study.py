@@ -28,7 +28,7 @@ from atod_train.remote_teacher import RemoteTeacher
 from atod_train.report import REPORT_FILE, write_report
 from atod_train.report_data import read_run
 from atod_train.rollout import EnvPool
-from atod_train.run_folder import SUMMARY_FILE, read_json
+from atod_train.run_folder import SUMMARY_FILE, RunFolderError, check_same_settings, read_json
 from atod_train.starts import Starts
 from atod_train.teacher import LocalTeacher, Teacher
 from atod_train.trainer import Trainer
@@ -93,7 +93,7 @@ def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> Path:
         _check_folder(out)
     else:
         no_lines()
-    left = [run for run in runs if not _is_finished(run)]
+    left = [run for run in runs if not _is_done(run)]
     # Nobody looks later than the main process writes.
     processes.wait()
     if left:
@@ -127,8 +127,19 @@ def _make_runs(
         call_all(_train, [(run, known, processes) for run in left])
 
 
-def _is_finished(run: Run) -> bool:
-    return run.config.study.resume and bool(read_json(run.folder / SUMMARY_FILE).get("finished"))
+def _is_done(run: Run) -> bool:
+    """Whether a run has all its steps; a finished one with fewer goes on."""
+    summary = read_json(run.folder / SUMMARY_FILE)
+    if not (run.config.study.resume and summary.get("finished")):
+        return False
+    check_same_settings(run.folder, run.config)
+    done, wanted = summary["steps"], run.config.train.steps
+    if done > wanted:
+        raise RunFolderError(
+            f"{run.folder} has {done} steps, more than train.steps={wanted}; ask for {done}, or "
+            "choose another folder (--study.out; --out for a study file)"
+        )
+    return bool(done == wanted)
 
 
 # -- pieces of work, each of which can run in a process of its own --------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 from atod_train.intervals import EvaluationResult
 from atod_train.metrics import Evaluation
 from atod_train.report_data import Board, RunSummary, all_boards, read_run
-from atod_train.run_folder import SUMMARY_FILE, read_json, without_infinities, write_text
+from atod_train.run_folder import is_finished, without_infinities, write_text
 
 RESULTS_FILE = "results.json"
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
@@ -62,7 +62,7 @@ def finished_runs(folder: Path, labels: Sequence[str]) -> list[RunSummary]:
     for place, label in enumerate(labels):
         for path in folder.glob(f"{label}-seed*"):
             match = re.fullmatch(r"-seed(-?\d+)", path.name.removeprefix(label))
-            if match and read_json(path / SUMMARY_FILE).get("finished"):
+            if match and is_finished(path):
                 found.append((int(match[1]), place, path))
     return [read_run(path, method=labels[place], seed=seed) for seed, place, path in sorted(found)]
 

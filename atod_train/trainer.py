@@ -33,7 +33,7 @@ from atod_train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from atod_train.config import RunConfig, is_url
+from atod_train.config import RunConfig
 from atod_train.dialogue import DialogueEncoder
 from atod_train.evaluate import evaluate
 from atod_train.generation import Generator
@@ -52,8 +52,9 @@ from atod_train.progress import progress
 from atod_train.rollout import EnvPool, collect, nothing_fits, seed_for, tasks_for_step
 from atod_train.run_folder import (
     CONFIG_FILE,
+    SUMMARY_FILE,
     RunFolderError,
-    read_config,
+    check_same_settings,
     write_config,
     write_manifest,
     write_summary,
@@ -206,7 +207,7 @@ class Trainer:
                 "choose another folder with --study.out"
             )
         if exists:
-            self._check_same_settings(read_config(self.run_dir))
+            check_same_settings(self.run_dir, self.config)
         self.processes.wait()
         if self.processes.is_main:
             self._describe()
@@ -220,7 +221,8 @@ class Trainer:
         return exists
 
     def _describe(self) -> None:
-        """Writes config and manifest."""
+        """Writes config and manifest; a run that goes on is not finished until it ends again."""
+        (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
         write_config(self.run_dir, self.config)
         teacher = self.teacher.policy if isinstance(self.teacher, LocalTeacher) else None
         write_manifest(
@@ -235,20 +237,6 @@ class Trainer:
             device=str(self.student.device),
             processes=self.processes.count,
         )
-
-    def _check_same_settings(self, saved: RunConfig) -> None:
-        free = {"steps", "threads", "eval_every", "save_every", "teacher_device"}
-        if is_url(saved.model.teacher) and is_url(self.config.model.teacher):
-            free |= {"teacher", "teacher_api"}  # its server may have moved
-        for part in ("env", "model", "algorithm", "train"):
-            old, new = asdict(getattr(saved, part)), asdict(getattr(self.config, part))
-            for name in new:
-                if name not in free and old[name] != new[name]:
-                    raise RunFolderError(
-                        f"{self.run_dir} was run with {part}.{name}={old[name]!r}, not "
-                        f"{new[name]!r}; resume with the same settings, or choose another folder "
-                        "(--study.out; --out for a study file)"
-                    )
 
     def _save(self) -> None:
         with self._times.phase("checkpoint"):

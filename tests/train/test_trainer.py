@@ -117,7 +117,6 @@ def test_a_run_writes_what_it_promises(whole_run: Path) -> None:
 
 def test_three_steps_and_three_more_are_six(whole_run: Path, tmp_path: Path) -> None:
     run_study(_with(CONFIG, steps=3), tmp_path)
-    (tmp_path / "atod-seed0" / "summary.json").unlink()
     run_study(_resuming(CONFIG), tmp_path)
     resumed = tmp_path / "atod-seed0"
     assert _numbers(resumed) == _numbers(whole_run)
@@ -230,12 +229,10 @@ def test_a_folder_is_not_overwritten(whole_run: Path) -> None:
     with pytest.raises(RunFolderError, match=r"--study\.resume"):
         run_study(CONFIG, whole_run.parent)
     other = replace(CONFIG, algorithm=replace(CONFIG.algorithm, kappa=(1.0, 0.2)))
-    (whole_run / "summary.json").rename(whole_run / "kept.json")
-    try:
-        with pytest.raises(RunFolderError, match=r"kappa"):
-            run_study(_resuming(other), whole_run.parent)
-    finally:
-        (whole_run / "kept.json").rename(whole_run / "summary.json")
+    with pytest.raises(RunFolderError, match=r"kappa"):
+        run_study(_resuming(other), whole_run.parent)
+    with pytest.raises(RunFolderError, match=r"has 6 steps, more than train\.steps=4; ask for 6"):
+        run_study(_resuming(_with(CONFIG, steps=4)), whole_run.parent)
 
 
 def test_a_checkpoint_of_another_model_is_refused(whole_run: Path, tmp_path: Path) -> None:
