@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,19 +90,18 @@ def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> Path:
         _check_settings(run.config)
     _check_settings(config)
     processes = join_processes(config.model.device)
-    if processes.is_main:
-        _check_folder(out)
-    else:
+    if not processes.is_main:
         no_lines()
-    left = [run for run in runs if not _is_done(run)]
-    # Nobody looks later than the main process writes.
-    processes.wait()
-    if left:
-        _make_runs(config, runs, left, processes)
-    report = out / REPORT_FILE
-    if processes.is_main:
-        report = write_report(out, [read_run(run.folder) for run in runs])
-    processes.wait()
+    with _held(out) if processes.is_main else nullcontext():
+        left = [run for run in runs if not _is_done(run)]
+        # Nobody looks later than the main process writes.
+        processes.wait()
+        if left:
+            _make_runs(config, runs, left, processes)
+        report = out / REPORT_FILE
+        if processes.is_main:
+            report = write_report(out, [read_run(run.folder) for run in runs])
+        processes.wait()
     return report
 
 
@@ -296,15 +296,32 @@ def _check_settings(config: RunConfig) -> None:
         raise AtodError(f"algorithm: {error}.") from error
 
 
-def _check_folder(out: Path) -> None:
-    """Tries to write before minutes are spent on what could not be kept."""
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Keeps the folder for this process while its runs are made.
+
+    It is written to first, before minutes are spent on what could not be kept. The lock goes with
+    the process, however that ends.
+    """
     probe = out / ".probe"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise AtodError(
-            f"The folder {out} cannot be written ({error.strerror}); choose another one "
-            "(--study.out; --out for a study file)."
-        ) from error
+    choose = "choose another folder (--study.out; --out for a study file)"
+    with ExitStack() as closing:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink(missing_ok=True)
+            handle = os.open(out, os.O_RDONLY)
+            closing.callback(os.close, handle)
+        except OSError as error:
+            raise AtodError(
+                f"The folder {out} cannot be written ({error.strerror}); {choose}."
+            ) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AtodError(
+                f"Another process is making runs in {out}: wait for it, or {choose}."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield

@@ -235,6 +235,21 @@ def test_a_folder_is_not_overwritten(whole_run: Path) -> None:
         run_study(_resuming(_with(CONFIG, steps=4)), whole_run.parent)
 
 
+def test_a_folder_has_one_process_at_a_time(whole_run: Path) -> None:
+    """Two studies in one folder would write into each other's runs."""
+    out = whole_run.parent
+    script = "import fcntl, os, sys; h = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(h, 2);"
+    script += "print(flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script, str(out)], **pipes) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(AtodError, match="Another process is making runs in"):
+            run_study(_resuming(CONFIG), out)
+        other.kill()
+    run_study(_resuming(CONFIG), out)
+
+
 def test_a_checkpoint_of_another_model_is_refused(whole_run: Path, tmp_path: Path) -> None:
     target = tmp_path / "atod-seed0"
     target.mkdir()
