@@ -43,6 +43,7 @@ TRAJECTORIES_FILE = "trajectories.jsonl"
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
 SUMMARY_FILE = "summary.json"
+ANOTHER_FOLDER = "choose another folder (--study.out; --out for a study file)"
 PACKAGES = ("atod", "torch", "transformers", "tokenizers", "safetensors", "gymnasium", "numpy")
 
 
@@ -139,8 +140,7 @@ def check_same_settings(run_dir: Path, config: RunConfig) -> None:
             if name not in free and old[name] != new[name]:
                 raise RunFolderError(
                     f"{run_dir} was run with {part}.{name}={old[name]!r}, not {new[name]!r}; go on "
-                    "with the same settings, or choose another folder (--study.out; --out for a "
-                    "study file)"
+                    f"with the same settings, or {ANOTHER_FOLDER}"
                 )
 
 

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,14 @@ from atod_train.remote_teacher import RemoteTeacher
 from atod_train.report import REPORT_FILE, write_report
 from atod_train.report_data import read_run
 from atod_train.rollout import EnvPool
-from atod_train.run_folder import SUMMARY_FILE, RunFolderError, check_same_settings, read_json
+from atod_train.run_folder import (
+    ANOTHER_FOLDER,
+    SUMMARY_FILE,
+    RunFolderError,
+    check_same_settings,
+    is_finished,
+    read_json,
+)
 from atod_train.starts import Starts
 from atod_train.teacher import LocalTeacher, Teacher
 from atod_train.trainer import Trainer
@@ -90,7 +97,9 @@ def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> Path:
         _check_settings(run.config)
     _check_settings(config)
     processes = join_processes(config.model.device)
-    if not processes.is_main:
+    if processes.is_main:
+        _check_folder(out)
+    else:
         no_lines()
     with _held(out) if processes.is_main else nullcontext():
         left = [run for run in runs if not _is_done(run)]
@@ -129,15 +138,14 @@ def _make_runs(
 
 def _is_done(run: Run) -> bool:
     """Whether a run has all its steps; a finished one with fewer goes on."""
-    summary = read_json(run.folder / SUMMARY_FILE)
-    if not (run.config.study.resume and summary.get("finished")):
+    if not (run.config.study.resume and is_finished(run.folder)):
         return False
     check_same_settings(run.folder, run.config)
-    done, wanted = summary["steps"], run.config.train.steps
+    done, wanted = read_json(run.folder / SUMMARY_FILE)["steps"], run.config.train.steps
     if done > wanted:
         raise RunFolderError(
             f"{run.folder} has {done} steps, more than train.steps={wanted}; ask for {done}, or "
-            "choose another folder (--study.out; --out for a study file)"
+            f"{ANOTHER_FOLDER}"
         )
     return bool(done == wanted)
 
@@ -296,32 +304,32 @@ def _check_settings(config: RunConfig) -> None:
         raise AtodError(f"algorithm: {error}.") from error
 
 
+def _check_folder(out: Path) -> None:
+    """Tries to write before minutes are spent on what could not be kept."""
+    probe = out / ".probe"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise AtodError(
+            f"The folder {out} cannot be written ({error.strerror}); {ANOTHER_FOLDER}."
+        ) from error
+
+
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
-    """Keeps the folder for this process while its runs are made.
-
-    It is written to first, before minutes are spent on what could not be kept. The lock goes with
-    the process, however that ends.
-    """
-    probe = out / ".probe"
-    choose = "choose another folder (--study.out; --out for a study file)"
-    with ExitStack() as closing:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
-            probe.unlink(missing_ok=True)
-            handle = os.open(out, os.O_RDONLY)
-            closing.callback(os.close, handle)
-        except OSError as error:
-            raise AtodError(
-                f"The folder {out} cannot be written ({error.strerror}); {choose}."
-            ) from error
+    """Keeps a folder for this process; the lock ends with it, however it ends."""
+    handle = os.open(out, os.O_RDONLY)
+    try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise AtodError(
-                f"Another process is making runs in {out}: wait for it, or {choose}."
+                f"Another process is making runs in {out}: wait for it, or {ANOTHER_FOLDER}."
             ) from error
         except OSError:
             pass  # a file system without locks
         yield
+    finally:
+        os.close(handle)
