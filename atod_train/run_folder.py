@@ -51,6 +51,10 @@ class RunFolderError(AtodError):
     """A file of a run folder is broken, absent, or was written out of order."""
 
 
+class OtherSettingsError(RunFolderError):
+    """A run folder holds a run of other settings than those wanted."""
+
+
 def without_infinities(value: Any) -> Any:
     """NaN and infinity as None: JSON has neither, and other readers would refuse the line."""
     if isinstance(value, float):
@@ -128,7 +132,8 @@ def check_same_settings(run_dir: Path, config: RunConfig) -> None:
     threads and devices.
 
     Raises:
-        RunFolderError: a setting differs, or config.json cannot be read.
+        OtherSettingsError: a setting differs.
+        RunFolderError: config.json cannot be read.
     """
     saved = read_config(run_dir)
     free = {"steps", "threads", "eval_every", "save_every", "teacher_device"}
@@ -138,7 +143,7 @@ def check_same_settings(run_dir: Path, config: RunConfig) -> None:
         old, new = asdict(getattr(saved, part)), asdict(getattr(config, part))
         for name in new:
             if name not in free and old[name] != new[name]:
-                raise RunFolderError(
+                raise OtherSettingsError(
                     f"{run_dir} was run with {part}.{name}={old[name]!r}, not {new[name]!r}; go on "
                     f"with the same settings, or {ANOTHER_FOLDER}"
                 )
@@ -234,6 +239,25 @@ def write_summary(
     write_json(run_dir / SUMMARY_FILE, {**totals, **(extra or {})})
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Whether a run has ended. RunFolderError if its summary is broken."""
-    return bool(read_json(run_dir / SUMMARY_FILE).get("finished"))
+def is_finished(run_dir: Path, config: RunConfig) -> bool:
+    """Whether a run has ended with all the steps wanted; one with fewer can go on.
+
+    Args:
+        run_dir: the run folder; it need not exist.
+        config: the settings wanted.
+
+    Raises:
+        OtherSettingsError: it has ended, with more steps or other settings.
+        RunFolderError: a file is broken.
+    """
+    summary = read_json(run_dir / SUMMARY_FILE)
+    if not summary.get("finished"):
+        return False
+    check_same_settings(run_dir, config)
+    done, wanted = summary["steps"], config.train.steps
+    if done > wanted:
+        raise OtherSettingsError(
+            f"{run_dir} has {done} steps, more than train.steps={wanted}; ask for {done}, or "
+            f"{ANOTHER_FOLDER}"
+        )
+    return bool(done == wanted)

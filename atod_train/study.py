@@ -31,11 +31,7 @@ from atod_train.report_data import read_run
 from atod_train.rollout import EnvPool
 from atod_train.run_folder import (
     ANOTHER_FOLDER,
-    SUMMARY_FILE,
-    RunFolderError,
-    check_same_settings,
     is_finished,
-    read_json,
 )
 from atod_train.starts import Starts
 from atod_train.teacher import LocalTeacher, Teacher
@@ -102,7 +98,11 @@ def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> Path:
     else:
         no_lines()
     with _held(out) if processes.is_main else nullcontext():
-        left = [run for run in runs if not _is_done(run)]
+        left = [
+            run
+            for run in runs
+            if not (run.config.study.resume and is_finished(run.folder, run.config))
+        ]
         # Nobody looks later than the main process writes.
         processes.wait()
         if left:
@@ -134,20 +134,6 @@ def _make_runs(
         ]
         known = [e for part in call_all(_evaluate_start, wanted) for e in part]
         call_all(_train, [(run, known, processes) for run in left])
-
-
-def _is_done(run: Run) -> bool:
-    """Whether a run has all its steps; a finished one with fewer goes on."""
-    if not (run.config.study.resume and is_finished(run.folder)):
-        return False
-    check_same_settings(run.folder, run.config)
-    done, wanted = read_json(run.folder / SUMMARY_FILE)["steps"], run.config.train.steps
-    if done > wanted:
-        raise RunFolderError(
-            f"{run.folder} has {done} steps, more than train.steps={wanted}; ask for {done}, or "
-            f"{ANOTHER_FOLDER}"
-        )
-    return bool(done == wanted)
 
 
 # -- pieces of work, each of which can run in a process of its own --------------------------------

@@ -91,7 +91,11 @@ def _train(parts: Sequence[StudyPart], out: Path) -> None:
 
 def _write_results(parts: Sequence[StudyPart], out: Path) -> bool:
     """Writes results.json from all finished runs in the folder; False if there is none."""
-    finished = {part.name: finished_runs(part.folder, part.labels) for part in parts}
+    finished = {}
+    for part in parts:
+        finished[part.name], left_out = finished_runs(part.folder, part.settings)
+        for line in left_out:
+            print(f"not in the results: {line}", file=sys.stderr)
     write_results(out / RESULTS_FILE, finished)
     return any(finished.values())
 

@@ -65,8 +65,8 @@ class StudyPart:
     runs: tuple[Run, ...]
     """The selected ones; none where the environment is not selected."""
     folder: Path
-    labels: tuple[str, ...]
-    """All runs of the file, selected or not."""
+    settings: Mapping[str, RunConfig]
+    """Of all runs of the file, selected or not, by their labels; each run has a seed of its own."""
 
 
 def read_study(
@@ -164,20 +164,23 @@ def _part(
         raise InvalidSettingError(f"environments.{name}: preset must be one of {known}.")
     shared.setdefault("train.save_every", 1)
     base = [preset, *_arguments(shared, f"environments.{name}", ("study",))]
-    made = []
+    configs = {}
     for label, changes in runs.items():
         own = _arguments(changes, f"runs.{label}", ("env", "model", "study"))
         config = parse([*base, *own])
-        for seed in seeds:
-            named = replace(config.study, label=label, resume=True, jobs=jobs, methods=(), seeds=())
-            train = replace(config.train, seed=seed)
-            run = replace(config, train=train, study=named)
-            made.append(Run(run, folder / f"{label}-seed{seed}"))
+        named = replace(config.study, label=label, resume=True, jobs=jobs, methods=(), seeds=())
+        configs[label] = replace(config, study=named)
     # By seeds, so that a study that is stopped early has all lines of its table.
-    made.sort(key=lambda run: seeds.index(run.config.train.seed))
+    made = tuple(
+        Run(
+            replace(configs[label], train=replace(configs[label].train, seed=seed)),
+            folder / f"{label}-seed{seed}",
+        )
+        for seed in seeds
+        for label in selected
+    )
     # What all runs share does not depend on the selection.
-    kept = tuple(run for run in made if run.config.study.label in selected)
-    return StudyPart(name, made[0].config, kept, folder, tuple(runs))
+    return StudyPart(name, next(iter(configs.values())), made, folder, configs)
 
 
 def _arguments(settings: Mapping[str, Any], where: str, closed: tuple[str, ...]) -> list[str]:

@@ -12,13 +12,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from atod_train.config import RunConfig
 from atod_train.intervals import EvaluationResult
 from atod_train.metrics import Evaluation
 from atod_train.report_data import Board, RunSummary, all_boards, read_run
-from atod_train.run_folder import is_finished, without_infinities, write_text
+from atod_train.run_folder import (
+    OtherSettingsError,
+    is_finished,
+    without_infinities,
+    write_text,
+)
 
 RESULTS_FILE = "results.json"
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
@@ -45,26 +52,37 @@ _SHARED = ("env_id", "data", "python", "packages", "platform", "device", "proces
 _SECONDS = "seconds/"
 
 
-def finished_runs(folder: Path, labels: Sequence[str]) -> list[RunSummary]:
+def finished_runs(
+    folder: Path, settings: Mapping[str, RunConfig]
+) -> tuple[list[RunSummary], list[str]]:
     """The finished runs in the folder of an environment.
 
     Args:
         folder: of the environment; a run lies in `<label>-seed<seed>`.
-        labels: the runs to look for; their order is that of the runs of one seed.
+        settings: of the runs to look for, by label, whatever their seeds; the order is that of the
+            runs of one seed.
 
     Returns:
-        By seeds, then labels; empty if none has finished.
+        The runs, by seeds, then labels; and a line for each that was left out since it was made
+        with other settings, so that what a table compares had the same start, teacher and budget.
 
     Raises:
         RunFolderError: a file of a run is broken.
     """
-    found = []
-    for place, label in enumerate(labels):
-        for path in folder.glob(f"{label}-seed*"):
+    found, left_out = [], []
+    for place, (label, config) in enumerate(settings.items()):
+        for path in sorted(folder.glob(f"{label}-seed*")):
             match = re.fullmatch(r"-seed(-?\d+)", path.name.removeprefix(label))
-            if match and is_finished(path):
-                found.append((int(match[1]), place, path))
-    return [read_run(path, method=labels[place], seed=seed) for seed, place, path in sorted(found)]
+            if not match:
+                continue
+            seed = int(match[1])
+            try:
+                if is_finished(path, replace(config, train=replace(config.train, seed=seed))):
+                    found.append((seed, place, path, label))
+            except OtherSettingsError as error:
+                left_out.append(str(error))
+    runs = [read_run(path, method=label, seed=seed) for seed, _, path, label in sorted(found)]
+    return runs, left_out
 
 
 def write_results(path: Path, studies: Mapping[str, Sequence[RunSummary]]) -> None:

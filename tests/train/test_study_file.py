@@ -99,7 +99,7 @@ def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
     houses, more = read_study(study, tmp_path, _parsed, selection)
     assert [run.folder.name for run in more.runs] == ["adaptive-seed3", "adaptive-seed2"]
     assert houses.runs == ()
-    assert houses.labels == more.labels == ("atod", "adaptive")
+    assert list(houses.settings) == list(more.settings) == ["atod", "adaptive"]
     # What all runs share does not depend on which are chosen.
     whole = read_study(study, tmp_path, _parsed, Selection([3, 2], jobs=7))
     assert more.config == whole[1].config

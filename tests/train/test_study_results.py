@@ -20,8 +20,10 @@ from atod_train.trainer import StoppedByUser
 STUDY = """
 [environments.houses]
 preset = "quickstart"
+"train.steps" = 4
 [environments.more]
 preset = "quickstart"
+"train.steps" = 4
 [runs.atod]
 [runs.grpo]
 "algorithm.method" = "grpo"
@@ -36,9 +38,15 @@ def evaluation(step: int, bits: str, model: EvaluatedModel = "student") -> Evalu
     return Evaluation(step, model, EvaluationResult("seen", "generated", "greedy", tasks))
 
 
+def settings_of(method: str, *, seed: int = 0, steps: int = 4) -> RunConfig:
+    return RunConfig(
+        algorithm=AlgorithmConfig(method=method), train=TrainConfig(seed=seed, steps=steps)
+    )
+
+
 def make_run(folder: Path, *, method: str = "atod", seed: int = 0, finished: bool = True) -> None:
     """A run of four steps; step 3 has left no metrics."""
-    config = RunConfig(algorithm=AlgorithmConfig(method=method), train=TrainConfig(seed=seed))
+    config = settings_of(method, seed=seed)
     write_config(folder, config)
     write_manifest(
         folder,
@@ -75,7 +83,8 @@ def read(path: Path) -> dict[str, Any]:
 def test_a_run_is_kept_in_one_line(tmp_path: Path) -> None:
     make_run(tmp_path / "houses" / "atod-seed0")
     path = tmp_path / RESULTS_FILE
-    write_results(path, {"houses": finished_runs(tmp_path / "houses", ["atod"]), "more": []})
+    runs, _ = finished_runs(tmp_path / "houses", {"atod": settings_of("atod")})
+    write_results(path, {"houses": runs, "more": []})
     assert list(read(path)) == ["houses"]
     record = read(path)["houses"]
     [run] = record["runs"]
@@ -96,17 +105,34 @@ def test_a_run_is_kept_in_one_line(tmp_path: Path) -> None:
 def test_the_teacher_is_described_by_a_run_that_has_one(tmp_path: Path) -> None:
     for method in ("grpo", "atod"):
         make_run(tmp_path / f"{method}-seed0", method=method)
-    runs = finished_runs(tmp_path, ["grpo", "atod"])
+    runs, _ = finished_runs(tmp_path, {label: settings_of(label) for label in ("grpo", "atod")})
     assert results_of(runs)["parameters"] == {"student": 1000, "teacher": 5000}
     assert results_of(runs[:1])["parameters"] == {"student": 1000, "teacher": None}
 
 
 def test_finished_runs_are_found_whatever_their_seed(tmp_path: Path) -> None:
-    for name in ("a-seed10", "a-seed2", "a-seed1-seed2", "b-seed2", "c-seed0"):
-        make_run(tmp_path / name, finished=name != "c-seed0")
-    found = finished_runs(tmp_path, ["b", "a", "c"])
+    for label, seed in (("a", 10), ("a", 2), ("a-seed1", 2), ("b", 2), ("c", 0)):
+        make_run(tmp_path / f"{label}-seed{seed}", seed=seed, finished=label != "c")
+    settings = {label: settings_of("atod") for label in ("b", "a", "c")}
+    found, left_out = finished_runs(tmp_path, settings)
     assert [(run.method, run.seed) for run in found] == [("b", 2), ("a", 2), ("a", 10)]
-    assert finished_runs(tmp_path / "none", ["a"]) == []
+    assert left_out == []
+    assert finished_runs(tmp_path / "none", settings) == ([], [])
+
+
+def test_runs_of_other_settings_are_left_out(tmp_path: Path) -> None:
+    for method in ("atod", "grpo", "opd", "mix"):
+        make_run(tmp_path / f"{method}-seed0", method=method)
+    settings = {
+        "atod": settings_of("atod"),
+        "grpo": settings_of("sod"),
+        "opd": settings_of("opd", steps=3),
+        "mix": settings_of("mix", steps=5),
+    }
+    found, [grpo, opd] = finished_runs(tmp_path, settings)
+    assert [run.method for run in found] == ["atod"]
+    assert "grpo-seed0 was run with algorithm.method='grpo', not 'sod'" in grpo
+    assert "opd-seed0 has 4 steps, more than train.steps=3" in opd
 
 
 def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
@@ -119,6 +145,7 @@ def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     def make_runs(config: RunConfig, runs: list[study.Run], folder: Path) -> Path:
         asked.append([run.folder.relative_to(out).as_posix() for run in runs])
         make_run(runs[0].folder, method=runs[0].config.study.label, seed=7)
+        write_config(runs[0].folder, runs[0].config)
         raise StoppedByUser("stopped")
 
     monkeypatch.setattr(study, "make_runs", make_runs)
