@@ -1,75 +1,48 @@
-"""Annealing without a length: the mix moves on only while the teacher has little left to give.
+"""Annealing without a length: the mix moves on as fast as rewards have something to say.
 
-Ours; nobody ships it. Related are TIDE's hand-off, which moves on while the relative reduction of
-the mean |delta| over 10 steps is in (0, 0.02], by 0.02 each time, and RetireOPD (arXiv:2609.20784).
-Here progress p, which `Schedule.coefficients_at` turns into kappa and rho, moves on by `RATE` after
-a step in which
+Reinforcement learning has no signal where all trajectories of a group fail alike, and that is where
+the teacher is needed (for this reason distillation leads at first, arXiv:2606.27814). So progress
+p, which `Schedule.coefficients_at` turns into kappa and rho, moves on after each step by `RATE`
+times the share of groups in which at least one trajectory reached the goal. From a weak start it
+waits for the teacher's help to show; from a strong one it takes little more than 1 / RATE = 25
+steps.
 
-- the running mean of the disagreement has fallen by no more than `STILL` of itself over the last
-  `WINDOW` steps, or has risen: the student follows the teacher as far as it will; or
-- the running mean of the training success has reached `NEAR` of the teacher's success.
-
-It never moves back, so kappa never rises. A full way takes at least 1 / RATE = 50 steps.
+Ours. Related hand-offs wait until the disagreement with the teacher stops falling: TIDE's, and
+RetireOPD's (arXiv:2609.20784).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-WINDOW = 10
-STILL = 0.02
-NEAR = 0.9
-RATE = 0.02
-MEMORY = 0.8
-"""Share of a running mean that stays at each step."""
+from atod_train.types import Trajectory
+
+RATE = 0.04
 
 
-@dataclass
-class AdaptiveProgress:
-    """Where annealing stands; of JSON values, to be saved with a checkpoint.
+def solved_groups(trajectories: Sequence[Trajectory]) -> float:
+    """The share of groups in which at least one trajectory reached the goal, 0 to 1.
 
-    Attributes:
-        progress: p in [0, 1].
-        disagreements: running means of the last steps, oldest first, at most WINDOW + 1.
-        success: running mean of the training success; None before the first step.
+    Args:
+        trajectories: of a step, at least one.
     """
-
-    progress: float = 0.0
-    disagreements: list[float] = field(default_factory=list)
-    success: float | None = None
-
-    def update(
-        self, disagreement: float, success: float, teacher_success: float | None = None
-    ) -> None:
-        """Takes in a step; what it changes counts from the next one on.
-
-        Args:
-            disagreement: mean |delta| of the step's batch, nats per token.
-            success: success rate of the step's episodes, 0 to 1.
-            teacher_success: the teacher's success rate; None or 0: not known, and not used.
-
-        Raises:
-            ValueError: a number that is not finite, or a negative disagreement.
-        """
-        if not (math.isfinite(disagreement) and math.isfinite(success)) or disagreement < 0:
-            raise ValueError(
-                f"disagreement {disagreement} and success {success} must be finite, the first >= 0"
-            )
-        before = self.disagreements[-1] if self.disagreements else disagreement
-        self.disagreements.append(_moved(before, disagreement))
-        del self.disagreements[: -(WINDOW + 1)]
-        self.success = success if self.success is None else _moved(self.success, success)
-        is_near = bool(teacher_success) and self.success >= NEAR * (teacher_success or 0.0)
-        if self._is_still() or is_near:
-            self.progress = min(1.0, self.progress + RATE)
-
-    def _is_still(self) -> bool:
-        if len(self.disagreements) <= WINDOW:
-            return False
-        first, last = self.disagreements[0], self.disagreements[-1]
-        return first - last <= STILL * first
+    groups = {trajectory.group_id for trajectory in trajectories}
+    solved = {trajectory.group_id for trajectory in trajectories if trajectory.success}
+    return len(solved) / len(groups)
 
 
-def _moved(mean: float, value: float) -> float:
-    return MEMORY * mean + (1.0 - MEMORY) * value
+def moved_on(progress: float, solved: float) -> float:
+    """Where annealing stands after a step; it never moves back.
+
+    Args:
+        progress: before, 0 to 1.
+        solved: share of the step's groups with a success, 0 to 1.
+
+    Raises:
+        ValueError: a number that is not between 0 and 1.
+    """
+    for number in (progress, solved):
+        if not (math.isfinite(number) and 0 <= number <= 1):
+            raise ValueError(f"progress {progress} and share {solved} must be between 0 and 1")
+    return min(1.0, progress + RATE * solved)

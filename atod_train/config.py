@@ -130,7 +130,7 @@ class AlgorithmConfig:
     anneal_steps: int = 80
     shape: Shape = "linear"
     """Of the way between the coefficients, anneal_steps long. adaptive: it has no length and moves
-    on while the student has stopped getting closer to its teacher, or is nearly as good."""
+    on by the share of groups in which a trajectory reached the goal."""
     turn_weights: WeightVariant = "soft_or"
     top_fraction: float = 0.5
     """Share of a trajectory's turns that turn_weights=top_fraction keeps."""

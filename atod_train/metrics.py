@@ -12,6 +12,7 @@ number that is not finite is written as null. Shares and rates are 0..1.
     disagreement          mean over turns of d = mean |lp_S - lp_T|
     uncertainty           mean over turns of h = mean -lp_S
     train_success         share of the step's trajectories that reached the goal
+    solved_groups         share of its groups with a trajectory that reached the goal
     train_score           mean of the benchmark's own number over the trajectories
     return                mean return of a trajectory
     turns                 mean turns of a trajectory

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from atod_gym.errors import InvalidSettingError
 from atod_gym.types import Message
+from atod_train.adaptive import solved_groups
 from atod_train.atod import masked
 from atod_train.baselines import Advantages
 from atod_train.dialogue import DialogueEncoder
@@ -47,6 +48,7 @@ def batch_metrics(
         "uncertainty": float(advantages.uncertainty.mean()),
         **({} if scores.entropies is None else {"entropy": token_mean(scores.entropies)}),
         "train_success": sum(t.success for t in trajectories) / len(trajectories),
+        "solved_groups": solved_groups(trajectories),
         "train_score": sum(t.score for t in trajectories) / len(trajectories),
         "return": float(batch.returns.mean()),
         "turns": len(turns) / len(trajectories),

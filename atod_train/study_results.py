@@ -43,6 +43,7 @@ KEPT_METRICS = (
     "disagreement",
     "uncertainty",
     "train_success",
+    "solved_groups",
     "invalid_share",
     "turns",
     "anneal_progress",

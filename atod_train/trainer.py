@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from atod_train.adaptive import AdaptiveProgress
+from atod_train.adaptive import moved_on
 from atod_train.baselines import (
     Advantages,
     Signals,
@@ -84,7 +84,12 @@ class Progress:
     best_step: int = 0
     best_success: float = -1.0
     annealing: dict[str, Any] = field(default_factory=dict)
-    """Of an adaptive schedule, see `AdaptiveProgress`."""
+    """Of an adaptive schedule, under the key `progress`."""
+
+    @property
+    def anneal_progress(self) -> float:
+        """Where an adaptive schedule stands, 0 to 1; see `atod_train.adaptive`."""
+        return float(self.annealing.get("progress", 0.0))
 
 
 class Trainer:
@@ -124,8 +129,6 @@ class Trainer:
         )
         self._times = PhaseTimes()
         self.done = Progress()
-        self._annealing = AdaptiveProgress()
-        self._teacher_success = _success_of("teacher", known)
 
     # -- the run -----------------------------------------------------------------------------------
 
@@ -216,7 +219,6 @@ class Trainer:
             state = load_checkpoint(checkpoint, model=model_tensors(self.student.model))
             self.learner.restore(state.tensors)
             self.done = Progress(**state.metadata["progress"])
-            self._annealing = AdaptiveProgress(**self.done.annealing)
         self.processes.wait()
         return exists
 
@@ -292,11 +294,10 @@ class Trainer:
             **update,
         }
         if is_adaptive(self.config.algorithm):
-            metrics["anneal_progress"] = self._annealing.progress
-            self._annealing.update(
-                metrics["disagreement"], metrics["train_success"], self._teacher_success
-            )
-            self.done.annealing = asdict(self._annealing)
+            metrics["anneal_progress"] = self.done.anneal_progress
+            self.done.annealing = {
+                "progress": moved_on(self.done.anneal_progress, metrics["solved_groups"])
+            }
         drift = rendering_drift(trajectories, self._dialogue)
         if drift is not None:
             metrics["rollout/rendering_drift"] = drift
@@ -356,15 +357,7 @@ class Trainer:
             divergences=scores.divergences,
             turn_penalties=torch.tensor([u.penalty for t in trajectories for u in t.turns]),
         )
-        return compute_advantages(signals, self.config.algorithm, step, self._annealing.progress)
-
-
-def _success_of(model: str, known: Sequence[Evaluation]) -> float | None:
-    """A model's success rate over all splits, sampled if that was looked at; None: not known."""
-    results = [e.result for e in known if e.model == model]
-    sampled = [result for result in results if result.mode == "sampled"] or results
-    tasks = sum(len(result.tasks) for result in sampled)
-    return sum(result.successes for result in sampled) / tasks if tasks else None
+        return compute_advantages(signals, self.config.algorithm, step, self.done.anneal_progress)
 
 
 def _parameters(policy: Policy) -> int:
