@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 LOWEST_LOGIT = -1e30
 """Of a token that cannot be chosen: its probability is 0."""
 
-_SMALLEST_REST = 1e-7
-"""Below this the probability of all tokens but the most likely ones is rounding error."""
+_LEAST_LOGPROB = -50.0
+"""What a token counts for that is ruled out: finite, and nothing beside any other."""
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [m, width] to logits [m, vocabulary] in float32."""
@@ -150,13 +150,18 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0) -
     theirs = teacher_logits[..., :common].log_softmax(dim=-1).detach()
     if not 0 < top_k < common:
         return (ours.exp() * (ours - theirs)).sum(dim=-1)
-    ours, ids = ours.topk(top_k, dim=-1)
-    theirs = theirs.gather(-1, ids)
-    our_rest, their_rest = _log_rest(ours), _log_rest(theirs)
+    ids = ours.topk(top_k, dim=-1).indices
+    our_rest, their_rest = _log_rest(ours, ids), _log_rest(theirs, ids)
+    ours, theirs = ours.gather(-1, ids), theirs.gather(-1, ids)
     shown = (ours.exp() * (ours - theirs)).sum(dim=-1)
     return shown + our_rest.exp() * (our_rest - their_rest)
 
 
-def _log_rest(logprobs: Tensor) -> Tensor:
-    """Log of the probability that is left beside [m, k] tokens; [m]."""
-    return torch.log((1.0 - logprobs.exp().sum(dim=-1)).clamp(min=_SMALLEST_REST))
+def _log_rest(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """Log of the probability that [m, V] log-probs leave beside the [m, k] tokens `ids`; [m].
+
+    Summed up, not as 1 - p: of a small rest that would leave rounding alone.
+    """
+    # Finite where tokens are ruled out, for gradients without NaN.
+    others = logprobs.clamp(min=_LEAST_LOGPROB).scatter(-1, ids, 2 * _LEAST_LOGPROB)
+    return others.logsumexp(dim=-1)

@@ -48,6 +48,20 @@ def test_padded_outputs_are_compared_over_what_both_have() -> None:
     assert float(reverse_kl(padded, OURS)) == pytest.approx(float(reverse_kl(THEIRS, OURS)))
 
 
+def test_a_small_rest_is_not_rounded_away() -> None:
+    # The teacher's rest is 3e-6; in float32 what 1 - p leaves of it has two digits.
+    ours = torch.tensor([[0.0, -9.0, -2.0]]).requires_grad_()
+    theirs = torch.tensor([[0.0, -13.0, -14.0]])
+    exact = reverse_kl(ours.double(), theirs.double(), top_k=1)
+    found = reverse_kl(ours, theirs, top_k=1)
+    assert found.item() == pytest.approx(exact.item(), rel=1e-6)
+    ruled_out = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    (gradient,) = torch.autograd.grad(
+        reverse_kl(ours, ruled_out, top_k=1) + reverse_kl(ours + ruled_out, theirs, top_k=1), ours
+    )
+    assert gradient.isfinite().all()
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 12))
 def test_more_tokens_tell_more_apart(seed: int, vocabulary: int) -> None:
