@@ -13,7 +13,6 @@ RetireOPD's (arXiv:2609.20784).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from atod_train.types import Trajectory
@@ -42,7 +41,6 @@ def moved_on(progress: float, solved: float) -> float:
     Raises:
         ValueError: a number that is not between 0 and 1.
     """
-    for number in (progress, solved):
-        if not (math.isfinite(number) and 0 <= number <= 1):
-            raise ValueError(f"progress {progress} and share {solved} must be between 0 and 1")
+    if not (0 <= progress <= 1 and 0 <= solved <= 1):
+        raise ValueError(f"progress {progress} and share {solved} must be between 0 and 1")
     return min(1.0, progress + RATE * solved)
