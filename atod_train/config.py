@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from atod_gym.wrappers.invalid_action_penalty import Validity, is_penalized
@@ -193,3 +193,7 @@ class RunConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
+
+    def with_seed(self, seed: int) -> RunConfig:
+        """The same settings with another seed."""
+        return replace(self, train=replace(self.train, seed=seed))

@@ -62,11 +62,7 @@ def run_study(config: RunConfig, out: Path) -> Path:
     """
     runs = [
         Run(
-            replace(
-                config,
-                algorithm=replace(config.algorithm, method=method),
-                train=replace(config.train, seed=seed),
-            ),
+            replace(config, algorithm=replace(config.algorithm, method=method)).with_seed(seed),
             out / f"{method}-seed{seed}",
         )
         for seed in config.study.seeds or (config.train.seed,)

@@ -61,12 +61,16 @@ class StudyPart:
     """The runs on one environment."""
 
     name: str
-    config: RunConfig
     runs: tuple[Run, ...]
     """The selected ones; none where the environment is not selected."""
     folder: Path
     settings: Mapping[str, RunConfig]
     """Of all runs of the file, selected or not, by their labels; each run has a seed of its own."""
+
+    @property
+    def config(self) -> RunConfig:
+        """What all runs share; it does not depend on the selection."""
+        return next(iter(self.settings.values()))
 
 
 def read_study(
@@ -173,14 +177,13 @@ def _part(
     # By seeds, so that a study that is stopped early has all lines of its table.
     made = tuple(
         Run(
-            replace(configs[label], train=replace(configs[label].train, seed=seed)),
+            configs[label].with_seed(seed),
             folder / f"{label}-seed{seed}",
         )
         for seed in seeds
         for label in selected
     )
-    # What all runs share does not depend on the selection.
-    return StudyPart(name, next(iter(configs.values())), made, folder, configs)
+    return StudyPart(name, made, folder, configs)
 
 
 def _arguments(settings: Mapping[str, Any], where: str, closed: tuple[str, ...]) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def finished_runs(
                 continue
             seed = int(match[1])
             try:
-                if is_finished(path, replace(config, train=replace(config.train, seed=seed))):
+                if is_finished(path, config.with_seed(seed)):
                     found.append((seed, place, path, label))
             except OtherSettingsError as error:
                 left_out.append(str(error))
