@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -166,9 +167,10 @@ class WebShopEnv(TurnEnv, EzPickle):
         self._session.close()
         super().close()
 
-    def __del__(self) -> None:
-        # There is no session if __init__ has failed.
-        if hasattr(self, "_session"):
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # There is no session if __init__ has failed; and where Python ends first, which takes the
+        # globals of modules away (hence the default argument), its server ends with it.
+        if hasattr(self, "_session") and not is_finalizing():
             self._session.abandon()
 
     @staticmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,17 @@ def test_demonstrations_steps_evaluation_and_report(
     # Whoever has seen some dozens of demonstrations knows at least how to begin.
     used = [evaluation.result.actions_per_episode() for evaluation in evaluations]
     assert any(verb in actions for actions in used)
+
+
+def test_a_script_that_closes_nothing_ends_silently() -> None:
+    # With torch, Python clears modules before the environments of the script go.
+    made = "\n".join(
+        f"envs.append(gymnasium.make({env_id!r}, data='generated', **{options!r}))\n"
+        "envs[-1].reset(seed=0)"
+        for env_id, (options, _, _) in WORLDS.items()
+    )
+    script = f"import torch, gymnasium, atod_gym\nenvs = []\n{made}\n"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
