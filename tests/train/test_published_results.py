@@ -11,6 +11,7 @@ from atod_train.cli import _parsed
 from atod_train.study_file import read_study
 from atod_train.study_markdown import (
     TextTable,
+    claims_table,
     difference_table,
     first_pairs,
     main_table,
@@ -22,7 +23,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "tests/benchmarks/results"
 TEXTS = (REPOSITORY / "README.md", RESULTS / "README.md")
 ENVIRONMENTS = read_results(sorted(RESULTS.glob("*.json")))
+AT_A_GLANCE = ("alfworld-official", "alfworld-weak", "houses-generated")
+"""Environments of the README's first table of results."""
 STUDIES = sorted((REPOSITORY / "tests/benchmarks/studies").glob("*.toml"))
+
+
+def glance() -> TextTable:
+    return claims_table([found for found in ENVIRONMENTS if found.name in AT_A_GLANCE])
 
 
 def tables(environment: StudyEnvironment) -> list[TextTable]:
@@ -36,8 +43,12 @@ def test_the_texts_say_what_was_measured(environment: StudyEnvironment) -> None:
         assert table.markdown in text
 
 
+def test_the_readme_shows_all_claims_at_a_glance() -> None:
+    assert glance().markdown in TEXTS[0].read_text(encoding="utf-8")
+
+
 def test_every_table_of_results_is_of_the_raw_numbers() -> None:
-    made = {
+    made = {glance().markdown} | {
         table.markdown
         for found in ENVIRONMENTS
         for table in (
