@@ -23,7 +23,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "tests/benchmarks/results"
 TEXTS = (REPOSITORY / "README.md", RESULTS / "README.md")
 ENVIRONMENTS = read_results(sorted(RESULTS.glob("*.json")))
-AT_A_GLANCE = ("alfworld-official", "alfworld-weak", "houses-generated")
+AT_A_GLANCE = (
+    "alfworld-official",
+    "alfworld-weak",
+    "houses-generated",
+    "webshop-generated",
+)
 """Environments of the README's first table of results."""
 STUDIES = sorted((REPOSITORY / "tests/benchmarks/studies").glob("*.toml"))
 
