@@ -254,10 +254,14 @@ def is_finished(run_dir: Path, config: RunConfig) -> bool:
     if not summary.get("finished"):
         return False
     check_same_settings(run_dir, config)
-    done, wanted = summary["steps"], config.train.steps
+    done, wanted = summary.get("steps"), config.train.steps
+    if not isinstance(done, int):
+        raise RunFolderError(
+            f"{run_dir / SUMMARY_FILE} does not say how many steps were made; remove or repair it"
+        )
     if done > wanted:
         raise OtherSettingsError(
             f"{run_dir} has {done} steps, more than train.steps={wanted}; ask for {done}, or "
             f"{ANOTHER_FOLDER}"
         )
-    return bool(done == wanted)
+    return done == wanted

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,7 @@ from atod_train.metrics import (
 from atod_train.progress import progress
 from atod_train.run_folder import (
     RunFolderError,
+    is_finished,
     package_versions,
     read_config,
     read_json,
@@ -241,3 +243,12 @@ def test_progress_on_a_terminal_is_a_bar():
         advance(2, note="done")
     assert "[not markup]" in stream.getvalue()
     assert "2/2" in stream.getvalue()
+
+
+@pytest.mark.parametrize("totals", ['{"finished": true}', '{"finished": true, "steps": "2"}'])
+def test_a_finished_run_must_say_how_many_steps_it_made(tmp_path: Path, totals: str) -> None:
+    config = RunConfig()
+    write_config(tmp_path, config)
+    (tmp_path / "summary.json").write_text(totals)
+    with pytest.raises(RunFolderError, match=r"summary\.json does not say how many steps"):
+        is_finished(tmp_path, config)
