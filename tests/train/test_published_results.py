@@ -27,6 +27,7 @@ AT_A_GLANCE = (
     "alfworld-official",
     "alfworld-weak",
     "houses-generated",
+    "houses-near",
     "webshop-generated",
 )
 """Environments of the README's first table of results."""
