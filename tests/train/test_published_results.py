@@ -28,6 +28,7 @@ AT_A_GLANCE = (
     "alfworld-weak",
     "houses-generated",
     "houses-near",
+    "searchqa-generated",
     "webshop-generated",
 )
 """Environments of the README's first table of results."""
