@@ -27,6 +27,8 @@ from atod_train.rollout import EnvPool, new_messages, seed_for, tasks_for_step
 from atod_train.types import Batch, TokenizedTurn, Trajectory, Turn
 
 _WARM_UP = 0.05
+_SCORED_WORDS = 4096
+"""With a larger vocabulary so few of the environment's tokens are scored that it costs no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,9 @@ def train_on_demonstrations(
 ) -> list[float]:
     """Cross-entropy on the expert's turns and, with less weight, on what the environment says.
 
-    The learning rate warms up, then decays to a tenth along a cosine.
+    The learning rate warms up, then decays to a tenth along a cosine. With a large vocabulary a
+    random share of the environment's tokens stands for all of them, each with so much more weight:
+    the logits of the others, which would be most of the work, are never computed.
 
     Args:
         policy: the model; it is changed.
@@ -164,6 +168,7 @@ def train_on_demonstrations(
     """
     updates = max(1, round(epochs * len(trajectories) / episodes_per_update))
     optimizers = _supervised_optimizers(policy, lr)
+    generator = torch.Generator().manual_seed(seed)
     losses = []
     numbers = list(range(len(trajectories)))
     policy.model.train()
@@ -180,7 +185,7 @@ def train_on_demonstrations(
             part = [trajectories[int(i)] for i in chosen]
             losses.append(
                 _supervised_update(
-                    policy, part, optimizers, observation_weight, tokens_per_microbatch
+                    policy, part, optimizers, observation_weight, tokens_per_microbatch, generator
                 )
             )
             advance(note=f"loss {losses[-1]:.3f}")
@@ -194,20 +199,24 @@ def _supervised_update(
     optimizers: Sequence[torch.optim.Optimizer],
     observation_weight: float,
     budget: int,
+    generator: torch.Generator,
 ) -> float:
     batch = make_batch(trajectories, policy.pad_id)
-    weights = _token_weights(batch, trajectories, observation_weight)
+    share = min(1.0, _SCORED_WORDS / policy.model.config.vocab_size)
+    weights = _token_weights(batch, trajectories, observation_weight, share, generator)
     total = 0.0
     policy.model.zero_grad(set_to_none=True)
     for bucket in length_buckets(batch.attention_mask.sum(dim=1), budget):
         longest = int(batch.attention_mask[bucket].sum(dim=1).max())
         ids = batch.input_ids[bucket, :longest].to(policy.device)
         weight = weights[bucket, 1:longest].to(policy.device)
-        logits = policy.logits(policy.hidden_states(ids[:, :-1]))
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-        )
-        loss = (losses * weight.flatten()).sum() / float(weights.sum())
+        hidden = policy.hidden_states(ids[:, :-1]).flatten(0, 1)
+        weight, targets = weight.flatten(), ids[:, 1:].flatten()
+        if share < 1.0:
+            scored = weight.nonzero().flatten()
+            hidden, weight, targets = hidden[scored], weight[scored], targets[scored]
+        losses = torch.nn.functional.cross_entropy(policy.logits(hidden), targets, reduction="none")
+        loss = (losses * weight).sum() / float(weights.sum())
         loss.backward()
         total += float(loss.detach())
     torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
@@ -235,10 +244,20 @@ def _supervised_optimizers(policy: Policy, lr: tuple[float, float]) -> list[torc
 
 
 def _token_weights(
-    batch: Batch, trajectories: Sequence[Trajectory], observation_weight: float
+    batch: Batch,
+    trajectories: Sequence[Trajectory],
+    observation_weight: float,
+    share: float,
+    generator: torch.Generator,
 ) -> Tensor:
-    """[S, L] float32: 1 for the expert's tokens, less for the environment's, 0 for noise."""
+    """[S, L] float32: 1 for the expert's tokens, less for the environment's, 0 for noise.
+
+    Of the environment's tokens a random `share` keeps a weight, so much larger that the expected
+    one stays.
+    """
     weights = batch.attention_mask * observation_weight
+    if share < 1.0:
+        weights = weights * (torch.rand(weights.shape, generator=generator) < share) / share
     by_expert = [turn.is_action_valid for t in trajectories for turn in t.turns]
     rows = zip(
         batch.sequence_index.tolist(),

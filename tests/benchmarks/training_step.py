@@ -93,7 +93,9 @@ def main() -> None:
         kind = demonstrations.Muon
         if kind not in optimizers:
             optimizers[kind] = demonstrations._supervised_optimizers(model, LR)
-        demonstrations._supervised_update(model, taught[:4], optimizers[kind], 0.3, 2048)
+        demonstrations._supervised_update(
+            model, taught[:4], optimizers[kind], 0.3, 2048, torch.Generator()
+        )
 
     def torch_muon(weights: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
         return torch.optim.Muon(weights, lr=lr, weight_decay=0.01)

@@ -1,0 +1,82 @@
+"""What a supervised start scores where the vocabulary is large."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from atod_gym.types import Message
+from atod_train import demonstrations
+from atod_train.batching import make_batch
+from atod_train.demonstrations import (
+    DemonstrationTurn,
+    demonstration_texts,
+    tokenize,
+    train_on_demonstrations,
+)
+from atod_train.dialogue import DialogueEncoder
+from atod_train.policy import ModelShape, Policy, build_policy
+from atod_train.tokenizer import build_word_tokenizer
+from atod_train.types import Trajectory
+
+PAGE = "a long page of many words that nobody has to say but whose reading teaches to read"
+
+
+@pytest.fixture(scope="module")
+def taught() -> tuple[Policy, list[Trajectory]]:
+    """A model, and eight episodes of an expert's turn and a random one."""
+    episodes = [
+        (
+            DemonstrationTurn((Message("user", f"{PAGE} {word}"),), f"take {word}", True),
+            DemonstrationTurn((Message("user", PAGE),), "look", False),
+        )
+        for word in ("mug", "pen", "lamp", "vase", "bowl", "knife", "book", "apple")
+    ]
+    tokenizer = build_word_tokenizer(demonstration_texts(episodes))
+    shape = ModelShape(layers=1, width=32, heads=2, mlp_width=64, max_positions=128)
+    trajectories = [tokenize(episode, DialogueEncoder(tokenizer)) for episode in episodes]
+    return build_policy(shape, tokenizer, seed=0), trajectories
+
+
+def test_a_share_of_the_observations_weighs_as_much_as_all(
+    taught: tuple[Policy, list[Trajectory]],
+) -> None:
+    policy, trajectories = taught
+    batch = make_batch(trajectories, policy.pad_id)
+    generator = torch.Generator().manual_seed(0)
+    full = demonstrations._token_weights(batch, trajectories, 0.3, 1.0, generator)
+    observed = full == torch.tensor(0.3)
+    draws = torch.stack(
+        [
+            demonstrations._token_weights(batch, trajectories, 0.3, 0.25, generator)
+            for _ in range(2000)
+        ]
+    )
+    assert torch.equal(draws[:, ~observed], full[~observed].expand(2000, -1))
+    assert draws[:, observed].unique().tolist() == [0.0, pytest.approx(1.2)]
+    # Of 2,000 draws, each with variance 0.3^2 (1 / 0.25 - 1), five standard errors.
+    error = 5 * 0.3 * 3**0.5 / 2000**0.5
+    assert (draws.mean(dim=0) - full)[observed].abs().max() < error
+
+
+def test_only_what_is_scored_gets_logits(
+    taught: tuple[Policy, list[Trajectory]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, trajectories = taught
+    rows: list[int] = []
+    logits = Policy.logits
+
+    def counted(self: Policy, hidden: torch.Tensor) -> torch.Tensor:
+        rows.append(hidden.shape[0])
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Policy, "logits", counted)
+    train = train_on_demonstrations
+    first = train(policy, trajectories, epochs=1, lr=(0.0, 0.0), seed=0)
+    everything = sum(rows)
+    rows.clear()
+    monkeypatch.setattr(demonstrations, "_SCORED_WORDS", policy.model.config.vocab_size / 4)
+    again = [train(policy, trajectories, epochs=1, lr=(0.0, 0.0), seed=s) for s in range(100)]
+    assert sum(rows) / 100 < 0.4 * everything
+    # An untrained model finds all tokens about equally surprising.
+    assert sum(map(sum, again)) / 100 == pytest.approx(sum(first), rel=0.02)
