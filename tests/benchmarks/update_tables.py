@@ -1,0 +1,76 @@
+"""Writes all tables of results anew from the raw numbers: in the README and beside the numbers.
+
+A table is known by its first row and by the environment that its section is about. A new section
+needs its heading, `## NAME`, and the first row of each table that it shall have; a new column of
+the first table in the README needs its name in the first row.
+
+    python tests/benchmarks/update_tables.py
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from atod_train.study_markdown import (
+    TextTable,
+    claims_table,
+    difference_table,
+    first_pairs,
+    main_table,
+    phase_table,
+)
+from atod_train.study_pieces import StudyEnvironment, read_results
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "tests/benchmarks/results"
+SECTIONS = {"Official ALFWorld games": "alfworld-official"}
+"""Sections of the README with another heading than their environment's name."""
+
+
+def made_anew(
+    first_row: str, found: dict[str, StudyEnvironment], section: str, split: str | None
+) -> TextTable | None:
+    """The table that begins with a row, or nothing if it is no table of results."""
+    columns = [cell.strip() for cell in first_row.strip("|\n ").split("|")]
+    if columns[0] == "claim" and all(name in found for name in columns[1:]):
+        return claims_table([found[name] for name in columns[1:]])
+    environment = found.get(SECTIONS.get(section, section))
+    if environment is None:
+        return None
+    if columns[:2] == ["model", "seeds"]:
+        return main_table(environment, split) if split else main_table(environment)
+    if columns[:2] == ["claim", "common seeds"]:
+        return difference_table(environment, first_pairs(environment))
+    if columns[:2] == ["model", "minutes"]:
+        return phase_table(environment)
+    return None
+
+
+def rewritten(text: str, found: dict[str, StudyEnvironment]) -> str:
+    """A text with all its tables of results made anew."""
+    section, split = "", None
+    parts = []
+    for part in re.split(r"(^#.*\n|^`\w+`:\n|(?:^\|.*\n)+)", text, flags=re.MULTILINE):
+        if part.startswith("#"):
+            section, split = part.strip("# \n"), None
+        elif part.startswith("`"):
+            split = part.strip("`:\n")
+        elif part.startswith("|"):
+            table = made_anew(part.partition("\n")[0], found, section, split)
+            parts.append(table.markdown if table else part)
+            split = None
+            continue
+        parts.append(part)
+    return "".join(parts)
+
+
+def main() -> None:
+    found = {made.name: made for made in read_results(sorted(RESULTS.glob("*.json")))}
+    for path in (REPOSITORY / "README.md", RESULTS / "README.md"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(rewritten(text, found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
