@@ -21,7 +21,7 @@ from atod_train.config import OFFLOAD, RunConfig, is_url
 from atod_train.evaluate import evaluate
 from atod_train.interrupts import interruptible
 from atod_train.intervals import EvaluationMode
-from atod_train.metrics import EvaluatedModel, Evaluation
+from atod_train.metrics import EvaluatedModel, Evaluation, read_evaluations
 from atod_train.policy import MODEL_SHAPES, Policy
 from atod_train.processes import Processes, join_processes
 from atod_train.progress import no_lines, plain_lines, progress
@@ -36,6 +36,9 @@ from atod_train.run_folder import (
 from atod_train.starts import Starts
 from atod_train.teacher import LocalTeacher, Teacher
 from atod_train.trainer import Trainer
+
+_MODES: tuple[EvaluationMode, ...] = ("greedy", "sampled")
+"""How completions are chosen in the evaluations of the start and the teacher."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,33 @@ def _make_runs(
         if wants_teacher and not {config.model.teacher, config.model.student} <= set(MODEL_SHAPES):
             # Models made from the same demonstrations share their tokenizer.
             call_all(_check_teacher, [(config,)])
-        wanted = [
-            (config, role, split, processes) for role in roles for split in config.env.eval_splits
-        ]
-        known = [e for part in call_all(_evaluate_start, wanted) for e in part]
+        begun = [run for run in runs if run.config.study.resume]
+        parts = {
+            (role, split): _evaluations_of_start(begun, role, split)
+            for role in roles
+            for split in config.env.eval_splits
+        }
+        # Nobody looks later than the main process writes.
+        processes.wait()
+        wanted = [(config, *part, processes) for part, found in parts.items() if not found]
+        known = [e for found in parts.values() for e in found]
+        known += [e for part in call_all(_evaluate_start, wanted) for e in part]
         call_all(_train, [(run, known, processes) for run in left])
+
+
+def _evaluations_of_start(
+    begun: Sequence[Run], role: EvaluatedModel, split: str
+) -> list[Evaluation]:
+    """Those of the start or the teacher on a split that a run wrote down; empty if none did."""
+    for run in begun:
+        found = [
+            evaluation
+            for evaluation in read_evaluations(run.folder)
+            if (evaluation.step, evaluation.model) == (0, role) and evaluation.result.split == split
+        ]
+        if [evaluation.result.mode for evaluation in found] == list(_MODES):
+            return found
+    return []
 
 
 # -- pieces of work, each of which can run in a process of its own --------------------------------
@@ -177,12 +202,11 @@ def _evaluate_start(
 ) -> list[Evaluation]:
     """The start or the teacher on one split, greedy and sampled."""
     train_pool, pool = EnvPool(config.env, "train"), EnvPool(config.env, split)
-    modes: tuple[EvaluationMode, ...] = ("greedy", "sampled")
     try:
         policy = Starts(config, train_pool).policy(role)
-        with progress(len(modes), f"evaluating the {role} on {split}") as advance:
+        with progress(len(_MODES), f"evaluating the {role} on {split}") as advance:
             found = []
-            for mode in modes:
+            for mode in _MODES:
                 result = evaluate(policy, pool, config, mode, processes)
                 found.append(Evaluation(0, role, result))
                 advance()

@@ -142,11 +142,11 @@ class Trainer:
         """
         resumed = self._open(resume)
         settings = self.config.train
-        label = f"{self.config.algorithm.method}, seed {settings.seed}"
+        name = self.config.study.label or self.config.algorithm.method
         with (
             self._writer(resumed) as writer,
             interruptible() as interrupted,
-            progress(settings.steps, label) as advance,
+            progress(settings.steps, f"{name}, seed {settings.seed}") as advance,
         ):
             advance(self.done.step)
             while self.done.step < settings.steps:

@@ -165,6 +165,9 @@ def test_a_killed_study_goes_on_and_writes_its_results(
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert "adaptive, mean of 2 seeds" in finished.stdout
+    # The killed run had written down how start and teacher do.
+    assert "adaptive" in finished.stderr
+    assert "evaluating the" not in finished.stderr
     assert (out / "houses" / "report.html").is_file()
 
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
