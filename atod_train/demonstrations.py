@@ -256,8 +256,7 @@ def _token_weights(
     one stays.
     """
     weights = batch.attention_mask * observation_weight
-    if share < 1.0:
-        weights = weights * (torch.rand(weights.shape, generator=generator) < share) / share
+    weights = weights * (torch.rand(weights.shape, generator=generator) < share) / share
     by_expert = [turn.is_action_valid for t in trajectories for turn in t.turns]
     rows = zip(
         batch.sequence_index.tolist(),

@@ -42,7 +42,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from atod_gym.errors import MissingExtraError
-from atod_train.intervals import EvaluationResult
+from atod_train.intervals import EvaluationMode, EvaluationResult
 from atod_train.run_folder import (
     EVALUATIONS_FILE,
     METRICS_FILE,
@@ -64,6 +64,11 @@ class Evaluation:
     step: int
     model: EvaluatedModel
     result: EvaluationResult
+
+    @property
+    def board(self) -> tuple[EvaluatedModel, str, EvaluationMode]:
+        """What was evaluated on which split, and how completions were chosen."""
+        return self.model, self.result.split, self.result.mode
 
 
 @dataclass(frozen=True)

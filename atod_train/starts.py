@@ -27,7 +27,7 @@ from atod_train.pretrained import LoadOptions, cache_folder, load_policy, pick_d
 from atod_train.rollout import EnvPool
 from atod_train.tokenizer import build_word_tokenizer
 
-_RECIPE = 3
+_RECIPE = 4
 """Raised whenever the way of making demonstrations or starts changes, so that caches expire."""
 
 NOISE = 0.2

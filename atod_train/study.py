@@ -31,6 +31,8 @@ from atod_train.report_data import read_run
 from atod_train.rollout import EnvPool
 from atod_train.run_folder import (
     ANOTHER_FOLDER,
+    CONFIG_FILE,
+    check_same_settings,
     is_finished,
 )
 from atod_train.starts import Starts
@@ -102,6 +104,8 @@ def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> Path:
             for run in runs
             if not (run.config.study.resume and is_finished(run.folder, run.config))
         ]
+        for run in filter(_is_begun, left):
+            check_same_settings(run.folder, run.config)
         # Nobody looks later than the main process writes.
         processes.wait()
         if left:
@@ -128,33 +132,29 @@ def _make_runs(
         if wants_teacher and not {config.model.teacher, config.model.student} <= set(MODEL_SHAPES):
             # Models made from the same demonstrations share their tokenizer.
             call_all(_check_teacher, [(config,)])
-        begun = [run for run in runs if run.config.study.resume]
-        parts = {
-            (role, split): _evaluations_of_start(begun, role, split)
-            for role in roles
-            for split in config.env.eval_splits
+        written = {
+            evaluation.board: evaluation
+            for run in filter(_is_begun, runs)
+            for evaluation in read_evaluations(run.folder)
+            if evaluation.step == 0
         }
         # Nobody looks later than the main process writes.
         processes.wait()
-        wanted = [(config, *part, processes) for part, found in parts.items() if not found]
-        known = [e for found in parts.values() for e in found]
-        known += [e for part in call_all(_evaluate_start, wanted) for e in part]
+        wanted = [
+            (config, role, split, processes)
+            for role in roles
+            for split in config.env.eval_splits
+            if not all((role, split, mode) in written for mode in _MODES)
+        ]
+        for evaluations in call_all(_evaluate_start, wanted):
+            written |= {evaluation.board: evaluation for evaluation in evaluations}
+        known = list(written.values())
         call_all(_train, [(run, known, processes) for run in left])
 
 
-def _evaluations_of_start(
-    begun: Sequence[Run], role: EvaluatedModel, split: str
-) -> list[Evaluation]:
-    """Those of the start or the teacher on a split that a run wrote down; empty if none did."""
-    for run in begun:
-        found = [
-            evaluation
-            for evaluation in read_evaluations(run.folder)
-            if (evaluation.step, evaluation.model) == (0, role) and evaluation.result.split == split
-        ]
-        if [evaluation.result.mode for evaluation in found] == list(_MODES):
-            return found
-    return []
+def _is_begun(run: Run) -> bool:
+    """Whether a run can be gone on with."""
+    return run.config.study.resume and (run.folder / CONFIG_FILE).is_file()
 
 
 # -- pieces of work, each of which can run in a process of its own --------------------------------

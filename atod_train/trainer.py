@@ -45,6 +45,7 @@ from atod_train.metrics import (
     MetricsWriter,
     PhaseTimes,
     TrajectoryRecord,
+    read_evaluations,
 )
 from atod_train.policy import Policy
 from atod_train.processes import Processes
@@ -196,8 +197,10 @@ class Trainer:
             return
         with MetricsWriter(self.run_dir, resume_step=self.done.step if resumed else None) as writer:
             if self.done.step == 0:
+                there = {evaluation.board for evaluation in read_evaluations(self.run_dir)}
                 for evaluation in self._known:
-                    writer.write_evaluation(evaluation)
+                    if evaluation.board not in there:
+                        writer.write_evaluation(evaluation)
             yield writer
 
     def _open(self, resume: bool) -> bool:

@@ -39,7 +39,7 @@ def made_anew(
     if environment is None:
         return None
     if columns[:2] == ["model", "seeds"]:
-        return main_table(environment, split) if split else main_table(environment)
+        return main_table(environment, split)
     if columns[:2] == ["claim", "common seeds"]:
         return difference_table(environment, first_pairs(environment))
     if columns[:2] == ["model", "minutes"]:

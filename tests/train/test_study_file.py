@@ -183,6 +183,8 @@ def test_a_killed_study_goes_on_and_writes_its_results(
         folder = out / "houses" / f"{run['label']}-seed{run['seed']}"
         assert [step["step"] for step in read_metrics(folder)] == [1, 2]
         assert run["minutes"] == read_json(folder / "summary.json")["minutes"]
+        boards = [(e.step, e.model, e.result.mode) for e in read_evaluations(folder)]
+        assert len(boards) == len(set(boards))
         last = [e for e in read_evaluations(folder) if e.step == 2 and e.result.mode == "greedy"]
         bits = "".join("1" if task.success else "0" for task in last[0].result.tasks)
         assert run["last"]["valid_seen/greedy"]["success"] == bits
