@@ -95,6 +95,9 @@ class ModelConfig:
     """Compute the student's layers again in the backward pass: less memory, a third more time."""
     demonstrations: int = 1000
     """Expert episodes for the supervised starts of presets."""
+    demonstration_turns: int = 0
+    """Turn limit of the expert; 0: env.max_turns. Where long episodes are dear, and the expert
+    knows a short way too, a lower one shows that."""
     show_task: bool = False
     """Give language models too a supervised start; all their weights are trained in it."""
     student_epochs: float = 1.0

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from atod_gym.errors import InvalidSettingError
 from atod_train.config import OFFLOAD, RunConfig
 from atod_train.demonstrations import (
     Demonstration,
@@ -40,9 +42,15 @@ class Starts:
     Args:
         config: the run's settings.
         pool: environments of the training split.
+
+    Raises:
+        InvalidSettingError: a negative turn limit of the expert.
     """
 
     def __init__(self, config: RunConfig, pool: EnvPool) -> None:
+        turns = config.model.demonstration_turns
+        if turns < 0:
+            raise InvalidSettingError(f"model.demonstration_turns must be >= 0, not {turns}.")
         self._config = config
         self._pool = pool
         self._demonstrations: list[Demonstration] | None = None
@@ -63,6 +71,11 @@ class Starts:
         if not (path / "config.json").is_file():
             self._make(name, epochs, seed, label).save(path)
         return load_policy(path, self._options(role), name=label)
+
+    @property
+    def _turns(self) -> int:
+        """Turn limit of the demonstrations."""
+        return self._config.model.demonstration_turns or self._config.env.max_turns
 
     def _options(self, role: EvaluatedModel) -> LoadOptions:
         model = self._config.model
@@ -85,7 +98,7 @@ class Starts:
         env, model = self._config.env, self._config.model
         depends: dict[str, object] = {
             "recipe": _RECIPE,
-            "env": [env.id, sorted(env.options.items()), env.max_turns, env.prompt_style],
+            "env": [env.id, sorted(env.options.items()), self._turns, env.prompt_style],
             "prompt": [env.history_window, env.show_admissible, env.parse_profile],
             "data": self._pool.content_hash,
             "demonstrations": [model.demonstrations, NOISE],
@@ -102,9 +115,9 @@ class Starts:
     def _make(self, name: str, epochs: float, seed: int, label: str) -> Policy:
         config = self._config
         if self._demonstrations is None:
-            self._demonstrations = demonstrate(
-                self._pool, config.model.demonstrations, NOISE, seed=0
-            )
+            limited = replace(self._pool.config, max_turns=self._turns)
+            with closing(EnvPool(limited, self._pool.split)) as pool:
+                self._demonstrations = demonstrate(pool, config.model.demonstrations, NOISE, seed=0)
         if name in MODEL_SHAPES:
             tokenizer = build_word_tokenizer(demonstration_texts(self._demonstrations))
             policy = build_policy(name, tokenizer, seed, name=label)

@@ -19,6 +19,7 @@ from atod_train.pretrained import load_policy
 from atod_train.rollout import EnvPool
 from atod_train.starts import Starts
 from atod_train.tokenizer import build_word_tokenizer
+from atod_train.types import Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +96,21 @@ def test_without_the_setting_nothing_is_trained(config: RunConfig, pool: EnvPool
     found = Starts(plain, pool).policy("student")
     for name, weight in load_policy(config.model.student).model.named_parameters():
         assert torch.equal(weight, found.model.get_parameter(name)), name
+
+
+def test_the_expert_may_have_fewer_turns_than_the_student(
+    config: RunConfig, pool: EnvPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[int] = []
+
+    def count(policy: Policy, trajectories: list[Trajectory], **_: object) -> None:
+        shown.extend(len(trajectory.turns) for trajectory in trajectories)
+
+    monkeypatch.setattr(starts, "train_on_demonstrations", count)
+    Starts(config, pool).policy("student")
+    longest = max(shown)
+    shown.clear()
+    # Another limit is another start, also in the cache.
+    limited = replace(config, model=replace(config.model, demonstration_turns=longest - 1))
+    Starts(limited, pool).policy("student")
+    assert 0 < max(shown) < longest
