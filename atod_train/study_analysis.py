@@ -172,22 +172,55 @@ def verdict(estimate: Estimate) -> Verdict:
     return "does not hold" if estimate.high < 0 else "undecided"
 
 
-def _rows(
-    environment: StudyEnvironment, model: str, mode: str, split: str | None, which: Which
-) -> dict[_Replicate, NDArray[np.float64]]:
-    """Replicate -> success task by task, where every wanted split was evaluated."""
+def mean_score(
+    environment: StudyEnvironment, model: str, mode: str, split: str | None = None
+) -> float | None:
+    """Mean score in [0, 1] of a label's last models, or of the start or teacher, over all tasks.
+
+    Returns:
+        None where there is no such evaluation.
+    """
+    sizes = _sizes(environment, split)
+    scores = [
+        size * float(board["score"])
+        for boards in _evaluations(environment, model, mode, split, "last").values()
+        for size, board in zip(sizes.values(), boards, strict=True)
+    ]
+    replicates = len(scores) / len(sizes)
+    return math.fsum(scores) / (replicates * sum(sizes.values())) if scores else None
+
+
+def _sizes(environment: StudyEnvironment, split: str | None) -> dict[str, int]:
+    """How many tasks each wanted split has; None: all splits."""
     splits = list(environment.tasks) if split is None else [split]
+    return {name: len(environment.tasks[name]) for name in splits}
+
+
+def _evaluations(
+    environment: StudyEnvironment, model: str, mode: str, split: str | None, which: Which
+) -> dict[_Replicate, list[dict[str, Any]]]:
+    """Replicate -> its evaluation on each wanted split, where all of them were played."""
     evaluations: dict[_Replicate, dict[str, Any]]
     if model in STILL:
         evaluations = {(i, None): piece[model] for i, piece in enumerate(environment.pieces)}
     else:
         evaluations = {(run.piece, run.seed): run.record[which] for run in environment.of(model)}
+    wanted = [f"{name}/{mode}" for name in _sizes(environment, split)]
+    return {
+        key: [boards[name] for name in wanted]
+        for key, boards in evaluations.items()
+        if all(boards.get(name) for name in wanted)
+    }
+
+
+def _rows(
+    environment: StudyEnvironment, model: str, mode: str, split: str | None, which: Which
+) -> dict[_Replicate, NDArray[np.float64]]:
+    """Replicate -> success task by task, where every wanted split was evaluated."""
     rows = {}
-    for key, boards in evaluations.items():
-        found = [boards.get(f"{name}/{mode}") for name in splits]
-        if all(found):
-            bits = "".join(evaluation["success"] for evaluation in found if evaluation)
-            rows[key] = np.array([bit == "1" for bit in bits], dtype=np.float64)
+    for key, boards in _evaluations(environment, model, mode, split, which).items():
+        bits = "".join(board["success"] for board in boards)
+        rows[key] = np.array([bit == "1" for bit in bits], dtype=np.float64)
     return rows
 
 
@@ -210,7 +243,7 @@ def course_band(
     if not courses:
         return None
     steps = sorted(set.intersection(*map(set, courses)))
-    tasks = sum(len(environment.tasks[name]) for name in ([split] if split else environment.tasks))
+    tasks = sum(_sizes(environment, split).values())
     values = [[course[step] for course in courses] for step in steps]
     bounds = [_bounds(here, tasks) for here in values]
     return Band(
@@ -243,11 +276,10 @@ def _course(
     environment: StudyEnvironment, run: StudyRun, mode: str, split: str | None
 ) -> dict[int, float]:
     """Step -> success over the tasks of a split or of all of them, where all were evaluated."""
-    splits = [split] if split else list(environment.tasks)
-    sizes = [len(environment.tasks[name]) for name in splits]
+    sizes = _sizes(environment, split)
     start = environment.pieces[run.piece]["start"]
     courses = []
-    for name in splits:
+    for name in sizes:
         board = f"{name}/{mode}"
         course = {int(step): float(value) for step, value in run.record["course"].get(board, ())}
         if start.get(board):
@@ -256,8 +288,8 @@ def _course(
         courses.append(course)
     common = sorted(set.intersection(*map(set, courses)))
     return {
-        step: sum(size * course[step] for size, course in zip(sizes, courses, strict=True))
-        / sum(sizes)
+        step: sum(size * course[step] for size, course in zip(sizes.values(), courses, strict=True))
+        / sum(sizes.values())
         for step in common
     }
 

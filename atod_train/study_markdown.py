@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atod_train.report_page import NOTHING
-from atod_train.study_analysis import Estimate, cost, difference, rate, verdict
+from atod_train.study_analysis import Estimate, cost, difference, mean_score, rate, verdict
 from atod_train.study_pieces import StudyEnvironment
 from atod_train.study_results import STILL
 
@@ -29,14 +30,24 @@ class TextTable:
 
 
 def main_table(environment: StudyEnvironment, split: str | None = None) -> TextTable:
-    """Success, gain and cost of start, teacher and every label; split None: all tasks together."""
+    """Success, gain and cost of start, teacher and every label; split None: all tasks together.
+
+    Where scores say more than success, as in WebShop, there is a column for their mean.
+    """
+    models = (*STILL, *environment.labels)
+    scores = {model: mean_score(environment, model, "sampled", split) for model in models}
+    solved = {model: rate(environment, model, "sampled", split) for model in models}
+    is_scored = any(
+        found and not math.isclose(found.value, scores[model] or 0.0, abs_tol=1e-5)
+        for model, found in solved.items()
+    )
     rows = []
-    for model in (*STILL, *environment.labels):
+    for model in models:
         still = model in STILL
         rates = [
             rate(environment, model, "greedy", split),
             None if still else rate(environment, model, "greedy", split, "best"),
-            rate(environment, model, "sampled", split),
+            solved[model],
         ]
         gain = difference(environment, model, "start", "sampled", split)
         if still and not any(rates):
@@ -45,7 +56,9 @@ def main_table(environment: StudyEnvironment, split: str | None = None) -> TextT
         minutes = NOTHING if still else f"{cost(environment, model).minutes:.1f}"
         cells = [rate_text(found) for found in rates]
         gained = NOTHING if model == "start" else difference_text(gain)
-        rows.append((model, seeds, *cells, gained, minutes))
+        score = scores[model]
+        scored = NOTHING if score is None else f"{100 * score:.1f}"
+        rows.append((model, seeds, *cells, gained, *([scored] if is_scored else []), minutes))
     head = (
         "model",
         "seeds",
@@ -53,6 +66,7 @@ def main_table(environment: StudyEnvironment, split: str | None = None) -> TextT
         "greedy, best",
         "sampled, last",
         "gain over start (sampled, last)",
+        *(["score (sampled, last)"] if is_scored else []),
         "minutes",
     )
     return TextTable(f"{_where(split)}: tasks solved, % [95 % interval]", head, tuple(rows))

@@ -12,7 +12,8 @@ SETTINGS = {"env": {"max_turns": 30, "data": "generated"}, "model": {"student": 
 
 
 def evaluation(bits: str, step: int | None = None) -> dict[str, Any]:
-    record: dict[str, Any] = {"success": bits, "success_rate": bits.count("1") / len(bits)}
+    rate = bits.count("1") / len(bits)
+    record: dict[str, Any] = {"success": bits, "success_rate": rate, "score": rate}
     return record if step is None else {"step": step, **record}
 
 

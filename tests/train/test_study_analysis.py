@@ -274,3 +274,17 @@ def test_tables_as_markdown(merged: StudyEnvironment) -> None:
 def test_numbers_as_text() -> None:
     assert rate_text(Estimate(0.7214, 0.6421, 0.789, 3, 10)) == "72.1 [64.2, 78.9]"
     assert difference_text(Estimate(-0.0001, -0.05, 0.0449, 3, 10)) == "+0.0 [-5.0, +4.5]"
+
+
+def test_scores_are_shown_where_they_say_more_than_success(tmp_path: Path) -> None:
+    bits = {"s": "011", "t": "1"}
+    run = files.run("a", 0, bits)
+    record = files.environment([run, files.run("a", 1, bits)], start=bits, teacher=bits)
+    plain = main_table(one(files.write(tmp_path / "plain.json", houses=record)))
+    assert not any("score" in name for name in plain.head)
+    run["last"]["s/sampled"]["score"] = 0.8
+    table = main_table(one(files.write(tmp_path / "r.json", houses=record)))
+    place = table.head.index("score (sampled, last)")
+    # The mean of (3 * 0.8 + 1) / 4 and 3 / 4 of two seeds.
+    assert [row[place] for row in table.rows] == ["75.0", "75.0", "80.0"]
+    assert all(len(row) == len(table.head) for row in table.rows)
