@@ -30,6 +30,7 @@ AT_A_GLANCE = (
     "houses-near",
     "searchqa-generated",
     "webshop-generated",
+    "webshop-official",
 )
 """Environments of the README's first table of results."""
 STUDIES = sorted((REPOSITORY / "tests/benchmarks/studies").glob("*.toml"))
