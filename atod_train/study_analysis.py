@@ -180,14 +180,12 @@ def mean_score(
     Returns:
         None where there is no such evaluation.
     """
-    sizes = _sizes(environment, split)
-    scores = [
-        size * float(board["score"])
+    sizes = list(_sizes(environment, split).values())
+    means = [
+        np.average([board["score"] for board in boards], weights=sizes)
         for boards in _evaluations(environment, model, mode, split, "last").values()
-        for size, board in zip(sizes.values(), boards, strict=True)
     ]
-    replicates = len(scores) / len(sizes)
-    return math.fsum(scores) / (replicates * sum(sizes.values())) if scores else None
+    return float(np.mean(means)) if means else None
 
 
 def _sizes(environment: StudyEnvironment, split: str | None) -> dict[str, int]:

@@ -138,6 +138,8 @@ def _check_evaluations(
             tasks = lengths[board.rpartition("/")[0]]
             if evaluation and not re.fullmatch(rf"[01]{{{tasks}}}", evaluation["success"]):
                 raise ValueError(f"{key} of {board} is not one 0 or 1 for each of {tasks} tasks")
+            if evaluation and not isinstance(evaluation.get("score"), int | float):
+                raise ValueError(f"{key} of {board} has no score")
 
 
 def _merged(name: str, pieces: Sequence[tuple[Path, dict[str, Any]]]) -> StudyEnvironment:

@@ -53,6 +53,9 @@ def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
         pytest.param({**sound(), "runs": []}, "has no runs", id="no-runs"),
         pytest.param(run_with(last=files.boards({"s": "011"})), "of 2 tasks", id="too-many-bits"),
         pytest.param(run_with(best=files.boards({"t": "01"})), "'t'", id="unknown-split"),
+        pytest.param(
+            run_with(last={"s/greedy": {"success": "01"}}), "s/greedy has no score", id="no-score"
+        ),
         pytest.param(run_with(seed="0"), "label and seed", id="seed-as-text"),
         pytest.param(
             {**sound(), "runs": 2 * sound()["runs"]}, "a, seed 0 twice", id="the-same-run-twice"
