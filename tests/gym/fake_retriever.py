@@ -6,8 +6,10 @@ import json
 import threading
 import time
 from collections import deque
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from quiet_server import QuietServer
 
 FOREIGN: dict[str, Any] = {}
 """The health of a server that has none, such as Search-R1's."""
@@ -31,8 +33,7 @@ class FakeRetriever:
         self.text_key = "contents"
         handler = type("Handler", (_Handler,), {"fake": self})
         self._is_closed = False
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = QuietServer(handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"

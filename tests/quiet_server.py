@@ -1,0 +1,21 @@
+"""A server of tests in this process that says nothing about clients who hang up."""
+
+from __future__ import annotations
+
+import sys
+from http.server import ThreadingHTTPServer
+from typing import Any
+
+
+class QuietServer(ThreadingHTTPServer):
+    """On a free port; other faults of its handlers are printed, as ever."""
+
+    daemon_threads = True
+
+    def __init__(self, handler: type) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # What the client resets may be found out while its next request is awaited.
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
