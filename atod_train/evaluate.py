@@ -1,6 +1,10 @@
-"""Evaluation: every task of a split exactly once, greedy or sampled."""
+"""Evaluation: every task of a split, once greedily or some times sampled."""
 
 from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
@@ -26,7 +30,9 @@ def evaluate(
     mode: EvaluationMode = "greedy",
     processes: Processes | None = None,
 ) -> EvaluationResult:
-    """Plays every task of the pool's split once, or the first `env.eval_tasks` of them.
+    """Plays every task of the pool's split, or the first `env.eval_tasks` of them.
+
+    Once greedily, and sampled `env.eval_samples` times.
 
     Args:
         policy: the model; it is not changed.
@@ -36,12 +42,13 @@ def evaluate(
         processes: share the tasks; each has the same policy.
 
     Returns:
-        One result per task, in manifest order.
+        One result per task, in manifest order, the mean of its plays.
 
     Raises:
         AtodError: no first prompt fits the model's context.
     """
     task_ids = pool.task_ids[: config.env.eval_tasks or None]
+    plays = config.env.eval_samples if mode == "sampled" else 1
     generator = Generator(
         policy,
         DialogueEncoder(policy.tokenizer, config.env.prompt_style, config.env.template_options),
@@ -52,32 +59,38 @@ def evaluate(
     )
     processes = processes or Processes()
     results: list[TaskResult] = []
-    for start in range(0, len(task_ids), EPISODES_AT_ONCE * processes.count):
-        part = task_ids[start : start + EPISODES_AT_ONCE * processes.count]
+    at_once = EPISODES_AT_ONCE // plays * processes.count
+    for start in range(0, len(task_ids), at_once):
+        part = task_ids[start : start + at_once]
         share = processes.share(len(part))
         groups = collect(
             pool,
             generator,
             part[share.start : share.stop],
-            group_size=1,
+            group_size=plays,
             turn_limit=config.env.max_turns,
-            first_episode=share.start,
-            episodes_in_all=len(part),
+            first_episode=share.start * plays,
+            episodes_in_all=len(part) * plays,
         )
-        own = [_result(record) for group in groups for record in group.trajectories]
-        results += processes.gather(own)
+        results += processes.gather([_result(group.trajectories) for group in groups])
     if not any(result.turns for result in results):
         raise nothing_fits()
-    return EvaluationResult(pool.split, pool.data, mode, tuple(results))
+    return EvaluationResult(pool.split, pool.data, mode, tuple(results), plays)
 
 
-def _result(record: Trajectory) -> TaskResult:
+def _result(plays: Sequence[Trajectory]) -> TaskResult:
+    """The mean of the plays of a task."""
+    n = len(plays)
+    invalid = sum(not turn.is_action_valid for play in plays for turn in play.turns)
+    verbs: Counter[str] = Counter()
+    for play in plays:
+        verbs.update(play.verbs)
     return TaskResult(
-        task_id=record.task_id,
-        task_type=record.task_type,
-        success=record.success,
-        score=record.score,
-        turns=len(record.turns),
-        invalid_turns=sum(not turn.is_action_valid for turn in record.turns),
-        actions=tuple(sorted(record.verbs.items())),
+        task_id=plays[0].task_id,
+        task_type=plays[0].task_type,
+        success=sum(play.success for play in plays) / n,
+        score=math.fsum(play.score for play in plays) / n,
+        turns=sum(len(play.turns) for play in plays) / n,
+        invalid_turns=invalid / n,
+        actions=tuple((verb, count / n) for verb, count in sorted(verbs.items())),
     )

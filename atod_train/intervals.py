@@ -9,7 +9,7 @@ a report can be checked by hand; the bootstrap has a fixed seed. Sources: Wilson
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
@@ -36,18 +36,19 @@ def _normal_quantile(confidence: float) -> float:
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
-def _check_counts(successes: int, n: int) -> None:
+def _check_counts(successes: float, n: int) -> None:
     if n < 1 or not 0 <= successes <= n:
         raise InvalidCountsError(
             f"{successes} successes of {n} tasks is no rate: give at least one task"
         )
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Interval:
     """Score interval of a proportion (Wilson 1927), without continuity correction.
 
     Args:
-        successes: tasks solved, 0..n.
+        successes: tasks solved, 0..n. Where tasks were played more than once, the sum of their
+            shares: the interval is then too wide rather than too narrow, since shares vary less.
         n: tasks played, at least 1.
         confidence: two-sided level.
 
@@ -70,7 +71,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 
 
 def difference_interval(
-    s1: int, n1: int, s2: int, n2: int, confidence: float = 0.95
+    s1: float, n1: int, s2: float, n2: int, confidence: float = 0.95
 ) -> tuple[float, float]:
     """Interval of `s1/n1 - s2/n2` for different (unpaired) tasks: Newcombe's hybrid score method.
 
@@ -240,12 +241,14 @@ class TaskResult:
 
     task_id: str
     task_type: str
-    success: bool
+    success: float
+    """Share of its plays that succeed: 0 or 1 where there was one."""
     score: float
-    turns: int
-    invalid_turns: int
+    """A mean over plays, as all that follow."""
+    turns: float
+    invalid_turns: float
     """Turns whose action was not valid."""
-    actions: tuple[tuple[str, int], ...] = ()
+    actions: tuple[tuple[str, float], ...] = ()
     """(verb, how often it was used in a valid action), sorted."""
 
 
@@ -255,7 +258,8 @@ class TaskTypeRow:
 
     task_type: str
     tasks: int
-    successes: int
+    successes: float
+    """Sum over its tasks of the share of plays that succeed."""
     success_rate: float
     interval: Interval
     mean_turns: float
@@ -270,15 +274,17 @@ class EvaluationResult:
     """Which data was played: `official`, `generated` or a path."""
     mode: EvaluationMode
     tasks: tuple[TaskResult, ...]
+    plays: int = 1
+    """Of each task."""
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise InvalidCountsError(f"an evaluation on {self.split} needs at least one task")
 
     @property
-    def successes(self) -> int:
-        """Number of tasks solved."""
-        return sum(task.success for task in self.tasks)
+    def successes(self) -> float:
+        """Number of tasks solved; where they were played more than once, the sum of the shares."""
+        return math.fsum(task.success for task in self.tasks)
 
     @property
     def success_rate(self) -> float:
@@ -287,7 +293,7 @@ class EvaluationResult:
 
     @property
     def interval(self) -> Interval:
-        """95 % Wilson interval of the success rate."""
+        """95 % Wilson interval of the success rate (see `wilson_interval` for several plays)."""
         return wilson_interval(self.successes, len(self.tasks))
 
     @property
@@ -308,9 +314,10 @@ class EvaluationResult:
 
     def actions_per_episode(self) -> dict[str, float]:
         """Verb -> mean number of valid actions of an episode that begin with it."""
-        counts: Counter[str] = Counter()
+        counts: defaultdict[str, float] = defaultdict(float)
         for task in self.tasks:
-            counts.update(dict(task.actions))
+            for verb, count in task.actions:
+                counts[verb] += count
         return {verb: count / len(self.tasks) for verb, count in sorted(counts.items())}
 
     def by_task_type(self) -> tuple[TaskTypeRow, ...]:
@@ -318,7 +325,7 @@ class EvaluationResult:
         rows = []
         for task_type in sorted({task.task_type for task in self.tasks}):
             chosen = [task for task in self.tasks if task.task_type == task_type]
-            successes = sum(task.success for task in chosen)
+            successes = math.fsum(task.success for task in chosen)
             rows.append(
                 TaskTypeRow(
                     task_type=task_type,
@@ -338,6 +345,7 @@ class EvaluationResult:
             "split": self.split,
             "data": self.data,
             "mode": self.mode,
+            "plays": self.plays,
             "success_rate": self.success_rate,
             "interval": [low, high],
             "tasks": [asdict(task) for task in self.tasks],
@@ -352,24 +360,30 @@ class EvaluationResult:
         """
         try:
             tasks = tuple(_task_result(task) for task in record["tasks"])
-            return cls(record["split"], record["data"], record["mode"], tasks)
+            plays = int(record.get("plays", 1))
+            return cls(record["split"], record["data"], record["mode"], tasks, plays)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidCountsError(f"not the record of an evaluation: {error}") from error
 
 
 def _task_result(task: Mapping[str, Any]) -> TaskResult:
-    actions = tuple((str(verb), int(count)) for verb, count in task.get("actions", ()))
+    actions = tuple((str(verb), float(count)) for verb, count in task.get("actions", ()))
     return TaskResult(**{**task, "actions": actions})
 
 
 def paired_by_task(first: EvaluationResult, second: EvaluationResult) -> Interval | None:
     """95 % interval of the first's success rate minus the second's, paired by task id.
 
-    None where the two did not play the same tasks once each, so that nothing can be paired.
+    Tango's; a bootstrap over tasks where they were played more than once. None where the two did
+    not play the same tasks, or list one twice, so that nothing can be paired.
     """
     a = {task.task_id: task.success for task in first.tasks}
     b = {task.task_id: task.success for task in second.tasks}
     if a.keys() != b.keys() or len(a) != len(first.tasks) or len(b) != len(second.tasks):
         return None
     order = sorted(a)
-    return paired_difference_interval([a[key] for key in order], [b[key] for key in order])
+    if first.plays > 1 or second.plays > 1:
+        return bootstrap_interval([a[key] - b[key] for key in order])
+    return paired_difference_interval(
+        [bool(a[key]) for key in order], [bool(b[key]) for key in order]
+    )

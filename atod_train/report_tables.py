@@ -103,7 +103,7 @@ def _type_table(runs: Sequence[RunSummary], board: Board) -> str:
         for column in rows_of:
             here = [result[name] for result in column if name in result]
             tasks, solved = sum(row.tasks for row in here), sum(row.successes for row in here)
-            small = f"{solved}/{tasks}"
+            small = f"{round(solved, 1):g}/{tasks}"
             if len(here) == 1:
                 small += f", {percent_range(here[0].interval)}"
             cells.append(f"{percent(solved / tasks)} <small>{small}</small>" if tasks else NOTHING)

@@ -36,6 +36,7 @@ from atod_train.run_folder import (
     is_finished,
 )
 from atod_train.starts import Starts
+from atod_train.study_results import MOST_PLAYS
 from atod_train.teacher import LocalTeacher, Teacher
 from atod_train.trainer import Trainer
 
@@ -288,6 +289,10 @@ def _check_settings(config: RunConfig) -> None:
     for name in ("steps", "tasks_per_step", "group_size", "minibatches", "max_completion_tokens"):
         if getattr(train, name) < 1:
             raise AtodError(f"train.{name} must be at least 1, not {getattr(train, name)}.")
+    if not 1 <= config.env.eval_samples <= MOST_PLAYS:
+        raise AtodError(
+            f"env.eval_samples must be 1 to {MOST_PLAYS}, not {config.env.eval_samples}."
+        )
     if train.lr <= 0 or train.temperature <= 0:
         raise AtodError("train.lr and train.temperature must be above 0.")
     if config.env.constrain_actions and config.env.parse_profile != "plain":

@@ -1,9 +1,10 @@
 """What a study says, with intervals: success, differences paired by task, courses and cost.
 
-Success of one model is a matrix of 0 and 1: replicates x tasks. Intervals of means are percentile
-intervals of a crossed bootstrap (the "pigeonhole" bootstrap: Owen 2007, Annals of Applied
-Statistics 1, 386-411): replicates and tasks are drawn again with replacement, independently of each
-other, so that both the luck of a seed and the choice of tasks are in the interval. Its limits:
+Success of one model is a matrix, replicates x tasks: 0 or 1, or the share of several plays.
+Intervals of means are percentile intervals of a crossed bootstrap (the "pigeonhole" bootstrap: Owen
+2007, Annals of Applied Statistics 1, 386-411): replicates and tasks are drawn again with
+replacement, independently of each other, so that both the luck of a seed and the choice of tasks
+are in the interval. Its limits:
 
 - With one replicate only tasks are drawn again: the spread between seeds is not in the interval.
 - With few replicates the spread between them comes out too small, on average by the factor
@@ -15,7 +16,7 @@ other, so that both the luck of a seed and the choice of tasks are in the interv
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -217,9 +218,13 @@ def _rows(
     """Replicate -> success task by task, where every wanted split was evaluated."""
     rows = {}
     for key, boards in _evaluations(environment, model, mode, split, which).items():
-        bits = "".join(board["success"] for board in boards)
-        rows[key] = np.array([bit == "1" for bit in bits], dtype=np.float64)
+        rows[key] = np.concatenate([_shares(board) for board in boards])
     return rows
+
+
+def _shares(board: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Share of plays that succeed, task by task."""
+    return np.array([int(digit) for digit in board["success"]]) / board.get("plays", 1)
 
 
 # -- courses --------------------------------------------------------------------------------------
@@ -281,8 +286,7 @@ def _course(
         board = f"{name}/{mode}"
         course = {int(step): float(value) for step, value in run.record["course"].get(board, ())}
         if start.get(board):
-            bits = start[board]["success"]
-            course[0] = bits.count("1") / len(bits)
+            course[0] = float(_shares(start[board]).mean())
         courses.append(course)
     common = sorted(set.intersection(*map(set, courses)))
     return {

@@ -16,13 +16,13 @@ from typing import Any
 
 from atod_gym.errors import AtodError
 from atod_train.config import is_url
-from atod_train.study_results import FOLDER_NAME, STILL
+from atod_train.study_results import FOLDER_NAME, MOST_PLAYS, STILL
 
 _EVALUATIONS = ("last", "best")
 _RUN_KEYS = ("minutes", "tokens", "episodes", "seconds", *_EVALUATIONS, "course", "metrics")
 # What may differ between pieces without a change of what is measured.
 _FREE = {
-    "env": {"data"},
+    "env": {"data", "eval_samples"},
     "model": {"device", "teacher_device"},
     "train": {"seed", "threads", "save_every", "tokens_per_microbatch"},
     "algorithm": set[str](),
@@ -136,9 +136,16 @@ def _check_evaluations(
     for key in keys:
         for board, evaluation in record[key].items():
             tasks = lengths[board.rpartition("/")[0]]
-            if evaluation and not re.fullmatch(rf"[01]{{{tasks}}}", evaluation["success"]):
-                raise ValueError(f"{key} of {board} is not one 0 or 1 for each of {tasks} tasks")
-            if evaluation and not isinstance(evaluation.get("score"), int | float):
+            if not evaluation:
+                continue
+            plays = evaluation.get("plays", 1)
+            if plays not in range(1, MOST_PLAYS + 1) or not re.fullmatch(
+                rf"[0-{plays}]{{{tasks}}}", evaluation["success"]
+            ):
+                raise ValueError(
+                    f"{key} of {board} is not one digit, 0 to {plays}, for each of {tasks} tasks"
+                )
+            if not isinstance(evaluation.get("score"), int | float):
                 raise ValueError(f"{key} of {board} has no score")
 
 

@@ -2,9 +2,10 @@
 
 `results.json` holds, for each environment, what was played, with which settings and versions, and
 for each finished run its label, seed, settings, cost, course and evaluations. Success is one
-character a task, `1` or `0`, in the order of `tasks`, so that any difference can be computed again,
-paired by task. `course` has [step, success rate] of every evaluation after the start, and `metrics`
-one value for each step from 1 on (null: not measured). A run takes one line of the file.
+digit a task, how many of its `plays` (1 where there is no such key) succeeded, in the order of
+`tasks`, so that any difference can be computed again, paired by task. `course` has [step, success
+rate] of every evaluation after the start, and `metrics` one value for each step from 1 on (null:
+not measured). A run takes one line of the file.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 STILL = ("start", "teacher")
 """Models of a study that do not train; no run may have their names."""
+
+MOST_PLAYS = 9
+"""Of a task in an evaluation, so that successes are one digit."""
 
 KEPT_METRICS = (
     "kappa",
@@ -186,7 +190,8 @@ def _evaluation(result: EvaluationResult | None) -> dict[str, Any] | None:
     if result is None:
         return None
     return {
-        "success": "".join("1" if task.success else "0" for task in result.tasks),
+        "success": "".join(str(round(task.success * result.plays)) for task in result.tasks),
+        "plays": result.plays,
         "success_rate": round(result.success_rate, 6),
         "score": round(result.mean_score, 6),
         "turns": round(result.mean_turns, 3),

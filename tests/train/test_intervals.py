@@ -186,6 +186,20 @@ def test_pairing_by_task_needs_the_same_tasks():
     assert paired_by_task(better, fewer) is None
 
 
+def test_pairing_of_several_plays_is_by_their_shares():
+    def shares(*values: float) -> EvaluationResult:
+        tasks = tuple(TaskResult(f"t{i}", "pick", v, v, 2.5, 0.5) for i, v in enumerate(values))
+        return EvaluationResult("valid_seen", "generated", "sampled", tasks, plays=4)
+
+    a, b = shares(1.0, 0.75, 0.25), shares(0.5, 0.25, 0.25)
+    assert (a.successes, a.success_rate) == (2.0, 2 / 3)
+    assert a.interval == wilson_interval(2, 3)
+    assert paired_by_task(a, b) == bootstrap_interval([0.5, 0.5, 0.0])
+    record = json.loads(json.dumps(a.to_json()))
+    assert record["plays"] == 4
+    assert EvaluationResult.from_json(record) == a
+
+
 def test_bootstrap_interval_is_that_of_a_mean_and_repeats():
     values = [0.0, 1.0] * 200
     low, high = bootstrap_interval(values)

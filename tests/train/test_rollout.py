@@ -17,7 +17,7 @@ from atod_train.demonstrations import (
     train_on_demonstrations,
 )
 from atod_train.dialogue import DialogueEncoder
-from atod_train.evaluate import evaluate
+from atod_train.evaluate import SAMPLING_TEMPERATURE, evaluate
 from atod_train.generation import Generator
 from atod_train.policy import ModelShape, Policy, build_policy
 from atod_train.rollout import EnvPool, collect, seed_for, tasks_for_step
@@ -181,6 +181,43 @@ def test_evaluation_plays_every_task_once(pool: EnvPool, policy: Policy) -> None
         assert [task.task_id for task in result.tasks] == list(chosen.task_ids[:7])
         assert (result.split, result.data, result.mode) == ("valid_seen", "generated", mode)
     assert result.mean_turns == 2
+
+
+def test_a_sampled_evaluation_takes_the_mean_of_several_plays(policy: Policy) -> None:
+    env = EnvConfig(
+        data="generated",
+        options={"house_size": "tiny"},
+        max_turns=3,
+        eval_tasks=50,
+        eval_samples=3,
+        constrain_actions=True,
+    )
+    config = RunConfig(env=env)
+    chosen = EnvPool(env, "valid_seen")
+    assert evaluate(policy, chosen, config, "greedy").plays == 1
+    result = evaluate(policy, chosen, config, "sampled")
+    assert result.plays == 3
+    assert [task.task_id for task in result.tasks] == list(chosen.task_ids[:50])
+    generator = Generator(
+        policy,
+        DialogueEncoder(policy.tokenizer),
+        temperature=SAMPLING_TEMPERATURE,
+        max_completion_tokens=config.train.max_completion_tokens,
+        generator=torch.Generator().manual_seed(seed_for(0, 0, "evaluation")),
+    )
+    # 42 tasks of three plays are fewer than 128 episodes, 43 are more.
+    groups = [
+        group
+        for part in (chosen.task_ids[:42], chosen.task_ids[42:50])
+        for group in collect(chosen, generator, part, group_size=3, turn_limit=3)
+    ]
+    for task, group in zip(result.tasks, groups, strict=True):
+        plays = group.trajectories
+        verbs = [verb for play in plays for verb, n in play.verbs.items() for _ in range(n)]
+        assert dict(task.actions) == {verb: verbs.count(verb) / 3 for verb in verbs}
+        assert (task.turns, task.invalid_turns) == (3, 0)
+        assert task.success == sum(play.success for play in plays) / 3
+    assert len({task.actions for task in result.tasks}) > 10
 
 
 def test_a_small_model_learns_from_demonstrations() -> None:

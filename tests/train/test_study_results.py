@@ -102,6 +102,21 @@ def test_a_run_is_kept_in_one_line(tmp_path: Path) -> None:
     assert (record["start"]["seen/greedy"]["success"], record["data"]["hash"]) == ("001", "c0ffee")
 
 
+def test_successes_of_several_plays_are_counted(tmp_path: Path) -> None:
+    make_run(tmp_path / "atod-seed0")
+    tasks = tuple(
+        TaskResult(f"t{number}", "pick", share, share, 4.5, 0)
+        for number, share in enumerate((0.0, 1 / 7, 1.0))
+    )
+    result = EvaluationResult("seen", "generated", "sampled", tasks, plays=7)
+    with MetricsWriter(tmp_path / "atod-seed0", resume_step=4, tensorboard=False) as writer:
+        writer.write_evaluation(Evaluation(4, "student", result))
+    [run] = results_of(finished_runs(tmp_path, {"atod": settings_of("atod")})[0])["runs"]
+    last = run["last"]["seen/sampled"]
+    assert (last["success"], last["plays"], last["success_rate"]) == ("017", 7, 0.380952)
+    assert run["last"]["seen/greedy"]["plays"] == 1
+
+
 def test_the_teacher_is_described_by_a_run_that_has_one(tmp_path: Path) -> None:
     for method in ("grpo", "atod"):
         make_run(tmp_path / f"{method}-seed0", method=method)

@@ -315,6 +315,10 @@ def test_window_style_trains_too(tmp_path: Path) -> None:
 def test_settings_without_meaning_are_named(tmp_path: Path) -> None:
     with pytest.raises(AtodError, match=r"train\.steps"):
         run_study(_with(CONFIG, steps=0), tmp_path)
+    for samples in (0, 10):
+        often = replace(CONFIG, env=replace(CONFIG.env, eval_samples=samples))
+        with pytest.raises(AtodError, match=r"env\.eval_samples must be 1 to 9"):
+            run_study(often, tmp_path)
     for setting in ({"kappa": (0.05, 0.1)}, {"rho": (1.0, 0.5)}, {"dual_clip": 1.0}):
         wrong = replace(CONFIG, algorithm=replace(CONFIG.algorithm, **setting))
         with pytest.raises(AtodError, match="algorithm"):
