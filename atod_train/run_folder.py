@@ -129,14 +129,14 @@ def check_same_settings(run_dir: Path, config: RunConfig) -> None:
     """Refuses to go on with, or to count, a run that was made with other settings.
 
     What a step does not depend on may change: how many there are, what is evaluated and saved when,
-    threads and devices.
+    how often a task is played then, threads and devices.
 
     Raises:
         OtherSettingsError: a setting differs.
         RunFolderError: config.json cannot be read.
     """
     saved = read_config(run_dir)
-    free = {"steps", "threads", "eval_every", "save_every", "teacher_device"}
+    free = {"steps", "threads", "eval_every", "eval_samples", "save_every", "teacher_device"}
     if is_url(saved.model.teacher) and is_url(config.model.teacher):
         free |= {"teacher", "teacher_api"}  # its server may have moved
     for part in ("env", "model", "algorithm", "train"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from atod_train import study
 from atod_train.cli import main
-from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
+from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig, TrainConfig
 from atod_train.intervals import EvaluationResult, TaskResult
 from atod_train.metrics import EvaluatedModel, Evaluation, MetricsWriter
 from atod_train.run_folder import write_config, write_manifest, write_summary
@@ -115,6 +116,9 @@ def test_successes_of_several_plays_are_counted(tmp_path: Path) -> None:
     last = run["last"]["seen/sampled"]
     assert (last["success"], last["plays"], last["success_rate"]) == ("017", 7, 0.380952)
     assert run["last"]["seen/greedy"]["plays"] == 1
+    # It is the same run, however often the tasks of the next evaluation are played.
+    often = replace(settings_of("atod"), env=EnvConfig(eval_samples=4))
+    assert len(finished_runs(tmp_path, {"atod": often})[0]) == 1
 
 
 def test_the_teacher_is_described_by_a_run_that_has_one(tmp_path: Path) -> None:
