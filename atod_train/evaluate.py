@@ -82,9 +82,7 @@ def _result(plays: Sequence[Trajectory]) -> TaskResult:
     """The mean of the plays of a task."""
     n = len(plays)
     invalid = sum(not turn.is_action_valid for play in plays for turn in play.turns)
-    verbs: Counter[str] = Counter()
-    for play in plays:
-        verbs.update(play.verbs)
+    verbs = sum((play.verbs for play in plays), Counter())
     return TaskResult(
         task_id=plays[0].task_id,
         task_type=plays[0].task_type,

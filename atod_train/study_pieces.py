@@ -140,7 +140,7 @@ def _check_evaluations(
                 continue
             plays = evaluation.get("plays", 1)
             if plays not in range(1, MOST_PLAYS + 1) or not re.fullmatch(
-                rf"[0-{plays}]{{{tasks}}}", evaluation["success"]
+                rf"[0-{plays:d}]{{{tasks}}}", evaluation["success"]
             ):
                 raise ValueError(
                     f"{key} of {board} is not one digit, 0 to {plays}, for each of {tasks} tasks"

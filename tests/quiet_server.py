@@ -16,6 +16,7 @@ class QuietServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # What the client resets may be found out while its next request is awaited.
+        # Who asked may have left, as one does who has waited long enough; that is found out when
+        # the answer is sent, or while the next request is awaited.
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)

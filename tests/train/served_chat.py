@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -134,10 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         if status != 200 and self.fake.retry_after:
             self.send_header("Retry-After", self.fake.retry_after)
-        # Who asked may have left, as one does who has waited long enough.
-        with suppress(ConnectionError):
-            self.end_headers()
-            self.wfile.write(data)
+        self.end_headers()
+        self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
         """Says nothing."""

@@ -56,6 +56,9 @@ def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
         pytest.param(
             run_with(last={"s/greedy": {"success": "02", "plays": 10}}), "0 to 10", id="plays"
         ),
+        pytest.param(
+            run_with(last={"s/greedy": {"success": "0.", "plays": 1.0}}), "'float'", id="half-plays"
+        ),
         pytest.param(run_with(best=files.boards({"t": "01"})), "'t'", id="unknown-split"),
         pytest.param(
             run_with(last={"s/greedy": {"success": "01"}}), "s/greedy has no score", id="no-score"
