@@ -1,6 +1,7 @@
 """Expert episodes, and models trained on them.
 
-Any environment whose class has `expert()` can be demonstrated. Episodes contain random actions now
+Any environment whose class has `expert()` can be demonstrated; one that has `demonstrator()`, who
+may know more of a task than an agent, is demonstrated by that. Episodes contain random actions now
 and then (of those that were admissible at some turn, so not always now), so that a model sees how
 to recover; only the expert's own turns are trained.
 """
@@ -73,7 +74,10 @@ def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Demo
                 episodes.append(episode)
             advance()
     if not episodes:
-        raise AtodError("The scripted expert solved no task; raise env.max_turns.")
+        raise AtodError(
+            "The scripted expert solved no task: give it more turns (env.max_turns), and where it "
+            "has to find something, more results (env.options.topk)."
+        )
     return episodes
 
 
@@ -82,7 +86,7 @@ def _demonstrate_one(
 ) -> Demonstration | None:
     messages, info = env.reset(options={"task_id": task_id})
     observation = unwrapped.observation
-    expert = unwrapped.expert()
+    expert = getattr(unwrapped, "demonstrator", unwrapped.expert)()
     expert.reset(observation["instruction"], observation["text"])
     turns: list[DemonstrationTurn] = []
     action: str | None = None

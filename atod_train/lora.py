@@ -21,7 +21,8 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> None:
     """Freezes a model and puts adapters beside all linear layers of its decoder.
 
     An adapter adds `alpha / rank * B A x`; B is zero at first, so the model is unchanged. A is
-    drawn alike each time, so that runs can be repeated.
+    drawn alike each time, so that runs can be repeated. Adapters are float32 on weights of any
+    precision: in bfloat16 small steps of the optimiser would be rounded away.
 
     Args:
         model: it is changed in place.
@@ -43,6 +44,9 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> None:
             inject_adapter_in_model(settings, model)
     except ValueError as error:
         raise AtodError(f"peft cannot adapt this model: {error}. Use lora_rank=0.") from error
+    for name, parameter in model.named_parameters():
+        if _ADAPTER in name:
+            parameter.data = parameter.data.float()
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor] | None:
@@ -66,6 +70,6 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor] | None:
         weight = weights[f"{name}.weight"]
         for adapter in module.active_adapters:
             delta: Tensor = module.get_delta_weight(adapter)
-            weight = weight + delta.detach().to(weight.dtype)
+            weight = (weight + delta.detach()).to(weight.dtype)
         weights[f"{name}.weight"] = weight
     return weights

@@ -200,6 +200,22 @@ class SearchQAEnv(TurnEnv, EzPickle):
 
         return ScriptedSearcher()
 
+    def demonstrator(self) -> ScriptedSearcher:
+        """As `expert`, for this episode alone, and told the gold answers of question files.
+
+        Real questions are in words that the expert cannot read.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before `reset`.
+        """
+        from atod_gym.envs.search_qa_searcher import ScriptedSearcher
+
+        self._check_playing()
+        assert self._question is not None
+        if self._data == "generated":
+            return self.expert()
+        return ScriptedSearcher(golden_answers=self._question.golden_answers)
+
     @staticmethod
     def prefetch_steps(envs: Sequence[gymnasium.Env[Any, Any]], actions: Sequence[str]) -> None:
         """Does the searches of a turn of many environments with one request per server.

@@ -4,7 +4,8 @@ It knows how the questions and passages of a generated world are worded, and not
 say: it searches the name in the question, reads the answer in the passage of that title, and where
 the question goes on from there (bridge) or compares two names, it searches the second name. It goes
 by all results it has seen, so that it recovers from turns that were spent on something else.
-Questions in other words are searched as they are and answered with a guess.
+Questions in other words are searched as they are and answered with a guess. A searcher who was told
+the gold answers gives one as soon as a passage holds it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
+
+from atod_gym.scoring import normalize_answer
 
 _ENTITY: Final = r"(?:The )?[A-Z]\w*(?: [A-Z]\w*)+"
 _YEAR: Final = r"\d{4}"
@@ -175,10 +178,13 @@ class ScriptedSearcher:
 
     Args:
         max_turns: Turns of an episode; the searcher answers in the last one at the latest.
+        golden_answers: The right answers, for demonstrations: the first that stands in a passage is
+            given. Empty: they are not known.
     """
 
-    def __init__(self, max_turns: int = 4) -> None:
+    def __init__(self, max_turns: int = 4, golden_answers: Sequence[str] = ()) -> None:
         self._max_turns = max_turns
+        self._golden_answers = tuple(golden_answers)
         self.reset("", "")
 
     def reset(self, instruction: str, text: str) -> None:
@@ -214,8 +220,9 @@ class ScriptedSearcher:
         self._read_results(text)
         self._tried.add(self._own_action if last_action is None else last_action.strip())
         ends = [self._follow(name) for name in self._plan.names]
-        action = f"answer[{self._answer(ends)}]"
-        if self._turns_left > 1:
+        told = self._told_answer()
+        action = f"answer[{told or self._answer(ends)}]"
+        if self._turns_left > 1 and not told:
             missing = (end.missing for end in ends if end.missing)
             searches = (f"search[{query}]" for name in missing for query in (name, self._question))
             action = next((s for s in searches if s not in self._tried), action)
@@ -253,6 +260,18 @@ class ScriptedSearcher:
         read = _read(self._plan.relations[-1], self._found) if self._plan.relations else ""
         title = next((passage.title for passage in self._found if passage.title), "")
         return read or end.value or title or self._question or "unknown"
+
+    def _told_answer(self) -> str:
+        """The first gold answer that stands in a passage found last; empty if none does."""
+        texts = [f" {normalize_answer(f'{p.title} {p.text}')} " for p in self._found]
+        return next(
+            (
+                answer
+                for answer in self._golden_answers
+                if (words := normalize_answer(answer)) and any(f" {words} " in t for t in texts)
+            ),
+            "",
+        )
 
 
 _DOCUMENT: Final = re.compile(r"^Doc \d+ \(Title: (.*?)\)(?: (.*))?$", re.MULTILINE)

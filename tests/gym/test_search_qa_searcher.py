@@ -236,3 +236,32 @@ def test_it_never_raises_for_questions_that_it_understands(
     )
     assert len(queries) <= 3
     assert answer or not name.strip()
+
+
+@pytest.mark.parametrize(
+    ("golden", "answer"),
+    [
+        (("Winchester", "the salt COAST."), "the salt COAST."),  # as exact match reads it
+        (("oast",), "Halden Mill"),  # no part of a word; the guess is the title
+        (("Halden Mill", "1751"), "Halden Mill"),
+        ((), "Halden Mill"),
+    ],
+)
+def test_one_who_was_told_gives_the_gold_answer_that_a_passage_holds(
+    golden: tuple[str, ...], answer: str
+) -> None:
+    searcher = ScriptedSearcher(golden_answers=golden)
+    question = "where do they make lace with salt water"
+    found = play(question, lambda query: results(MILL), searcher=searcher)
+    assert found == (answer, [question])
+
+
+def test_one_who_was_told_searches_until_a_passage_holds_it() -> None:
+    searcher = ScriptedSearcher(golden_answers=("Marta Halden", "1751"))
+    question = "When was Halden Mill founded?"
+
+    def shown(query: str) -> str:
+        return results(MILL if query == question else GATE)
+
+    found = play(question, shown, searcher=searcher)
+    assert found == ("1751", ["Halden Mill", question])

@@ -1,6 +1,10 @@
-"""What a supervised start scores where the vocabulary is large."""
+"""Demonstrations of real questions, and what a supervised start scores of a large vocabulary."""
 
 from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch
 from atod_gym.types import Message
 from atod_train import demonstrations
 from atod_train.batching import make_batch
+from atod_train.config import EnvConfig
 from atod_train.demonstrations import (
     DemonstrationTurn,
     demonstration_texts,
@@ -16,6 +21,7 @@ from atod_train.demonstrations import (
 )
 from atod_train.dialogue import DialogueEncoder
 from atod_train.policy import ModelShape, Policy, build_policy
+from atod_train.rollout import EnvPool
 from atod_train.tokenizer import build_word_tokenizer
 from atod_train.types import Trajectory
 
@@ -80,3 +86,22 @@ def test_only_what_is_scored_gets_logits(
     assert sum(rows) / 100 < 0.4 * everything
     # An untrained model finds all tokens about equally surprising.
     assert sum(map(sum, again)) / 100 == pytest.approx(sum(first), rel=0.02)
+
+
+def test_real_questions_are_demonstrated_where_a_passage_holds_the_answer(tmp_path: Path) -> None:
+    questions = [
+        {"question": "who wrote the hobbit", "answer": ["Tolkien", "J. R. R. Tolkien"]},
+        {"question": "when was the hobbit written", "answer": "1937"},  # no passage says it
+    ]
+    passages = [{"id": "1", "contents": '"The Hobbit"\nThe Hobbit is a book by J. R. R. Tolkien.'}]
+    for name, rows in (("nq_train", questions), ("corpus", passages)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    config = EnvConfig(id="atod/SearchQA-v0", data=str(tmp_path), max_turns=3)
+    with closing(EnvPool(config, "train")) as pool:
+        [shown] = demonstrations.demonstrate(pool, 2, 0.2, seed=0)
+    assert [turn.completion for turn in shown] == [
+        "search[hobbit]",
+        "answer[Tolkien]",
+    ]
+    assert "a book by J. R. R. Tolkien" in shown[1].messages[-1].content

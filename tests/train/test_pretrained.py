@@ -155,6 +155,22 @@ def test_adapters_begin_as_nothing_and_are_all_that_is_trained(saved: Path) -> N
     assert all("lora_" in name for name in _gradients(adapted))
 
 
+def test_small_steps_of_adapters_count_on_weights_of_low_precision(saved: Path) -> None:
+    policy = load_policy(saved, LoadOptions(dtype="bfloat16", lora_rank=4))
+    assert policy.model.dtype == torch.bfloat16
+    adapters = {n: w for n, w in policy.model.named_parameters() if w.requires_grad}
+    before = {name: weight.detach().clone() for name, weight in adapters.items()}
+    optimizer = torch.optim.AdamW(adapters.values(), lr=1e-6, weight_decay=0.0)
+    for _ in range(2):  # in the first B is zero, and with it the gradient of A
+        _gradients(policy)
+        optimizer.step()
+    for name, weight in adapters.items():
+        assert not torch.equal(weight, before[name]), name
+    policy.save(saved.parent / "low")
+    merged = load_policy(saved.parent / "low", LoadOptions(dtype="bfloat16"))
+    assert {weight.dtype for weight in merged.model.parameters()} == {torch.bfloat16}
+
+
 def test_saved_adapters_are_merged_and_the_model_is_left_alone(saved: Path) -> None:
     policy = load_policy(saved, LoadOptions(lora_rank=4))
     with torch.no_grad():
