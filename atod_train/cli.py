@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,19 @@ def _parsed(arguments: list[str]) -> RunConfig:
     """The settings of a command line that begins with a preset."""
     import tyro
 
-    configs = {name: (preset.summary, preset.config) for name, preset in PRESETS.items()}
+    # tyro takes no keys but those of a default: a preset's options are added to what was given.
+    configs = {
+        name: (preset.summary, _with_options(preset.config, {})) for name, preset in PRESETS.items()
+    }
     config: RunConfig = tyro.extras.overridable_config_cli(
         configs, prog="atod-train", args=arguments
     )
-    return config
+    own = next(PRESETS[name].config.env.options for name in arguments if name in PRESETS)
+    return _with_options(config, own | config.env.options)
+
+
+def _with_options(config: RunConfig, options: dict[str, int | str]) -> RunConfig:
+    return replace(config, env=replace(config.env, options=options))
 
 
 def _run(config: RunConfig, out: Path) -> None:

@@ -36,7 +36,9 @@ class EnvConfig:
     data: str = "auto"
     """auto, official, generated, or a path to data."""
     options: dict[str, int | str] = field(default_factory=dict)
-    """Further keyword arguments for gym.make, such as house_size tiny or products 100."""
+    """Further keyword arguments for gym.make, such as house_size tiny or products 100; those of a
+    preset (quickstart: house_size tiny; webshop-tiny: products 300; searchqa-tiny: entities 10000,
+    topk 1, task_types one_hop) stay where they are not given."""
     max_turns: int = 30
     """Turn limit of an episode."""
     eval_splits: tuple[str, ...] = ("valid_seen", "valid_unseen")

@@ -171,7 +171,12 @@ def _part(
     configs = {}
     for label, changes in runs.items():
         own = _arguments(changes, f"runs.{label}", ("env", "model", "study"))
-        config = parse([*base, *own])
+        try:
+            config = parse([*base, *own])
+        except SystemExit:
+            raise InvalidSettingError(
+                f"environments.{name}, runs.{label}: what is said above is wrong with a setting."
+            ) from None
         named = replace(config.study, label=label, resume=True, jobs=jobs, methods=(), seeds=())
         configs[label] = replace(config, study=named)
     # By seeds, so that a study that is stopped early has all lines of its table.
@@ -191,7 +196,9 @@ def _arguments(settings: Mapping[str, Any], where: str, closed: tuple[str, ...])
     arguments = []
     for key, value in settings.items():
         section, dot, name = key.partition(".")
-        if not dot or isinstance(value, dict):
+        if isinstance(value, dict):  # { topk = 1 } is given as topk 1
+            value = [part for pair in value.items() for part in pair]
+        if not dot:
             raise InvalidSettingError(
                 f'{where}: {key!r} is no setting; write it as "train.steps" = 60, with quotes.'
             )

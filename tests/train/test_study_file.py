@@ -65,6 +65,32 @@ def test_a_study_is_read(study: Path, tmp_path: Path) -> None:
     assert first.config.env.eval_splits == ("valid_seen",)
 
 
+def test_options_of_an_environment_are_added_to_those_of_the_preset(
+    study: Path, tmp_path: Path
+) -> None:
+    options = '"env.options" = { entities = 60, server_url = "http://127.0.0.1:1" }'
+    file = STUDY.replace('"quickstart"', f'"searchqa-tiny"\n{options}')
+    study.write_text(file, encoding="utf-8")
+    [part] = read_study(study, tmp_path / "out", _parsed)
+    assert part.config.env.options == {
+        "entities": 60, "topk": 1, "task_types": "one_hop", "server_url": "http://127.0.0.1:1"
+    }  # fmt: skip
+    given = ["--env.options", "topk", "3", "split", "x"]
+    assert _parsed(["webshop-tiny", *given]).env.options == {
+        "products": 300, "topk": 3, "split": "x"
+    }  # fmt: skip
+
+
+def test_a_value_of_a_wrong_type_is_found(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study.write_text(STUDY.replace("= 12", "= 1.5"), encoding="utf-8")
+    assert main(["study", str(study), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "--env.max-turns" in told
+    assert f"{study}: environments.houses, runs.atod" in told.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
