@@ -16,7 +16,7 @@ WeightVariant = Literal[
 Aggregation = Literal["token-mean", "trajectory-mean"]
 PromptStyle = Literal["chat", "window"]
 ParseProfile = Literal["plain", "tags", "compat"]
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "mixed"]
 
 OFFLOAD = "offload"
 """As `ModelConfig.teacher_device`: in the processor's memory but while it scores."""
@@ -89,8 +89,8 @@ class ModelConfig:
     """Empty: that of the student; a torch device; or offload: in the processor's memory, and on
     the student's device only while it scores."""
     dtype: Precision = "auto"
-    """Of the weights. auto: float32; on a GPU the layers run in bfloat16, and the teacher's weights
-    are bfloat16."""
+    """Of the weights. auto: float32, on a GPU mixed. mixed: float32, while the layers run in
+    bfloat16 and the teacher's weights are bfloat16; fast on processors too that have AMX."""
     lora_rank: int = 0
     """Train adapters of this rank beside the student's linear layers; 0: train all weights."""
     lora_alpha: int = 32

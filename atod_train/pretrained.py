@@ -46,7 +46,8 @@ class LoadOptions:
 
     Attributes:
         device: a torch device, or auto: a GPU if there is one.
-        dtype: precision of the weights; auto: float32, while on a GPU the layers run in bfloat16.
+        dtype: precision of the weights; mixed: float32, while the layers run in bfloat16; auto:
+            mixed on a GPU, else float32.
         lora_rank: rank of adapters that are trained instead of the weights; 0: none.
         lora_alpha: their scale.
         gradient_checkpointing: trade time for memory in updates.
@@ -88,7 +89,7 @@ def load_policy(
             module.p = 0.0
     if getattr(model.config, "attention_dropout", 0.0):
         _switch_off_attention_dropout(model)
-    mixed = options.dtype == "auto" and device.type == "cuda"
+    mixed = is_mixed(options.dtype, device)
     policy = Policy(
         model=torch.nn.Module.to(model, device).eval(),
         tokenizer=tokenizer,
@@ -104,6 +105,11 @@ def load_policy(
     if options.lora_rank:
         add_adapters(model, options.lora_rank, options.lora_alpha)
     return policy
+
+
+def is_mixed(dtype: Precision, device: torch.device) -> bool:
+    """Whether layers run in bfloat16 over float32 weights."""
+    return dtype == "mixed" or (dtype == "auto" and device.type == "cuda")
 
 
 def pick_device(name: str) -> torch.device:

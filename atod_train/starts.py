@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from atod_gym.errors import InvalidSettingError
-from atod_train.config import OFFLOAD, RunConfig
+from atod_train.config import OFFLOAD, Precision, RunConfig
 from atod_train.demonstrations import (
     Demonstration,
     demonstrate,
@@ -25,7 +25,7 @@ from atod_train.demonstrations import (
 from atod_train.dialogue import DialogueEncoder
 from atod_train.metrics import EvaluatedModel
 from atod_train.policy import MODEL_SHAPES, Policy, build_policy
-from atod_train.pretrained import LoadOptions, cache_folder, load_policy, pick_device
+from atod_train.pretrained import LoadOptions, cache_folder, is_mixed, load_policy, pick_device
 from atod_train.rollout import EnvPool
 from atod_train.tokenizer import build_word_tokenizer
 
@@ -90,8 +90,7 @@ class Starts:
         # One that is offloaded begins where it works.
         elsewhere = model.teacher_device not in ("", OFFLOAD)
         device = model.teacher_device if elsewhere else model.device
-        on_gpu = pick_device(device).type == "cuda"
-        frozen = "bfloat16" if model.dtype == "auto" and on_gpu else model.dtype
+        frozen = "bfloat16" if is_mixed(model.dtype, pick_device(device)) else model.dtype
         return LoadOptions(device=device, dtype=frozen)
 
     def _key(self, name: str, epochs: float, seed: int) -> str:
@@ -109,6 +108,8 @@ class Starts:
             depends["shape"] = asdict(MODEL_SHAPES[name])
         else:
             depends["start"] = [_identity(name), sorted(env.template_options.items())]
+            if model.dtype == "mixed":
+                depends["dtype"] = model.dtype
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         return f"{Path(name).name}-{digest[:20]}"
 
@@ -122,7 +123,10 @@ class Starts:
             tokenizer = build_word_tokenizer(demonstration_texts(self._demonstrations))
             policy = build_policy(name, tokenizer, seed, name=label)
         else:
-            policy = load_policy(name, LoadOptions(device=config.model.device), name=label)
+            # Weights that are trained stay float32 in either.
+            dtype: Precision = "mixed" if config.model.dtype == "mixed" else "auto"
+            options = LoadOptions(device=config.model.device, dtype=dtype)
+            policy = load_policy(name, options, name=label)
         dialogue = DialogueEncoder(
             policy.tokenizer, config.env.prompt_style, config.env.template_options
         )

@@ -109,7 +109,8 @@ def load(options: argparse.Namespace) -> Policy:
             words = build_word_tokenizer([" ".join(f"w{number}" for number in range(1900))])
             build_policy(name, words, 0).save(folder)
             name = folder
-        return load_policy(name, LoadOptions(options.device, gradient_checkpointing=again))
+        precision = LoadOptions(options.device, options.dtype, gradient_checkpointing=again)
+        return load_policy(name, precision)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--budget", type=int, default=2048, help="padded tokens of a micro-batch")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "mixed"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
     parser.add_argument("--gradients", help=argparse.SUPPRESS)
@@ -208,8 +210,8 @@ def main() -> None:
             f"{row['processor']:13.1f}{naive['processor'] / row['processor']:6.1f}x"
         )
     print(
-        f"{options.model}, {options.device}: {naive['completion_tokens']} completion tokens, "
-        f"{naive['tokens']} tokens in rows, {found['packed']['tokens']} packed; model and "
+        f"{options.model}, {options.device}, {options.dtype}: {naive['completion_tokens']} tokens "
+        f"sampled, {naive['tokens']} in rows, {found['packed']['tokens']} packed; model and "
         f"gradients {naive['model'] / 1e6:.0f} MB; gradients differ by at most {difference:.1e}"
     )
 

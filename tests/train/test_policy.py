@@ -138,6 +138,9 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(
         half.completion_logprobs(batch), policy.completion_logprobs(batch), rtol=0.05, atol=0.05
     )
+    mixed = load_policy(target, LoadOptions(device="cpu", dtype="mixed"))
+    assert mixed.model.dtype == torch.float32
+    assert mixed.autocast_dtype == torch.bfloat16
 
 
 def test_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

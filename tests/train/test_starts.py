@@ -91,6 +91,25 @@ def test_other_weights_of_the_same_name_are_trained_anew(
     )
 
 
+def test_layers_in_low_precision_make_a_start_of_their_own(
+    config: RunConfig, pool: EnvPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[torch.dtype | None] = []
+
+    def note(policy: Policy, *_: object, **__: object) -> None:
+        trained.append(policy.autocast_dtype)
+        assert policy.model.dtype == torch.float32
+
+    monkeypatch.setattr(starts, "train_on_demonstrations", note)
+    mixed = replace(config, model=replace(config.model, dtype="mixed", teacher_epochs=1.0))
+    student = Starts(mixed, pool).policy("student")
+    Starts(config, pool).policy("student")
+    teacher = Starts(mixed, pool).policy("teacher")
+    assert trained == [torch.bfloat16, None, torch.bfloat16]
+    assert (student.model.dtype, student.autocast_dtype) == (torch.float32, torch.bfloat16)
+    assert (teacher.model.dtype, teacher.autocast_dtype) == (torch.bfloat16, None)
+
+
 def test_without_the_setting_nothing_is_trained(config: RunConfig, pool: EnvPool) -> None:
     plain = replace(config, model=replace(config.model, show_task=False))
     found = Starts(plain, pool).policy("student")
