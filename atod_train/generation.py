@@ -169,7 +169,6 @@ class Generator:
         """Tokens of prompts and completions that an episode holds so far."""
         return self._episodes[row].context_length
 
-    @torch.inference_mode()
     def prompt(
         self,
         new_ids: Sequence[Sequence[int]],
@@ -193,6 +192,17 @@ class Generator:
         """
         if not all(new_ids):
             raise AtodError("A prompt holds no token.")
+        # Within `precision` weights are converted once for all tokens; inference mode prevents it.
+        is_lower = self.policy.autocast_dtype is not None
+        with torch.no_grad() if is_lower else torch.inference_mode(), self.policy.precision():
+            return self._prompt(new_ids, rows, choices)
+
+    def _prompt(
+        self,
+        new_ids: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        choices: Sequence[Sequence[tuple[int, ...]]] | None,
+    ) -> list[Completion | None]:
         fitting = [
             index
             for index, (row, ids) in enumerate(zip(rows, new_ids, strict=True))

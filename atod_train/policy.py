@@ -134,7 +134,7 @@ class Policy:
         inputs["use_cache"] = cache is not None
         if cache is not None:
             inputs[_cache_argument(self.model.base_model)] = cache
-        with self._precision():
+        with self.precision():
             output = self.model.base_model(input_ids=input_ids, **inputs)
         hidden: Tensor = output.last_hidden_state
         return hidden
@@ -160,7 +160,8 @@ class Policy:
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [.., vocabulary] float32 from hidden states [.., width]."""
         head = self.model.get_output_embeddings()
-        logits: Tensor = head(hidden.to(head.weight.dtype))
+        with self.precision(enabled=False):
+            logits: Tensor = head(hidden.to(head.weight.dtype))
         return logits.float()
 
     def completion_logprobs(
@@ -261,10 +262,11 @@ class Policy:
         finally:
             self.model.eval()
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Within it the layers run in `autocast_dtype`; weights are converted once."""
         if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled)
 
     def _parts(self, batch: Batch, tokens_per_microbatch: int) -> Iterator[Minibatch]:
         longest = batch.input_ids.shape[1]

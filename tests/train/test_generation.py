@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atod_gym.errors import AtodError
@@ -241,6 +243,30 @@ def test_lower_precision_stays_close() -> None:
     difference = (batch.sampling_logprobs - recomputed).abs()[batch.completion_mask]
     # The weights of these tests are scaled up, and so is the rounding.
     assert difference.mean() < 0.2
+
+
+class _Conversions(TorchDispatchMode):
+    """Counts how often a weight is converted to another precision."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.place, self.count = weight.data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() == self.place:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_converted_to_lower_precision_once_a_turn() -> None:
+    policy = dataclasses.replace(POLICY, autocast_dtype=torch.bfloat16)
+    generator = Generator(policy, DialogueEncoder(POLICY.tokenizer), max_completion_tokens=8)
+    generator.start(2)
+    with _Conversions(policy.model.get_parameter("model.layers.0.mlp.up_proj.weight")) as seen:
+        for turn in (1, 2):
+            completions = generator.prompt([[5, 6], [7, 8]], [0, 1])
+            assert max(len(one.ids) for one in completions if one) > 1
+            assert seen.count == turn
 
 
 def test_sliding_window_layers_are_refused() -> None:
