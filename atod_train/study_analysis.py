@@ -31,7 +31,7 @@ from atod_train.study_results import STILL
 Which = Literal["last", "best"]
 """The last evaluation, or the best of a run: of each split and mode its own best."""
 
-Verdict = Literal["holds", "does not hold", "undecided"]
+Verdict = Literal["holds", "does not hold", "undecided", "one seed"]
 
 DRAWS = 5000
 _Replicate = tuple[int, "int | None"]
@@ -167,7 +167,12 @@ def difference(
 
 
 def verdict(estimate: Estimate) -> Verdict:
-    """Whether a difference is above 0, below 0, or either within its interval."""
+    """Whether a difference is above 0, below 0, or either within its interval.
+
+    Of one seed there is no verdict: its interval knows nothing of how other seeds would differ.
+    """
+    if estimate.replicates == 1:
+        return "one seed"
     if estimate.low > 0:
         return "holds"
     return "does not hold" if estimate.high < 0 else "undecided"

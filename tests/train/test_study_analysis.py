@@ -274,8 +274,8 @@ def test_tables_as_markdown(merged: StudyEnvironment) -> None:
     assert first_pairs(merged) == [("a", "b"), ("a", "c"), ("a", "teacher")]
     claims = difference_table(merged, [("c", "start"), ("start", "c"), ("a", "start"), ("a", "c")])
     assert [row[:4] for row in claims.rows] == [
-        ("c > start", "1", "+100.0 [+100.0, +100.0]", "holds"),
-        ("start > c", "1", "-100.0 [-100.0, -100.0]", "does not hold"),
+        ("c > start", "1", "+100.0 [+100.0, +100.0]", "one seed"),
+        ("start > c", "1", "-100.0 [-100.0, -100.0]", "one seed"),
         ("a > start", "3", "+0.0 [+0.0, +0.0]", "undecided"),
         ("a > c", "0", "–", "–"),  # noqa: RUF001
     ]
