@@ -29,7 +29,7 @@ from atod_train.pretrained import LoadOptions, cache_folder, is_mixed, load_poli
 from atod_train.rollout import EnvPool
 from atod_train.tokenizer import build_word_tokenizer
 
-_RECIPE = 4
+_RECIPE = 5
 """Raised whenever the way of making demonstrations or starts changes, so that caches expire."""
 
 NOISE = 0.2
