@@ -24,6 +24,7 @@ RESULTS = REPOSITORY / "tests/benchmarks/results"
 TEXTS = (REPOSITORY / "README.md", RESULTS / "README.md")
 ENVIRONMENTS = read_results(sorted(RESULTS.glob("*.json")))
 AT_A_GLANCE = (
+    "alfworld-close",
     "alfworld-official",
     "alfworld-weak",
     "houses-generated",
