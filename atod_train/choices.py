@@ -48,17 +48,15 @@ class Choices:
         """The logits of the next tokens; those that continue no choice cannot be sampled.
 
         Args:
-            logits: [n, vocabulary] of the rows 0 .. n - 1.
-            step: tokens that each row has so far.
-            alive: rows that have not ended.
+            logits: [n, vocabulary] of the rows that have not ended.
+            step: tokens that each of them has so far.
+            alive: their n numbers, in the order of the logits.
         """
         mask = torch.zeros(logits.shape, dtype=torch.bool)
-        mask[:, 0] = True  # rows that have ended sample something that nobody looks at
-        for row in alive:
+        for place, row in enumerate(alive):
             ids = tuple(sorted({choice[step] for choice in self._left[row]}))
             self.allowed[row].append(ids)
-            mask[row, 0] = False
-            mask[row, list(ids)] = True
+            mask[place, list(ids)] = True
         return logits.masked_fill(~mask.to(logits.device), LOWEST_LOGIT)
 
     def take(self, row: int, step: int, token_id: int) -> None:

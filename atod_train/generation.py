@@ -250,7 +250,8 @@ class Generator:
         return [leader.slot for _, leader in followers]
 
     def _new_cache(self, slots: int) -> SlotCache:
-        return SlotCache(self.policy.model.config.num_hidden_layers, slots, self.policy.device)
+        layers = self.policy.model.config.num_hidden_layers
+        return SlotCache(layers, slots, self.policy.device, is_masked=not self._is_packed)
 
     def _gather(self, episodes: list[_Episode]) -> None:
         """Give `episodes` the first slots; whoever is in the way changes places with them."""
@@ -276,9 +277,11 @@ class Generator:
         """Prefill and decode the episodes, which hold the slots 0 .. k - 1; see `_arrange`."""
         device = self.policy.device
         ends = [len(e.held) + len(feed) for e, feed in zip(episodes, feeds, strict=True)]
-        # Rows are padded to the widest feed, also those that hold the most already.
-        widest, longest = max(map(len, feeds)), max(len(e.held) for e in episodes)
-        self._cache.reserve(longest + widest + self.max_completion_tokens)
+        room = max(ends)
+        if not self._is_packed:
+            # Rows are padded to the widest feed, also those that hold the most already.
+            room = max(map(len, feeds)) + max(len(e.held) for e in episodes)
+        self._cache.reserve(room + self.max_completion_tokens)
         alone = len(episodes) - len(copies)
         logits = self._prefill(episodes[:alone], feeds[:alone])
         if copies:
@@ -294,36 +297,28 @@ class Generator:
         for step in range(self.max_completion_tokens):
             if among is not None:
                 logits = among.constrain(logits, step, alive)
-            ids, logprobs = self._sample(logits, uniforms[: len(logits), step])
-            id_list, score_list = ids.tolist(), logprobs.tolist()
-            for row in alive:
-                sampled[row].append(id_list[row])
-                scores[row].append(score_list[row])
+            ids, logprobs = self._sample(logits, uniforms[alive, step])
+            for row, token, score in zip(alive, ids.tolist(), logprobs.tolist(), strict=True):
+                sampled[row].append(token)
+                scores[row].append(score)
                 if among is not None:
-                    among.take(row, step, id_list[row])
-            alive = [row for row in alive if id_list[row] not in self.dialogue.stop_ids]
+                    among.take(row, step, token)
+            alive = [row for row in alive if sampled[row][-1] not in self.dialogue.stop_ids]
             if not alive or step + 1 == self.max_completion_tokens:
                 break
             if self._is_packed:
-                grown = [
-                    Feed(episodes[row].slot, ends[row] + step, [id_list[row]]) for row in alive
-                ]
-                logits = logits.new_zeros(logits.shape).index_copy_(
-                    0, torch.tensor(alive), self._feed(grown)
+                logits = self._feed(
+                    [Feed(episodes[row].slot, ends[row] + step, sampled[row][-1:]) for row in alive]
                 )
                 continue
             # Finished rows between the others are computed too, which costs less than moving the
             # cache; what they write lies beyond their context and is overwritten next turn.
             count = alive[-1] + 1
             visible = max(ends[row] for row in alive) + step + 1
+            latest = torch.tensor([ids[-1:] for ids in sampled[:count]], device=device)
             logits = padded_logits(
-                self.policy,
-                self._cache,
-                0,
-                ids[:count, None],
-                positions[:count, None] + step,
-                visible,
-            )
+                self.policy, self._cache, 0, latest, positions[:count, None] + step, visible
+            )[alive]
         allowed = [[] for _ in episodes] if among is None else among.allowed
         return [
             self._finish(episode, ids, values, choices)
@@ -382,10 +377,11 @@ class Generator:
             logprobs = logits.log_softmax(dim=-1)
             ids = logits.argmax(dim=-1)
         else:
-            logprobs = (logits / self.temperature).log_softmax(dim=-1)
+            scaled = logits if self.temperature == 1 else logits / self.temperature
+            logprobs = scaled.log_softmax(dim=-1)
             # Inverse of the cumulative distribution; in double precision, so that a large
             # vocabulary leaves no gap at the end and an impossible token is never chosen.
-            cumulative = logprobs.double().exp().cumsum(dim=-1)
+            cumulative = logprobs.double().exp_().cumsum_(dim=-1)
             thresholds = uniforms[:, None] * cumulative[:, -1:]
             ids = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1)
             ids = ids.clamp(max=logits.shape[-1] - 1)

@@ -15,15 +15,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 _CAPACITY_STEP = 128
-"""Capacity grows to a multiple of this many tokens, by at least a quarter."""
+"""Capacity grows to a multiple of this many tokens."""
 
 
 class _Window:
     """Which part of the cache the next forward pass writes and reads; shared by all layers."""
 
-    def __init__(self) -> None:
-        self.slots = 0
+    def __init__(self, slots: int, is_masked: bool) -> None:
+        self.slots = slots
+        self.is_masked = is_masked
         self.capacity = 0
+        self.used = 0
         self.slot_range = slice(0, 0)
         self.slot_index = torch.empty(0, 1, dtype=torch.int64)
         self.positions = torch.empty(0, 0, dtype=torch.int64)
@@ -41,10 +43,11 @@ class _SlotLayer(CacheLayerMixin):
         self.stored_keys = self.stored_values = torch.empty(0)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        shape = (self.window.slots, key_states.shape[1], self.window.capacity)
-        # Zeros, not empty memory: a masked NaN would still spoil the attention sum.
-        self.stored_keys = key_states.new_zeros(*shape, key_states.shape[-1])
-        self.stored_values = value_states.new_zeros(*shape, value_states.shape[-1])
+        nothing = (self.window.slots, key_states.shape[1], 0)
+        self.stored_keys = self._enlarged(key_states.new_empty(*nothing, key_states.shape[-1]))
+        self.stored_values = self._enlarged(
+            value_states.new_empty(*nothing, value_states.shape[-1])
+        )
         self.is_initialized = True
 
     def update(
@@ -64,10 +67,19 @@ class _SlotLayer(CacheLayerMixin):
 
     def grow(self) -> None:
         """Bring the storage to the window's capacity."""
-        if self.is_initialized and self.stored_keys.shape[2] < self.window.capacity:
-            extra = self.window.capacity - self.stored_keys.shape[2]
-            self.stored_keys = torch.nn.functional.pad(self.stored_keys, (0, 0, 0, extra))
-            self.stored_values = torch.nn.functional.pad(self.stored_values, (0, 0, 0, extra))
+        if self.is_initialized:
+            self.stored_keys = self._enlarged(self.stored_keys)
+            self.stored_values = self._enlarged(self.stored_values)
+
+    def _enlarged(self, stored: Tensor) -> Tensor:
+        slots, heads, held, width = stored.shape
+        enlarged = stored.new_empty(slots, heads, self.window.capacity, width)
+        used = min(held, self.window.used)
+        enlarged[:, :, :used] = stored[:, :, :used]
+        if self.window.is_masked:
+            # A masked NaN would still spoil the attention sum.
+            enlarged[:, :, used:] = 0
+        return enlarged
 
     def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
         """Put the contents of slots `sources` into slots `targets`, up to `length` tokens."""
@@ -95,11 +107,14 @@ class SlotCache(Cache):
         layers: Number of decoder layers.
         slots: Number of episodes it can hold.
         device: Where the model is.
+        is_masked: Whether attention reads beyond what a slot holds, and masks it. If not, memory
+            that nothing was written to is not touched, and capacity grows in fewer, larger steps.
     """
 
-    def __init__(self, layers: int, slots: int, device: torch.device) -> None:
-        self.window = _Window()
-        self.window.slots = slots
+    def __init__(
+        self, layers: int, slots: int, device: torch.device, *, is_masked: bool = True
+    ) -> None:
+        self.window = _Window(slots, is_masked)
         self.device = device
         self._slot_layers = [_SlotLayer(self.window) for _ in range(layers)]
         super().__init__(layers=list(self._slot_layers))
@@ -108,10 +123,12 @@ class SlotCache(Cache):
         """Make room for `tokens` tokens in every slot."""
         window = self.window
         if tokens > window.capacity:
-            wanted = max(tokens, window.capacity * 5 // 4)
+            growth = window.capacity // 4 if window.is_masked else window.capacity
+            wanted = max(tokens, window.capacity + growth)
             window.capacity = -(-wanted // _CAPACITY_STEP) * _CAPACITY_STEP
             for layer in self._slot_layers:
                 layer.grow()
+        window.used = max(window.used, tokens)
 
     def aim(self, first_slot: int, positions: Tensor, visible: int) -> None:
         """Say where the next forward pass stands.

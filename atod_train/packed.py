@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from transformers import PreTrainedModel
 from atod_train.kv_cache import SlotCache
 from atod_train.policy import Policy
 from atod_train.wanted import can_be_chosen, rotated
+
+_MASK_STEP = 512
+"""A mask is made for a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def last_states(model: PreTrainedModel, cache: SlotCache, feeds: Sequence[Feed])
     ends = widths.cumsum(0)
     states = base.embed_tokens(ids)
     cos, sin = (table[0] for table in base.rotary_emb(states[None], positions[None]))
-    masks = [_mask(feed) for feed in feeds]
+    masks = _masks(feeds)
     sizes = widths.tolist()
     for layer in base.layers:
         normed = layer.input_layernorm(states)
@@ -77,7 +81,7 @@ def last_states(model: PreTrainedModel, cache: SlotCache, feeds: Sequence[Feed])
             # From here on the last token of each feed is enough; it sees everything.
             chosen = ends - 1
             states, normed, cos, sin = states[chosen], normed[chosen], cos[chosen], sin[chosen]
-            sizes, masks = [1] * len(feeds), [None] * len(feeds)
+            sizes, masks = [1] * len(feeds), [None for _ in feeds]
         queries = _heads(attention.q_proj(normed), attention.head_dim)
         queries = rotated(queries, cos[:, None], sin[:, None])
         attended = [
@@ -90,13 +94,19 @@ def last_states(model: PreTrainedModel, cache: SlotCache, feeds: Sequence[Feed])
     return result
 
 
-def _mask(feed: Feed) -> Tensor | None:
+def _masks(feeds: Sequence[Feed]) -> list[Tensor | None]:
     """[w, end] additive: each token sees those up to itself; None where all see everything."""
-    width = len(feed.ids)
-    if width == 1:
-        return None
-    hidden = torch.ones(width, feed.end, dtype=torch.bool).triu_(feed.start + 1)
-    return torch.zeros(width, feed.end).masked_fill_(hidden, float("-inf"))
+    longest = max((feed.end for feed in feeds if len(feed.ids) > 1), default=0)
+    whole = _causal(-(-longest // _MASK_STEP) * _MASK_STEP)
+    return [
+        whole[feed.start : feed.end, : feed.end] if len(feed.ids) > 1 else None for feed in feeds
+    ]
+
+
+@lru_cache(maxsize=2)
+def _causal(size: int) -> Tensor:
+    """[size, size] additive; of each feed's mask a part."""
+    return torch.full((size, size), float("-inf")).triu_(1)
 
 
 def _write(
