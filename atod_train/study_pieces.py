@@ -20,11 +20,12 @@ from atod_train.study_results import FOLDER_NAME, MOST_PLAYS, STILL
 
 _EVALUATIONS = ("last", "best")
 _RUN_KEYS = ("minutes", "tokens", "episodes", "seconds", *_EVALUATIONS, "course", "metrics")
-# What may differ between pieces without a change of what is measured.
+# What may differ between pieces without a change of what is measured (the best of a run is that of
+# the evaluations that it had).
 _FREE = {
     "env": {"data", "eval_samples"},
     "model": {"device", "teacher_device"},
-    "train": {"seed", "threads", "save_every", "tokens_per_microbatch"},
+    "train": {"seed", "threads", "eval_every", "save_every", "tokens_per_microbatch"},
     "algorithm": set[str](),
 }
 

@@ -38,7 +38,7 @@ def run(
         "label": label,
         "seed": seed,
         "algorithm": {"method": label},
-        "train": {"steps": 3, "seed": seed},
+        "train": {"steps": 3, "seed": seed, "eval_every": 1},
         "minutes": 2.0,
         "tokens": 4000,
         "episodes": 48,

@@ -121,6 +121,11 @@ def change_folder(record: dict[str, Any]) -> None:
     record["model"] = {"student": "/models/tiny/"}
 
 
+def change_evaluations(record: dict[str, Any]) -> None:
+    record["runs"][0]["train"] = {"steps": 3, "seed": 1, "eval_every": 3}
+    record["env"] = {"eval_samples": 4}
+
+
 def change_option(record: dict[str, Any]) -> None:
     record["model"] = {"student": "tiny", "new_setting": 1}
 
@@ -131,6 +136,7 @@ def change_option(record: dict[str, Any]) -> None:
         pytest.param(change_device, id="device"),
         pytest.param(change_path, id="path"),
         pytest.param(change_folder, id="folder-of-a-model"),
+        pytest.param(change_evaluations, id="evaluations"),
         pytest.param(change_option, id="setting-of-one-alone"),
     ],
 )
