@@ -43,6 +43,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the subsets")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     options = parser.parse_args()
+    needed = [*(f"{name}_subset.jsonl" for name in SETS), "corpus.jsonl.xz"]
+    if missing := [name for name in needed if not (options.data / name).is_file()]:
+        parser.error(f"{options.data} has no {', no '.join(missing)}; give the folder that has.")
     split(options.data, options.out)
 
 

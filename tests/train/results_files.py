@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 MODES = ("greedy", "sampled")
-SETTINGS = {"env": {"max_turns": 30, "data": "generated"}, "model": {"student": "tiny"}}
+SETTINGS = {
+    "env": {"max_turns": 30, "data": "generated", "eval_samples": 1},
+    "model": {"student": "tiny"},
+}
 
 
 def evaluation(bits: str, step: int | None = None) -> dict[str, Any]:

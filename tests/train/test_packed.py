@@ -19,16 +19,17 @@ from atod_train.packed import Feed, can_be_packed, last_states
 def test_rows_of_any_length_in_any_slots(layers: int, heads: int, key_heads: int) -> None:
     policy = make_model(layers, heads, key_heads)
     assert can_be_packed(policy)
-    cache = SlotCache(layers, 4, policy.device)
-    cache.reserve(40)
+    cache = SlotCache(layers, 4, policy.device, is_masked=False)
     random = torch.Generator().manual_seed(1)
     rows: dict[int, list[int]] = {0: [], 1: [], 2: [], 3: []}
-    for widths in ({3: 5, 0: 9}, {0: 1, 3: 1}, {1: 4, 0: 7, 3: 2, 2: 11}, {2: 1}):
+    short = ({3: 5, 0: 9}, {0: 1, 3: 1}, {1: 4, 0: 7, 3: 2, 2: 11}, {2: 1})
+    for widths in (*short, {0: 130, 3: 1}, {1: 2, 0: 1}):  # the cache grows at 128 tokens
         feeds = []
         for slot, width in widths.items():
             ids = torch.randint(0, len(TOKENIZER), (width,), generator=random).tolist()
             feeds.append(Feed(slot, len(rows[slot]), ids))
             rows[slot] += ids
+        cache.reserve(max(feed.end for feed in feeds))
         found = last_states(policy.model, cache, feeds)
         for feed, state in zip(feeds, found, strict=True):
             alone = policy.hidden_states(torch.tensor([rows[feed.slot]]))[0, -1]
@@ -40,7 +41,7 @@ def test_no_padding_is_computed() -> None:
     seen: list[tuple[int, ...]] = []
     for layer in policy.model.model.layers:
         layer.mlp.register_forward_hook(lambda _, given, result: seen.append(tuple(result.shape)))
-    cache = SlotCache(2, 2, policy.device)
+    cache = SlotCache(2, 2, policy.device, is_masked=False)
     cache.reserve(10)
     with torch.no_grad():
         last_states(policy.model, cache, [Feed(0, 0, [1, 2, 3, 4, 5, 6]), Feed(1, 0, [7])])
