@@ -1,10 +1,10 @@
 """Splits a few real questions and their passages into training and test files for a study.
 
-    python tests/benchmarks/split_questions.py --data <folder> --out <folder>
+    python tests/benchmarks/split_questions.py --data <folder> --out runs/questions
 
 The folder holds `nq_subset.jsonl` and `popqa_subset.jsonl`, questions that say whether a passage
 has the answer (`answer_in_corpus`), and `corpus.jsonl.xz`. Kept are questions that one has; of each
-set 150 that a fixed seed picks are for the test. `SEARCHQA_DATA` then names the new folder.
+set 150 that a fixed seed picks are for the test. `studies/searchqa-real.toml` plays them.
 """
 
 from __future__ import annotations
