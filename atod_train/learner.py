@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from atod_train.batching import length_buckets, select_sequences
+from atod_train.batching import select_sequences
 from atod_train.policy import Computation, Policy
 from atod_train.processes import Processes
 from atod_train.token_scores import MicroBatch
@@ -134,9 +134,15 @@ class Learner:
 
         Gathering weights and dividing gradients takes all processes each time.
         """
+        shares = [
+            share_of_sequences(lengths, replace(self.processes, index=index))
+            for index in range(self.processes.count)
+        ]
         passes = [
-            len(length_buckets(lengths[share_of_sequences(lengths, other)], budget))
-            for other in (replace(self.processes, index=i) for i in range(self.processes.count))
+            sum(1 for _ in self.policy.parts(select_sequences(batch, share).batch, budget))
+            if len(share)
+            else 0
+            for share in shares
         ]
         shortest = select_sequences(batch, lengths.argmin()[None]).batch
         for _ in range(max(passes) - passes[self.processes.index]):

@@ -27,11 +27,11 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from atod_gym.errors import AtodError, InvalidSettingError
-from atod_train.batching import Minibatch, length_buckets, select_sequences
 from atod_train.lora import merged_weights
+from atod_train.prefix_trees import Part, crossover_of, parts
 from atod_train.token_scores import MicroBatch, TokenScores, score_tokens
 from atod_train.types import Batch
-from atod_train.wanted import can_be_chosen, only_at, places
+from atod_train.wanted import can_be_chosen, can_take_trees, only_at
 
 LOGITS_PER_CHUNK = 2**26
 """Logits that exist at once; 256 MiB in float32."""
@@ -222,9 +222,9 @@ class Policy:
         Yields:
             Parts whose rows together are 0..R-1, each row once.
         """
-        for part in self._parts(batch, tokens_per_microbatch):
+        for part in self.parts(batch, tokens_per_microbatch):
             with torch.enable_grad(), self._recomputing():
-                scores = self._score(part.batch, with_entropy, reference)
+                scores = self._score(part, with_entropy, reference)
             yield MicroBatch(rows=part.rows, **vars(scores))
 
     def save(self, path: str | Path) -> None:
@@ -268,49 +268,51 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled)
 
-    def _parts(self, batch: Batch, tokens_per_microbatch: int) -> Iterator[Minibatch]:
+    def parts(self, batch: Batch, tokens_per_microbatch: int) -> Iterator[Part]:
+        """What goes through the model one after the other; see `prefix_trees.parts`."""
         longest = batch.input_ids.shape[1]
         if longest > self.max_positions:
             raise AtodError(
                 f"A sequence of {longest} tokens is longer than the {self.max_positions} positions "
                 f"of model {self.name}. Lower max_context."
             )
-        for sequences in length_buckets(batch.attention_mask.sum(dim=1), tokens_per_microbatch):
-            yield select_sequences(batch, sequences)
+        crossover = crossover_of(self.model.config) if can_take_trees(self.model) else 0
+        return parts(batch, tokens_per_microbatch, crossover)
 
     def _score_all(
         self, batch: Batch, budget: int, with_entropy: bool, reference: Reference | None
     ) -> TokenScores:
         found: dict[str, Tensor] = {}
-        for part in self._parts(batch, budget):
+        for part in self.parts(batch, budget):
             rows = part.rows.to(self.device)
-            for name, values in vars(self._score(part.batch, with_entropy, reference)).items():
+            for name, values in vars(self._score(part, with_entropy, reference)).items():
                 if values is not None:
                     whole = found.setdefault(name, values.new_zeros(batch.completion_ids.shape))
                     found[name] = whole.index_copy(0, rows, values)
         return TokenScores(**found)
 
     def _score(
-        self, batch: Batch, with_entropy: bool, reference: Reference | None = None
+        self, part: Part, with_entropy: bool, reference: Reference | None = None
     ) -> TokenScores:
         """Scores of one micro-batch."""
         if self.forward_within is None:
-            return TokenScores(**self._score_here(batch, with_entropy, reference))
+            return TokenScores(**self._score_here(part, with_entropy, reference))
         return TokenScores(
-            **self.forward_within(lambda: self._score_here(batch, with_entropy, reference))
+            **self.forward_within(lambda: self._score_here(part, with_entropy, reference))
         )
 
     def _score_here(
-        self, batch: Batch, with_entropy: bool, reference: Reference | None
+        self, part: Part, with_entropy: bool, reference: Reference | None
     ) -> dict[str, Tensor]:
+        batch = part.batch
         mask = batch.completion_mask.to(self.device)
         targets = batch.completion_ids.to(self.device)[mask]
         theirs = None
         if reference is not None:
             with torch.no_grad():
-                theirs = reference.policy.states_before_completions(batch)
+                theirs = reference.policy._states_before_completions(part)
         scores = score_tokens(
-            (self.states_before_completions(batch), theirs),
+            (self._states_before_completions(part), theirs),
             (self.logits, reference.policy.logits if reference else None),
             targets,
             allowed=None if batch.allowed_ids is None else batch.allowed_ids.to(self.device)[mask],
@@ -321,19 +323,18 @@ class Policy:
         empty = torch.zeros(mask.shape, dtype=torch.float32, device=self.device)
         return {name: empty.masked_scatter(mask, values) for name, values in scores.items()}
 
-    def states_before_completions(self, batch: Batch) -> Tensor:
+    def _states_before_completions(self, part: Part) -> Tensor:
         """What the output layer sees where completion tokens are predicted.
 
         Returns:
-            [m, width] for the m sampled tokens of the batch, row after row, on the model's device.
+            [m, width] for the m sampled tokens of the part, row after row, on the model's device.
         """
-        device = self.device
-        row, column = batch.completion_mask.to(device).nonzero(as_tuple=True)
-        # The token at position p is predicted from position p - 1.
-        position = batch.start.to(device)[row] + column - 1
-        sequence = batch.sequence_index.to(device)[row]
-        wanted, column = places(sequence, position, len(batch.input_ids))
-        return self.states_at(batch.input_ids.to(device), wanted)[sequence, column]
+        ids, wanted, row, column = (tensor.to(self.device) for tensor in part.layout())
+        inputs = {}
+        if part.trees is not None:
+            precision = self.autocast_dtype or self.model.dtype
+            inputs = part.trees.inputs(precision, self.device)
+        return self.states_at(ids, wanted, **inputs)[row, column]
 
 
 def _cache_argument(model: torch.nn.Module) -> str:

@@ -30,6 +30,20 @@ def can_be_chosen(model: PreTrainedModel) -> bool:
     )
 
 
+def can_take_trees(model: PreTrainedModel) -> bool:
+    """Whether a model attends as a mask says and takes positions that are not in a row.
+
+    Sliding windows are masks of their own, and other kinds of positions follow from a mask.
+    """
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
+    return (
+        hasattr(model.base_model, "rotary_emb")
+        and not kinds
+        and not getattr(model.config, "sliding_window", None)
+        and model.config._attn_implementation == "sdpa"
+    )
+
+
 @contextmanager
 def only_at(model: PreTrainedModel, wanted: Tensor) -> Iterator[None]:
     """Lets the base model return the states of some positions instead of all.

@@ -28,7 +28,7 @@ TRAINER_LAYERS = (
     " rate_limiter chat_errors",
     "atod weight_variants baselines chat_agent eval_records",
     "batching tokenizer dialogue token_scores wanted turn_records agent_evaluation eval_tables",
-    "policy kv_cache choices packed padded generation teacher remote_teacher",
+    "prefix_trees policy kv_cache choices packed padded generation teacher remote_teacher",
     "episode_prompts rollout",
     "demonstrations starts evaluate checkpoint training_state step_records",
     "learner update serve_teacher",
