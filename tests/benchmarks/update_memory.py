@@ -6,7 +6,8 @@ All forms compute the loss and the gradients of the same trajectories with the s
 process of its own, so that the peak is its own:
 
     naive     one row per turn, rows padded to the longest, logits of all positions, log_softmax
-    unpacked  one row per turn; rows sorted by length, logits at completion tokens only, in chunks
+    unpacked  one row per turn; rows sorted by length, logits at completion tokens only, in chunks;
+              beginnings that rows have in common are computed for each of them
     packed    the same, and a dialogue is one sequence (the trainer's form in chat style)
     lean      the same, and layers are computed again in the backward pass (gradient checkpointing)
 
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atod_train import policy as policy_module
 from atod_train.atod import clipped_policy_loss, loss_normalizer
 from atod_train.batching import make_batch
 from atod_train.policy import MODEL_SHAPES, Policy, build_policy
@@ -121,6 +123,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     batch = make_batch(records, policy.pad_id, pack=options.form in ("packed", "lean"))
     random = torch.Generator().manual_seed(1)
     advantages = torch.randn(batch.completion_ids.shape, generator=random)
+    if options.form == "unpacked":
+        policy_module.crossover_of = lambda _: 0
     for weight in policy.model.parameters():
         weight.grad = torch.zeros_like(weight)
     on_gpu = policy.device.type == "cuda"
