@@ -2,9 +2,9 @@
 
 In chat style each turn feeds only what is new: the tokens that follow the last completion. In
 window style every turn starts afresh with its full prompt, of which only what follows the part in
-common with the last one is computed. Prompts that several episodes begin with, as those of a group
-do, are computed once. Each episode draws from a random stream of its own, so what it samples does
-not depend on which other episodes are active.
+common with the last one is computed. What several episodes are fed after the same context, as those
+of a group are until they part, is computed once. Each episode draws from a random stream of its
+own, so what it samples does not depend on which other episodes are active.
 """
 
 from __future__ import annotations
@@ -214,9 +214,12 @@ class Generator:
                 self.restart(rows[index])
         if fitting:
             feeds = {index: self._episodes[rows[index]].take(new_ids[index]) for index in fitting}
-            copies = self._arrange({rows[index]: feed for index, feed in feeds.items()})
-            fitting.sort(key=lambda index: self._episodes[rows[index]].slot)
+            leaders = self._arrange({rows[index]: feed for index, feed in feeds.items()})
+            slots = {row: self._episodes[row].slot for row in rows}
+            fitting.sort(key=lambda index: (rows[index] in leaders, slots[rows[index]]))
             episodes = [self._episodes[rows[index]] for index in fitting]
+            places = {rows[index]: place for place, index in enumerate(fitting)}
+            copies = [places[leaders[rows[i]]] for i in fitting if rows[i] in leaders]
             among = None
             if choices is not None:
                 among = Choices([choices[index] for index in fitting], self.max_completion_tokens)
@@ -225,29 +228,28 @@ class Generator:
                 completions[index] = completion
         return completions
 
-    def _arrange(self, feeds: dict[int, list[int]]) -> list[int]:
-        """Puts the episodes that are fed into the first slots.
+    def _arrange(self, feeds: dict[int, list[int]]) -> dict[int, int]:
+        """Finds episodes that hold, and are fed, what another one holds and is fed.
+
+        Without packing the episodes get the first slots, these ones the last of them.
 
         Returns:
-            For episodes that begin with what another one is fed too, and so stand in the last of
-            these slots, the other one's slot.
+            For each of these rows the other one's.
         """
-        episodes = [self._episodes[row] for row in feeds]
-        has_context = any(episode.held for episode in episodes)
-        if not (self._is_packed and has_context):  # packed rows may have any slots
-            self._gather(episodes)
-        if has_context:
-            return []
-        # Nothing is in the cache yet, so the slots can be dealt out anew.
-        leaders: dict[tuple[int, ...], _Episode] = {}
-        followers: list[tuple[_Episode, _Episode]] = []
-        for episode, feed in zip(episodes, feeds.values(), strict=True):
-            leader = leaders.setdefault(tuple(feed), episode)
-            if leader is not episode:
-                followers.append((episode, leader))
-        for slot, episode in enumerate([*leaders.values(), *(e for e, _ in followers)]):
-            episode.slot = slot
-        return [leader.slot for _, leader in followers]
+        alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        leaders: dict[int, int] = {}
+        for row, feed in feeds.items():
+            held = self._episodes[row].held
+            others = alike.setdefault((len(held), tuple(feed)), [])
+            leader = next((other for other in others if self._episodes[other].held == held), None)
+            if leader is None:
+                others.append(row)
+            else:
+                leaders[row] = leader
+        if not self._is_packed:  # packed rows may have any slots
+            self._gather([self._episodes[row] for row in feeds if row not in leaders])
+            self._gather([self._episodes[row] for row in feeds])
+        return leaders
 
     def _new_cache(self, slots: int) -> SlotCache:
         layers = self.policy.model.config.num_hidden_layers
@@ -274,7 +276,15 @@ class Generator:
         copies: list[int],
         among: Choices | None,
     ) -> list[Completion]:
-        """Prefill and decode the episodes, which hold the slots 0 .. k - 1; see `_arrange`."""
+        """Prefill and decode the episodes.
+
+        Args:
+            episodes: without packing they hold the slots 0 .. k - 1 in this order.
+            feeds: the new tokens of each.
+            copies: for each of the last episodes the place among `episodes` of one that holds and
+                is fed the same.
+            among: constrains what is sampled.
+        """
         device = self.policy.device
         ends = [len(e.held) + len(feed) for e, feed in zip(episodes, feeds, strict=True)]
         room = max(ends)
@@ -285,7 +295,8 @@ class Generator:
         alone = len(episodes) - len(copies)
         logits = self._prefill(episodes[:alone], feeds[:alone])
         if copies:
-            self._cache.move(copies, list(range(alone, len(episodes))), max(ends))
+            sources = [episodes[place].slot for place in copies]
+            self._cache.move(sources, [episode.slot for episode in episodes[alone:]], max(ends))
             logits = torch.cat([logits, logits[copies]])
         for episode, feed in zip(episodes, feeds, strict=True):
             episode.held += feed

@@ -109,6 +109,32 @@ def test_a_restarted_dialogue_is_a_new_sequence(fed: list[int]) -> None:
     torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-4)
 
 
+def test_what_follows_the_same_context_is_computed_once(fed: list[int]) -> None:
+    prompt, same, other = list(range(20, 30)), list(range(30, 35)), list(range(40, 45))
+    seen = [[same, other, same], [other, other, same], [same, other, same]]
+    generator = make_generator(temperature=0, limit=1)
+    generator.start(4)
+    # The last one is fed something of its own, and is left out later.
+    generator.prompt([prompt, prompt, prompt, other], range(4))
+    assert fed == [10 + 5] if generator._is_packed else [2 * 10]
+    fed.clear()
+    generator.prompt(seen[0], [0, 1, 2])
+    assert fed == [2 * (1 + 5)]  # beginning with the token that was sampled last
+    fed.clear()
+    found = [generator.prompt(feeds, [2, 1, 0]) for feeds in seen[1:]]
+    # Row 1 was fed something else before, so that nobody is where it is.
+    assert fed == [3 * 6, 3 * 6]
+    for row, column in ((2, 0), (1, 1), (0, 2)):
+        alone = make_generator(temperature=0, limit=1)
+        alone.start(1)
+        for feed in (prompt, seen[0][row], seen[1][column]):
+            [completion] = alone.prompt([feed], [0])
+        assert completion is not None
+        assert found[0][column].ids == completion.ids  # type: ignore[union-attr]
+        [completion] = alone.prompt([seen[2][column]], [0])
+        assert found[1][column].ids == completion.ids  # type: ignore[union-attr]
+
+
 def test_processes_take_their_own_streams_of_all() -> None:
     prompts = random_prompts(3, seed=1)
     generator = make_generator()
