@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -253,7 +254,14 @@ def _workers(jobs: int) -> Iterator[CallAll]:
             # The first Ctrl-C reaches the workers too, which then finish their steps.
             with interruptible(announce=False):
                 futures = [executor.submit(function, *arguments) for arguments in calls]
-                return [future.result() for future in futures]
+                try:
+                    return [future.result() for future in futures]
+                except BrokenProcessPool as error:
+                    raise AtodError(
+                        f"One of {jobs} processes was killed, most likely because memory ran out. "
+                        "What was saved is kept, and the same command goes on from there: give it "
+                        "fewer jobs, or the runs a smaller train.tokens_per_microbatch."
+                    ) from error
 
         try:
             yield call_all

@@ -1,0 +1,26 @@
+"""Runs at the same time, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from atod_gym.errors import AtodError
+from atod_train.study import _workers
+
+
+def test_a_worker_that_the_system_kills_is_no_traceback() -> None:
+    with (
+        pytest.raises(AtodError, match="One of 2 processes was killed.*the same command goes on"),
+        _workers(2) as call_all,
+    ):
+        call_all(signal.raise_signal, [(signal.SIGKILL,)])
+
+
+def test_results_come_in_the_order_of_the_calls() -> None:
+    with _workers(2) as call_all:
+        assert call_all(pow, [(2, 3), (3, 2), (5, 1)]) == [8, 9, 5]
+        [pid] = call_all(os.getpid, [()])
+    assert pid != os.getpid()
