@@ -12,6 +12,7 @@ from atod_train.config import RunConfig
 from atod_train.dialogue import DialogueEncoder
 from atod_train.generation import Generator
 from atod_train.intervals import EvaluationMode, EvaluationResult, TaskResult
+from atod_train.memory import give_back
 from atod_train.policy import Policy
 from atod_train.processes import Processes
 from atod_train.rollout import EnvPool, collect, nothing_fits, seed_for
@@ -72,6 +73,7 @@ def evaluate(
             first_episode=share.start * plays,
             episodes_in_all=len(part) * plays,
         )
+        give_back()
         results += processes.gather([_result(group.trajectories) for group in groups])
     if not any(result.turns for result in results):
         raise nothing_fits()

@@ -40,6 +40,7 @@ from atod_train.generation import Generator
 from atod_train.interrupts import interruptible
 from atod_train.intervals import EvaluationMode
 from atod_train.learner import Learner
+from atod_train.memory import give_back
 from atod_train.metrics import (
     Evaluation,
     MetricsWriter,
@@ -154,6 +155,7 @@ class Trainer:
                 began = time.perf_counter()
                 step = self.done.step + 1
                 metrics, shown = self._step(step)
+                give_back()
                 self.done.step = step
                 last = step == settings.steps
                 evaluations: list[Evaluation] = []
@@ -279,6 +281,7 @@ class Trainer:
     def _step(self, step: int) -> tuple[dict[str, Any], list[TrajectoryRecord]]:
         """One optimiser cycle: rollout, scores, advantages, updates."""
         trajectories = self._collect(step)
+        give_back()
         self.done.trajectories += len(trajectories)
         if not any(trajectory.turns for trajectory in trajectories):
             return self._empty_step(step), []
