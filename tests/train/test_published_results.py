@@ -30,6 +30,7 @@ AT_A_GLANCE = (
     "houses-generated",
     "houses-near",
     "searchqa-generated",
+    "searchqa-real",
     "webshop-generated",
     "webshop-official",
 )
