@@ -22,6 +22,7 @@ from atod_train.kv_cache import SlotCache
 from atod_train.packed import Feed, can_be_packed, last_states
 from atod_train.padded import padded_logits, padded_prefill
 from atod_train.policy import Policy
+from atod_train.prefix_trees import common_prefix
 from atod_train.types import FinishReason
 
 _PACKED_TOKENS = 2**14
@@ -63,22 +64,12 @@ class _Episode:
         feed = [*self.pending, *ids]
         if self.is_fresh:
             # At least one token is fed, to have logits after it.
-            common = _common_prefix(self.held, feed[:-1])
+            common = common_prefix(self.held, feed[:-1])
             del self.held[common:]
             feed = feed[common:]
             self.is_fresh = False
         self.pending = []
         return feed
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
 
 
 class Generator:
@@ -215,8 +206,7 @@ class Generator:
         if fitting:
             feeds = {index: self._episodes[rows[index]].take(new_ids[index]) for index in fitting}
             leaders = self._arrange({rows[index]: feed for index, feed in feeds.items()})
-            slots = {row: self._episodes[row].slot for row in rows}
-            fitting.sort(key=lambda index: (rows[index] in leaders, slots[rows[index]]))
+            fitting.sort(key=lambda i: (rows[i] in leaders, self._episodes[rows[i]].slot))
             episodes = [self._episodes[rows[index]] for index in fitting]
             places = {rows[index]: place for place, index in enumerate(fitting)}
             copies = [places[leaders[rows[i]]] for i in fitting if rows[i] in leaders]

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from atod_train.batching import select_sequences
 from atod_train.policy import Computation, Policy
+from atod_train.prefix_trees import divided, sequences_of
 from atod_train.processes import Processes
 from atod_train.token_scores import MicroBatch
 from atod_train.training_state import (
@@ -134,14 +135,13 @@ class Learner:
 
         Gathering weights and dividing gradients takes all processes each time.
         """
+        sequences = sequences_of(batch)
         shares = [
-            share_of_sequences(lengths, replace(self.processes, index=index))
+            share_of_sequences(lengths, replace(self.processes, index=index)).tolist()
             for index in range(self.processes.count)
         ]
         passes = [
-            sum(1 for _ in self.policy.parts(select_sequences(batch, share).batch, budget))
-            if len(share)
-            else 0
+            len(divided([sequences[i] for i in share], budget, self.policy.crossover))
             for share in shares
         ]
         shortest = select_sequences(batch, lengths.argmin()[None]).batch

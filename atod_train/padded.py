@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atod_train.kv_cache import SlotCache
 from atod_train.policy import Policy
+from atod_train.wanted import additive_mask
 
 _MASK_ELEMENTS = 2**26
 """Attention-mask elements of one pass; more rows are fed in several passes."""
@@ -82,9 +83,7 @@ def padded_logits(
     cache.aim(first_slot, positions, visible)
     future = torch.arange(visible, device=ids.device) > positions[:, :, None]
     # Additive from the start: a boolean mask would be converted in every layer.
-    precision = policy.autocast_dtype or policy.model.dtype
-    mask = torch.zeros(future.shape, dtype=precision, device=ids.device)
-    mask.masked_fill_(future, float("-inf"))
+    mask = additive_mask(future, policy.layer_dtype)
     chosen = torch.zeros_like(ids[:, 0]) if last is None else last
     hidden = policy.states_at(
         ids,

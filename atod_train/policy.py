@@ -31,11 +31,10 @@ from atod_train.lora import merged_weights
 from atod_train.prefix_trees import Part, crossover_of, parts
 from atod_train.token_scores import MicroBatch, TokenScores, score_tokens
 from atod_train.types import Batch
-from atod_train.wanted import can_be_chosen, can_take_trees, only_at
+from atod_train.wanted import at, can_be_chosen, can_take_trees, only_at
 
 LOGITS_PER_CHUNK = 2**26
 """Logits that exist at once; 256 MiB in float32."""
-
 
 _CACHE_ARGUMENTS: dict[type, str] = {}
 
@@ -100,6 +99,11 @@ class Policy:
         return self._embedding().device
 
     @property
+    def layer_dtype(self) -> torch.dtype:
+        """Precision that the decoder layers run in."""
+        return self.autocast_dtype or self.model.dtype
+
+    @property
     def pad_id(self) -> int:
         """Id for padding; any id serves, since padding is never attended to nor predicted."""
         for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
@@ -111,6 +115,11 @@ class Policy:
     def max_positions(self) -> int:
         """Longest sequence that the model is made for, in tokens."""
         return int(self.model.config.max_position_embeddings)
+
+    @property
+    def crossover(self) -> int:
+        """See `prefix_trees.joined`."""
+        return crossover_of(self.model.config) if can_take_trees(self.model) else 0
 
     @property
     def embedding_rows(self) -> int:
@@ -154,8 +163,7 @@ class Policy:
         if can_be_chosen(self.model) and not self.gradient_checkpointing:
             with only_at(self.model, wanted):
                 return self.hidden_states(input_ids, **inputs)
-        row = torch.arange(len(wanted), device=wanted.device)[:, None]
-        return self.hidden_states(input_ids, **inputs)[row, wanted]
+        return at(self.hidden_states(input_ids, **inputs), wanted)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [.., vocabulary] float32 from hidden states [.., width]."""
@@ -269,15 +277,14 @@ class Policy:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled)
 
     def parts(self, batch: Batch, tokens_per_microbatch: int) -> Iterator[Part]:
-        """What goes through the model one after the other; see `prefix_trees.parts`."""
+        """What goes through the model one after the other, see `prefix_trees.parts`."""
         longest = batch.input_ids.shape[1]
         if longest > self.max_positions:
             raise AtodError(
                 f"A sequence of {longest} tokens is longer than the {self.max_positions} positions "
                 f"of model {self.name}. Lower max_context."
             )
-        crossover = crossover_of(self.model.config) if can_take_trees(self.model) else 0
-        return parts(batch, tokens_per_microbatch, crossover)
+        return parts(batch, tokens_per_microbatch, self.crossover)
 
     def _score_all(
         self, batch: Batch, budget: int, with_entropy: bool, reference: Reference | None
@@ -295,11 +302,8 @@ class Policy:
         self, part: Part, with_entropy: bool, reference: Reference | None = None
     ) -> TokenScores:
         """Scores of one micro-batch."""
-        if self.forward_within is None:
-            return TokenScores(**self._score_here(part, with_entropy, reference))
-        return TokenScores(
-            **self.forward_within(lambda: self._score_here(part, with_entropy, reference))
-        )
+        run = self.forward_within or (lambda computation: computation())
+        return TokenScores(**run(lambda: self._score_here(part, with_entropy, reference)))
 
     def _score_here(
         self, part: Part, with_entropy: bool, reference: Reference | None
@@ -330,10 +334,7 @@ class Policy:
             [m, width] for the m sampled tokens of the part, row after row, on the model's device.
         """
         ids, wanted, row, column = (tensor.to(self.device) for tensor in part.layout())
-        inputs = {}
-        if part.trees is not None:
-            precision = self.autocast_dtype or self.model.dtype
-            inputs = part.trees.inputs(precision, self.device)
+        inputs = part.trees.inputs(self.layer_dtype, self.device) if part.trees else {}
         return self.states_at(ids, wanted, **inputs)[row, column]
 
 

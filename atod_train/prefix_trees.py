@@ -8,7 +8,7 @@ less than half of the tokens remain, of those in ALFWorld three quarters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import eq
@@ -19,7 +19,10 @@ from torch import Tensor
 
 from atod_train.batching import Minibatch, length_buckets, select_sequences
 from atod_train.types import Batch
-from atod_train.wanted import places
+from atod_train.wanted import additive_mask, places
+
+Tree = tuple[list[int], int]
+"""The sequences that are joined, in lexicographic order, and how many tokens the tree has."""
 
 _ATTENTION_FACTOR = 4
 """How much longer an operation takes in attention than in a matrix product."""
@@ -42,8 +45,7 @@ class PrefixTrees:
 
     def inputs(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Inputs of a transformers model beside `ids`: the mask and the positions."""
-        mask = torch.zeros(self.visible.shape, dtype=dtype, device=device)
-        mask.masked_fill_(~self.visible.to(device), float("-inf"))
+        mask = additive_mask(~self.visible.to(device), dtype)
         return {"attention_mask": mask[:, None], "position_ids": self.positions.to(device)}
 
 
@@ -87,28 +89,36 @@ def parts(batch: Batch, tokens_at_once: int, crossover: int) -> Iterator[Part]:
     Yields:
         Parts that together hold every sequence once, longest first among those of either kind.
     """
-    lengths = batch.attention_mask.sum(dim=1)
-    sequences = [
-        ids[:length] for ids, length in zip(batch.input_ids.tolist(), lengths.tolist(), strict=True)
-    ]
+    sequences = sequences_of(batch)
+    for trees in divided(sequences, tokens_at_once, crossover):
+        members = [index for tree, _ in trees for index in tree]
+        part = select_sequences(batch, torch.tensor(members))
+        layout = None
+        if len(members) > len(trees):
+            groups = [[sequences[index] for index in tree] for tree, _ in trees]
+            layout = _laid_out(groups, max(size for _, size in trees))
+        yield Part(part.batch, part.rows, layout)
+
+
+def sequences_of(batch: Batch) -> list[list[int]]:
+    """The token ids of each sequence, without padding."""
+    lengths = batch.attention_mask.sum(dim=1).tolist()
+    return [ids[:length] for ids, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
+
+
+def divided(sequences: list[list[int]], tokens_at_once: int, crossover: int) -> list[list[Tree]]:
+    """The trees of each part, lone sequences and others apart; see `parts`."""
     trees = joined(sequences, tokens_at_once, crossover)
-    alone = torch.tensor(
-        [members[0] for members, _ in trees if len(members) == 1], dtype=torch.int64
-    )
-    for bucket in length_buckets(lengths[alone], tokens_at_once):
-        part = select_sequences(batch, alone[bucket])
-        yield Part(part.batch, part.rows)
-    trees = [tree for tree in trees if len(tree[0]) > 1]
-    sizes = torch.tensor([size for _, size in trees], dtype=torch.int64)
-    for bucket in length_buckets(sizes, tokens_at_once):
-        groups = [trees[index][0] for index in bucket.tolist()]
-        part = select_sequences(batch, torch.tensor([i for group in groups for i in group]))
-        yield Part(part.batch, part.rows, _laid_out(part.batch, [len(group) for group in groups]))
+    found = []
+    for is_shared in (False, True):
+        own = [tree for tree in trees if (len(tree[0]) > 1) == is_shared]
+        sizes = torch.tensor([size for _, size in own], dtype=torch.int64)
+        for bucket in length_buckets(sizes, tokens_at_once):
+            found.append([own[index] for index in bucket.tolist()])
+    return found
 
 
-def joined(
-    sequences: list[list[int]], tokens_at_once: int, crossover: int
-) -> list[tuple[list[int], int]]:
+def joined(sequences: list[list[int]], tokens_at_once: int, crossover: int) -> list[Tree]:
     """Decides which sequences form a tree.
 
     A layer costs its n tokens n for its matrices and, for attention, n^2 / crossover in a tree,
@@ -122,7 +132,7 @@ def joined(
             join nothing.
 
     Returns:
-        The members of each tree, in lexicographic order, and the tokens of the tree.
+        Trees that together hold every sequence once.
     """
     if not crossover:
         return [([index], len(sequence)) for index, sequence in enumerate(sequences)]
@@ -130,12 +140,12 @@ def joined(
     def cost(size: int, members: int) -> float:
         return size + size * size / (crossover if members > 1 else 2 * crossover)
 
-    trees: list[tuple[list[int], int]] = []
+    trees: list[Tree] = []
     for index in sorted(range(len(sequences)), key=sequences.__getitem__):
         length = len(sequences[index])
         if trees:
             members, size = trees[-1]
-            grown = size + length - _in_common(sequences[members[-1]], sequences[index])
+            grown = size + length - common_prefix(sequences[members[-1]], sequences[index])
             together, apart = cost(grown, 2), cost(size, len(members)) + cost(length, 1)
             if grown <= tokens_at_once and together < apart:
                 trees[-1] = ([*members, index], grown)
@@ -144,43 +154,37 @@ def joined(
     return trees
 
 
-def _in_common(first: list[int], second: list[int]) -> int:
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     return sum(1 for _ in takewhile(bool, map(eq, first, second)))
 
 
-def _laid_out(batch: Batch, counts: list[int]) -> PrefixTrees:
-    """Trees of so many sequences each, neighbours in lexicographic order."""
-    sequences = [
-        ids[:length]
-        for ids, length in zip(
-            batch.input_ids.tolist(), batch.attention_mask.sum(dim=1).tolist(), strict=True
-        )
-    ]
-    tree = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    place = torch.zeros(batch.input_ids.shape, dtype=torch.int64)
-    shared: list[int] = []
-    sizes: list[int] = []
-    for index, sequence in enumerate(sequences):
-        is_first = index == 0 or bool(tree[index] != tree[index - 1])
-        common = 0 if is_first else _in_common(sequences[index - 1], sequence)
-        first = 0 if is_first else sizes.pop()
-        place[index, :common] = place[index - 1, :common]
-        sizes.append(first + len(sequence) - common)
-        place[index, common : len(sequence)] = torch.arange(first, sizes[-1])
-        shared.append(common)
-    size = max(sizes)
-    ids = torch.zeros(len(counts), size, dtype=torch.int64)
+def _laid_out(groups: list[list[list[int]]], size: int) -> PrefixTrees:
+    """A tree of up to `size` tokens of each group of sequences, in lexicographic order."""
+    ids = torch.zeros(len(groups), size, dtype=torch.int64)
     positions = torch.zeros_like(ids)
-    visible = torch.eye(size, dtype=torch.bool).repeat(len(counts), 1, 1)
-    for index, (sequence, common) in enumerate(zip(sequences, shared, strict=True)):
-        new = place[index, common : len(sequence)]
-        own = int(tree[index])
-        ids[own, new] = torch.tensor(sequence[common:], dtype=torch.int64)
-        positions[own, new] = torch.arange(common, len(sequence))
-        before = torch.ones(len(new), len(sequence), dtype=torch.bool).tril_(common)
-        visible[own, new[:, None], place[index, : len(sequence)]] = before
-    return PrefixTrees(ids, positions, visible, tree, place)
+    visible = torch.eye(size, dtype=torch.bool).repeat(len(groups), 1, 1)
+    longest = max(len(sequence) for group in groups for sequence in group)
+    trees: list[int] = []
+    standing: list[Tensor] = []
+    for tree, group in enumerate(groups):
+        end = 0
+        last: list[int] = []
+        for sequence in group:
+            common = common_prefix(last, sequence)
+            first, end = end, end + len(sequence) - common
+            place = torch.zeros(longest, dtype=torch.int64)
+            if common:
+                place[:common] = standing[-1][:common]
+            place[common : len(sequence)] = torch.arange(first, end)
+            ids[tree, first:end] = torch.tensor(sequence[common:], dtype=torch.int64)
+            positions[tree, first:end] = torch.arange(common, len(sequence))
+            seen = torch.ones(end - first, len(sequence), dtype=torch.bool).tril_(common)
+            visible[tree, first:end][:, place[: len(sequence)]] = seen
+            trees.append(tree)
+            standing.append(place)
+            last = sequence
+    return PrefixTrees(ids, positions, visible, torch.tensor(trees), torch.stack(standing))
 
 
 def crossover_of(config: Any) -> int:

@@ -63,6 +63,12 @@ def only_at(model: PreTrainedModel, wanted: Tensor) -> Iterator[None]:
         del layer.forward
 
 
+def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Minus infinity where a bool mask hides something, else 0; of its shape, on its device."""
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, float("-inf"))
+
+
 def places(sequence: Tensor, position: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
     """Puts wanted positions into one row for each sequence.
 
@@ -107,16 +113,15 @@ def _forward(
     if cache is not None:
         keys, values = cache.update(keys, values, attention.layer_idx)
     queries = rotated(
-        _heads(attention.q_proj(_at(normed, wanted)), attention.head_dim),
-        _at(cos, wanted)[:, None],
-        _at(sin, wanted)[:, None],
+        _heads(attention.q_proj(at(normed, wanted)), attention.head_dim),
+        at(cos, wanted)[:, None],
+        at(sin, wanted)[:, None],
     )
     if attention_mask is None:
         future = torch.arange(keys.shape[2], device=wanted.device) > wanted[:, :, None]
-        mask = torch.zeros(future.shape, dtype=queries.dtype, device=wanted.device)
-        mask = mask.masked_fill_(future, float("-inf"))[:, None]
+        mask = additive_mask(future, queries.dtype)[:, None]
     else:
-        mask = _at(attention_mask[:, 0], wanted)[:, None]
+        mask = at(attention_mask[:, 0], wanted)[:, None]
     attended = torch.nn.functional.scaled_dot_product_attention(
         queries,
         keys,
@@ -126,12 +131,12 @@ def _forward(
         enable_gqa=attention.num_key_value_groups > 1,
     )
     attended = attended.transpose(1, 2).flatten(2)
-    states = _at(hidden_states, wanted) + attention.o_proj(attended)
+    states = at(hidden_states, wanted) + attention.o_proj(attended)
     result: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
     return result
 
 
-def _at(values: Tensor, wanted: Tensor) -> Tensor:
+def at(values: Tensor, wanted: Tensor) -> Tensor:
     """[s, w, k] of values [s, l, k]."""
     row = torch.arange(len(wanted), device=wanted.device)[:, None]
     return values[row, wanted]

@@ -85,18 +85,18 @@ def watched(watch: Stopwatch) -> Iterator[None]:
 @contextmanager
 def unshared() -> Iterator[None]:
     """Our generation as it would be if prompts shared nothing."""
-    common, arrange = generation._common_prefix, Generator._arrange
+    common, arrange = generation.common_prefix, Generator._arrange
 
-    def only_gather(self: Generator, feeds: dict[int, list[int]]) -> list[int]:
+    def only_gather(self: Generator, feeds: dict[int, list[int]]) -> dict[int, int]:
         self._gather([self._episodes[row] for row in feeds])
-        return []
+        return {}
 
-    generation._common_prefix = lambda first, second: 0
+    generation.common_prefix = lambda first, second: 0
     Generator._arrange = only_gather  # type: ignore[method-assign]
     try:
         yield
     finally:
-        generation._common_prefix = common
+        generation.common_prefix = common
         Generator._arrange = arrange  # type: ignore[method-assign]
 
 

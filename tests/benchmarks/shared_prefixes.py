@@ -10,33 +10,27 @@ A model that was taught asks alike in a group; smollm2 as it is writes something
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from training_step import compared
 
 from atod_train import policy
 from atod_train.batching import make_batch
 from atod_train.config import EnvConfig
 from atod_train.dialogue import DialogueEncoder
 from atod_train.generation import Generator
-from atod_train.prefix_trees import joined
+from atod_train.prefix_trees import joined, sequences_of
 from atod_train.pretrained import LoadOptions, load_policy
 from atod_train.rollout import EnvPool, collect
 
 
-def medians(work: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Seconds of the processor, as it is and with nothing shared."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for found, crossover in zip(times, (policy.crossover_of, lambda _: 0), strict=True):
-            with mock.patch.object(policy, "crossover_of", crossover):
-                began = time.process_time()
-                work()
-                found.append(time.process_time() - began)
-    return statistics.median(times[0]), statistics.median(times[1])
+@contextmanager
+def nothing_shared() -> Iterator[None]:
+    with mock.patch.object(policy, "crossover_of", return_value=0):
+        yield
 
 
 def main() -> None:
@@ -64,17 +58,16 @@ def main() -> None:
         for part in model.microbatches(batch, 4096):
             part.logprobs.sum().backward()
 
-    lengths = batch.attention_mask.sum(dim=1).tolist()
-    sequences = [row[:n] for row, n in zip(batch.input_ids.tolist(), lengths, strict=True)]
-    trees = joined(sequences, 4096, policy.crossover_of(model.model.config))
+    sequences = sequences_of(batch)
+    trees = joined(sequences, 4096, model.crossover)
     print(
         f"{options.model}, {options.data}, {options.dtype}: {len(sequences)} dialogues in groups "
-        f"of {options.group_size}, {sum(lengths)} tokens, {sum(size for _, size in trees)} of them "
-        "computed; one thread\n"
+        f"of {options.group_size}, {sum(map(len, sequences))} tokens, "
+        f"{sum(size for _, size in trees)} of them computed; one thread\n"
     )
     print("| part | ours, s | nothing shared, s | ratio |\n|---|---|---|---|")
     for name, work in (("scoring", lambda: model.score(batch, 4096)), ("update", update)):
-        ours, apart = medians(work, options.rounds)
+        ours, apart = compared(work, nothing_shared, options.rounds)
         print(f"| {name} | {ours:.2f} | {apart:.2f} | {apart / ours:.1f} |")
 
 

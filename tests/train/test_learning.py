@@ -100,11 +100,11 @@ if "tests/Echo-v0" not in gymnasium.registry:
 ECHO = RunConfig(
     env=EnvConfig(id="tests/Echo-v0", max_turns=2, eval_splits=()),
     train=TrainConfig(
-        steps=50,
+        steps=60,
         tasks_per_step=8,
         group_size=8,
         minibatches=2,
-        lr=2e-3,
+        lr=1e-3,  # at 2e-3 one seed in six ends below 0.9, another one with other last bits
         eval_every=0,
         save_every=100,
         max_completion_tokens=4,
@@ -144,5 +144,4 @@ def test_reward_makes_the_student_succeed(
     success = [float(row["train_success"]) for row in read_metrics(tmp_path / "run")]
     print([round(value, 2) for value in success])
     assert sum(success[-5:]) / 5 > sum(success[:5]) / 5 + 0.3
-    # Of six seeds 0.83 to 1; which one a machine has is a matter of last bits.
-    assert evaluate(student, echo_pool, config).success_rate >= 0.75
+    assert evaluate(student, echo_pool, config).success_rate >= 0.9
