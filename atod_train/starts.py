@@ -57,20 +57,32 @@ class Starts:
 
     def policy(self, role: EvaluatedModel) -> Policy:
         """The teacher, or the student's start; the same for every method and seed."""
-        model = self._config.model
-        if role == "student":
-            name, epochs, seed = model.student, model.student_epochs, 1
-        else:
-            name, epochs, seed = model.teacher, model.teacher_epochs, 0
+        name, epochs, seed = self._made_from(role)
         if self._config.train.threads:
             torch.set_num_threads(self._config.train.threads)
         label = f"{role} ({Path(name).name})"
-        if name not in MODEL_SHAPES and not (self._config.model.show_task and epochs):
+        if not self._is_made(name, epochs):
             return load_policy(name, self._options(role), name=label)
         path = cache_folder() / self._key(name, epochs, seed)
         if not (path / "config.json").is_file():
             self._make(name, epochs, seed, label).save(path)
         return load_policy(path, self._options(role), name=label)
+
+    def identity(self, role: EvaluatedModel) -> str:
+        """What tells a model apart from another: a hash of all that it was made from, or a name."""
+        name, epochs, seed = self._made_from(role)
+        return self._key(name, epochs, seed) if self._is_made(name, epochs) else _identity(name)
+
+    def _made_from(self, role: EvaluatedModel) -> tuple[str, float, int]:
+        """Name, passes over the demonstrations and seed."""
+        model = self._config.model
+        if role == "student":
+            return model.student, model.student_epochs, 1
+        return model.teacher, model.teacher_epochs, 0
+
+    def _is_made(self, name: str, epochs: float) -> bool:
+        """Whether a model was trained on demonstrations here."""
+        return name in MODEL_SHAPES or bool(self._config.model.show_task and epochs)
 
     @property
     def _turns(self) -> int:

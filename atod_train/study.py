@@ -19,13 +19,11 @@ import transformers
 from atod_gym.errors import AtodError
 from atod_train.baselines import has_exact_signal, needs_teacher, schedule_of
 from atod_train.config import OFFLOAD, RunConfig, is_url
-from atod_train.evaluate import evaluate
 from atod_train.interrupts import interruptible
-from atod_train.intervals import EvaluationMode
-from atod_train.metrics import EvaluatedModel, Evaluation, read_evaluations
+from atod_train.metrics import EvaluatedModel, Evaluation
 from atod_train.policy import MODEL_SHAPES, Policy
 from atod_train.processes import Processes, join_processes
-from atod_train.progress import no_lines, plain_lines, progress
+from atod_train.progress import no_lines, plain_lines
 from atod_train.remote_teacher import RemoteTeacher
 from atod_train.report import REPORT_FILE, write_report
 from atod_train.report_data import read_run
@@ -36,13 +34,11 @@ from atod_train.run_folder import (
     check_same_settings,
     is_finished,
 )
+from atod_train.start_evaluations import evaluate_start
 from atod_train.starts import Starts
 from atod_train.study_results import MOST_PLAYS
 from atod_train.teacher import LocalTeacher, Teacher
 from atod_train.trainer import Trainer
-
-_MODES: tuple[EvaluationMode, ...] = ("greedy", "sampled")
-"""How completions are chosen in the evaluations of the start and the teacher."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,8 @@ def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> Path:
         # Nobody looks later than the main process writes.
         processes.wait()
         if left:
-            _make_runs(config, runs, left, processes)
+            wants_teacher = any(needs_teacher(run.config.algorithm.method) for run in runs)
+            _make_runs(config, wants_teacher, left, out, processes)
         report = out / REPORT_FILE
         if processes.is_main:
             report = write_report(out, [read_run(run.folder) for run in runs])
@@ -120,10 +117,13 @@ def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> Path:
 
 
 def _make_runs(
-    config: RunConfig, runs: Sequence[Run], left: Sequence[Run], processes: Processes
+    config: RunConfig,
+    wants_teacher: bool,
+    left: Sequence[Run],
+    folder: Path,
+    processes: Processes,
 ) -> None:
     """Makes what all runs share, then the runs that are left."""
-    wants_teacher = any(needs_teacher(run.config.algorithm.method) for run in runs)
     teacher_is_here = wants_teacher and not is_url(config.model.teacher)
     roles: list[EvaluatedModel] = ["teacher", "student"] if teacher_is_here else ["student"]
     # Processes that train together make one run after the other.
@@ -134,23 +134,12 @@ def _make_runs(
         if wants_teacher and not {config.model.teacher, config.model.student} <= set(MODEL_SHAPES):
             # Models made from the same demonstrations share their tokenizer.
             call_all(_check_teacher, [(config,)])
-        written = {
-            evaluation.board: evaluation
-            for run in filter(_is_begun, runs)
-            for evaluation in read_evaluations(run.folder)
-            if evaluation.step == 0
-        }
-        # Nobody looks later than the main process writes.
-        processes.wait()
         wanted = [
-            (config, role, split, processes)
+            (config, role, split, folder, processes)
             for role in roles
             for split in config.env.eval_splits
-            if not all((role, split, mode) in written for mode in _MODES)
         ]
-        for evaluations in call_all(_evaluate_start, wanted):
-            written |= {evaluation.board: evaluation for evaluation in evaluations}
-        known = list(written.values())
+        known = [e for found in call_all(evaluate_start, wanted) for e in found]
         call_all(_train, [(run, known, processes) for run in left])
 
 
@@ -197,25 +186,6 @@ def _teacher(config: RunConfig, starts: Starts, student: Policy) -> Teacher:
         tokens_per_microbatch=config.train.tokens_per_microbatch,
         offload=model.teacher_device == OFFLOAD,
     )
-
-
-def _evaluate_start(
-    config: RunConfig, role: EvaluatedModel, split: str, processes: Processes
-) -> list[Evaluation]:
-    """The start or the teacher on one split, greedy and sampled."""
-    train_pool, pool = EnvPool(config.env, "train"), EnvPool(config.env, split)
-    try:
-        policy = Starts(config, train_pool).policy(role)
-        with progress(len(_MODES), f"evaluating the {role} on {split}") as advance:
-            found = []
-            for mode in _MODES:
-                result = evaluate(policy, pool, config, mode, processes)
-                found.append(Evaluation(0, role, result))
-                advance()
-            return found
-    finally:
-        train_pool.close()
-        pool.close()
 
 
 def _train(run: Run, known: Sequence[Evaluation], processes: Processes) -> None:

@@ -31,7 +31,7 @@ TRAINER_LAYERS = (
     "prefix_trees policy kv_cache choices packed padded generation teacher remote_teacher",
     "episode_prompts rollout",
     "demonstrations starts evaluate checkpoint training_state step_records",
-    "learner update serve_teacher",
+    "learner update serve_teacher start_evaluations",
     "trainer",
     "presets report_data report_figures report_curves report_page report_tables report study"
     " study_tables study_file study_results study_pieces study_analysis study_markdown"
