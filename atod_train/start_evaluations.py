@@ -67,11 +67,12 @@ def evaluate_start(
 
 
 def _settings(config: RunConfig, identity: str) -> dict[str, Any]:
-    """What an evaluation depends on, as JSON has it."""
+    """What an evaluation depends on, as JSON has it; devices and a teacher's URL may change."""
     settings = {
         "made_from": identity,
         "env": asdict(config.env),
-        "model": asdict(config.model),
+        "dtype": config.model.dtype,
+        "max_context": config.model.max_context,
         "max_completion_tokens": config.train.max_completion_tokens,
         "seed": config.train.seed,
     }
