@@ -31,8 +31,10 @@ number that is not finite is written as null. Shares and rates are 0..1.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -175,6 +177,7 @@ class MetricsWriter:
     Raises:
         MissingExtraError: tensorboard is not installed.
         RunFolderError: a file of the run is broken, or a new run meets the metrics of an old one.
+        OSError: as of every method, a file cannot be written; it names the file or the folder.
     """
 
     def __init__(
@@ -202,32 +205,36 @@ class MetricsWriter:
         if not isinstance(step, int) or step <= self._last_step:
             raise RunFolderError(f"step {step} cannot follow step {self._last_step} in the metrics")
         self._last_step = step
-        self._file.write(json.dumps(without_infinities(dict(metrics))) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for key, value in metrics.items():
-                if key != "step" and isinstance(value, (int, float)):
-                    self._events.add_scalar(key, float(value), step)
+        with _naming(self.run_dir):
+            self._file.write(json.dumps(without_infinities(dict(metrics))) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                for key, value in metrics.items():
+                    if key != "step" and isinstance(value, (int, float)):
+                        self._events.add_scalar(key, float(value), step)
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Appends an evaluation, with the result of every task."""
         result = evaluation.result
         record = {"step": evaluation.step, "model": evaluation.model, **result.to_json()}
-        _append_line(self.run_dir / EVALUATIONS_FILE, record)
-        if self._events is not None:
-            tag = f"evaluation/{evaluation.model}/{result.split}/success"
-            self._events.add_scalar(tag, result.success_rate, evaluation.step)
+        with _naming(self.run_dir):
+            _append_line(self.run_dir / EVALUATIONS_FILE, record)
+            if self._events is not None:
+                tag = f"evaluation/{evaluation.model}/{result.split}/success"
+                self._events.add_scalar(tag, result.success_rate, evaluation.step)
 
     def write_trajectory(self, trajectory: TrajectoryRecord) -> None:
         """Appends a trajectory for people to read."""
-        _append_line(self.run_dir / TRAJECTORIES_FILE, asdict(trajectory))
+        with _naming(self.run_dir):
+            _append_line(self.run_dir / TRAJECTORIES_FILE, asdict(trajectory))
 
     def close(self) -> None:
         """Closes the files; may be called twice."""
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        with _naming(self.run_dir):
+            self._file.close()
+            if self._events is not None:
+                events, self._events = self._events, None
+                events.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -239,6 +246,17 @@ class MetricsWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Adds the folder to an error that names no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
 
 
 def _append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -265,9 +283,26 @@ def _open_events(run_dir: Path, resume_step: int | None) -> SummaryWriter:
             "TensorBoard events need the package tensorboard: pip install 'atod[train]', "
             "or switch them off"
         ) from error
+    _silence_event_threads()
     # purge_step hides events of the steps that are about to be played again.
     purge = None if resume_step is None else resume_step + 1
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+
+
+@functools.cache
+def _silence_event_threads() -> None:
+    """Keeps threads that write events from printing a traceback where they cannot.
+
+    TensorBoard raises the error again in the next call of the writer, where it is handled.
+    """
+    others = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        is_writer = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(arguments.exc_value, OSError)):
+            others(arguments)
+
+    threading.excepthook = hook
 
 
 class PhaseTimes:

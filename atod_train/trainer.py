@@ -190,6 +190,7 @@ class Trainer:
             trajectories=self.done.trajectories,
             extra={"best_step": self.done.best_step, "finished": True},
         )
+        prune_checkpoints(self.run_dir, keep=1)  # the one before is needed no more
 
     @contextmanager
     def _writer(self, resumed: bool) -> Iterator[MetricsWriter | None]:

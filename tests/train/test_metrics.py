@@ -141,6 +141,38 @@ def test_events_are_written_without_warnings_and_resumed(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("in_events", [True, False])
+def test_a_full_disk_is_one_error_that_names_the_run(tmp_path, in_events):
+    # A limit on the size of files fails as a full disk does; events outgrow metrics.jsonl.
+    program = """
+        import resource, sys
+        from pathlib import Path
+        from atod_train.metrics import MetricsWriter
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        step = 0
+        try:
+            with MetricsWriter(Path(sys.argv[1]), tensorboard=bool(int(sys.argv[2]))) as writer:
+                while step < 10_000:
+                    step += 1
+                    writer.write({"step": step, "loss": 0.5})
+        except OSError as error:
+            print(step, error.strerror, error.filename, sep="; ")
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), str(int(in_events))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    step, reason, name = result.stdout.strip().split("; ")
+    assert (reason, name) == ("File too large", str(tmp_path))
+    metrics_size = (tmp_path / "metrics.jsonl").stat().st_size
+    assert (metrics_size < 20_000) == in_events
+    # What was written before is there: the last line may be torn.
+    assert len(read_metrics(tmp_path)) in (int(step) - 1, int(step))
+
+
 def test_phases_add_up_and_inner_phases_are_not_counted_twice(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
