@@ -90,7 +90,8 @@ class ModelConfig:
     the student's device only while it scores."""
     dtype: Precision = "auto"
     """Of the weights. auto: float32, on a GPU mixed. mixed: float32, while the layers run in
-    bfloat16 and the teacher's weights are bfloat16; fast on processors too that have AMX."""
+    bfloat16 and the teacher's weights are bfloat16; fast on processors too that have AMX, and
+    float32 on those that would have to emulate bfloat16."""
     lora_rank: int = 0
     """Train adapters of this rank beside the student's linear layers; 0: train all weights."""
     lora_alpha: int = 32

@@ -28,7 +28,7 @@ from atod_gym.errors import AtodError
 from atod_train.config import is_url
 from atod_train.lora import add_adapters
 from atod_train.policy import LOGITS_PER_CHUNK, MODEL_SHAPES, llama_config
-from atod_train.pretrained import SMOLLM2, smollm2_folder
+from atod_train.pretrained import SMOLLM2, computes_bfloat16, smollm2_folder
 
 GIGABYTE = 1e9
 
@@ -110,7 +110,12 @@ def machine() -> Iterator[Finding]:
         count = torch.cuda.device_count()
         yield Finding("note", f"all GPUs: torchrun --nproc-per-node {count} -m atod_train.cli ..")
     if not torch.cuda.is_available():
-        yield Finding("note", "no GPU: models run on the processor in float32")
+        units = "has" if computes_bfloat16() else "has no"
+        yield Finding(
+            "note",
+            "no GPU: models run on the processor in float32 (--model.dtype mixed: this one "
+            f"{units} units for bfloat16)",
+        )
 
 
 def packages() -> Iterator[Finding]:

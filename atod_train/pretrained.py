@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,9 @@ class LoadOptions:
 
     Attributes:
         device: a torch device, or auto: a GPU if there is one.
-        dtype: precision of the weights; mixed: float32, while the layers run in bfloat16; auto:
-            mixed on a GPU, else float32.
+        dtype: precision of the weights; mixed: float32, while the layers run in bfloat16 (in
+            float32 on a processor that would have to emulate it); auto: mixed on a GPU, else
+            float32.
         lora_rank: rank of adapters that are trained instead of the weights; 0: none.
         lora_alpha: their scale.
         gradient_checkpointing: trade time for memory in updates.
@@ -90,6 +92,12 @@ def load_policy(
     if getattr(model.config, "attention_dropout", 0.0):
         _switch_off_attention_dropout(model)
     mixed = is_mixed(options.dtype, device)
+    if options.dtype == "mixed" and not mixed:
+        warnings.warn(
+            "This processor has no units for bfloat16, so the layers run in float32 instead, which "
+            "is many times faster here; --model.dtype float32 says so itself.",
+            stacklevel=1,
+        )
     policy = Policy(
         model=torch.nn.Module.to(model, device).eval(),
         tokenizer=tokenizer,
@@ -109,7 +117,15 @@ def load_policy(
 
 def is_mixed(dtype: Precision, device: torch.device) -> bool:
     """Whether layers run in bfloat16 over float32 weights."""
+    if device.type == "cpu":
+        return dtype == "mixed" and computes_bfloat16()
     return dtype == "mixed" or (dtype == "auto" and device.type == "cuda")
+
+
+def computes_bfloat16() -> bool:
+    """Whether this processor multiplies matrices in bfloat16 without emulating it."""
+    answer = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return answer is not None and bool(answer())
 
 
 def pick_device(name: str) -> torch.device:

@@ -120,7 +120,7 @@ class Starts:
             depends["shape"] = asdict(MODEL_SHAPES[name])
         else:
             depends["start"] = [_identity(name), sorted(env.template_options.items())]
-            if model.dtype == "mixed":
+            if model.dtype == "mixed" and is_mixed(model.dtype, pick_device(model.device)):
                 depends["dtype"] = model.dtype
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         return f"{Path(name).name}-{digest[:20]}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atod_gym.errors import AtodError
 from atod_train import policy as policy_module
+from atod_train import pretrained
 from atod_train.batching import make_batch
 from atod_train.policy import ModelShape, Policy, build_policy
 from atod_train.pretrained import LoadOptions, load_policy
@@ -121,7 +122,7 @@ def test_presets_have_the_promised_size() -> None:
         build_policy("huge", tokenizer, 0)
 
 
-def test_saved_and_loaded(tmp_path: Path) -> None:
+def test_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, batch = make_policy(), random_batch()
     target = tmp_path / "runs" / "student"
     policy.save(target)
@@ -138,9 +139,14 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(
         half.completion_logprobs(batch), policy.completion_logprobs(batch), rtol=0.05, atol=0.05
     )
+    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda: True)
     mixed = load_policy(target, LoadOptions(device="cpu", dtype="mixed"))
     assert mixed.model.dtype == torch.float32
     assert mixed.autocast_dtype == torch.bfloat16
+    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match=r"no units for bfloat16.*in float32 instead"):
+        emulated = load_policy(target, LoadOptions(device="cpu", dtype="mixed"))
+    assert (emulated.model.dtype, emulated.autocast_dtype) == (torch.float32, None)
 
 
 def test_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_trainer import CONFIG
 
-from atod_train import starts
+from atod_train import pretrained, starts
 from atod_train.batching import make_batch
 from atod_train.config import RunConfig
 from atod_train.demonstrations import demonstrate, demonstration_texts, tokenize
@@ -101,6 +101,7 @@ def test_layers_in_low_precision_make_a_start_of_their_own(
         assert policy.model.dtype == torch.float32
 
     monkeypatch.setattr(starts, "train_on_demonstrations", note)
+    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda: True)
     mixed = replace(config, model=replace(config.model, dtype="mixed", teacher_epochs=1.0))
     student = Starts(mixed, pool).policy("student")
     Starts(config, pool).policy("student")
@@ -108,6 +109,12 @@ def test_layers_in_low_precision_make_a_start_of_their_own(
     assert trained == [torch.bfloat16, None, torch.bfloat16]
     assert (student.model.dtype, student.autocast_dtype) == (torch.float32, torch.bfloat16)
     assert (teacher.model.dtype, teacher.autocast_dtype) == (torch.bfloat16, None)
+    # Where it would be emulated, what float32 made does.
+    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match="no units for bfloat16"):
+        student = Starts(mixed, pool).policy("student")
+    assert len(trained) == 3
+    assert (student.model.dtype, student.autocast_dtype) == (torch.float32, None)
 
 
 def test_without_the_setting_nothing_is_trained(config: RunConfig, pool: EnvPool) -> None:
