@@ -16,6 +16,9 @@ WeightVariant = Literal[
 Aggregation = Literal["token-mean", "trajectory-mean"]
 PromptStyle = Literal["chat", "window"]
 ParseProfile = Literal["plain", "tags", "compat"]
+TeacherApi = Literal["completions", "sglang"]
+"""The dialect of a teacher's server: that of vLLM, or that of SGLang."""
+
 Precision = Literal["auto", "float32", "bfloat16", "mixed"]
 
 OFFLOAD = "offload"
@@ -81,7 +84,7 @@ class ModelConfig:
     of a causal language model; or smollm2, whose weights are a Python package."""
     teacher: str = "small"
     """As student; or the URL of a server that scores tokens, such as http://10.0.0.2:8000."""
-    teacher_api: Literal["completions", "sglang"] = "completions"
+    teacher_api: TeacherApi = "completions"
     """What a teacher's server speaks: vLLM's completions with prompt_logprobs, or SGLang's own."""
     device: str = "auto"
     """A torch device; auto: a GPU if there is one."""

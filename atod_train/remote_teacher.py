@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import warnings
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from atod_gym.errors import AtodError, ServerError
-from atod_gym.http_client import JsonClient
+from atod_train.config import TeacherApi
 from atod_train.policy import Policy
+from atod_train.teacher_server import REMEDY, connect, describe
 from atod_train.types import Batch
-
-TOKEN_VARIABLE = "ATOD_TEACHER_TOKEN"
-"""Environment variable with the bearer token of servers that want one."""
 
 _TOKENS_PER_REQUEST = 16384
 _PROMPTS_PER_REQUEST = 32
@@ -40,11 +37,6 @@ _LOWEST = -9999.0
 
 _ROUNDING = 1e-2
 """Log-probs may be above 0 by as much."""
-
-_REMEDY = {
-    "completions": "The server must answer /v1/completions with prompt_logprobs, as vLLM does",
-    "sglang": "The server must answer /generate with return_logprob, as SGLang does",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +84,19 @@ class RemoteTeacher:
         url: str,
         student: Policy,
         *,
-        api: Literal["completions", "sglang"] = "completions",
+        api: TeacherApi = "completions",
         model: str = "",
         max_context: int | None = None,
         requests_at_once: int = 8,
         timeout: float = 600.0,
     ) -> None:
         self._api = api
-        self._client = JsonClient(
-            url,
-            advice=f"{_REMEDY[api]}; or start one: atod-train serve-teacher",
-            token=os.environ.get(TOKEN_VARIABLE),
-            timeout=timeout,
-        )
+        self._client = connect(url, api, timeout)
         self.url = self._client.url
         self._threads = ThreadPoolExecutor(requests_at_once)
         self._known: OrderedDict[bytes, array[float]] = OrderedDict()
         self._known_tokens = 0
-        self.name, limit = self._describe(model)
+        self.name, limit = describe(self._client, api, model)
         if limit is not None and max_context is not None and max_context > limit:
             raise AtodError(
                 f"Teacher {self.name} at {self.url} takes sequences of at most {limit} tokens, "
@@ -207,7 +194,7 @@ class RemoteTeacher:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ServerError(
                 f"POST {self.url}{path}: the answer gives no usable log-probs of the prompt's "
-                f"tokens ({what}). {_REMEDY[self._api]}."
+                f"tokens ({what}). {REMEDY[self._api]}."
             ) from error
 
     def _ask_completions(self, prompts: Sequence[_Prompt]) -> list[_Scored]:
@@ -233,34 +220,6 @@ class RemoteTeacher:
         }
         answer = self._client.post("/generate", body)
         return _scored(prompt, _sglang_entries(prompt, answer))
-
-    def _describe(self, model: str) -> tuple[str, int | None]:
-        """Name of the model at the server and its longest prompt, where the server tells."""
-        try:
-            listed = self._client.get("/v1/models").get("data")
-        except ServerError as error:
-            # Older SGLang has no list of models.
-            if error.status != 404 or self._api != "sglang":
-                raise
-            return model or self._path_of_model(), None
-        entries = listed if isinstance(listed, list) else []
-        found = [entry for entry in entries if isinstance(entry, dict) and "id" in entry]
-        chosen = next((entry for entry in found if entry["id"] == model or not model), None)
-        if chosen is None and self._api == "completions":
-            names = ", ".join(str(entry["id"]) for entry in found) or "none"
-            raise AtodError(f"The server at {self.url} has no model {model!r}; it lists {names}.")
-        name = model or str((chosen or {"id": "teacher"})["id"])
-        # Adapters are listed without a length; it is their base model's.
-        lengths = [(entry or {}).get("max_model_len") for entry in (chosen, *found)]
-        length = next((length for length in lengths if isinstance(length, int)), 0)
-        # Both servers refuse a prompt that leaves no room for one token more.
-        return name, length - 1 if length > 0 else None
-
-    def _path_of_model(self) -> str:
-        try:
-            return str(self._client.get("/get_model_info")["model_path"])
-        except (KeyError, ServerError):
-            return "teacher"
 
     # -- the vocabulary ----------------------------------------------------------------------------
 

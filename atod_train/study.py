@@ -22,6 +22,7 @@ from atod_train.config import OFFLOAD, RunConfig, is_url
 from atod_train.interrupts import interruptible
 from atod_train.metrics import EvaluatedModel, Evaluation
 from atod_train.policy import MODEL_SHAPES, Policy
+from atod_train.pretrained import read_shape
 from atod_train.processes import Processes, join_processes
 from atod_train.progress import no_lines, plain_lines
 from atod_train.remote_teacher import RemoteTeacher
@@ -38,6 +39,7 @@ from atod_train.start_evaluations import evaluate_start
 from atod_train.starts import Starts
 from atod_train.study_results import MOST_PLAYS
 from atod_train.teacher import LocalTeacher, Teacher
+from atod_train.teacher_server import connect, describe
 from atod_train.trainer import Trainer
 
 
@@ -129,7 +131,11 @@ def _make_runs(
     # Processes that train together make one run after the other.
     with _workers(config.study.jobs if processes.count == 1 else 1) as call_all:
         if processes.is_main:
-            call_all(_make_start, [(config, role) for role in roles])
+            _find_models(config, wants_teacher)
+            # What is only loaded comes first: making a start takes minutes.
+            saved = [role for role in roles if getattr(config.model, role) not in MODEL_SHAPES]
+            for some in (saved, [role for role in roles if role not in saved]):
+                call_all(_make_start, [(config, role) for role in some])
         processes.wait()
         if wants_teacher and not {config.model.teacher, config.model.student} <= set(MODEL_SHAPES):
             # Models made from the same demonstrations share their tokenizer.
@@ -291,6 +297,16 @@ def _check_settings(config: RunConfig) -> None:
                 raise ValueError("opd_signal=exact takes a teacher in this process, not a server")
     except ValueError as error:
         raise AtodError(f"algorithm: {error}.") from error
+
+
+def _find_models(config: RunConfig, wants_teacher: bool) -> None:
+    """Looks for models that have a name or a URL before minutes are spent on making others."""
+    model = config.model
+    for name in (model.student, model.teacher) if wants_teacher else (model.student,):
+        if is_url(name):
+            describe(connect(name, model.teacher_api), model.teacher_api)
+        elif name not in MODEL_SHAPES:
+            read_shape(name)
 
 
 def _check_folder(out: Path) -> None:

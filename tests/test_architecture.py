@@ -25,7 +25,7 @@ OPTIONAL_IN_GYM = {
 # A module may import from its own layer and from the layers above it in this list.
 TRAINER_LAYERS = (
     "types config intervals progress interrupts run_folder metrics processes adaptive agents muon"
-    " rate_limiter chat_errors memory",
+    " rate_limiter chat_errors memory teacher_server",
     "atod weight_variants baselines chat_agent eval_records",
     "batching tokenizer dialogue token_scores wanted turn_records agent_evaluation eval_tables",
     "prefix_trees policy kv_cache choices packed padded generation teacher remote_teacher",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -331,6 +332,23 @@ def test_settings_without_meaning_are_named(tmp_path: Path) -> None:
     missing = replace(CONFIG, model=replace(CONFIG.model, student=str(tmp_path / "none")))
     with pytest.raises(AtodError, match="none"):
         run_study(missing, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("models", "told"),
+    [
+        ({"student": "/absent/model"}, "'/absent/model': there is no such folder"),
+        ({"teacher": "/absent/model"}, "'/absent/model': there is no such folder"),
+        ({"teacher": "http://127.0.0.1:9"}, "http://127.0.0.1:9"),
+    ],
+)
+def test_models_that_are_not_there_are_told_before_any_is_made(
+    models: dict[str, str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(AtodError, match=re.escape(told)):
+        run_study(replace(CONFIG, model=replace(CONFIG.model, **models)), tmp_path / "out")
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0 and not os.access("/proc", os.R_OK), reason="needs /proc")
