@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -179,13 +180,7 @@ def _read(path: str, gguf: Path | None, dtype: torch.dtype) -> tuple[Any, PreTra
         )
     if gguf:
         model = _without_quantizer(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AtodError(
-            f"{path!r} holds a model but no tokenizer ({str(error).splitlines()[0]}). Put "
-            "tokenizer.json and tokenizer_config.json beside the weights."
-        ) from error
+    tokenizer = _read_tokenizer(source, path, **extra)
     if not tokenizer.chat_template:
         if tokenizer.eos_token is None:
             raise AtodError(
@@ -215,6 +210,28 @@ def read_shape(name: str) -> PretrainedConfig:
             f"Cannot read the shape of model {name!r}: {_reason(name, error)}. Give {_WHERE}."
         ) from error
     return config
+
+
+def has_word_vocabulary(name: str) -> bool:
+    """Whether the tokenizer of a language model is one of words, as those of presets are.
+
+    Raises:
+        AtodError: it has none.
+    """
+    source = str(smollm2_folder()) if name == SMOLLM2 else name
+    backend = getattr(_read_tokenizer(source, name), "backend_tokenizer", None)
+    return backend is not None and isinstance(backend.model, WordLevel)
+
+
+def _read_tokenizer(source: str, path: str, **extra: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **extra)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AtodError(
+            f"{path!r} holds a model but no tokenizer ({str(error).splitlines()[0]}). Put "
+            "tokenizer.json and tokenizer_config.json beside the weights."
+        ) from error
+    return tokenizer
 
 
 def _reason(path: str, error: Exception) -> str:

@@ -22,7 +22,7 @@ from atod_train.config import OFFLOAD, RunConfig, is_url
 from atod_train.interrupts import interruptible
 from atod_train.metrics import EvaluatedModel, Evaluation
 from atod_train.policy import MODEL_SHAPES, Policy
-from atod_train.pretrained import read_shape
+from atod_train.pretrained import has_word_vocabulary, read_shape
 from atod_train.processes import Processes, join_processes
 from atod_train.progress import no_lines, plain_lines
 from atod_train.remote_teacher import RemoteTeacher
@@ -302,11 +302,20 @@ def _check_settings(config: RunConfig) -> None:
 def _find_models(config: RunConfig, wants_teacher: bool) -> None:
     """Looks for models that have a name or a URL before minutes are spent on making others."""
     model = config.model
-    for name in (model.student, model.teacher) if wants_teacher else (model.student,):
+    names = (model.student, model.teacher) if wants_teacher else (model.student,)
+    for name in names:
         if is_url(name):
             describe(connect(name, model.teacher_api), model.teacher_api)
         elif name not in MODEL_SHAPES:
             read_shape(name)
+    presets = [name for name in names if name in MODEL_SHAPES]
+    saved = [name for name in names if name not in MODEL_SHAPES and not is_url(name)]
+    if presets and saved and not has_word_vocabulary(saved[0]):
+        raise AtodError(
+            f"{presets[0]} is made with the words of demonstrations as tokens, {saved[0]} has "
+            "other tokens, and student and teacher must share theirs. Give --model.student and "
+            "--model.teacher models of one family, or train without a teacher (method grpo)."
+        )
 
 
 def _check_folder(out: Path) -> None:

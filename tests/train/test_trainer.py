@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from atod_gym.errors import AtodError
 from atod_train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
@@ -340,12 +343,17 @@ def test_settings_without_meaning_are_named(tmp_path: Path) -> None:
         ({"student": "/absent/model"}, "'/absent/model': there is no such folder"),
         ({"teacher": "/absent/model"}, "'/absent/model': there is no such folder"),
         ({"teacher": "http://127.0.0.1:9"}, "http://127.0.0.1:9"),
+        ({"student": "bytes"}, "micro is made with the words of demonstrations as tokens, bytes"),
     ],
 )
-def test_models_that_are_not_there_are_told_before_any_is_made(
+def test_models_that_cannot_do_are_told_before_any_is_made(
     models: dict[str, str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    build_policy("micro", build_word_tokenizer(["a few words"]), seed=0).save(Path("bytes"))
+    letters = Tokenizer(BPE({"a": 0, "b": 1}, []))
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained("bytes")
     with pytest.raises(AtodError, match=re.escape(told)):
         run_study(replace(CONFIG, model=replace(CONFIG.model, **models)), tmp_path / "out")
     assert not (tmp_path / "cache").exists()
