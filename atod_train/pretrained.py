@@ -93,8 +93,7 @@ def load_policy(
     options = options or LoadOptions()
     device = pick_device(options.device)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
-    source = smollm2_folder() if str(path) == SMOLLM2 else path
-    model, tokenizer = _read(str(source), None, dtype)
+    model, tokenizer = _read(_source(str(path)), None, dtype)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -202,9 +201,7 @@ def read_shape(name: str) -> PretrainedConfig:
         MissingExtraError: packages are needed that are not installed.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            smollm2_folder() if name == SMOLLM2 else name
-        )
+        config: PretrainedConfig = AutoConfig.from_pretrained(_source(name))
     except (OSError, ValueError) as error:
         raise AtodError(
             f"Cannot read the shape of model {name!r}: {_reason(name, error)}. Give {_WHERE}."
@@ -218,8 +215,7 @@ def has_word_vocabulary(name: str) -> bool:
     Raises:
         AtodError: it has none.
     """
-    source = str(smollm2_folder()) if name == SMOLLM2 else name
-    backend = getattr(_read_tokenizer(source, name), "backend_tokenizer", None)
+    backend = getattr(_read_tokenizer(_source(name), name), "backend_tokenizer", None)
     return backend is not None and isinstance(backend.model, WordLevel)
 
 
@@ -232,6 +228,11 @@ def _read_tokenizer(source: str, path: str, **extra: str) -> PreTrainedTokenizer
             "tokenizer.json and tokenizer_config.json beside the weights."
         ) from error
     return tokenizer
+
+
+def _source(name: str) -> str:
+    """The folder or hub name that transformers loads a model of this name from."""
+    return str(smollm2_folder()) if name == SMOLLM2 else name
 
 
 def _reason(path: str, error: Exception) -> str:

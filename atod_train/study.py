@@ -132,9 +132,10 @@ def _make_runs(
     with _workers(config.study.jobs if processes.count == 1 else 1) as call_all:
         if processes.is_main:
             _find_models(config, wants_teacher)
-            # What is only loaded comes first: making a start takes minutes.
-            saved = [role for role in roles if getattr(config.model, role) not in MODEL_SHAPES]
-            for some in (saved, [role for role in roles if role not in saved]):
+            # Models that are loaded come first: whether they can be takes no minutes to tell.
+            made = [role for role in roles if getattr(config.model, role) in MODEL_SHAPES]
+            loaded = [role for role in roles if role not in made]
+            for some in (loaded, made):
                 call_all(_make_start, [(config, role) for role in some])
         processes.wait()
         if wants_teacher and not {config.model.teacher, config.model.student} <= set(MODEL_SHAPES):
@@ -302,20 +303,21 @@ def _check_settings(config: RunConfig) -> None:
 def _find_models(config: RunConfig, wants_teacher: bool) -> None:
     """Looks for models that have a name or a URL before minutes are spent on making others."""
     model = config.model
-    names = (model.student, model.teacher) if wants_teacher else (model.student,)
-    for name in names:
-        if is_url(name):
-            describe(connect(name, model.teacher_api), model.teacher_api)
-        elif name not in MODEL_SHAPES:
-            read_shape(name)
-    presets = [name for name in names if name in MODEL_SHAPES]
-    saved = [name for name in names if name not in MODEL_SHAPES and not is_url(name)]
-    if presets and saved and not has_word_vocabulary(saved[0]):
-        raise AtodError(
-            f"{presets[0]} is made with the words of demonstrations as tokens, {saved[0]} has "
-            "other tokens, and student and teacher must share theirs. Give --model.student and "
-            "--model.teacher models of one family, or train without a teacher (method grpo)."
-        )
+    names = {model.student, model.teacher} if wants_teacher else {model.student}
+    servers = {name for name in names if is_url(name)}
+    presets = names & set(MODEL_SHAPES)
+    saved = names - servers - presets
+    for name in sorted(servers):
+        describe(connect(name, model.teacher_api), model.teacher_api)
+    for name in sorted(saved):
+        read_shape(name)
+        if presets and not has_word_vocabulary(name):
+            raise AtodError(
+                f"{min(presets)} is made with the words of demonstrations as tokens, {name} has "
+                "other tokens, and student and teacher must share theirs. Give --model.student "
+                "and --model.teacher models of one family, or train without a teacher (method "
+                "grpo)."
+            )
 
 
 def _check_folder(out: Path) -> None:

@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +17,14 @@ from test_policy import TINY, make_policy, random_batch
 from atod_gym.errors import AtodError, ServerError
 from atod_train import remote_teacher
 from atod_train.batching import make_batch
+from atod_train.config import TeacherApi
 from atod_train.policy import Policy, build_policy
 from atod_train.remote_teacher import RemoteTeacher
 from atod_train.teacher import LocalTeacher
 from atod_train.tokenizer import build_word_tokenizer
 from atod_train.types import TokenizedTurn, Trajectory, Turn
 
-Api = Literal["completions", "sglang"]
-APIS: tuple[Api, ...] = ("completions", "sglang")
+APIS: tuple[TeacherApi, ...] = ("completions", "sglang")
 STUDENT = make_policy(0)
 
 
@@ -54,7 +54,9 @@ def _prompts_scored(url: str) -> int:
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_scores_are_those_of_the_same_teacher_here(api: Api, url: str, teacher: Policy) -> None:
+def test_scores_are_those_of_the_same_teacher_here(
+    api: TeacherApi, url: str, teacher: Policy
+) -> None:
     remote = RemoteTeacher(url, STUDENT, api=api, max_context=TINY.max_positions)
     assert remote.name == "teacher"
     local = LocalTeacher(teacher, STUDENT)
@@ -66,7 +68,7 @@ def test_scores_are_those_of_the_same_teacher_here(api: Api, url: str, teacher: 
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_unpacked_rows_and_rows_without_tokens(api: Api, url: str, teacher: Policy) -> None:
+def test_unpacked_rows_and_rows_without_tokens(api: TeacherApi, url: str, teacher: Policy) -> None:
     def turn(index: int, *ids: int) -> Turn:
         tokens = TokenizedTurn((8, 9 + index), ids, (0.0,) * len(ids), "stop", index > 0)
         return Turn(index, (), "", "", 0.0, True, tokens)
@@ -84,7 +86,7 @@ def test_unpacked_rows_and_rows_without_tokens(api: Api, url: str, teacher: Poli
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_what_is_known_is_not_asked_again(api: Api, url: str) -> None:
+def test_what_is_known_is_not_asked_again(api: TeacherApi, url: str) -> None:
     remote = RemoteTeacher(url, STUDENT, api=api, requests_at_once=3)
     batch = random_batch(sequences=6, seed=9)
     before = _prompts_scored(url)
@@ -132,7 +134,7 @@ def test_too_short_a_context_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_a_sequence_of_full_length_is_scored(api: Api, url: str, teacher: Policy) -> None:
+def test_a_sequence_of_full_length_is_scored(api: TeacherApi, url: str, teacher: Policy) -> None:
     ids = tuple(8 + i % 90 for i in range(TINY.max_positions))
     tokens = TokenizedTurn(ids[:1], ids[1:], (0.0,) * (len(ids) - 1), "stop", False)
     turn = Turn(0, (), "", "", 0.0, True, tokens)
@@ -311,7 +313,7 @@ def test_an_unusable_list_of_models(models: Any) -> None:
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_an_endpoint_without_logprobs_is_refused(api: Api) -> None:
+def test_an_endpoint_without_logprobs_is_refused(api: TeacherApi) -> None:
     def silent(path: str, body: Any) -> dict[str, Any]:
         if path == "/generate":
             return {"text": "x", "meta_info": {"prompt_tokens": 3}}
