@@ -25,11 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return doctor.main(chosen[1:])
         if chosen[:1] == ["serve-teacher"]:
-            from atod_train import serve_teacher
+            from atod_train.teachers import server as serve_teacher
 
             return serve_teacher.main(chosen[1:])
         if chosen[:1] == ["results"]:
-            from atod_train import study_cli
+            from atod_train.studies import study_cli
 
             return study_cli.results(chosen[1:])
         import tyro  # noqa: F401 - whether it is there
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"atod-train: {_missing(error)}", file=sys.stderr)
         return 2
     if chosen[:1] == ["study"]:
-        from atod_train import study_cli
+        from atod_train.studies import study_cli
 
         return _guarded("the same command", study_cli.study, chosen[1:], _parsed)
     config = _parsed(chosen)
@@ -66,10 +66,10 @@ def _with_options(config: RunConfig, options: dict[str, int | str]) -> RunConfig
 
 
 def _run(config: RunConfig, out: Path) -> None:
-    from atod_train.processes import is_main_process
-    from atod_train.report_data import read_run
-    from atod_train.study import run_study
-    from atod_train.study_tables import show_study
+    from atod_train.distributed import is_main_process
+    from atod_train.reports.report_data import read_run
+    from atod_train.studies.study import run_study
+    from atod_train.studies.study_tables import show_study
 
     report = run_study(config, out)
     if is_main_process():
@@ -78,7 +78,7 @@ def _run(config: RunConfig, out: Path) -> None:
 
 def _guarded(again: str, work: Callable[..., None], *arguments: Any) -> int:
     """Runs something that trains, and ends the process where it trains with others."""
-    from atod_train.processes import end_process
+    from atod_train.distributed import end_process
 
     return end_process(_told(again, work, *arguments))
 
@@ -87,7 +87,7 @@ def _told(again: str, work: Callable[..., None], *arguments: Any) -> int:
     """Runs something that trains; what goes wrong is told in a line. `again`: what goes on."""
     import transformers
 
-    from atod_train.trainer import StoppedByUser
+    from atod_train.training.trainer import StoppedByUser
 
     transformers.utils.logging.disable_progress_bar()
     try:

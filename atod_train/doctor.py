@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM
 from atod_gym import ENV_IDS
 from atod_gym.errors import AtodError
 from atod_train.config import is_url
-from atod_train.lora import add_adapters
-from atod_train.policy import LOGITS_PER_CHUNK, MODEL_SHAPES, llama_config
-from atod_train.pretrained import computes_bfloat16, read_shape
+from atod_train.models.lora import add_adapters
+from atod_train.models.policy import LOGITS_PER_CHUNK, MODEL_SHAPES, llama_config
+from atod_train.models.pretrained import computes_bfloat16, read_shape
 
 GIGABYTE = 1e9
 

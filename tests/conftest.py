@@ -114,6 +114,6 @@ def _unpacked(archive: Path) -> Path:
 def feeding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Rollouts as on a processor, and as on other devices."""
     if request.param == "padded":
-        monkeypatch.setattr("atod_train.generation.can_be_packed", lambda policy: False)
+        monkeypatch.setattr("atod_train.models.generation.can_be_packed", lambda policy: False)
     kind: str = request.param
     return kind

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atod_train.config import EnvConfig
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvEpisode, EnvPool
-from atod_train.episode_prompts import next_prompt
-from atod_train.generation import StopRule
-from atod_train.types import FinishReason
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.generation import StopRule
+from atod_train.records import FinishReason
+from atod_train.rollout.env_pool import EnvEpisode, EnvPool
+from atod_train.rollout.episode_prompts import next_prompt
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from atod_train.atod import masked, sampled_log_ratio, turn_statistics, turn_weights
+from atod_train.algorithm.atod import masked, sampled_log_ratio, turn_statistics, turn_weights
 
 Weights = Literal["soft_or", "uniform", "disagreement", "uncertainty"]
 
 
 @dataclass(frozen=True)
 class TurnWeighting:
-    """T-DUR as other trainers are given it, see `atod_train.atod.turn_weights`."""
+    """T-DUR as other trainers are given it, see `atod_train.algorithm.atod.turn_weights`."""
 
     variant: Weights = "soft_or"
     min_turns: int = 3
@@ -67,7 +67,7 @@ def mixed_advantages(
         weighting: of the turns.
 
     Raises:
-        ValueError: as `atod_train.atod.sampled_log_ratio`.
+        ValueError: as `atod_train.algorithm.atod.sampled_log_ratio`.
     """
     log_ratio = sampled_log_ratio(student_logprobs, teacher_logprobs, mask)
     weights = _token_weights(student_logprobs, teacher_logprobs, mask, episode, weighting)

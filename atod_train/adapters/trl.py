@@ -23,11 +23,11 @@ from torch import Tensor
 from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
 from atod_train.adapters.episode import Episode, PromptRoom, RowTokens, play
 from atod_train.adapters.objective import TurnWeighting, mixed_advantages
-from atod_train.atod import Schedule
+from atod_train.algorithm.atod import Schedule
 from atod_train.config import EnvConfig
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvPool
-from atod_train.teacher import require_same_vocabulary
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.teachers.local import require_same_vocabulary
 
 try:
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel

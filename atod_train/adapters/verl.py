@@ -32,10 +32,10 @@ import torch
 from atod_gym.errors import InvalidSettingError, MissingExtraError
 from atod_train.adapters.episode import Episode, PromptRoom, RowTokens, play
 from atod_train.adapters.objective import TurnWeighting, Weights, mixed_advantages
-from atod_train.atod import Schedule
+from atod_train.algorithm.atod import Schedule
 from atod_train.config import EnvConfig
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvPool
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.rollout.env_pool import EnvPool
 
 try:
     import transfer_queue

@@ -24,12 +24,12 @@ from atod_gym.errors import AtodError, InvalidSettingError  # noqa: E402
 from atod_gym.prompts import shown_text  # noqa: E402
 from atod_gym.wrappers import agent_env, make_env  # noqa: E402
 from atod_train.adapters.trl import ATODTrainer, Rollouts, episode_returns  # noqa: E402
-from atod_train.atod import Schedule, turn_weights  # noqa: E402
+from atod_train.algorithm.atod import Schedule, turn_weights  # noqa: E402
 from atod_train.config import EnvConfig  # noqa: E402
-from atod_train.dialogue import DialogueEncoder  # noqa: E402
-from atod_train.env_pool import new_messages  # noqa: E402
-from atod_train.policy import ModelShape, build_policy  # noqa: E402
-from atod_train.tokenizer import build_word_tokenizer  # noqa: E402
+from atod_train.models.dialogue import DialogueEncoder  # noqa: E402
+from atod_train.models.policy import ModelShape, build_policy  # noqa: E402
+from atod_train.models.word_tokenizer import build_word_tokenizer  # noqa: E402
+from atod_train.rollout.env_pool import new_messages  # noqa: E402
 
 # What TRL and transformers say about each other's changes is theirs to mend.
 pytestmark = [

@@ -50,11 +50,11 @@ from atod_gym.errors import InvalidSettingError  # noqa: E402
 from atod_gym.wrappers import agent_env  # noqa: E402
 from atod_train.adapters import verl as adapter  # noqa: E402
 from atod_train.adapters.verl import ATODSettings, ATODTrainer, TeacherWorker  # noqa: E402
-from atod_train.atod import turn_weights  # noqa: E402
-from atod_train.dialogue import DialogueEncoder  # noqa: E402
-from atod_train.env_pool import new_messages  # noqa: E402
-from atod_train.policy import ModelShape, build_policy  # noqa: E402
-from atod_train.tokenizer import build_word_tokenizer  # noqa: E402
+from atod_train.algorithm.atod import turn_weights  # noqa: E402
+from atod_train.models.dialogue import DialogueEncoder  # noqa: E402
+from atod_train.models.policy import ModelShape, build_policy  # noqa: E402
+from atod_train.models.word_tokenizer import build_word_tokenizer  # noqa: E402
+from atod_train.rollout.env_pool import new_messages  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 WORDS = build_word_tokenizer(["go to desk 1", "take mug 1 from desk 1", "look"])

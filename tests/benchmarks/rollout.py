@@ -27,17 +27,18 @@ import torch
 from torch import Tensor
 
 from atod_gym.wrappers import agent_env, make_env
-from atod_train import generation, rollout
 from atod_train.config import EnvConfig
-from atod_train.demonstrations import demonstrate, demonstration_texts
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvPool
-from atod_train.generation import Generator
-from atod_train.metrics import PhaseTimes
-from atod_train.policy import MODEL_SHAPES, Policy, build_policy
-from atod_train.pretrained import LoadOptions, load_policy
-from atod_train.rollout import collect
-from atod_train.tokenizer import build_word_tokenizer
+from atod_train.models import generation
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.generation import Generator
+from atod_train.models.policy import MODEL_SHAPES, Policy, build_policy
+from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.reports.metrics import PhaseTimes
+from atod_train.rollout import rollout
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.rollout import collect
+from atod_train.training.demonstrations import demonstrate, demonstration_texts
 
 
 class Stopwatch:

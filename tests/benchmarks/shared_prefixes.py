@@ -17,15 +17,15 @@ from unittest import mock
 import torch
 from training_step import compared
 
-from atod_train import policy
-from atod_train.batching import make_batch
+from atod_train.batch import make_batch
 from atod_train.config import EnvConfig
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvPool
-from atod_train.generation import Generator
-from atod_train.prefix_trees import joined, sequences_of
-from atod_train.pretrained import LoadOptions, load_policy
-from atod_train.rollout import collect
+from atod_train.models import policy
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.fast.prefix_trees import joined, sequences_of
+from atod_train.models.generation import Generator
+from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.rollout import collect
 
 
 @contextmanager

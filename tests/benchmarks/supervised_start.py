@@ -16,11 +16,12 @@ from unittest import mock
 import torch
 from training_step import compared
 
-from atod_train import demonstrations, policy
 from atod_train.config import EnvConfig
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvPool
-from atod_train.tokenizer import build_word_tokenizer
+from atod_train.models import policy
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.training import demonstrations
 
 
 def main() -> None:

@@ -21,15 +21,16 @@ from unittest import mock
 
 import torch
 
-from atod_train import demonstrations, generation, policy
-from atod_train.batching import make_batch
+from atod_train.batch import make_batch
 from atod_train.config import EnvConfig
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvPool
-from atod_train.generation import Generator
-from atod_train.rollout import collect
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import Trajectory
+from atod_train.models import generation, policy
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.generation import Generator
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Trajectory
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.rollout import collect
+from atod_train.training import demonstrations
 
 LR = (3e-3, 1.8e-2)
 

@@ -31,13 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atod_train import policy as policy_module
-from atod_train.atod import clipped_policy_loss, loss_normalizer
-from atod_train.batching import make_batch
-from atod_train.policy import MODEL_SHAPES, Policy, build_policy
-from atod_train.pretrained import LoadOptions, load_policy
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import Batch, TokenizedTurn, Trajectory, Turn
+from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer
+from atod_train.batch import make_batch
+from atod_train.models import policy as policy_module
+from atod_train.models.policy import MODEL_SHAPES, Policy, build_policy
+from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
 
 FORMS = ("naive", "unpacked", "packed", "lean")
 

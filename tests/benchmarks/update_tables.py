@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from atod_train.study_markdown import (
+from atod_train.studies.study_markdown import (
     TextTable,
     claims_table,
     difference_table,
@@ -20,7 +20,7 @@ from atod_train.study_markdown import (
     main_table,
     phase_table,
 )
-from atod_train.study_pieces import StudyEnvironment, read_results
+from atod_train.studies.study_pieces import StudyEnvironment, read_results
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "tests/benchmarks/results"

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atod_train import step_records
-from atod_train.adaptive import RATE, moved_on, solved_groups
-from atod_train.baselines import Signals, compute_advantages
+from atod_train.algorithm.adaptive import RATE, moved_on, solved_groups
+from atod_train.algorithm.baselines import Signals, compute_advantages
 from atod_train.config import AlgorithmConfig, EnvConfig, ModelConfig, RunConfig, TrainConfig
-from atod_train.metrics import read_metrics
-from atod_train.study import run_study
-from atod_train.types import Trajectory
+from atod_train.records import Trajectory
+from atod_train.reports import step_records
+from atod_train.reports.metrics import read_metrics
+from atod_train.studies.study import run_study
 
 ADAPTIVE = AlgorithmConfig(shape="adaptive")
 

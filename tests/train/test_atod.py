@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atod_train import atod
-from atod_train.atod import (
+from atod_train.algorithm import atod
+from atod_train.algorithm.atod import (
     Schedule,
     atod_advantages,
     clipped_policy_loss,

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atod_train.atod import group_advantages, loss_normalizer, turn_weights
-from atod_train.baselines import (
+from atod_train.algorithm.atod import group_advantages, loss_normalizer, turn_weights
+from atod_train.algorithm.baselines import (
     Advantages,
     Signals,
     auxiliary_loss,

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atod_gym.errors import AtodError
-from atod_train.batching import length_buckets, make_batch, select_sequences, split_minibatches
-from atod_train.policy import ModelShape, Policy, build_policy
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import TokenizedTurn, Trajectory, Turn
+from atod_train.batch import length_buckets, make_batch, select_sequences, split_minibatches
+from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import TokenizedTurn, Trajectory, Turn
 
 PAD = 0
 POLICY: Policy = build_policy(

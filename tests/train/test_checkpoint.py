@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from atod_gym.errors import AtodError
-from atod_train.checkpoint import (
+from atod_train.training.checkpoint import (
     CheckpointError,
     CheckpointState,
     checkpoint_folder,
@@ -27,7 +27,7 @@ from atod_train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from atod_train.training_state import (
+from atod_train.training.training_state import (
     model_tensors,
     optimizer_tensors,
     restore_model,
@@ -174,7 +174,7 @@ SAVE_FOREVER = """
     import sys
     from pathlib import Path
     import torch
-    from atod_train.checkpoint import CheckpointState, checkpoint_folder, save_checkpoint
+    from atod_train.training.checkpoint import CheckpointState, checkpoint_folder, save_checkpoint
 
     torch.set_num_threads(1)
     run_dir, step = Path(sys.argv[1]), int(sys.argv[2])
@@ -222,7 +222,7 @@ FULL_DISK = """
     import resource, sys
     from pathlib import Path
     import torch
-    from atod_train.checkpoint import CheckpointError, CheckpointState, save_checkpoint
+    from atod_train.training.checkpoint import CheckpointError, CheckpointState, save_checkpoint
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     folder = Path(sys.argv[1])

@@ -10,21 +10,21 @@ import torch
 from test_generation import POLICY, make_generator, random_prompts
 
 from atod_gym.errors import AtodError, InvalidSettingError
-from atod_train.batching import make_batch, split_minibatches
-from atod_train.choices import Choices
+from atod_train.batch import make_batch, split_minibatches
 from atod_train.config import EnvConfig, ModelConfig, RunConfig
-from atod_train.demonstrations import demonstrate, demonstration_texts
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvPool
-from atod_train.generation import Generator
-from atod_train.policy import Policy, Reference, build_policy
-from atod_train.rollout import collect
-from atod_train.study import run_study
-from atod_train.teacher import LocalTeacher
-from atod_train.token_scores import score_tokens
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.turn_records import from_row, to_row
-from atod_train.types import Trajectory
+from atod_train.models.choices import Choices
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.generation import Generator
+from atod_train.models.policy import Policy, Reference, build_policy
+from atod_train.models.scores import score_tokens
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Trajectory
+from atod_train.reports.rows import from_row, to_row
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.rollout import collect
+from atod_train.studies.study import run_study
+from atod_train.teachers.local import LocalTeacher
+from atod_train.training.demonstrations import demonstrate, demonstration_texts
 
 CHOICES = [(5, 6, 2), (5, 7, 8, 2), (9, 2)]
 ENV = EnvConfig(

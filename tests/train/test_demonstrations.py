@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from atod_gym.types import Message
-from atod_train import demonstrations
-from atod_train.batching import make_batch
+from atod_train.batch import make_batch
 from atod_train.config import EnvConfig
-from atod_train.demonstrations import (
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Trajectory
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.training import demonstrations
+from atod_train.training.demonstrations import (
     DemonstrationTurn,
     demonstration_texts,
     tokenize,
     train_on_demonstrations,
 )
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvPool
-from atod_train.policy import ModelShape, Policy, build_policy
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import Trajectory
 
 PAGE = "a long page of many words that nobody has to say but whose reading teaches to read"
 

@@ -5,8 +5,8 @@ from transformers import PreTrainedTokenizerFast
 
 from atod_gym.errors import AtodError
 from atod_gym.types import Message
-from atod_train.dialogue import DialogueEncoder
-from atod_train.tokenizer import build_word_tokenizer
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.word_tokenizer import build_word_tokenizer
 
 WORDS = "system user 1 assistant you see a mug 1 take go to desk 2 reply be brief thought"
 SYSTEM = Message("system", "be brief")

@@ -11,8 +11,8 @@ from atod_gym.envs.alfworld.generated.files import write_games
 from atod_gym.serving.process import shared_server
 from atod_train import doctor
 from atod_train.cli import main
-from atod_train.policy import LOGITS_PER_CHUNK, build_policy
-from atod_train.tokenizer import build_word_tokenizer
+from atod_train.models.policy import LOGITS_PER_CHUNK, build_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
 
 
 def test_a_machine_that_is_well(capsys: pytest.CaptureFixture[str], no_user_data: None) -> None:

@@ -16,8 +16,8 @@ from atod_train.config import (
     RunConfig,
     TrainConfig,
 )
-from atod_train.metrics import read_evaluations, read_metrics
-from atod_train.study import run_study
+from atod_train.reports.metrics import read_evaluations, read_metrics
+from atod_train.studies.study import run_study
 
 # Env id -> settings of a small generated world, a split to evaluate on, and a verb of its actions.
 WORLDS = {

@@ -19,8 +19,8 @@ import pytest
 from echo_env import TASK_IDS, EchoEnv
 
 from atod_gym.errors import AtodError, InvalidSettingError
-from atod_train.agent_evaluation import EnvThread, PlayedEnv, play_tasks
-from atod_train.agents import (
+from atod_train.evaluation.agent_evaluation import EnvThread, PlayedEnv, play_tasks
+from atod_train.evaluation.agents import (
     Agent,
     Completion,
     ExpertAgent,
@@ -29,7 +29,7 @@ from atod_train.agents import (
     checked,
     load_agent,
 )
-from atod_train.eval_records import EpisodeRecord
+from atod_train.evaluation.eval_records import EpisodeRecord
 
 ECHO_ID = "tests/AgentsEcho-v0"
 ECHO = PlayedEnv(ECHO_ID, "test")
@@ -185,7 +185,7 @@ def test_a_cancelled_step_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_agent_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_own_agent.py").write_text(
-        "from atod_train.agents import Completion\n"
+        "from atod_train.evaluation.agents import Completion\n"
         "class Mine:\n"
         "    def reset(self, env, observation, info): pass\n"
         "    async def act(self, messages, observation, info):\n"
@@ -242,7 +242,7 @@ def test_agents_satisfy_the_protocol() -> None:
 def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from atod_train.eval_cli import main\n"
+        "from atod_train.evaluation.eval_cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "status = main(['--agent', 'random', '--split', 'train', '--data', 'generated',"
         " '--option', 'house_size=tiny', '--tasks', '2', '--out', sys.argv[1]])\n"

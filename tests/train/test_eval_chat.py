@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from served_chat import FakeChat, first_action
 
 from atod_gym.errors import InvalidSettingError, MissingExtraError, ServerError
-from atod_train import chat_agent, rate_limiter
-from atod_train.agents import Completion, EpisodeStopped
-from atod_train.chat_agent import ChatEndpoint, ChatSettings
-from atod_train.eval_cli import main
-from atod_train.eval_records import EPISODES_FILE, read_evaluated
-from atod_train.rate_limiter import RateLimiter
+from atod_train.evaluation import chat as chat_agent
+from atod_train.evaluation import rate_limiter
+from atod_train.evaluation.agents import Completion, EpisodeStopped
+from atod_train.evaluation.chat import ChatEndpoint, ChatSettings
+from atod_train.evaluation.eval_cli import main
+from atod_train.evaluation.eval_records import EPISODES_FILE, read_evaluated
+from atod_train.evaluation.rate_limiter import RateLimiter
 
 ENV_ID = "tests/EvalEcho-v0"
 MESSAGES = [{"role": "user", "content": "You can do one of these now:\nlook\ngo"}]

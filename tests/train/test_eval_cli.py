@@ -16,9 +16,9 @@ import gymnasium
 import pytest
 from echo_env import TASK_IDS, EchoEnv
 
-from atod_train.eval_cli import main
-from atod_train.eval_options import chosen_agent, parser, result_folder
-from atod_train.intervals import paired_difference_interval
+from atod_train.evaluation.eval_cli import main
+from atod_train.evaluation.eval_options import chosen_agent, parser, result_folder
+from atod_train.reports.statistics import paired_difference_interval
 
 ENV_ID = "tests/CliEcho-v0"
 
@@ -183,14 +183,22 @@ def test_the_default_folder_tells_what_it_holds() -> None:
 
 SLOW = """
 import asyncio
-from atod_train.agents import ExpertAgent
+from atod_train.evaluation.agents import ExpertAgent
 class Slow(ExpertAgent):
     async def act(self, *arguments):
         await asyncio.sleep(0.02)
         return await super().act(*arguments)
 """
 COMMAND = [
-    *(sys.executable, "-W", "error", "-m", "atod_train.eval_cli", "--agent", "slow_agent:Slow"),
+    *(
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "atod_train.evaluation.eval_cli",
+        "--agent",
+        "slow_agent:Slow",
+    ),
     *("--split", "valid_unseen", "--data", "generated", "--option", "house_size=tiny"),
     *("--tasks", "24", "--concurrency", "2", "--out", "out"),
 ]

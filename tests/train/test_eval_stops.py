@@ -16,9 +16,9 @@ from echo_env import EchoEnv
 from served_chat import FakeChat
 
 from atod_gym.parsing import CompletionFormat
-from atod_train.agents import Completion
-from atod_train.chat_agent import ChatEndpoint, ChatSettings
-from atod_train.eval_cli import main
+from atod_train.evaluation.agents import Completion
+from atod_train.evaluation.chat import ChatEndpoint, ChatSettings
+from atod_train.evaluation.eval_cli import main
 
 ENV_ID = "tests/StopsEcho-v0"
 MESSAGES = [{"role": "user", "content": "hm"}]

@@ -15,13 +15,18 @@ from test_policy import make_policy, random_batch
 from torch import Tensor
 
 from atod_gym.errors import AtodError
-from atod_train import policy as policy_module
-from atod_train.atod import clipped_policy_loss, loss_normalizer, masked, turn_weights
-from atod_train.baselines import Signals, compute_advantages, divergence_loss, has_exact_signal
+from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer, masked, turn_weights
+from atod_train.algorithm.baselines import (
+    Signals,
+    compute_advantages,
+    divergence_loss,
+    has_exact_signal,
+)
 from atod_train.config import ModelConfig, RunConfig
-from atod_train.policy import Reference
-from atod_train.study import run_study
-from atod_train.token_scores import reverse_kl
+from atod_train.models import policy as policy_module
+from atod_train.models.policy import Reference
+from atod_train.models.scores import reverse_kl
+from atod_train.studies.study import run_study
 
 LN2 = 0.6931471805599453
 OURS = torch.tensor([[0.5, 0.25, 0.25]]).log()

@@ -10,13 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atod_gym.errors import AtodError
-from atod_train.batching import make_batch
+from atod_train.batch import make_batch
 from atod_train.config import PromptStyle
-from atod_train.dialogue import DialogueEncoder
-from atod_train.generation import Completion, Generator
-from atod_train.policy import ModelShape, Policy, build_policy
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import TokenizedTurn, Trajectory, Turn
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.generation import Completion, Generator
+from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import TokenizedTurn, Trajectory, Turn
 
 pytestmark = pytest.mark.usefixtures("feeding")
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from atod_train import interrupts
-from atod_train.interrupts import interruptible
+from atod_train.training import interrupts
+from atod_train.training.interrupts import interruptible
 
 
 @pytest.mark.usefixtures("usual_sigint")

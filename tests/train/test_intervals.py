@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atod_gym.errors import AtodError
-from atod_train.intervals import (
+from atod_train.reports.statistics import (
     EvaluationResult,
     InvalidCountsError,
     TaskResult,

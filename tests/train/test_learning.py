@@ -11,21 +11,21 @@ import torch
 from echo_env import EchoEnv
 
 from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig, TrainConfig
-from atod_train.demonstrations import (
+from atod_train.evaluation.evaluate import evaluate
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.pretrained import load_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.reports.metrics import read_metrics
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.teachers.local import LocalTeacher
+from atod_train.training.demonstrations import (
     demonstrate,
     demonstration_texts,
     tokenize,
     train_on_demonstrations,
 )
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvPool
-from atod_train.evaluate import evaluate
-from atod_train.metrics import read_metrics
-from atod_train.policy import ModelShape, Policy, build_policy
-from atod_train.pretrained import load_policy
-from atod_train.teacher import LocalTeacher
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.trainer import Trainer
+from atod_train.training.trainer import Trainer
 
 SHAPE = ModelShape(layers=2, width=64, heads=2, mlp_width=128, max_positions=1024)
 ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=14, eval_splits=())

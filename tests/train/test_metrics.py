@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig
-from atod_train.intervals import EvaluationResult, TaskResult
-from atod_train.metrics import (
+from atod_train.progress import progress
+from atod_train.reports.metrics import (
     Evaluation,
     MetricsWriter,
     PhaseTimes,
@@ -25,8 +25,7 @@ from atod_train.metrics import (
     read_metrics,
     read_trajectories,
 )
-from atod_train.progress import progress
-from atod_train.run_folder import (
+from atod_train.reports.run_folder import (
     RunFolderError,
     is_finished,
     package_versions,
@@ -36,6 +35,7 @@ from atod_train.run_folder import (
     write_manifest,
     write_summary,
 )
+from atod_train.reports.statistics import EvaluationResult, TaskResult
 
 
 def make_evaluation(step: int) -> Evaluation:
@@ -117,7 +117,7 @@ def test_events_are_written_without_warnings_and_resumed(tmp_path):
     program = """
         import sys
         from pathlib import Path
-        from atod_train.metrics import MetricsWriter
+        from atod_train.reports.metrics import MetricsWriter
         for resume, steps in ((None, (1, 2, 3)), (1, (2, 3))):
             with MetricsWriter(Path(sys.argv[1]), resume_step=resume) as writer:
                 for step in steps:
@@ -147,7 +147,7 @@ def test_a_full_disk_is_one_error_that_names_the_run(tmp_path, in_events):
     program = """
         import resource, sys
         from pathlib import Path
-        from atod_train.metrics import MetricsWriter
+        from atod_train.reports.metrics import MetricsWriter
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         step = 0
         try:

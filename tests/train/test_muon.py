@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from atod_train.muon import Muon, orthogonalized
+from atod_train.training.muon import Muon, orthogonalized
 
 
 def test_singular_values_come_close_to_one_and_vectors_stay() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_wanted import TOKENIZER, make_model
 
-from atod_train.kv_cache import SlotCache
-from atod_train.packed import Feed, can_be_packed, last_states
+from atod_train.models.fast.kv_cache import SlotCache
+from atod_train.models.fast.packed import Feed, can_be_packed, last_states
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from atod_gym.errors import AtodError
-from atod_train import policy as policy_module
-from atod_train import pretrained
-from atod_train.batching import make_batch
-from atod_train.policy import ModelShape, Policy, build_policy
-from atod_train.pretrained import LoadOptions, load_policy
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import Batch, TokenizedTurn, Trajectory, Turn
+from atod_train.batch import make_batch
+from atod_train.models import policy as policy_module
+from atod_train.models import pretrained
+from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
 
 TINY = ModelShape(layers=2, width=32, heads=2, mlp_width=48, max_positions=128)
 

@@ -9,12 +9,12 @@ import torch
 from test_generation import POLICY, make_generator, random_prompts
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from atod_train.batching import make_batch
+from atod_train.batch import make_batch
 from atod_train.config import PromptStyle
-from atod_train.dialogue import DialogueEncoder
-from atod_train.generation import Generator
-from atod_train.policy import Policy
-from atod_train.types import TokenizedTurn, Trajectory, Turn
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.generation import Generator
+from atod_train.models.policy import Policy
+from atod_train.records import TokenizedTurn, Trajectory, Turn
 
 pytestmark = pytest.mark.usefixtures("feeding")
 

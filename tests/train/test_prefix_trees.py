@@ -20,13 +20,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from atod_train import policy as policy_module
-from atod_train.batching import make_batch
-from atod_train.policy import Policy, Reference, build_policy
-from atod_train.prefix_trees import crossover_of, joined, parts
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import Batch, TokenizedTurn, Trajectory, Turn
-from atod_train.wanted import can_take_trees
+from atod_train.batch import make_batch
+from atod_train.models import policy as policy_module
+from atod_train.models.fast.last_layer import can_take_trees
+from atod_train.models.fast.prefix_trees import crossover_of, joined, parts
+from atod_train.models.policy import Policy, Reference, build_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
 
 TOKENIZER = build_word_tokenizer(["take mug from desk"])
 SIZES = {

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
 from atod_gym.types import Message
-from atod_train.batching import make_batch
+from atod_train.batch import make_batch
 from atod_train.config import (
     AlgorithmConfig,
     EnvConfig,
@@ -23,15 +23,15 @@ from atod_train.config import (
     RunConfig,
     TrainConfig,
 )
-from atod_train.dialogue import DialogueEncoder
-from atod_train.generation import Generator
-from atod_train.metrics import read_metrics
-from atod_train.policy import ModelShape, Policy, build_policy
-from atod_train.pretrained import SMOLLM2, LoadOptions, load_policy, pick_device
-from atod_train.run_folder import read_json
-from atod_train.study import run_study
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import TokenizedTurn, Trajectory, Turn
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.generation import Generator
+from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.pretrained import SMOLLM2, LoadOptions, load_policy, pick_device
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import TokenizedTurn, Trajectory, Turn
+from atod_train.reports.metrics import read_metrics
+from atod_train.reports.run_folder import read_json
+from atod_train.studies.study import run_study
 
 SHAPE = ModelShape(layers=2, width=32, heads=2, mlp_width=48, max_positions=128)
 WORDS = ["take mug 1 from desk 1", "go to desk 2"]

@@ -17,12 +17,12 @@ from test_trainer import CONFIG as SINGLE
 from test_trainer import _numbers as numbers
 
 from atod_gym.errors import InvalidSettingError
-from atod_train.checkpoint import latest_checkpoint, load_checkpoint
 from atod_train.config import RunConfig
-from atod_train.metrics import read_evaluations
-from atod_train.processes import Processes, join_processes
-from atod_train.run_folder import read_json
-from atod_train.study import run_study
+from atod_train.distributed import Processes, join_processes
+from atod_train.reports.metrics import read_evaluations
+from atod_train.reports.run_folder import read_json
+from atod_train.studies.study import run_study
+from atod_train.training.checkpoint import latest_checkpoint, load_checkpoint
 
 HERE = Path(__file__).parent
 # Three groups for two processes.

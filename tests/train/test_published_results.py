@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from atod_train.cli import _parsed
-from atod_train.study_file import read_study
-from atod_train.study_markdown import (
+from atod_train.studies.file import read_study
+from atod_train.studies.study_markdown import (
     TextTable,
     claims_table,
     difference_table,
@@ -17,7 +17,7 @@ from atod_train.study_markdown import (
     main_table,
     phase_table,
 )
-from atod_train.study_pieces import StudyEnvironment, read_results
+from atod_train.studies.study_pieces import StudyEnvironment, read_results
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "tests/benchmarks/results"

@@ -15,14 +15,14 @@ from served_teacher import FakeTeacher, served
 from test_policy import TINY, make_policy, random_batch
 
 from atod_gym.errors import AtodError, ServerError
-from atod_train import remote_teacher
-from atod_train.batching import make_batch
+from atod_train.batch import make_batch
 from atod_train.config import TeacherApi
-from atod_train.policy import Policy, build_policy
-from atod_train.remote_teacher import RemoteTeacher
-from atod_train.teacher import LocalTeacher
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import TokenizedTurn, Trajectory, Turn
+from atod_train.models.policy import Policy, build_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import TokenizedTurn, Trajectory, Turn
+from atod_train.teachers import remote as remote_teacher
+from atod_train.teachers.local import LocalTeacher
+from atod_train.teachers.remote import RemoteTeacher
 
 APIS: tuple[TeacherApi, ...] = ("completions", "sglang")
 STUDENT = make_policy(0)

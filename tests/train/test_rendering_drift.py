@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from atod_gym.errors import InvalidSettingError
 from atod_gym.types import Message
-from atod_train.batching import make_batch
-from atod_train.dialogue import DialogueEncoder
-from atod_train.step_records import rendering_drift
-from atod_train.types import FinishReason, TokenizedTurn, Trajectory, Turn
+from atod_train.batch import make_batch
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.records import FinishReason, TokenizedTurn, Trajectory, Turn
+from atod_train.reports.step_records import rendering_drift
 
 
 def _episode(

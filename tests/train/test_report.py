@@ -10,12 +10,22 @@ import pytest
 from html_page import Page
 
 from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
-from atod_train.intervals import EvaluationResult, TaskResult, tango_interval, wilson_interval
-from atod_train.metrics import Evaluation, MetricsWriter, TrajectoryRecord, TurnDisplay
-from atod_train.report import ReportError, read_run, write_report
-from atod_train.report_data import RunSummary, mean_curve, smooth
-from atod_train.report_page import LONGEST_TEXT, percent, percent_range, trajectory
-from atod_train.run_folder import RunFolderError, write_config, write_manifest, write_summary
+from atod_train.reports.metrics import Evaluation, MetricsWriter, TrajectoryRecord, TurnDisplay
+from atod_train.reports.report import ReportError, read_run, write_report
+from atod_train.reports.report_data import RunSummary, mean_curve, smooth
+from atod_train.reports.report_page import LONGEST_TEXT, percent, percent_range, trajectory
+from atod_train.reports.run_folder import (
+    RunFolderError,
+    write_config,
+    write_manifest,
+    write_summary,
+)
+from atod_train.reports.statistics import (
+    EvaluationResult,
+    TaskResult,
+    tango_interval,
+    wilson_interval,
+)
 
 NASTY = (
     "<script>alert('x')</script> & \"quoted\" <img src=https://example.org/x.png> \x00 \ud800 $x_1$"

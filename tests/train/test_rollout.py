@@ -10,19 +10,19 @@ import torch
 from atod_gym.errors import AtodError
 from atod_gym.serving.connection import ServedConnection
 from atod_train.config import EnvConfig, RunConfig
-from atod_train.demonstrations import (
+from atod_train.evaluation.evaluate import SAMPLING_TEMPERATURE, evaluate
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.generation import Generator
+from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.rollout import collect, seed_for, tasks_for_step
+from atod_train.training.demonstrations import (
     demonstrate,
     demonstration_texts,
     tokenize,
     train_on_demonstrations,
 )
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvPool
-from atod_train.evaluate import SAMPLING_TEMPERATURE, evaluate
-from atod_train.generation import Generator
-from atod_train.policy import ModelShape, Policy, build_policy
-from atod_train.rollout import collect, seed_for, tasks_for_step
-from atod_train.tokenizer import build_word_tokenizer
 
 ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=4)
 SHAPE = ModelShape(layers=1, width=32, heads=2, mlp_width=64, max_positions=1024)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from atod_train import start_evaluations
 from atod_train.config import EnvConfig, ModelConfig, RunConfig, StudyConfig, TrainConfig
-from atod_train.evaluate import evaluate
-from atod_train.metrics import Evaluation
-from atod_train.processes import Processes
-from atod_train.run_folder import RunFolderError
-from atod_train.start_evaluations import evaluate_start
+from atod_train.distributed import Processes
+from atod_train.evaluation.evaluate import evaluate
+from atod_train.reports.metrics import Evaluation
+from atod_train.reports.run_folder import RunFolderError
+from atod_train.training import start_evaluations
+from atod_train.training.start_evaluations import evaluate_start
 
 CONFIG = RunConfig(
     env=EnvConfig(

@@ -9,17 +9,18 @@ import pytest
 import torch
 from test_trainer import CONFIG
 
-from atod_train import pretrained, starts
-from atod_train.batching import make_batch
+from atod_train.batch import make_batch
 from atod_train.config import RunConfig
-from atod_train.demonstrations import demonstrate, demonstration_texts, tokenize
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvPool
-from atod_train.policy import Policy, build_policy
-from atod_train.pretrained import load_policy
-from atod_train.starts import Starts
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import Trajectory
+from atod_train.models import pretrained
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.policy import Policy, build_policy
+from atod_train.models.pretrained import load_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Trajectory
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.training import starts
+from atod_train.training.demonstrations import demonstrate, demonstration_texts, tokenize
+from atod_train.training.starts import Starts
 
 
 @pytest.fixture(scope="module")

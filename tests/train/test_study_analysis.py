@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import results_files as files
 
-from atod_train.intervals import bootstrap_interval, mean_interval, wilson_interval
-from atod_train.study_analysis import (
+from atod_train.reports.statistics import bootstrap_interval, mean_interval, wilson_interval
+from atod_train.studies.study_analysis import (
     Estimate,
     cost,
     course_band,
@@ -21,7 +21,7 @@ from atod_train.study_analysis import (
     seed_courses,
     verdict,
 )
-from atod_train.study_markdown import (
+from atod_train.studies.study_markdown import (
     describe,
     difference_table,
     difference_text,
@@ -30,7 +30,7 @@ from atod_train.study_markdown import (
     phase_table,
     rate_text,
 )
-from atod_train.study_pieces import StudyEnvironment, read_results
+from atod_train.studies.study_pieces import StudyEnvironment, read_results
 
 
 def one(*paths: Path) -> StudyEnvironment:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import results_files as files
 
-from atod_train.study_pieces import ResultsError, read_results
+from atod_train.studies.study_pieces import ResultsError, read_results
 
 
 def sound(seed: int = 0, **more: Any) -> dict[str, Any]:

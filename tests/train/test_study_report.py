@@ -10,9 +10,9 @@ import results_files as files
 from html_page import Page
 
 from atod_train.cli import main
-from atod_train.report_figures import METHOD_COLOURS
-from atod_train.study_figures import _styles
-from atod_train.study_pieces import read_results
+from atod_train.reports.figures import METHOD_COLOURS
+from atod_train.studies.study_figures import _styles
+from atod_train.studies.study_pieces import read_results
 
 LABELS = ("atod", "opd", "grpo", "mix", "tcod", "adaptive", "exact", "constant", "uniform")
 

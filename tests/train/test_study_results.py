@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from atod_train import study
 from atod_train.cli import main
 from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig, TrainConfig
-from atod_train.intervals import EvaluationResult, TaskResult
-from atod_train.metrics import EvaluatedModel, Evaluation, MetricsWriter
-from atod_train.run_folder import write_config, write_manifest, write_summary
-from atod_train.study_results import RESULTS_FILE, finished_runs, results_of, write_results
-from atod_train.trainer import StoppedByUser
+from atod_train.reports.metrics import EvaluatedModel, Evaluation, MetricsWriter
+from atod_train.reports.run_folder import write_config, write_manifest, write_summary
+from atod_train.reports.statistics import EvaluationResult, TaskResult
+from atod_train.studies import study
+from atod_train.studies.study_results import RESULTS_FILE, finished_runs, results_of, write_results
+from atod_train.training.trainer import StoppedByUser
 
 STUDY = """
 [environments.houses]

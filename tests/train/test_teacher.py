@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from atod_gym.errors import AtodError
-from atod_train.batching import make_batch
-from atod_train.policy import ModelShape, Policy, build_policy
-from atod_train.teacher import LocalTeacher
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import Batch, TokenizedTurn, Trajectory, Turn
+from atod_train.batch import make_batch
+from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
+from atod_train.teachers.local import LocalTeacher
 
 STUDENT = ModelShape(layers=1, width=16, heads=2, mlp_width=24)
 TEACHER = ModelShape(layers=2, width=32, heads=2, mlp_width=48)

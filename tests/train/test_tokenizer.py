@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from atod_train.tokenizer import build_word_tokenizer
+from atod_train.models.word_tokenizer import build_word_tokenizer
 
 TEXTS = (
     "You arrive at desk 1. On the desk 1, you see a mug 1, and a pen 2.",

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerFast
 
 from atod_gym.errors import AtodError
 from atod_gym.parsing import CompletionFormat
-from atod_train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from atod_train.config import (
     AlgorithmConfig,
     EnvConfig,
@@ -30,13 +29,14 @@ from atod_train.config import (
     StudyConfig,
     TrainConfig,
 )
-from atod_train.generation import Generator
-from atod_train.metrics import read_metrics
-from atod_train.policy import build_policy
-from atod_train.report_data import read_run
-from atod_train.run_folder import RunFolderError, read_json
-from atod_train.study import run_study
-from atod_train.tokenizer import build_word_tokenizer
+from atod_train.models.generation import Generator
+from atod_train.models.policy import build_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.reports.metrics import read_metrics
+from atod_train.reports.report_data import read_run
+from atod_train.reports.run_folder import RunFolderError, read_json
+from atod_train.studies.study import run_study
+from atod_train.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 
 CONFIG = RunConfig(
     env=EnvConfig(
@@ -145,8 +145,8 @@ import sys, dataclasses
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import test_trainer as t
-from atod_train.study import run_study
-from atod_train.trainer import StoppedByUser
+from atod_train.studies.study import run_study
+from atod_train.training.trainer import StoppedByUser
 try:
     run_study(t._resuming(t.CONFIG), Path(sys.argv[1]))
 except StoppedByUser as stop:
@@ -198,7 +198,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import test_trainer as t
 from atod_train.config import StudyConfig
-from atod_train.study import run_study
+from atod_train.studies.study import run_study
 if __name__ == "__main__":
     study = StudyConfig(methods=("atod", "opd"), jobs=2)
     run_study(dataclasses.replace(t._with(t.CONFIG, steps=10_000), study=study), Path(sys.argv[1]))
@@ -328,8 +328,8 @@ def test_window_style_trains_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             formats.add(settings["completion_format"])
             super().__init__(*arguments, **settings)
 
-    monkeypatch.setattr("atod_train.trainer.Generator", Noting)
-    monkeypatch.setattr("atod_train.evaluate.Generator", Noting)
+    monkeypatch.setattr("atod_train.training.trainer.Generator", Noting)
+    monkeypatch.setattr("atod_train.evaluation.evaluate.Generator", Noting)
     env = replace(CONFIG.env, prompt_style="window", show_admissible=True, parse_profile="tags")
     config = _with(replace(CONFIG, env=env), steps=1, max_completion_tokens=24)
     run_study(config, tmp_path)

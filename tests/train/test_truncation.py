@@ -24,20 +24,20 @@ from atod_gym.errors import AtodError
 from atod_gym.prompts import PromptTemplate, left_out_note
 from atod_gym.spaces import UnicodeText, turn_observation_space
 from atod_gym.types import Message, TurnObservation
-from atod_train import trainer
-from atod_train.batching import make_batch
+from atod_train.batch import make_batch
 from atod_train.config import AlgorithmConfig, EnvConfig, PromptStyle
-from atod_train.demonstrations import demonstrate, demonstration_texts
-from atod_train.dialogue import DialogueEncoder
-from atod_train.env_pool import EnvPool, SingleEnvs
-from atod_train.evaluate import evaluate
-from atod_train.generation import Completion, Generator
-from atod_train.metrics import read_evaluations, read_metrics, read_trajectories
-from atod_train.policy import ModelShape, Policy, build_policy
-from atod_train.rollout import collect
-from atod_train.study import run_study
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.types import Batch, Trajectory, Turn
+from atod_train.evaluation.evaluate import evaluate
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.generation import Completion, Generator
+from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Batch, Trajectory, Turn
+from atod_train.reports.metrics import read_evaluations, read_metrics, read_trajectories
+from atod_train.rollout.env_pool import EnvPool, SingleEnvs
+from atod_train.rollout.rollout import collect
+from atod_train.studies.study import run_study
+from atod_train.training import trainer
+from atod_train.training.demonstrations import demonstrate, demonstration_texts
 
 ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=12, history_window=6)
 SHAPE = ModelShape(layers=1, width=32, heads=2, mlp_width=64, max_positions=1024)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from atod_gym.errors import AtodError
 from atod_gym.types import Message
-from atod_train.atod import turn_weights
-from atod_train.batching import make_batch
-from atod_train.turn_records import (
+from atod_train.algorithm.atod import turn_weights
+from atod_train.batch import make_batch
+from atod_train.records import TokenizedTurn, Trajectory, Turn
+from atod_train.reports.rows import (
     TurnStatistics,
     from_row,
     read_rows,
@@ -23,7 +24,6 @@ from atod_train.turn_records import (
     to_row,
     write_rows,
 )
-from atod_train.types import TokenizedTurn, Trajectory, Turn
 
 TEXT = st.text(max_size=12)
 # The lone surrogates that a byte-level decoder can give are no UTF-8, and JSON keeps them.

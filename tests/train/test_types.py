@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from atod_train.types import TokenizedTurn, Trajectory, Turn
+from atod_train.records import TokenizedTurn, Trajectory, Turn
 
 TOKENS = TokenizedTurn((1,), (2,), (-0.5,), "stop", False)
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from atod_train.policy import Policy, build_policy
-from atod_train.tokenizer import build_word_tokenizer
-from atod_train.wanted import can_be_chosen, only_at, places
+from atod_train.models.fast.last_layer import can_be_chosen, only_at, places
+from atod_train.models.policy import Policy, build_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
 
 TOKENIZER = build_word_tokenizer(["take mug from desk"])
 

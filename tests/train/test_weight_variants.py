@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atod_train.weight_variants import (
+from atod_train.algorithm.weight_variants import (
     keep_top_fraction,
     preserve_mean,
     smooth_weights,

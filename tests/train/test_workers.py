@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from atod_gym.errors import AtodError
-from atod_train.study import _workers
+from atod_train.studies.study import _workers
 
 
 def test_a_worker_that_the_system_kills_is_no_traceback() -> None:

@@ -12,16 +12,16 @@ import test_processes
 import torch
 from test_policy import make_policy, random_batch
 
-from atod_train.baselines import Signals, compute_advantages
+from atod_train.algorithm.baselines import Signals, compute_advantages
 from atod_train.config import AlgorithmConfig
-from atod_train.learner import Learner
-from atod_train.metrics import PhaseTimes
-from atod_train.pretrained import LoadOptions, load_policy
-from atod_train.processes import Processes, end_process, join_processes
-from atod_train.study import run_study
-from atod_train.teacher import LocalTeacher
-from atod_train.training_state import whole
-from atod_train.update import score_batch, update_policy
+from atod_train.distributed import Processes, end_process, join_processes
+from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.reports.metrics import PhaseTimes
+from atod_train.studies.study import run_study
+from atod_train.teachers.local import LocalTeacher
+from atod_train.training.learner import Learner
+from atod_train.training.training_state import whole
+from atod_train.training.update import score_batch, update_policy
 
 
 def gradients_of_an_update(processes: Processes, signal: str) -> dict[str, torch.Tensor]:

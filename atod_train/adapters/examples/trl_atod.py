@@ -15,10 +15,10 @@ from trl import GRPOConfig
 
 from atod_gym.adapters.trl import task_dataset
 from atod_train.adapters.trl import ATODTrainer, Rollouts, episode_returns
-from atod_train.atod import Schedule
+from atod_train.algorithm.atod import Schedule
 from atod_train.config import EnvConfig
-from atod_train.policy import ModelShape, build_policy
-from atod_train.tokenizer import build_word_tokenizer
+from atod_train.models.policy import ModelShape, build_policy
+from atod_train.models.word_tokenizer import build_word_tokenizer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--student", help="folder or hub name; default: a tiny random model")

@@ -1,0 +1,210 @@
+"""Trajectories to tensors, and the selection of parts of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from atod_gym.errors import AtodError, InvalidSettingError
+from atod_train.records import Batch, TokenizedTurn, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    """A part of a batch, and which rows of the whole it holds."""
+
+    batch: Batch
+    """T is that of the whole batch, L that of the longest sequence here. `trajectory_index` still
+    counts the trajectories of the whole batch, whose `group_index` and `returns` are kept whole."""
+    rows: Tensor
+    """[r] int64, ascending: `whole[rows]` slices any [R, T] tensor of the whole batch alike."""
+
+
+def make_batch(trajectories: Sequence[Trajectory], pad_id: int, *, pack: bool = True) -> Batch:
+    """Lay out trajectories as model sequences and turn rows.
+
+    Args:
+        trajectories: N trajectories; one without turns has no row but keeps its place in
+            `group_index` and `returns`.
+        pad_id: Token id for padding.
+        pack: True: turns that extend the previous one continue its sequence, so an append-only
+            episode is one sequence. False: every turn is a sequence of its own, with its full
+            prompt. Both give the same log-probs; packing computes shared prefixes once.
+
+    Returns:
+        A `Batch`, rows in the order of trajectories and turns, on the CPU.
+
+    Raises:
+        AtodError: No turn at all, a first turn that claims to extend a previous one, or a
+            sequence that starts without a prompt.
+    """
+    turns = [(number, turn) for number, record in enumerate(trajectories) for turn in record.turns]
+    if not turns:
+        raise AtodError("No trajectory has a turn: there is nothing to train on.")
+    sequences, sequence_index, start = _lay_out(trajectories, pack)
+    tokens = [turn.tokens for _, turn in turns]
+    completion_ids, completion_mask = _pad([list(t.completion_ids) for t in tokens], pad_id)
+    sampling_logprobs = torch.zeros(completion_ids.shape, dtype=torch.float32)
+    sampling_logprobs[completion_mask] = torch.tensor(
+        [value for t in tokens for value in t.sampling_logprobs], dtype=torch.float32
+    )
+    input_ids, attention_mask = _pad(sequences, pad_id)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        sampling_logprobs=sampling_logprobs,
+        sequence_index=torch.tensor(sequence_index),
+        start=torch.tensor(start),
+        trajectory_index=torch.tensor([number for number, _ in turns]),
+        turn_index=torch.tensor([turn.index for _, turn in turns]),
+        turn_rewards=torch.tensor([turn.reward for _, turn in turns], dtype=torch.float32),
+        group_index=torch.tensor([record.group_id for record in trajectories]),
+        returns=torch.tensor(
+            [record.episode_return for record in trajectories], dtype=torch.float32
+        ),
+        allowed_ids=_allowed_ids(tokens, completion_mask),
+    )
+
+
+def _allowed_ids(turns: Sequence[TokenizedTurn], mask: Tensor) -> Tensor | None:
+    """[R, T, A] int64, -1 on padding; None if no turn was constrained."""
+    if not any(turn.allowed_ids for turn in turns):
+        return None
+    if not all(turn.allowed_ids for turn in turns):
+        raise AtodError("Some turns were constrained and others not: train on them separately.")
+    choices, is_choice = _pad([list(ids) for turn in turns for ids in turn.allowed_ids], -1)
+    allowed = torch.full((*mask.shape, choices.shape[1]), -1, dtype=torch.int64)
+    allowed[mask] = choices.masked_fill(~is_choice, -1)
+    return allowed
+
+
+def _lay_out(
+    trajectories: Sequence[Trajectory], pack: bool
+) -> tuple[list[list[int]], list[int], list[int]]:
+    """Sequences of token ids, and for each turn row its sequence and first position in it."""
+    sequences: list[list[int]] = []
+    sequence_index: list[int] = []
+    start: list[int] = []
+    for record in trajectories:
+        context: list[int] = []
+        for turn in record.turns:
+            tokens = turn.tokens
+            _check_turn(tokens, bool(context), record.task_id)
+            if not tokens.extends_previous:
+                context = []
+            if not (pack and context):
+                # Unpacked, every turn copies what came before; packed, the list grows in place.
+                context = list(context)
+                sequences.append(context)
+            context.extend(tokens.prompt_ids)
+            sequence_index.append(len(sequences) - 1)
+            start.append(len(context))
+            context.extend(tokens.completion_ids)
+    return sequences, sequence_index, start
+
+
+def _check_turn(tokens: TokenizedTurn, has_context: bool, task_id: str) -> None:
+    if tokens.extends_previous and not has_context:
+        raise AtodError(f"Task {task_id}: the first turn of a trajectory extends nothing.")
+    if not tokens.extends_previous and not tokens.prompt_ids:
+        raise AtodError(f"Task {task_id}: a turn that starts a sequence needs a prompt.")
+    if tokens.allowed_ids and len(tokens.allowed_ids) != len(tokens.completion_ids):
+        raise AtodError(
+            f"Task {task_id}: allowed_ids must say something of every token, or of none."
+        )
+    if len(tokens.sampling_logprobs) != len(tokens.completion_ids):
+        raise AtodError(
+            f"Task {task_id}: {len(tokens.completion_ids)} completion tokens but "
+            f"{len(tokens.sampling_logprobs)} sampling log-probs."
+        )
+
+
+def _pad(rows: Sequence[list[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Right-pad to a rectangle: ids [n, longest] int64 and mask [n, longest] bool."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    ids = torch.full(mask.shape, value, dtype=torch.int64)
+    ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    return ids, mask
+
+
+def select_sequences(batch: Batch, sequences: Tensor) -> Minibatch:
+    """The part of a batch that lives in some of its sequences.
+
+    Args:
+        batch: A batch of S sequences and R rows.
+        sequences: [s] int64, distinct indices into the S sequences, in the order wanted.
+
+    Returns:
+        The part with these s sequences and all of their rows.
+    """
+    sequences = sequences.to(batch.input_ids.device)
+    place = torch.full_like(batch.attention_mask[:, 0], -1, dtype=torch.int64)
+    place[sequences] = torch.arange(len(sequences), device=place.device)
+    new_index = place[batch.sequence_index]
+    rows = (new_index >= 0).nonzero().squeeze(1)
+    attention_mask = batch.attention_mask[sequences]
+    longest = int(attention_mask.sum(dim=1).max())
+    part = replace(
+        batch,
+        input_ids=batch.input_ids[sequences, :longest],
+        attention_mask=attention_mask[:, :longest],
+        completion_ids=batch.completion_ids[rows],
+        completion_mask=batch.completion_mask[rows],
+        sampling_logprobs=batch.sampling_logprobs[rows],
+        sequence_index=new_index[rows],
+        start=batch.start[rows],
+        trajectory_index=batch.trajectory_index[rows],
+        turn_index=batch.turn_index[rows],
+        turn_rewards=batch.turn_rewards[rows],
+        allowed_ids=None if batch.allowed_ids is None else batch.allowed_ids[rows],
+    )
+    return Minibatch(batch=part, rows=rows)
+
+
+def split_minibatches(batch: Batch, count: int, generator: torch.Generator) -> list[Minibatch]:
+    """Split a batch at random into parts for several optimiser updates.
+
+    Whole sequences are drawn, so a packed trajectory never falls apart; without packing a sequence
+    is one turn row, which gives the published mini-batches of turn rows.
+
+    Args:
+        batch: The batch of one step.
+        count: Number of parts; fewer come back if there are fewer sequences.
+        generator: CPU source of randomness.
+
+    Returns:
+        Parts whose numbers of sequences differ by at most one; together they hold every row once.
+    """
+    if count < 1:
+        raise InvalidSettingError(f"A step needs at least 1 minibatch, not {count}.")
+    order = torch.randperm(len(batch.input_ids), generator=generator)
+    parts = order.tensor_split(min(count, len(order)))
+    return [select_sequences(batch, part.sort().values) for part in parts]
+
+
+def length_buckets(lengths: Tensor, tokens_per_microbatch: int) -> list[Tensor]:
+    """Group sequences of like length so that each group, padded, keeps to a token budget.
+
+    Args:
+        lengths: [S] int64, tokens per sequence.
+        tokens_per_microbatch: Budget of padded tokens; a longer sequence stands alone.
+
+    Returns:
+        Index tensors that cover 0..S-1, longest sequences first (the largest memory need shows at
+        once).
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    sizes = lengths[order].tolist()
+    buckets: list[Tensor] = []
+    first = 0
+    while first < len(sizes):
+        count = max(1, tokens_per_microbatch // sizes[first])
+        buckets.append(order[first : first + count])
+        first += count
+    return buckets

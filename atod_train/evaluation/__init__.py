@@ -1,0 +1,1 @@
+"""Evaluation: policies and agents played on a split, with intervals."""

@@ -1,0 +1,260 @@
+"""Agents that play by messages: random, scripted expert, a person, or anybody's own; no torch.
+
+An agent plays one episode at a time; for several at once there are several agents. What it says
+goes through the same wrappers as a model's completion, see `atod_gym.wrappers.agent_env`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from atod_gym import play
+from atod_gym.errors import AtodError, InvalidSettingError
+from atod_gym.parsing import ACTION_TAGS, action_tags
+from atod_gym.types import TurnObservation
+
+_BLANK = re.compile(r"<\w+>")
+"""Stands in an admissible action for words of the agent's own."""
+
+_MOST_WORDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an agent says in a turn, and what that took; None: not known."""
+
+    text: str
+    prompt_tokens: int | None = 0
+    completion_tokens: int | None = 0
+    """With those of the reasoning, if there is any."""
+    reasoning_tokens: int | None = 0
+    reasoning: str = ""
+    """Thoughts that a server gives beside the text."""
+    is_cut: bool = False
+    """The text ends where the limit of tokens was reached."""
+    turns_left_out: int = 0
+    """Past turns that the prompt left out for want of room."""
+    instead: str = ""
+    """What was answered instead of a text, such as tool calls; empty if there is a text."""
+
+
+class EpisodeStopped(Exception):
+    """An agent cannot go on with an episode, which then counts as failed; others may do well."""
+
+    def __init__(self, reason: Literal["context_limit", "refused"], message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Agent(Protocol):
+    """Plays one episode after the other."""
+
+    def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
+        """Starts an episode.
+
+        Args:
+            env: what `atod_gym.wrappers.agent_env` makes, already reset.
+            observation: the first one, as the environment itself gives it.
+            info: that of the reset.
+        """
+
+    async def act(
+        self,
+        messages: Sequence[dict[str, str]],
+        observation: TurnObservation,
+        info: Mapping[str, Any],
+    ) -> Completion:
+        """Says what to do now.
+
+        Args:
+            messages: the prompt, each with `role` and `content`.
+            observation: what the prompt was made of.
+            info: that of the last reset or step; `info["action"]` was executed last.
+
+        Raises:
+            EpisodeStopped: the episode cannot go on.
+            AtodError: no episode can go on.
+        """
+
+
+class RandomAgent:
+    """Plays any admissible action; where there is no list, words of what it reads.
+
+    What it plays depends on seed and task only, whatever is played beside it.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+
+    def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
+        """Starts an episode."""
+        del observation
+        self._format: Callable[[str], str] = env.get_wrapper_attr("completion_format").format
+        self._tags = action_tags(env.unwrapped.metadata)
+        self._random = random.Random(f"{self._seed}/{info['task_id']}")
+
+    async def act(
+        self,
+        messages: Sequence[dict[str, str]],
+        observation: TurnObservation,
+        info: Mapping[str, Any],
+    ) -> Completion:
+        """Says what to do now."""
+        del messages, info
+        actions = observation["admissible_actions"]
+        if actions:
+            action = _BLANK.sub(lambda _: self._words(observation), self._one_of(actions))
+        else:
+            tag, words = self._one_of(self._tags), self._words(observation)
+            action = words if (tag,) == ACTION_TAGS else f"{tag}[{words}]"
+        return Completion(self._format(action))
+
+    def _words(self, observation: TurnObservation) -> str:
+        """A few words in a row."""
+        words = re.findall(r"\w+", f"{observation['instruction']} {observation['text']}")
+        first = self._below(len(words)) if words else 0
+        return " ".join(words[first : first + 1 + self._below(_MOST_WORDS)])
+
+    def _one_of(self, choices: Sequence[str]) -> str:
+        return choices[self._below(len(choices))]
+
+    def _below(self, count: int) -> int:
+        # Of all methods of a generator only this one gives the same in all versions of Python.
+        return int(self._random.random() * count)
+
+
+class ExpertAgent:
+    """Plays as the environment's scripted expert does, which sees no more than a model."""
+
+    def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
+        """Starts an episode.
+
+        Raises:
+            InvalidSettingError: the environment has no expert.
+        """
+        del info
+        if not hasattr(env.unwrapped, "expert"):
+            raise InvalidSettingError(
+                f"{type(env.unwrapped).__name__} has no scripted expert; choose another --agent."
+            )
+        self._format: Callable[[str], str] = env.get_wrapper_attr("completion_format").format
+        self._expert = env.unwrapped.expert()
+        self._expert.reset(observation["instruction"], observation["text"])
+
+    async def act(
+        self,
+        messages: Sequence[dict[str, str]],
+        observation: TurnObservation,
+        info: Mapping[str, Any],
+    ) -> Completion:
+        """Says what to do now."""
+        del messages
+        last = info["action"] if observation["turn_index"] else None
+        choices = observation["admissible_actions"]
+        return Completion(self._format(self._expert.act(observation["text"], choices, last)))
+
+
+class HumanAgent:
+    """Asks a person in the terminal."""
+
+    def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
+        """Shows the task."""
+        self._format: Callable[[str], str] = env.get_wrapper_attr("completion_format").format
+        tags = action_tags(env.unwrapped.metadata)
+        print(f"\nTask {info['task_id']}\nGoal: {observation['instruction']}\n\n{play.HELP}")
+        if tags != ACTION_TAGS:
+            print(f"Actions: {', '.join(f'{tag}[..]' for tag in tags)}")
+
+    async def act(
+        self,
+        messages: Sequence[dict[str, str]],
+        observation: TurnObservation,
+        info: Mapping[str, Any],
+    ) -> Completion:
+        """Asks what to do now.
+
+        Raises:
+            KeyboardInterrupt: the person wants to leave.
+        """
+        del messages
+        print(f"\n{play.page(observation, info)}")
+        while True:
+            # Nothing else goes on meanwhile: a person plays one episode at a time.
+            with _ctrl_c_at_once():
+                action = _asked(observation)
+            if action is None:
+                raise KeyboardInterrupt
+            try:
+                return Completion(self._format(action))
+            except InvalidSettingError as error:
+                print(error)
+
+
+def load_agent(name: str) -> Callable[[], Agent]:
+    """What makes an agent of the user's own.
+
+    Args:
+        name: `module:attribute`; the attribute, such as a class, is called without arguments for
+            each episode that is played at the same time. Modules are also looked for in the
+            current folder.
+
+    Raises:
+        InvalidSettingError: there is no such module or attribute.
+    """
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidSettingError(f"There is no agent {name!r}: {error}.") from error
+    finally:
+        sys.path.remove("")
+    if not callable(found):
+        raise InvalidSettingError(f"{name} cannot be called to make an agent.")
+    made: Callable[[], Agent] = found
+    return made
+
+
+def checked(completion: object) -> Completion:
+    """The completion, if it is one.
+
+    Raises:
+        AtodError: an agent gave something else.
+    """
+    if isinstance(completion, Completion) and isinstance(completion.text, str):
+        return completion
+    raise AtodError(
+        "An agent's act must return an atod_train.evaluation.agents.Completion,"
+        f" not {type(completion).__name__}"
+    )
+
+
+def _asked(observation: TurnObservation) -> str | None:
+    try:
+        return play.ask(observation)
+    except EOFError:
+        return None
+
+
+@contextmanager
+def _ctrl_c_at_once() -> Iterator[None]:
+    """Ctrl-C interrupts what waits for input; an event loop would only take note of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

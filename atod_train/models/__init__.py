@@ -1,0 +1,1 @@
+"""Models: loading, sampling from and scoring with causal language models."""

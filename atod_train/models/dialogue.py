@@ -1,0 +1,195 @@
+"""Messages to token ids: what is fed to the model before each completion.
+
+In chat style an episode is one growing sequence of tokens,
+
+    prompt_0 + completion_0 + continuation_1 + completion_1 + continuation_2 + ...
+
+in which completions stay exactly as they were sampled: text is never encoded a second time, since
+encoding what was decoded may give other tokens. In window style every turn has a prompt of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from atod_gym.errors import AtodError
+from atod_gym.types import Message
+from atod_train.config import PromptStyle
+from atod_train.records import FinishReason
+
+# Stand-ins for the contents of a dialogue when the chat template is probed; words that no template
+# contains by itself.
+_FIRST, _SECOND, _THIRD = "Aqzuser", "Bqzuser", "Cqzuser"
+_REPLY, _LATER_REPLY = "Dqzreply", "Eqzreply"
+
+_KEPT = 50_000
+
+_REWRITES = (
+    "The chat template of this tokenizer does not only append: it renders earlier turns "
+    "differently once later ones follow ({}). Use prompt_style='window', or give the tokenizer an "
+    "append-only chat_template."
+)
+
+
+class DialogueEncoder:
+    """Encodes the messages of an episode with the chat template of a tokenizer.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        style: "chat" (append-only) or "window" (a full prompt each turn).
+        template_options: Further variables for the chat template, such as
+            `{"enable_thinking": False}`.
+
+    Attributes:
+        end_of_turn_id: The token with which the template closes an assistant message.
+        stop_ids: Tokens that end a completion: `end_of_turn_id` and the tokenizer's eos token.
+        opens_thought: Whether the generation prompt ends in an open `<think>`.
+
+    Raises:
+        AtodError: No chat template; a template that closes assistant messages with no special
+            token; in chat style, a template that is not append-only.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        style: PromptStyle = "chat",
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not tokenizer.chat_template:
+            raise AtodError(
+                "The tokenizer has no chat template. Use an instruction-tuned model, or set "
+                "tokenizer.chat_template."
+            )
+        self.tokenizer = tokenizer
+        self.style = style
+        self._options = dict(template_options or {})
+        self._encoded: dict[Hashable, tuple[int, ...]] = {}
+        self.end_of_turn_id = self._find_end_of_turn()
+        eos = tokenizer.eos_token_id
+        self.stop_ids = frozenset(
+            {self.end_of_turn_id} | ({eos} if isinstance(eos, int) else set())
+        )
+        opening = self._render((Message("user", _FIRST),), generate=True).rpartition(_FIRST)[2]
+        self.opens_thought = opening.rfind("<think>") > opening.rfind("</think>")
+        if style == "chat":
+            self._check_append_only()
+
+    def first(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a whole prompt, up to and including the generation prompt."""
+        return self._encode(self._render(messages, generate=True))
+
+    def continuation(
+        self, messages: Sequence[Message], previous_finish_reason: FinishReason
+    ) -> list[int]:
+        """Token ids between the previous completion and the next one (chat style).
+
+        Args:
+            messages: The messages that are new in this turn.
+            previous_finish_reason: "stop" if the previous completion holds its end-of-turn token;
+                else that token comes first here.
+
+        Returns:
+            Ids up to and including the next generation prompt.
+        """
+        if self.style != "chat":
+            raise AtodError("Only chat style has continuations; in window style call first().")
+        ids = self._kept(("continuation", *messages), lambda: self._continuation(messages))
+        return list(ids[1:] if previous_finish_reason == "stop" else ids)
+
+    def _continuation(self, messages: Sequence[Message]) -> list[int]:
+        """With the end-of-turn token of the completion before."""
+        dialogue = (Message("user", _FIRST), Message("assistant", _REPLY), *messages)
+        rendered = self._render(dialogue, generate=True)
+        _, found, after = rendered.partition(_REPLY)
+        ids = self._encode(after.lstrip()) if found else []
+        if not ids or ids[0] != self.end_of_turn_id:
+            raise AtodError(_REWRITES.format("an assistant message lost its text or its end"))
+        return ids
+
+    def finished(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a dialogue whose last message is an assistant's, as the template closes it.
+
+        All of it is encoded anew: completions get the tokenizer's own segmentation.
+        """
+        return self._encode(self._render(messages, generate=False))
+
+    def completion(self, text: str) -> list[int]:
+        """Token ids of a completion written by somebody else (an expert), with its end token."""
+        return [*self._encode(text), self.end_of_turn_id]
+
+    def completion_ids(self, text: str) -> tuple[int, ...]:
+        """As `completion`, for texts that come again and again.
+
+        Empty for a text that the tokenizer cannot write: its ids would give another one.
+        """
+
+        def encode() -> list[int]:
+            ids = self.completion(text)
+            return ids if self.decode(ids) == text else []
+
+        return self._kept(("completion", text), encode)
+
+    def _kept(self, key: Hashable, encode: Callable[[], list[int]]) -> tuple[int, ...]:
+        """What was encoded before: environments say the same things again and again."""
+        if key not in self._encoded:
+            if len(self._encoded) >= _KEPT:
+                self._encoded.clear()
+            self._encoded[key] = tuple(encode())
+        return self._encoded[key]
+
+    def decode(self, completion_ids: Sequence[int]) -> str:
+        """Text of a completion without its end-of-turn token; other special tokens stay visible."""
+        ids = list(completion_ids)
+        if ids and ids[-1] in self.stop_ids:
+            ids.pop()
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        assert isinstance(text, str)
+        return text
+
+    def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
+        text = self.tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in messages],
+            tokenize=False,
+            add_generation_prompt=generate,
+            **self._options,
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        # The template writes the special tokens itself.
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _find_end_of_turn(self) -> int:
+        dialogue = (Message("user", _FIRST), Message("assistant", _REPLY))
+        _, _, after = self._render(dialogue, generate=False).partition(_REPLY)
+        ids = self._encode(after.lstrip())
+        if not ids or ids[0] not in self.tokenizer.added_tokens_decoder:
+            raise AtodError(
+                f"The chat template closes an assistant message with {after!r}, which does not "
+                "start with a special token: a completion could not be ended. Use a tokenizer "
+                "whose template has an end-of-turn token."
+            )
+        return ids[0]
+
+    def _check_append_only(self) -> None:
+        """Compare renderings of a dialogue of one, two and three user messages."""
+        opening = self._render((Message("user", _FIRST),), generate=True)
+        start = (Message("user", _FIRST), Message("assistant", _REPLY), Message("user", _SECOND))
+        middle = self._render(start, generate=True)
+        end = (Message("assistant", _LATER_REPLY), Message("user", _THIRD))
+        whole = self._render((*start, *end), generate=True)
+        before_reply, _, after_reply = middle.partition(_REPLY)
+        before_later, _, after_later = whole.partition(_LATER_REPLY)
+        # A generation prompt may hold more than what later stands before the reply (an empty
+        # thought): what was really fed to the model stays in the sequence, so that is harmless.
+        if not opening.startswith(before_reply):
+            raise AtodError(_REWRITES.format("the first prompt changes"))
+        if not middle.startswith(before_later):
+            raise AtodError(_REWRITES.format("an earlier turn changes"))
+        if after_later != after_reply.replace(_SECOND, _THIRD):
+            raise AtodError(_REWRITES.format("a turn depends on its position"))

@@ -1,0 +1,349 @@
+"""What a run writes down while it trains: one JSON line per step, evaluations, time per phase.
+
+Keys of metrics.jsonl. Only `step` is required; what a method does not have is left out, and a
+number that is not finite is written as null. Shares and rates are 0..1.
+
+    step                  1-based optimiser cycle
+    kappa, rho            coefficients of the distillation and the reward term
+    anneal_progress       of an adaptive schedule, 0 to 1
+    opd_signal            mean over tokens of |kappa * w * delta|
+    rl_signal             mean over tokens of |rho * A|
+    turn_weight           mean turn weight w
+    disagreement          mean over turns of d = mean |lp_S - lp_T|
+    uncertainty           mean over turns of h = mean -lp_S
+    train_success         share of the step's trajectories that reached the goal
+    solved_groups         share of its groups with a trajectory that reached the goal
+    train_score           mean of the benchmark's own number over the trajectories
+    return                mean return of a trajectory
+    turns                 mean turns of a trajectory
+    invalid_share         share of turns whose action was not valid
+    invalid/<reason>      how many turns were not valid for that reason; the most frequent ones
+    actions/<verb>        mean valid actions of a trajectory that begin with that word
+    rollout/logprob_drift      mean |sampling_logprobs - old_logprobs| per token, in nats
+    rollout/truncated_prompts  share of turns whose prompt lacks earlier turns for want of room
+    rollout/rendering_drift    share of the dialogues looked at whose text, encoded anew, gives
+                          other ids than were fed and sampled (`step_records.rendering_drift`)
+    entropy               mean entropy of the policy per token before the update, in nats
+    clip_fraction         share of tokens whose ratio was clipped
+    loss, grad_norm       of the policy update, mean over its minibatches
+    tokens                completion tokens of the step
+    seconds/<phase>       seconds spent: environment, generation, teacher, update, other, ...
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from atod_gym.errors import MissingExtraError
+from atod_train.reports.run_folder import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    TRAJECTORIES_FILE,
+    RunFolderError,
+    without_infinities,
+)
+from atod_train.reports.statistics import EvaluationMode, EvaluationResult
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+EvaluatedModel = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of evaluations.jsonl. The start is the student at step 0."""
+
+    step: int
+    model: EvaluatedModel
+    result: EvaluationResult
+
+    @property
+    def board(self) -> tuple[EvaluatedModel, str, EvaluationMode]:
+        """What was evaluated on which split, and how completions were chosen."""
+        return self.model, self.result.split, self.result.mode
+
+
+@dataclass(frozen=True)
+class TurnDisplay:
+    """One turn of a trajectory as the report shows it; None: not measured."""
+
+    text: str
+    """What the environment had said."""
+    completion: str
+    action: str
+    valid: bool
+    reward: float
+    disagreement: float | None = None
+    uncertainty: float | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class TrajectoryRecord:
+    """One line of trajectories.jsonl."""
+
+    step: int
+    task_id: str
+    success: bool
+    turns: tuple[TurnDisplay, ...]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a torn last line (a kill while writing) is dropped."""
+    if not path.is_file():
+        return []
+    # Only "\n" ends a record: str.splitlines would also cut at separators inside of texts.
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode())
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("not an object with a step")
+        except ValueError as error:
+            if number == len(lines):  # no line end after it: torn
+                break
+            raise RunFolderError(
+                f"line {number} of {path} is broken ({error}); remove that line"
+            ) from error
+        records.append(record)
+    return records
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The steps of a run in order; keys as in the module's docstring, null as None.
+
+    Returns:
+        One dict per step; empty if the run has written nothing yet.
+
+    Raises:
+        RunFolderError: a line other than a torn last one is broken.
+    """
+    return _read_lines(run_dir / METRICS_FILE)
+
+
+def read_evaluations(run_dir: Path) -> list[Evaluation]:
+    """The evaluations of a run in the order written; empty if there is none."""
+    return [
+        Evaluation(
+            record["step"], record.get("model", "student"), EvaluationResult.from_json(record)
+        )
+        for record in _read_lines(run_dir / EVALUATIONS_FILE)
+    ]
+
+
+def read_trajectories(run_dir: Path) -> list[TrajectoryRecord]:
+    """The trajectories kept for people, in the order written; empty if there is none."""
+    path = run_dir / TRAJECTORIES_FILE
+    try:
+        return [
+            TrajectoryRecord(
+                record["step"],
+                record["task_id"],
+                record["success"],
+                tuple(TurnDisplay(**turn) for turn in record["turns"]),
+            )
+            for record in _read_lines(path)
+        ]
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(f"{path} holds a record that is no trajectory: {error}") from error
+
+
+class MetricsWriter:
+    """Appends to the JSON-lines files of a run, and mirrors metrics as TensorBoard events.
+
+    On resume every record after the resumed step is removed first, so that no step is there
+    twice. Each line is flushed to the system: a killed process loses at most the line it writes.
+
+    Args:
+        run_dir: the run folder; made if absent.
+        resume_step: the last step of the checkpoint that is resumed, 0 to repeat all steps of a
+            run killed before its first checkpoint; None: a new run. Records of step 0, such as
+            the evaluation of the start, stay.
+        tensorboard: also write events under `run_dir/tensorboard`.
+
+    Raises:
+        MissingExtraError: tensorboard is not installed.
+        RunFolderError: a file of the run is broken, or a new run meets the metrics of an old one.
+        OSError: as of every method, a file cannot be written; it names the file or the folder.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, resume_step: int | None = None, tensorboard: bool = True
+    ) -> None:
+        self.run_dir = run_dir
+        self._last_step = resume_step or 0
+        if resume_step is None and read_metrics(run_dir):
+            raise RunFolderError(
+                f"{run_dir} already holds the metrics of a run: resume it, or choose a new folder"
+            )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, EVALUATIONS_FILE, TRAJECTORIES_FILE):
+            _truncate_after(run_dir / name, self._last_step)
+        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._events = _open_events(run_dir, resume_step) if tensorboard else None
+
+    def write(self, metrics: Mapping[str, float | int | str | bool | None]) -> None:
+        """Appends the numbers of one step; `step` must be larger than the last.
+
+        Raises:
+            RunFolderError: `step` is missing or not larger than the last one written.
+        """
+        step = metrics.get("step")
+        if not isinstance(step, int) or step <= self._last_step:
+            raise RunFolderError(f"step {step} cannot follow step {self._last_step} in the metrics")
+        self._last_step = step
+        with _naming(self.run_dir):
+            self._file.write(json.dumps(without_infinities(dict(metrics))) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                for key, value in metrics.items():
+                    if key != "step" and isinstance(value, (int, float)):
+                        self._events.add_scalar(key, float(value), step)
+
+    def write_evaluation(self, evaluation: Evaluation) -> None:
+        """Appends an evaluation, with the result of every task."""
+        result = evaluation.result
+        record = {"step": evaluation.step, "model": evaluation.model, **result.to_json()}
+        with _naming(self.run_dir):
+            _append_line(self.run_dir / EVALUATIONS_FILE, record)
+            if self._events is not None:
+                tag = f"evaluation/{evaluation.model}/{result.split}/success"
+                self._events.add_scalar(tag, result.success_rate, evaluation.step)
+
+    def write_trajectory(self, trajectory: TrajectoryRecord) -> None:
+        """Appends a trajectory for people to read."""
+        with _naming(self.run_dir):
+            _append_line(self.run_dir / TRAJECTORIES_FILE, asdict(trajectory))
+
+    def close(self) -> None:
+        """Closes the files; may be called twice."""
+        with _naming(self.run_dir):
+            self._file.close()
+            if self._events is not None:
+                events, self._events = self._events, None
+                events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Adds the folder to an error that names no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
+
+
+def _append_line(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(without_infinities(record)) + "\n")
+
+
+def _truncate_after(path: Path, last_step: int) -> None:
+    """Rewrites a JSON-lines file without records after `last_step` and without a torn line."""
+    if not path.is_file():
+        return
+    kept = [record for record in _read_lines(path) if record["step"] <= last_step]
+    partial = path.with_name(path.name + ".partial")
+    lines = [json.dumps(record) + "\n" for record in kept]
+    partial.write_text("".join(lines), encoding="utf-8", newline="\n")
+    os.replace(partial, path)
+
+
+def _open_events(run_dir: Path, resume_step: int | None) -> SummaryWriter:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError(
+            "TensorBoard events need the package tensorboard: pip install 'atod-gym[train]', "
+            "or switch them off"
+        ) from error
+    _silence_event_threads()
+    # purge_step hides events of the steps that are about to be played again.
+    purge = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+
+
+@functools.cache
+def _silence_event_threads() -> None:
+    """Keeps threads that write events from printing a traceback where they cannot.
+
+    TensorBoard raises the error again in the next call of the writer, where it is handled.
+    """
+    others = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        is_writer = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(arguments.exc_value, OSError)):
+            others(arguments)
+
+    threading.excepthook = hook
+
+
+class PhaseTimes:
+    """Seconds per phase of a step.
+
+    Phases may nest: the time of an inner phase counts for the inner one alone, so that the
+    phases add up to the wall time. Asynchronous devices: synchronise before a phase ends if its
+    time matters.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = self._began = time.perf_counter()
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            name = self._open[-1]
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the time inside for `name`: environment, generation, teacher, update, ..."""
+        self._book()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self._open.pop()
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last take as `seconds/<phase>`, and begins anew.
+
+        `seconds/other` is the wall time spent in no phase.
+        """
+        self._book()
+        taken = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
+        taken["seconds/other"] = max(0.0, self._since - self._began - sum(taken.values()))
+        self._seconds, self._began = {}, self._since
+        return taken

@@ -1,0 +1,235 @@
+"""Trajectories as plain rows, token for token, for JSON lines and Hugging Face data sets.
+
+A row is one episode. Its keys are those of `Trajectory`, and
+
+    format                "atod-trajectory/1"
+    episode_return        sum of the turns' rewards
+    sequences             what a model is trained on, one or more per episode, each with
+      input_ids           token ids, prompts and completions in order, never encoded anew
+      completion_mask     1 exactly on sampled tokens, 0 on prompts and what the environment said
+      sampling_logprobs   of each token, at the sampling temperature; 0.0 where the mask is 0
+    turns                 in order, each with
+      index, prompt, completion, action, reward, penalty, is_action_valid, turns_left_out,
+      invalid_reason, finish_reason  as in `Turn`; prompt is a list of {role, content}
+      sequence            number of its sequence
+      prompt_start        where what is new in this turn begins there
+      start, end          its completion is input_ids[start:end]
+      allowed_ids         for each of its tokens those among which it was chosen; empty: all
+      disagreement, uncertainty, weight
+                          d and h in nats per token and w of T-DUR (Eq. 13-16), or null
+
+In chat style an episode is one sequence, in window style every turn is one; a dialogue that began
+anew for want of room has several. A causal model predicts input_ids[t] from those before t.
+All keys are there in every row and always have the same type, as data sets need it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from atod_gym.errors import AtodError, MissingExtraError
+from atod_gym.types import Message
+from atod_train.records import TokenizedTurn, Trajectory, Turn
+
+FORMAT = "atod-trajectory/1"
+_SAME = (
+    "group_id", "task_id", "task_type", "terminated", "truncated", "stop_reason", "success", "score"
+)  # fmt: skip
+_SAME_IN_TURN = (
+    "index", "completion", "action", "reward", "penalty", "is_action_valid", "turns_left_out",
+    "invalid_reason",
+)  # fmt: skip
+
+
+class TurnStatistics(NamedTuple):
+    """What the teacher said about a turn."""
+
+    disagreement: float
+    uncertainty: float
+    weight: float
+
+
+def to_row(
+    trajectory: Trajectory, statistics: Sequence[TurnStatistics] | None = None
+) -> dict[str, Any]:
+    """The row of a trajectory, of JSON values only.
+
+    Args:
+        trajectory: one episode.
+        statistics: one for each turn; None: there was no teacher.
+
+    Raises:
+        AtodError: the number of statistics is another; a first turn claims to extend another.
+    """
+    if statistics is not None and len(statistics) != len(trajectory.turns):
+        raise AtodError(f"{len(statistics)} statistics for {len(trajectory.turns)} turns.")
+    sequences: list[dict[str, list[Any]]] = []
+    turns = []
+    for number, turn in enumerate(trajectory.turns):
+        tokens = turn.tokens
+        if not tokens.extends_previous:
+            sequences.append({"input_ids": [], "completion_mask": [], "sampling_logprobs": []})
+        elif not sequences:
+            raise AtodError("The first turn of a trajectory cannot extend another one.")
+        ids, mask, logprobs = sequences[-1].values()
+        prompt_start = len(ids)
+        start = prompt_start + len(tokens.prompt_ids)
+        ids += [*tokens.prompt_ids, *tokens.completion_ids]
+        mask += [0] * len(tokens.prompt_ids) + [1] * len(tokens.completion_ids)
+        logprobs += [0.0] * len(tokens.prompt_ids) + list(tokens.sampling_logprobs)
+        found = None if statistics is None else statistics[number]
+        turns.append(
+            {
+                **{name: getattr(turn, name) for name in _SAME_IN_TURN},
+                "prompt": [{"role": m.role, "content": m.content} for m in turn.prompt],
+                "finish_reason": tokens.finish_reason,
+                "sequence": len(sequences) - 1,
+                "prompt_start": prompt_start,
+                "start": start,
+                "end": len(ids),
+                "allowed_ids": [list(choices) for choices in tokens.allowed_ids],
+                **{name: getattr(found, name, None) for name in TurnStatistics._fields},
+            }
+        )
+    return {
+        "format": FORMAT,
+        **{name: getattr(trajectory, name) for name in _SAME},
+        "episode_return": trajectory.episode_return,
+        "sequences": sequences,
+        "turns": turns,
+    }
+
+
+def from_row(row: Mapping[str, Any]) -> tuple[Trajectory, tuple[TurnStatistics, ...] | None]:
+    """The trajectory and statistics that a row was made of; further keys are ignored.
+
+    Raises:
+        AtodError: it is no such row, or its parts do not fit together.
+    """
+    try:
+        if row["format"] != FORMAT:
+            raise ValueError(f"format {row['format']!r}; this reads {FORMAT!r}")
+        turns = tuple(_turn(turn, row["sequences"]) for turn in row["turns"])
+        record = Trajectory(**{name: row[name] for name in _SAME}, turns=turns)
+        found = [tuple(turn[name] for name in TurnStatistics._fields) for turn in row["turns"]]
+        # What is not stored explicitly must be what the parts say, or the row was changed by hand.
+        again = to_row(record)
+        if again["sequences"] != [dict(part) for part in row["sequences"]]:
+            raise ValueError("the turns do not cover the sequences")
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        missing = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise AtodError(f"not the row of a trajectory: {missing}") from error
+    if any(None in values for values in found):
+        return record, None
+    return record, tuple(TurnStatistics(*values) for values in found)
+
+
+def _turn(row: Mapping[str, Any], sequences: Sequence[Mapping[str, Any]]) -> Turn:
+    sequence = sequences[row["sequence"]]
+    first, start, end = row["prompt_start"], row["start"], row["end"]
+    tokens = TokenizedTurn(
+        prompt_ids=tuple(sequence["input_ids"][first:start]),
+        completion_ids=tuple(sequence["input_ids"][start:end]),
+        sampling_logprobs=tuple(sequence["sampling_logprobs"][start:end]),
+        finish_reason=row["finish_reason"],
+        extends_previous=first > 0,
+        # Rows written before there were constraints have none.
+        allowed_ids=tuple(tuple(choices) for choices in row.get("allowed_ids", ())),
+    )
+    prompt = tuple(Message(message["role"], message["content"]) for message in row["prompt"])
+    # Nor had they reasons.
+    same = {name: row[name] for name in _SAME_IN_TURN if name in row or name != "invalid_reason"}
+    return Turn(**same, prompt=prompt, tokens=tokens)
+
+
+def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
+    """Writes one row a line; the file is there whole or not at all.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        AtodError: the file cannot be written; a number is not finite, which JSON cannot hold.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    count = 0
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+                count += 1
+        part.replace(path)
+    except (OSError, ValueError) as error:
+        part.unlink(missing_ok=True)
+        raise AtodError(f"Cannot write {path}: {error}") from error
+    return count
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a file, one after the other.
+
+    Raises:
+        AtodError: the file cannot be read; names the first line that is no JSON object.
+    """
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is no object")
+                yield row
+    except json.JSONDecodeError as error:
+        raise AtodError(f"{path}: line {number} is no JSON ({error.msg})") from error
+    except (OSError, ValueError) as error:
+        raise AtodError(f"Cannot read {path}: {error}") from error
+
+
+def to_dataset(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """A Hugging Face `datasets.Dataset` of rows, with fixed types.
+
+    `from_row` takes its rows as they come; so does `write_rows`, which keeps every digit, while
+    `Dataset.to_json` writes ten.
+
+    Raises:
+        MissingExtraError: the package datasets is not installed.
+    """
+    try:
+        from datasets import Dataset, Features, List, Value
+    except ImportError as error:
+        raise MissingExtraError(
+            "Data sets need a package that is not installed: pip install 'atod-gym[trl]'"
+        ) from error
+
+    def typed(names: Iterable[str], kind: str) -> dict[str, Any]:
+        return {name: Value(kind) for name in names}
+
+    text = ("format", "task_id", "task_type", "stop_reason")
+    turn = {
+        **typed(("index", "turns_left_out", "sequence", "prompt_start", "start", "end"), "int64"),
+        **typed(("completion", "action", "invalid_reason", "finish_reason"), "string"),
+        **typed(("reward", "penalty", *TurnStatistics._fields), "float64"),
+        **typed(("is_action_valid",), "bool"),
+        "prompt": List(typed(("role", "content"), "string")),
+        "allowed_ids": List(List(Value("int64"))),
+    }
+    sequence = {
+        "input_ids": List(Value("int64")),
+        "completion_mask": List(Value("int64")),
+        "sampling_logprobs": List(Value("float64")),
+    }
+    features = Features(
+        {
+            **typed(text, "string"),
+            **typed(("group_id",), "int64"),
+            **typed(("terminated", "truncated", "success"), "bool"),
+            **typed(("score", "episode_return"), "float64"),
+            "sequences": List(sequence),
+            "turns": List(turn),
+        }
+    )
+    return Dataset.from_list([dict(row) for row in rows], features=features)

@@ -1,0 +1,1 @@
+"""Rollouts: episodes of the policy in the environments, recorded token by token."""

@@ -1,0 +1,1 @@
+"""Studies: methods and seeds compared from one start, teacher and budget."""

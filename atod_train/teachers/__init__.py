@@ -1,0 +1,1 @@
+"""Teachers: scoring the student's tokens, in this process or behind a URL."""

@@ -1,0 +1,1 @@
+"""Training: the loop, its update, its supervised start, and its checkpoints."""

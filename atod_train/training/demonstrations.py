@@ -1,0 +1,262 @@
+"""Expert episodes, and models trained on them.
+
+Any environment whose class has `expert()` can be demonstrated; one that has `demonstrator()`, who
+may know more of a task than an agent, is demonstrated by that. Episodes contain random actions now
+and then (of those that were admissible at some turn, so not always now), so that a model sees how
+to recover; only the expert's own turns are trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atod_gym.errors import AtodError
+from atod_gym.types import Message
+from atod_train.batch import length_buckets, make_batch
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.policy import Policy
+from atod_train.progress import progress
+from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.rollout import seed_for, tasks_for_step
+from atod_train.training.muon import Muon
+
+_WARM_UP = 0.05
+_SCORED_WORDS = 4096
+"""With a larger vocabulary so few of the environment's tokens are scored that it costs no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemonstrationTurn:
+    """One turn of a demonstration."""
+
+    messages: tuple[Message, ...]
+    """New in this turn."""
+    completion: str
+    by_expert: bool
+    """False: a random action, executed but not trained."""
+
+
+Demonstration = tuple[DemonstrationTurn, ...]
+
+
+def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Demonstration]:
+    """Expert episodes on `count` tasks, each again once all were played; failures are left out.
+
+    Args:
+        pool: environments of the training split.
+        count: episodes.
+        noise: probability that a turn plays a random action instead.
+        seed: seed of tasks and noise.
+
+    Raises:
+        AtodError: the environment has no scripted expert.
+    """
+    rng = np.random.default_rng(seed_for(seed, 0, "demonstrations"))
+    episodes = []
+    with progress(count, "demonstrations") as advance:
+        for task_id in tasks_for_step(pool.task_ids, 1, count, seed):
+            episode = _demonstrate_one(pool, task_id, noise, rng)
+            if episode:
+                episodes.append(episode)
+            advance()
+    if not episodes:
+        raise AtodError(
+            "The scripted expert solved no task: give it more turns (env.max_turns), and where it "
+            "has to find something, more results (env.options.topk)."
+        )
+    return episodes
+
+
+def _demonstrate_one(
+    pool: EnvPool, task_id: str, noise: float, rng: np.random.Generator
+) -> Demonstration | None:
+    [env] = pool.start([task_id])
+    expert = env.expert()
+    turns: list[DemonstrationTurn] = []
+    action: str | None = None
+    seen: list[str] = []
+    while not (env.terminated or env.truncated):
+        seen.extend(env.actions)
+        observation = env.observation
+        chosen = expert.act(observation["text"], observation["admissible_actions"], action)
+        by_expert = not (seen and rng.random() < noise)
+        action = chosen if by_expert else seen[int(rng.integers(len(seen)))]
+        completion = env.dialogue.format(action)
+        turns.append(DemonstrationTurn(env.messages, completion, by_expert))
+        pool.play([env], [completion])
+    return tuple(turns) if env.info["success"] else None
+
+
+def demonstration_texts(demonstrations: Iterable[Demonstration]) -> Iterable[str]:
+    """All text that demonstrations hold, for building a tokenizer."""
+    for demonstration in demonstrations:
+        for turn in demonstration:
+            yield turn.completion
+            for message in turn.messages:
+                yield message.content
+
+
+def tokenize(demonstration: Demonstration, dialogue: DialogueEncoder) -> Trajectory:
+    """A demonstration as a trajectory; `is_action_valid` marks the turns to train on."""
+    turns: list[Turn] = []
+    for index, turn in enumerate(demonstration):
+        extends = dialogue.style == "chat" and index > 0
+        prompt = (
+            dialogue.continuation(turn.messages, "stop")
+            if extends
+            else dialogue.first(turn.messages)
+        )
+        completion = tuple(dialogue.completion(turn.completion))
+        tokens = TokenizedTurn(
+            prompt_ids=tuple(prompt),
+            completion_ids=completion,
+            sampling_logprobs=(0.0,) * len(completion),
+            finish_reason="stop",
+            extends_previous=extends,
+        )
+        action = Turn(
+            index, turn.messages, turn.completion, turn.completion, 0.0, turn.by_expert, tokens
+        )
+        turns.append(action)
+    return Trajectory(0, "", "", tuple(turns), True, False, "terminated", True, 1.0)
+
+
+def train_on_demonstrations(
+    policy: Policy,
+    trajectories: Sequence[Trajectory],
+    *,
+    epochs: float,
+    lr: tuple[float, float],
+    seed: int,
+    episodes_per_update: int = 4,
+    observation_weight: float = 0.3,
+    tokens_per_microbatch: int = 16384,
+) -> list[float]:
+    """Cross-entropy on the expert's turns and, with less weight, on what the environment says.
+
+    The learning rate warms up, then decays to a tenth along a cosine. With a large vocabulary a
+    random share of the environment's tokens stands for all of them, each with so much more weight:
+    the logits of the others, which would be most of the work, are never computed.
+
+    Args:
+        policy: the model; it is changed.
+        trajectories: from `tokenize`.
+        epochs: passes over them; may be a fraction.
+        lr: highest learning rates of AdamW and of Muon; 0 for Muon: AdamW trains all weights.
+        seed: order of episodes.
+        episodes_per_update: trajectories of an optimiser update.
+        observation_weight: weight of a token of the environment; one of the expert's has 1.
+        tokens_per_microbatch: padded tokens that go through the model at once.
+
+    Returns:
+        Mean loss per token of each update, in nats.
+    """
+    updates = max(1, round(epochs * len(trajectories) / episodes_per_update))
+    optimizers = _supervised_optimizers(policy, lr)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    numbers = list(range(len(trajectories)))
+    policy.model.train()
+    with progress(updates, f"supervised start of {policy.name}") as advance:
+        for update in range(updates):
+            warm = min(1.0, (update + 1) / max(1.0, _WARM_UP * updates))
+            decay = 0.55 + 0.45 * math.cos(math.pi * update / updates)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * warm * decay
+            chosen = tasks_for_step(
+                [str(i) for i in numbers], update + 1, episodes_per_update, seed
+            )
+            part = [trajectories[int(i)] for i in chosen]
+            losses.append(
+                _supervised_update(
+                    policy, part, optimizers, observation_weight, tokens_per_microbatch, generator
+                )
+            )
+            advance(note=f"loss {losses[-1]:.3f}")
+    policy.model.eval()
+    return losses
+
+
+def _supervised_update(
+    policy: Policy,
+    trajectories: Sequence[Trajectory],
+    optimizers: Sequence[torch.optim.Optimizer],
+    observation_weight: float,
+    budget: int,
+    generator: torch.Generator,
+) -> float:
+    batch = make_batch(trajectories, policy.pad_id)
+    share = min(1.0, _SCORED_WORDS / policy.model.config.vocab_size)
+    weights = _token_weights(batch, trajectories, observation_weight, share, generator)
+    total = 0.0
+    policy.model.zero_grad(set_to_none=True)
+    for bucket in length_buckets(batch.attention_mask.sum(dim=1), budget):
+        longest = int(batch.attention_mask[bucket].sum(dim=1).max())
+        ids = batch.input_ids[bucket, :longest].to(policy.device)
+        weight = weights[bucket, 1:longest].to(policy.device)
+        hidden = policy.hidden_states(ids[:, :-1]).flatten(0, 1)
+        weight, targets = weight.flatten(), ids[:, 1:].flatten()
+        if share < 1.0:
+            scored = weight.nonzero().flatten()
+            hidden, weight, targets = hidden[scored], weight[scored], targets[scored]
+        losses = torch.nn.functional.cross_entropy(policy.logits(hidden), targets, reduction="none")
+        loss = (losses * weight).sum() / float(weights.sum())
+        loss.backward()
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    return total
+
+
+def _supervised_optimizers(policy: Policy, lr: tuple[float, float]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, parameter in policy.model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+        (matrices if is_matrix and lr[1] else others).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=lr[0], betas=(0.9, 0.95), weight_decay=0.01)
+    ]
+    if matrices:
+        optimizers.insert(0, Muon(matrices, lr=lr[1]))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def _token_weights(
+    batch: Batch,
+    trajectories: Sequence[Trajectory],
+    observation_weight: float,
+    share: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """[S, L] float32: 1 for the expert's tokens, less for the environment's, 0 for noise.
+
+    Of the environment's tokens a random `share` keeps a weight, so much larger that the expected
+    one stays.
+    """
+    weights = batch.attention_mask * observation_weight
+    weights = weights * (torch.rand(weights.shape, generator=generator) < share) / share
+    by_expert = [turn.is_action_valid for t in trajectories for turn in t.turns]
+    rows = zip(
+        batch.sequence_index.tolist(),
+        batch.start.tolist(),
+        batch.completion_mask.sum(dim=1).tolist(),
+        by_expert,
+        strict=True,
+    )
+    for sequence, start, length, trained in rows:
+        weights[sequence, start : start + length] = float(trained)
+    return weights

@@ -1,0 +1,191 @@
+"""The student as it is trained: what gradients flow into, and the optimiser's steps.
+
+With one process, or several that each hold all weights, that is the student itself. With sharding
+(FSDP2) it is a copy whose weights, gradients and optimiser state are divided over the processes;
+after each step the student, which samples and is evaluated and saved, gets the new weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from atod_train.batch import select_sequences
+from atod_train.distributed import Processes
+from atod_train.models.fast.prefix_trees import divided, sequences_of
+from atod_train.models.policy import Computation, Policy
+from atod_train.models.scores import MicroBatch
+from atod_train.records import Batch
+from atod_train.training.training_state import (
+    divided_like,
+    model_tensors,
+    optimizer_tensors,
+    restore_model,
+    restore_optimizer,
+    whole,
+)
+
+_WEIGHT_DECAY, _MAX_GRAD_NORM = 0.01, 1.0  # as published
+
+
+class Learner:
+    """Trains a student, together with other processes if there are any.
+
+    Args:
+        student: it is changed.
+        lr: learning rate of AdamW.
+        processes: this process among those that train the same student; all of them start from the
+            main one's weights.
+    """
+
+    def __init__(self, student: Policy, lr: float, processes: Processes) -> None:
+        self.student = student
+        self.processes = processes
+        with torch.no_grad():
+            processes.same(list(student.model.parameters()))
+        self.policy = student if processes.sharding is None else _sharded(student, processes)
+        self._optimizer = torch.optim.AdamW(
+            [weight for weight in self.policy.model.parameters() if weight.requires_grad],
+            lr=lr,
+            weight_decay=_WEIGHT_DECAY,
+            foreach=True,
+        )
+
+    def microbatches(
+        self, batch: Batch, tokens_per_microbatch: int, **asked: Any
+    ) -> Iterator[MicroBatch]:
+        """This process's share of a mini-batch, part by part; call `backward` on each.
+
+        Args:
+            batch: the same mini-batch in all processes.
+            tokens_per_microbatch: padded tokens that go through the model at once.
+            **asked: see `Policy.microbatches`.
+        """
+        lengths = batch.attention_mask.sum(dim=1)
+        own = share_of_sequences(lengths, self.processes)
+        if len(own):
+            mine = select_sequences(batch, own)
+            for micro in self.policy.microbatches(mine.batch, tokens_per_microbatch, **asked):
+                yield replace(micro, rows=mine.rows[micro.rows])
+        if self.processes.sharding is not None:
+            self._keep_step(batch, lengths, tokens_per_microbatch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a part of the loss."""
+        # The gradients of divided weights are averaged over the processes, not added.
+        scale = self.processes.count if self.processes.sharding is not None else 1
+        (loss * scale).backward()
+
+    def step(self) -> float:
+        """Joins and clips the gradients, moves the weights, forgets the gradients.
+
+        Returns:
+            The norm of the gradient before clipping.
+        """
+        weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        if self.processes.count > 1 and self.processes.sharding is None:
+            for weight in weights:
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+            self.processes.add([weight.grad for weight in weights])
+        norm = whole(torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM))
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self.policy is not self.student:
+            self._publish()
+        return float(norm)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and optimiser state for a checkpoint; the same for any number of processes."""
+        return {
+            **model_tensors(self.student.model),
+            **optimizer_tensors(self._optimizer, self.policy.model),
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what `tensors` gave, of a learner with any number of processes."""
+        restore_model(self.student.model, tensors)
+        if self.policy is not self.student:
+            self._take_over()
+        restore_optimizer(self._optimizer, self.policy.model, tensors)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Gives the student the weights that were trained."""
+        trained = dict(self.policy.model.named_parameters())
+        for name, weight in self.student.model.named_parameters():
+            if weight.requires_grad:
+                weight.copy_(whole(trained[name]))
+
+    @torch.no_grad()
+    def _take_over(self) -> None:
+        """Takes the student's weights."""
+        for name, weight in self.policy.model.named_parameters():
+            weight.copy_(divided_like(self.student.model.get_parameter(name).detach(), weight))
+
+    def _keep_step(self, batch: Batch, lengths: Tensor, budget: int) -> None:
+        """Takes part in the passes of processes that have more parts than this one.
+
+        Gathering weights and dividing gradients takes all processes each time.
+        """
+        sequences = sequences_of(batch)
+        shares = [
+            share_of_sequences(lengths, replace(self.processes, index=index)).tolist()
+            for index in range(self.processes.count)
+        ]
+        passes = [
+            len(divided([sequences[i] for i in share], budget, self.policy.crossover))
+            for share in shares
+        ]
+        shortest = select_sequences(batch, lengths.argmin()[None]).batch
+        for _ in range(max(passes) - passes[self.processes.index]):
+            for micro in self.policy.microbatches(shortest, budget):
+                (0.0 * micro.logprobs.sum()).backward()
+
+
+def share_of_sequences(lengths: Tensor, processes: Processes) -> Tensor:
+    """Which of the sequences of a batch this process works on.
+
+    Args:
+        lengths: [S] int64, tokens.
+        processes: this process among others.
+
+    Returns:
+        [s] int64; over all processes each of 0..S-1 once, long and short ones dealt out evenly.
+    """
+    return torch.argsort(lengths, descending=True, stable=True)[processes.index :: processes.count]
+
+
+def _sharded(student: Policy, processes: Processes) -> Policy:
+    """A copy of the student whose weights are divided over the processes, layer by layer."""
+    sharding = processes.sharding
+    assert sharding is not None
+    device = student.device
+    # The copy is made in the processor's memory: on the GPU there is room for one whole model.
+    model = copy.deepcopy(torch.nn.Module.to(student.model, "cpu"))
+    torch.nn.Module.to(student.model, device)
+    settings: dict[str, Any] = {
+        "mesh": init_device_mesh(processes.device, (processes.count,)),
+        "reshard_after_forward": sharding.reshard_after_forward,
+    }
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, **settings)
+    fully_shard(model, **settings)
+
+    def run(computation: Computation) -> dict[str, Tensor]:
+        return computation()
+
+    # Weights are gathered when this is called, as when the model itself is.
+    sharded: Any = model
+    sharded.forward_within = run
+    register_fsdp_forward_method(sharded, "forward_within")
+    return replace(student, model=model, forward_within=sharded.forward_within)
