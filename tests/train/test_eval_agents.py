@@ -199,7 +199,8 @@ def test_an_agent_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("my_own_agent:Nobody", "no_such_module:Mine", "my_own_agent:", ":Mine"):
         with pytest.raises(InvalidSettingError, match="There is no agent"):
             load_agent(name)
-    with pytest.raises(AtodError, match=r"must return an atod_train\.evaluation\.agents\.Completion, not str"):
+    words = r"must return an atod_train\.evaluation\.agents\.Completion, not str"
+    with pytest.raises(AtodError, match=words):
         checked("look")
 
 
