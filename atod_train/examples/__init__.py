@@ -1,0 +1,1 @@
+"""Examples: the method in one file, an environment of your own, other trainers."""
