@@ -9,8 +9,7 @@ Files of a run folder, all UTF-8 JSON or JSON lines:
     trajectories.jsonl  a few whole trajectories for people (`TrajectoryRecord`)
     summary.json        totals at the end (`write_summary`)
     tensorboard/        the numbers of metrics.jsonl as events
-    checkpoints/        one folder per checkpoint
-    report.html         the report of the run
+    checkpoints/        one safetensors file per checkpoint
 """
 
 from __future__ import annotations
@@ -128,19 +127,23 @@ def read_config(run_dir: Path) -> RunConfig:
 def check_same_settings(run_dir: Path, config: RunConfig) -> None:
     """Refuses to go on with, or to count, a run that was made with other settings.
 
-    What a step does not depend on may change: how many there are, what is evaluated and saved when,
-    how often a task is played then, threads and devices.
+    What a step does not depend on, but for rounding, may change: the number of steps, when the
+    student is evaluated and saved, devices, and what only costs memory or time.
 
     Raises:
         OtherSettingsError: a setting differs.
         RunFolderError: config.json cannot be read.
     """
     saved = read_config(run_dir)
-    free = {"steps", "threads", "eval_every", "eval_samples", "save_every", "teacher_device"}
+    free = {"steps", "threads", "eval_every", "eval_samples", "save_every"}
+    free |= {"device", "teacher_device", "tokens_per_microbatch", "gradient_checkpointing"}
     if is_url(saved.model.teacher) and is_url(config.model.teacher):
         free |= {"teacher", "teacher_api"}  # its server may have moved
     for part in ("env", "model", "algorithm", "train"):
-        old, new = asdict(getattr(saved, part)), asdict(getattr(config, part))
+        # As JSON has them: no infinity, which is none of a value that is not finite.
+        old, new = (
+            without_infinities(asdict(getattr(settings, part))) for settings in (saved, config)
+        )
         for name in new:
             if name not in free and old[name] != new[name]:
                 raise OtherSettingsError(

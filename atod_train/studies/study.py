@@ -40,7 +40,7 @@ from atod_train.teachers.remote import RemoteTeacher
 from atod_train.training.interrupts import interruptible
 from atod_train.training.start_evaluations import evaluate_start
 from atod_train.training.starts import Starts
-from atod_train.training.trainer import Trainer
+from atod_train.training.trainer import StoppedByUser, Trainer
 
 
 @dataclass(frozen=True)
@@ -229,11 +229,13 @@ def _workers(jobs: int) -> Iterator[CallAll]:
 
         def call_all(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
             # The first Ctrl-C reaches the workers too, which then finish their steps.
-            with interruptible(announce=False):
+            with interruptible(announce=False, on_sigterm=_terminate_workers) as interrupted:
                 futures = [executor.submit(function, *arguments) for arguments in calls]
                 try:
                     return [future.result() for future in futures]
                 except BrokenProcessPool as error:
+                    if interrupted:
+                        raise StoppedByUser("stopped; the last finished steps are saved") from None
                     raise AtodError(
                         f"One of {jobs} processes was killed, most likely because memory ran out. "
                         "What was saved is kept, and the same command goes on from there: give it "
@@ -245,6 +247,12 @@ def _workers(jobs: int) -> Iterator[CallAll]:
         except BaseException:
             executor.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _terminate_workers() -> None:
+    """Pass SIGTERM on to the workers, which then finish their steps."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
 
 
 def _set_up_worker() -> None:

@@ -1,39 +1,34 @@
-"""Checkpoints: a folder with one safetensors file and one JSON file, never pickle.
+"""Checkpoints: one safetensors file for each saved step, never pickle.
 
-A save writes the tensors beside whatever the folder holds, forces them to disk, and then puts
-`checkpoint.json` in place with one atomic rename. That rename is the moment at which the
-checkpoint exists: a process killed earlier leaves the previous checkpoint whole, and a folder
-without `checkpoint.json` is no checkpoint. The JSON names the tensors file and its sha256.
+    run/checkpoints/step-000020.safetensors
 
-    run/checkpoints/step-000020/checkpoint.json
-    run/checkpoints/step-000020/tensors-<first 16 hex digits of its sha256>.safetensors
+The tensors are the weights that are trained and the optimiser's moments. The file's header holds
+the JSON metadata. A save writes another file, forces it to disk and renames it: a process killed at
+any moment leaves whole checkpoints only. No checkpoint holds NaN or infinity.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from atod_gym.errors import AtodError
 
-MODEL_PREFIX = "model."
-OPTIMIZER_PREFIX = "optimizer."
-RNG_PREFIX = "rng."
-FORMAT = 1
-_JSON_NAME = "checkpoint.json"
-_PARTIAL = "tensors.partial"
-_STEP_FOLDER = re.compile(r"step-(\d+)")
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+_METADATA = "atod"
+_NAME = re.compile(r"step-(\d+)\.safetensors")
+_PARTIAL = ".partial"
 
 
 class CheckpointError(AtodError):
@@ -41,62 +36,135 @@ class CheckpointError(AtodError):
 
 
 @dataclass(frozen=True)
-class CheckpointState:
-    """Everything a run needs to go on exactly where it stopped."""
+class Checkpoint:
+    """Everything that a run needs to continue as if it had not stopped."""
 
     tensors: dict[str, Tensor]
-    """Flat names: `model.*`, `optimizer.*`, `rng.*`, in any shape and dtype, on any device."""
+    """`model.<parameter>` and `optimizer.<parameter>.<moment>`, of any shape and dtype."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """JSON values: global_step, config, numpy generator states, best score, versions."""
+    """JSON values."""
 
 
-def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step of a run lies."""
-    return run_dir / "checkpoints" / f"step-{step:06d}"
+# -- files -----------------------------------------------------------------------------------------
 
 
-def model_signature(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> dtype and shape of a model's tensors (names with or without `model.`), sorted."""
-    return {
-        name.removeprefix(MODEL_PREFIX): f"{str(tensor.dtype).removeprefix('torch.')}"
-        f"{list(tensor.shape)}"
-        for name, tensor in sorted(tensors.items())
-        if not name.startswith((OPTIMIZER_PREFIX, RNG_PREFIX))
-    }
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Return the path of a step's checkpoint."""
+    return run_dir / "checkpoints" / f"step-{step:06d}.safetensors"
 
 
-def model_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Sha256 over names, shapes and dtypes of a model's tensors: equal if weights can be loaded."""
-    return _digest_of_json(model_signature(tensors))
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; at every moment `path` holds the old file or the new one, whole.
 
-
-def _digest_of_json(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _digest_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Forces a file or folder to disk; systems that cannot open folders skip those."""
+    Raises:
+        CheckpointError: a tensor is not finite, the metadata is not JSON, or the file cannot be
+            written. Nothing half-written stays.
+    """
+    check_finite(checkpoint.tensors, f"The checkpoint {path} is not written")
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows and folders
-        return
+        metadata = json.dumps(checkpoint.metadata, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The metadata of a checkpoint must be plain JSON without NaN or infinity: {error}."
+        ) from error
+    partial = path.with_name(path.name + _PARTIAL)
     try:
-        os.fsync(descriptor)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_for_saving(checkpoint.tensors), partial, {_METADATA: metadata})
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} could not be written ({error}). Free disk space, or make the "
+            "folder writable; the checkpoints saved before are untouched."
+        ) from error
     finally:
-        os.close(descriptor)
+        if path.parent.is_dir():
+            partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU, bit for bit as it was saved.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, of another format, or holds NaN.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = (file.metadata() or {}).get(_METADATA)
+            if record is None:
+                raise CheckpointError(f"{path} is no checkpoint of this program")
+            checkpoint = Checkpoint(
+                {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+                json.loads(record),
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    check_finite(checkpoint.tensors, f"The checkpoint {path} cannot be used")
+    return checkpoint
+
+
+def saved_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest step first."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Read the newest checkpoint that can be read.
+
+    Returns:
+        The checkpoint, None where the run has none; and for each newer one that was passed over a
+        line that says why.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be read.
+    """
+    passed: list[str] = []
+    for path in reversed(saved_checkpoints(run_dir)):
+        try:
+            return load_checkpoint(path), passed
+        except CheckpointError as error:
+            passed.append(str(error))
+    if passed:
+        raise CheckpointError(
+            f"No checkpoint of {run_dir} can be used: {'; '.join(passed)}. Remove "
+            f"{run_dir / 'checkpoints'} to begin the run again."
+        )
+    return None, passed
+
+
+def prune_checkpoints(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what killed saves left.
+
+    Raises:
+        CheckpointError: a file cannot be deleted.
+    """
+    strays = (run_dir / "checkpoints").glob(f"*{_PARTIAL}")
+    try:
+        for path in (*saved_checkpoints(run_dir)[:-keep], *strays):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"An old checkpoint could not be deleted ({error}).") from error
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse tensors that hold NaN or infinity.
+
+    Raises:
+        CheckpointError: one does; the message begins with `what`.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{what}: {name} holds NaN or infinity")
 
 
 def _for_saving(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors without shared memory (tied weights), as safetensors wants them."""
+    """Contiguous CPU tensors without shared memory, as safetensors needs them."""
     ready: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -107,212 +175,131 @@ def _for_saving(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ready
 
 
-def save_checkpoint(folder: Path, state: CheckpointState) -> None:
-    """Writes a checkpoint; at every moment `folder` holds the old one, or the new one, whole.
+def _sync(path: Path) -> None:
+    """Force a file or folder to disk; systems that cannot open folders skip those."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows and folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
-    Args:
-        folder: such as `checkpoint_folder(run_dir, step)`; made if absent, replaced if present.
-        state: tensors and JSON metadata.
+
+# -- tensors of live objects -----------------------------------------------------------------------
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that are trained and the buffers, as `model.<name>`; no copy.
+
+    Frozen weights, such as those below adapters, are those that the run began with. Weights that
+    are tied are returned once.
+    """
+    every = model.named_parameters(remove_duplicate=False)
+    left_out = {name for name, _ in every} - {
+        name for name, weight in model.named_parameters() if weight.requires_grad
+    }
+    return {
+        _MODEL + name: tensor for name, tensor in model.state_dict().items() if name not in left_out
+    }
+
+
+def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the `model.` tensors of a checkpoint into a model of the same shapes.
 
     Raises:
-        CheckpointError: the disk is full, the folder cannot be written, or the metadata is not
-            JSON. Nothing half-written stays.
+        CheckpointError: the checkpoint belongs to another model; names the differing tensors.
     """
-    try:
-        digest_of_metadata = _digest_of_json(state.metadata)
-    except (TypeError, ValueError) as error:
+    own = model_tensors(model)
+    saved = {name: tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
+
+    def shape(of: Mapping[str, Tensor], name: str) -> str:
+        if name not in of:
+            return "absent"
+        return f"{str(of[name].dtype).removeprefix('torch.')}{list(of[name].shape)}"
+
+    differing = [n for n in sorted({*own, *saved}) if shape(own, n) != shape(saved, n)]
+    if differing:
+        lines = [
+            f"  {name.removeprefix(_MODEL)}: saved {shape(saved, name)}, model {shape(own, name)}"
+            for name in differing[:5]
+        ]
+        more = f"\n  and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise CheckpointError(
-            f"the metadata of a checkpoint must be plain JSON without NaN or infinity: {error}"
-        ) from error
-    is_new = not folder.exists()
-    partial, json_partial = folder / _PARTIAL, folder / f"{_JSON_NAME}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(_for_saving(state.tensors), partial)
-        _sync(partial)
-        digest = _digest_of_file(partial)
-        tensors_path = folder / f"tensors-{digest[:16]}.safetensors"
-        record = {
-            "format": FORMAT,
-            "tensors_file": tensors_path.name,
-            "tensors_sha256": digest,
-            "model_fingerprint": model_fingerprint(state.tensors),
-            "metadata_sha256": digest_of_metadata,
-            "metadata": state.metadata,
-        }
-        with json_partial.open("w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, tensors_path)
-        _sync(folder)  # the tensors' name must be on disk before the JSON speaks of it
-        os.replace(json_partial, folder / _JSON_NAME)
-    except (OSError, SafetensorError) as error:
-        _discard(folder, is_new)
-        raise CheckpointError(
-            f"the checkpoint {folder} could not be written ({error}). Free disk space, or choose "
-            "a folder that can be written; the checkpoints saved before are untouched."
-        ) from error
-    except BaseException:
-        _discard(folder, is_new)
-        raise
-    _sync(folder)
-    _sync(folder.parent)
-    _remove_strays(folder, keep=tensors_path.name)
-
-
-def _remove_strays(folder: Path, keep: str) -> None:
-    """Removes the tensors of replaced or interrupted saves from a folder."""
-    for path in folder.iterdir():
-        is_tensors = path.name.startswith("tensors-") and path.suffix == ".safetensors"
-        if path.suffix == ".partial" or (is_tensors and path.name != keep):
-            path.unlink(missing_ok=True)
-
-
-def _discard(folder: Path, is_new: bool) -> None:
-    """Removes what a failed save wrote and leaves a checkpoint that was there before."""
-    if not folder.is_dir():
-        return
-    if is_new:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    try:
-        record = json.loads((folder / _JSON_NAME).read_text(encoding="utf-8"))
-        _remove_strays(folder, keep=record["tensors_file"])
-    except (OSError, ValueError, KeyError):
-        # Without a readable checkpoint.json it is not known which tensors are precious.
-        for name in (_PARTIAL, f"{_JSON_NAME}.partial"):
-            (folder / name).unlink(missing_ok=True)
-
-
-def _read_verified(folder: Path) -> tuple[dict[str, Any], Path]:
-    """The JSON record and the tensors path of an intact checkpoint, or a CheckpointError."""
-    try:
-        record = json.loads((folder / _JSON_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} holds no finished checkpoint (no {_JSON_NAME})") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / _JSON_NAME} cannot be read ({error})") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder / _JSON_NAME} is not of checkpoint format {FORMAT}; "
-            "use the version of the program that wrote it"
+            "The checkpoint belongs to another model. Choose the model that it was saved from, or "
+            "start a new run. Differing tensors:\n" + "\n".join(lines) + more
         )
-    try:
-        path = folder / Path(record["tensors_file"]).name
-        if _digest_of_json(record["metadata"]) != record["metadata_sha256"]:
-            raise CheckpointError(f"{folder / _JSON_NAME} was altered after it was saved")
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if _digest_of_file(path) != record["tensors_sha256"]:
-            raise CheckpointError(f"{path} is truncated or was altered after it was saved")
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / _JSON_NAME} lacks {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"the checkpoint {folder} cannot be read ({error})") from error
-    return record, path
+    weights = {name.removeprefix(_MODEL): tensor for name, tensor in saved.items()}
+    model.load_state_dict(weights, strict=False)
 
 
-def _steps(parent: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every finished or unfinished step checkpoint, oldest first."""
-    if not parent.is_dir():
-        return []
-    found = []
-    for path in parent.iterdir():
-        match = _STEP_FOLDER.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match.group(1)), path))
-    return sorted(found)
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool = True
+) -> dict[str, Tensor]:
+    """Return the optimiser's moments and step counts as `optimizer.<parameter>.<moment>`.
 
-
-def _previous_good(folder: Path) -> Path | None:
-    """The newest other checkpoint beside a damaged one that is intact."""
-    for _, path in reversed(_steps(folder.parent)):
-        if path.resolve() == folder.resolve():
-            continue
-        try:
-            _read_verified(path)
-        except CheckpointError:
-            continue
-        return path
-    return None
-
-
-def load_checkpoint(folder: Path, *, model: Mapping[str, Tensor] | None = None) -> CheckpointState:
-    """Reads a checkpoint after checking that it is whole.
+    Moments that are divided over processes are gathered one parameter at a time and moved to the
+    CPU, so all processes must call this. Learning rates follow from the settings and are left out.
 
     Args:
-        folder: the checkpoint, as saved.
-        model: tensors of the model that will take the weights (`model_tensors(..)` or a
-            state_dict); a checkpoint of another model is refused before anything is loaded.
+        optimizer: over parameters of `model`.
+        model: names the parameters.
+        keep: whether this process needs the result; another returns nothing.
+    """
+    names = _parameter_names(optimizer, model)
+    found = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensor = whole(value)
+                if keep:
+                    # What was gathered must not stay on the GPU until all are gathered.
+                    tensor = tensor if tensor is value else tensor.cpu()
+                    found[f"{_OPTIMIZER}{names[index]}.{key}"] = tensor
+    return found
 
-    Returns:
-        The state, all tensors on the CPU, bit for bit as saved.
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put the result of `optimizer_tensors` into an optimiser over the same parameters.
 
     Raises:
-        CheckpointError: missing, truncated, altered, of another format or of another model. The
-            message names the newest intact checkpoint beside it, if there is one.
+        CheckpointError: a saved name is no parameter of this optimiser.
     """
-    try:
-        record, path = _read_verified(folder)
-        tensors = load_file(path)
-    except (CheckpointError, SafetensorError) as error:
-        good = _previous_good(folder)
-        advice = f"Resume from {good} instead." if good else "No intact checkpoint lies beside it."
-        raise CheckpointError(f"{error}. {advice}") from error
-    if model is not None and model_fingerprint(model) != record["model_fingerprint"]:
-        _refuse_other_model(folder, model_signature(tensors), model_signature(model))
-    return CheckpointState(tensors, record["metadata"])
+    index_of = {name: index for index, name in enumerate(_parameter_names(optimizer, model))}
+    parameters = dict(model.named_parameters())
+    restored: dict[int, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        if not full_name.startswith(_OPTIMIZER):
+            continue
+        name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition(".")
+        if name not in index_of:
+            raise CheckpointError(
+                f"The checkpoint has optimiser state for {name!r}, which this run does not train. "
+                "Choose the model and the settings of the run that saved it."
+            )
+        # A copy: the optimiser changes its moments in place.
+        moment = divided_like(tensor.clone(), parameters[name])
+        restored.setdefault(index_of[name], {})[key] = moment
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
 
 
-def _refuse_other_model(folder: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    differing = [name for name in sorted({*saved, *wanted}) if saved.get(name) != wanted.get(name)]
-    lines = [
-        f"  {name}: saved {saved.get(name, 'absent')}, model {wanted.get(name, 'absent')}"
-        for name in differing[:5]
-    ]
-    more = f"\n  and {len(differing) - 5} more" if len(differing) > 5 else ""
-    raise CheckpointError(
-        f"the checkpoint {folder} belongs to another model. Choose the model it was saved from, "
-        "or start a new run. Differing tensors:\n" + "\n".join(lines) + more
-    )
+def _parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of the optimiser's parameters in its own order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The finished checkpoint of the highest step under `run_dir/checkpoints`; None if none.
-
-    Folders that an interrupted save left behind are passed over. Intactness is checked when the
-    checkpoint is loaded.
-    """
-    for _, path in reversed(_steps(run_dir / "checkpoints")):
-        if (path / _JSON_NAME).is_file():
-            return path
-    return None
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be divided over processes, gathered; all must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def prune_checkpoints(run_dir: Path, keep: int) -> tuple[Path, ...]:
-    """Deletes all but the newest `keep` step checkpoints, and leftovers of interrupted saves.
-
-    Folders with other names, such as `checkpoints/best`, are left alone. Not to be called while
-    another process saves into the same run.
-
-    Returns:
-        The folders deleted.
-
-    Raises:
-        CheckpointError: `keep` is below 1, or a folder cannot be deleted.
-    """
-    if keep < 1:
-        raise CheckpointError(f"at least one checkpoint must be kept, not {keep}")
-    folders = [path for _, path in _steps(run_dir / "checkpoints")]
-    finished = [path for path in folders if (path / _JSON_NAME).is_file()]
-    kept = set(finished[-keep:])
-    deleted = tuple(path for path in folders if path not in kept)
-    try:
-        for path in deleted:
-            # The JSON goes first, so that a half-deleted folder is no checkpoint.
-            (path / _JSON_NAME).unlink(missing_ok=True)
-            shutil.rmtree(path)
-    except OSError as error:
-        raise CheckpointError(f"an old checkpoint could not be deleted ({error})") from error
-    return deleted
+def divided_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Divide a whole tensor over processes as a parameter of the same shape is, if it is."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    mesh = parameter.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements)

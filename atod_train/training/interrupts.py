@@ -1,19 +1,29 @@
-"""Ctrl-C in the middle of a step: finish the step first, so that nothing is lost."""
+"""Ctrl-C and SIGTERM in the middle of a step: finish the step first, so that nothing is lost."""
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _ECHO_SECONDS = 1.0
-"""Launchers pass a Ctrl-C on to processes that the terminal has told already."""
+"""Launchers repeat a signal to processes that have received it already."""
 
 
 @contextmanager
-def interruptible(announce: bool = True) -> Iterator[list[float]]:
-    """The first Ctrl-C is noted, to stop after the step; a second one stops at once."""
+def interruptible(
+    announce: bool = True, on_sigterm: Callable[[], None] | None = None
+) -> Iterator[list[float]]:
+    """Note the first SIGINT or SIGTERM, to stop after the step; a second one stops at once.
+
+    Args:
+        announce: print that the run will stop.
+        on_sigterm: called at the first SIGTERM. Unlike Ctrl-C it does not reach child processes.
+
+    Yields:
+        A list that is empty until a signal has arrived.
+    """
     noted: list[float] = []
 
     def note(number: int, frame: object) -> None:
@@ -23,15 +33,19 @@ def interruptible(announce: bool = True) -> Iterator[list[float]]:
         if noted:
             return
         noted.append(now)
+        if number == signal.SIGTERM and on_sigterm is not None:
+            on_sigterm()
         if announce:
             print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
 
+    numbers = (signal.SIGINT, signal.SIGTERM)
     try:
-        previous = signal.signal(signal.SIGINT, note)
+        previous = [(number, signal.signal(number, note)) for number in numbers]
     except ValueError:  # not in the main thread: leave signals alone
         yield noted
         return
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous:
+            signal.signal(number, handler)

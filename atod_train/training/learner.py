@@ -8,6 +8,7 @@ after each step the student, which samples and is evaluated and saved, gets the 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from atod_train.models.fast.prefix_trees import divided, sequences_of
 from atod_train.models.policy import Computation, Policy
 from atod_train.models.scores import MicroBatch
 from atod_train.records import Batch
-from atod_train.training.training_state import (
+from atod_train.training.checkpoint import (
     divided_like,
     model_tensors,
     optimizer_tensors,
@@ -51,6 +52,8 @@ class Learner:
         with torch.no_grad():
             processes.same(list(student.model.parameters()))
         self.policy = student if processes.sharding is None else _sharded(student, processes)
+        self.updates = 0
+        """Updates of the weights made by this object."""
         self._optimizer = torch.optim.AdamW(
             [weight for weight in self.policy.model.parameters() if weight.requires_grad],
             lr=lr,
@@ -84,10 +87,12 @@ class Learner:
         (loss * scale).backward()
 
     def step(self) -> float:
-        """Joins and clips the gradients, moves the weights, forgets the gradients.
+        """Join and clip the gradients, move the weights, clear the gradients.
+
+        A gradient whose norm is not finite moves nothing.
 
         Returns:
-            The norm of the gradient before clipping.
+            The norm of the gradient before clipping; alike in all processes.
         """
         weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
         if self.processes.count > 1 and self.processes.sharding is None:
@@ -95,19 +100,28 @@ class Learner:
                 if weight.grad is None:
                     weight.grad = torch.zeros_like(weight)
             self.processes.add([weight.grad for weight in weights])
-        norm = whole(torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM))
-        self._optimizer.step()
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM)))
+        if math.isfinite(norm):
+            self._optimizer.step()
+            self.updates += 1
         self._optimizer.zero_grad(set_to_none=True)
-        if self.policy is not self.student:
+        if math.isfinite(norm) and self.policy is not self.student:
             self._publish()
-        return float(norm)
+        return norm
+
+    @property
+    def can_save_alone(self) -> bool:
+        """Whether this process can call `tensors` without the others."""
+        return self.processes.is_main and self.policy is self.student
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and optimiser state for a checkpoint; the same for any number of processes."""
-        return {
-            **model_tensors(self.student.model),
-            **optimizer_tensors(self._optimizer, self.policy.model),
-        }
+        """Return weights and optimiser state for a checkpoint; all processes must call this.
+
+        The main process gets the same for any number of processes, the others nothing.
+        """
+        is_main = self.processes.is_main
+        moments = optimizer_tensors(self._optimizer, self.policy.model, keep=is_main)
+        return {**model_tensors(self.student.model), **moments} if is_main else {}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over what `tensors` gave, of a learner with any number of processes."""

@@ -1,20 +1,27 @@
-"""One run: collect, score, weigh, update - and everything that makes it safe to stop.
+"""One run: collect, score, weigh, update, and everything that makes it safe to stop.
 
 All randomness of a step follows from the run's seed and the step's number, so a run that is resumed
-from a checkpoint goes on bit for bit (same machine, same number of threads).
+from a checkpoint continues bit for bit (same machine, same number of threads).
+
+A step is finished when its numbers are written. Its checkpoint comes before its evaluation, and
+whatever fails after a finished step, or before the next one changes weights, saves it on the way
+out; a run that is resumed first makes an evaluation that is missing.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from atod_gym.errors import AtodError
 from atod_train.algorithm.adaptive import moved_on
 from atod_train.algorithm.baselines import (
     Advantages,
@@ -36,17 +43,20 @@ from atod_train.models.scores import TokenScores
 from atod_train.progress import progress
 from atod_train.records import Batch, Trajectory
 from atod_train.reports.metrics import (
+    EvaluatedModel,
     Evaluation,
     MetricsWriter,
     PhaseTimes,
     TrajectoryRecord,
     read_evaluations,
+    read_metrics,
 )
 from atod_train.reports.run_folder import (
     CONFIG_FILE,
     SUMMARY_FILE,
     RunFolderError,
     check_same_settings,
+    without_infinities,
     write_config,
     write_manifest,
     write_summary,
@@ -57,26 +67,33 @@ from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, nothing_fits, seed_for, tasks_for_step
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.training.checkpoint import (
-    CheckpointState,
-    checkpoint_folder,
-    latest_checkpoint,
-    load_checkpoint,
+    Checkpoint,
+    CheckpointError,
+    check_finite,
+    checkpoint_path,
+    load_latest,
+    model_tensors,
     prune_checkpoints,
     save_checkpoint,
 )
 from atod_train.training.interrupts import interruptible
 from atod_train.training.learner import Learner
-from atod_train.training.training_state import model_tensors
 from atod_train.training.update import score_batch, update_policy
 
 _CHECKPOINTS_KEPT = 2
+_SKIPPED_IN_A_ROW = 5
+"""Updates without a finite gradient after which a run ends."""
 
 
 class StoppedByUser(Exception):
-    """Ctrl-C: the step was finished and saved; the message says how to go on."""
+    """Ctrl-C or SIGTERM: the step was finished and saved; the message says how to continue."""
 
 
-@dataclass
+class DivergedError(AtodError):
+    """Gradients, weights or log-probs are not finite."""
+
+
+@dataclass(frozen=True)
 class Progress:
     """What a run has done so far; saved with every checkpoint."""
 
@@ -84,8 +101,6 @@ class Progress:
     minutes: float = 0.0
     tokens: int = 0
     trajectories: int = 0
-    best_step: int = 0
-    best_success: float = -1.0
     annealing: dict[str, Any] = field(default_factory=dict)
     """Of an adaptive schedule, under the key `progress`."""
 
@@ -132,15 +147,23 @@ class Trainer:
         )
         self._times = PhaseTimes()
         self.done = Progress()
+        self._began = time.perf_counter()
+        self._saved_step = 0
+        self._row: dict[str, Any] = {}
+        """The numbers of the last finished step."""
+        self._updates = 0
+        """Updates of the weights up to the end of the last finished step."""
+        self._skipped_in_a_row = 0
 
     # -- the run -----------------------------------------------------------------------------------
 
     def run(self, resume: bool = False) -> None:
-        """Trains up to `train.steps` steps, evaluating and saving on the way.
+        """Train up to `train.steps` steps, evaluating and saving on the way.
 
         Raises:
-            StoppedByUser: after Ctrl-C; a checkpoint of the last finished step is there.
+            StoppedByUser: after Ctrl-C or SIGTERM; the last finished step is saved.
             CheckpointError, RunFolderError: files that cannot be read or written.
+            DivergedError: the student's numbers are no longer finite.
             AtodError: no first prompt of the first step fits the model's context.
         """
         resumed = self._open(resume)
@@ -150,38 +173,58 @@ class Trainer:
             self._writer(resumed) as writer,
             interruptible() as interrupted,
             progress(settings.steps, f"{name}, seed {settings.seed}") as advance,
+            self._saving_if_it_fails(),
         ):
+            self._began = time.perf_counter()
             advance(self.done.step)
+            self._evaluate_if_due(writer)
             while self.done.step < settings.steps:
-                began = time.perf_counter()
-                step = self.done.step + 1
-                metrics, shown = self._step(step)
+                shown = self._step(self.done.step + 1)
                 give_back()
-                self.done.step = step
-                last = step == settings.steps
-                evaluations: list[Evaluation] = []
-                if last or (settings.eval_every and step % settings.eval_every == 0):
-                    with self._times.phase("evaluation"):
-                        evaluations = self._evaluate(step, last)
-                metrics.update(self._times.take())
+                self._count_minutes()
+                self._row |= self._times.take()
                 if writer is not None:
-                    writer.write(metrics)
-                    for evaluation in evaluations:
-                        writer.write_evaluation(evaluation)
-                    for trajectory in shown if evaluations else ():
+                    writer.write(self._row)
+                    for trajectory in shown if self._evaluation_is_due() else ():
                         writer.write_trajectory(trajectory)
-                self.done.minutes += (time.perf_counter() - began) / 60
-                stop = self.processes.any(bool(interrupted))
-                if last or stop or step % max(1, settings.save_every) == 0:
+                step = self.done.step
+                if step == settings.steps or step % max(1, settings.save_every) == 0:
                     self._save()
-                advance(note=_note(metrics))
-                if stop and not last:
-                    raise StoppedByUser(f"stopped after step {step} of {settings.steps}")
+                advance(note=_note(self._row))
+                self._stop_if(bool(interrupted))
+                self._evaluate_if_due(writer)
+                self._stop_if(bool(interrupted))
         if self.processes.is_main:
             self._finish()
         self.processes.wait()
 
+    def _stop_if(self, interrupted: bool) -> None:
+        """Save and stop if a signal arrived in any process and steps are left."""
+        steps = self.config.train.steps
+        if self.processes.any(interrupted) and self.done.step < steps:
+            if self._saved_step < self.done.step:
+                self._save()
+            raise StoppedByUser(f"stopped after step {self.done.step} of {steps}")
+
+    @contextmanager
+    def _saving_if_it_fails(self) -> Iterator[None]:
+        """Save the last finished step when something fails while its weights are still there."""
+        try:
+            yield
+        except Exception:
+            is_there = self.learner.updates == self._updates
+            if is_there and self._saved_step < self.done.step and self.learner.can_save_alone:
+                with suppress(AtodError, OSError):  # what failed first says more
+                    self._save(alone=True)
+            raise
+
+    def _count_minutes(self) -> None:
+        now = time.perf_counter()
+        self.done = replace(self.done, minutes=self.done.minutes + (now - self._began) / 60)
+        self._began = now
+
     def _finish(self) -> None:
+        self._count_minutes()
         self.student.save(self.run_dir / "models" / "last")
         write_summary(
             self.run_dir,
@@ -189,17 +232,24 @@ class Trainer:
             minutes=self.done.minutes,
             tokens=self.done.tokens,
             trajectories=self.done.trajectories,
-            extra={"best_step": self.done.best_step, "finished": True},
+            extra={"best_step": self._best()[0], "finished": True},
         )
-        prune_checkpoints(self.run_dir, keep=1)  # the one before is needed no more
+        prune_checkpoints(self.run_dir, keep=1)
 
     @contextmanager
     def _writer(self, resumed: bool) -> Iterator[MetricsWriter | None]:
-        """Writes metrics and evaluations, in the main process."""
+        """Write metrics and evaluations, in the main process."""
         if not self.processes.is_main:
             yield None
             return
-        with MetricsWriter(self.run_dir, resume_step=self.done.step if resumed else None) as writer:
+        resume_step: int | None = None
+        if resumed:
+            rows = read_metrics(self.run_dir)
+            is_lost = bool(self._row) and self.done.step not in {row["step"] for row in rows}
+            resume_step = self.done.step - is_lost
+        with MetricsWriter(self.run_dir, resume_step=resume_step) as writer:
+            if resumed and is_lost:
+                writer.write(self._row)
             if self.done.step == 0:
                 there = {evaluation.board for evaluation in read_evaluations(self.run_dir)}
                 for evaluation in self._known:
@@ -208,12 +258,12 @@ class Trainer:
             yield writer
 
     def _open(self, resume: bool) -> bool:
-        """Writes config and manifest, or restores the last checkpoint; True if it resumes."""
-        # Nobody looks later than the main process writes.
+        """Write config and manifest, or restore the last checkpoint; True if it resumes."""
+        # Barrier: every rank must have read the folder before rank 0 writes to it.
         exists = self.processes.any((self.run_dir / CONFIG_FILE).is_file())
         if exists and not resume:
             raise RunFolderError(
-                f"{self.run_dir} holds a run already; add --study.resume to go on with it, or "
+                f"{self.run_dir} holds a run already; add --study.resume to continue it, or "
                 "choose another folder with --study.out"
             )
         if exists:
@@ -221,16 +271,19 @@ class Trainer:
         self.processes.wait()
         if self.processes.is_main:
             self._describe()
-        checkpoint = latest_checkpoint(self.run_dir)
+        checkpoint, passed = load_latest(self.run_dir)
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, model=model_tensors(self.student.model))
-            self.learner.restore(state.tensors)
-            self.done = Progress(**state.metadata["progress"])
+            self.learner.restore(checkpoint.tensors)
+            self.done = Progress(**checkpoint.metadata["progress"])
+            self._row = checkpoint.metadata["metrics"]
+            self._saved_step = self.done.step
+            for reason in passed if self.processes.is_main else ():
+                print(f"{reason}; continuing from step {self.done.step}", file=sys.stderr)
         self.processes.wait()
         return exists
 
     def _describe(self) -> None:
-        """Writes config and manifest; a run that goes on is not finished until it ends again."""
+        """Write config and manifest; a run that continues is not finished until it ends again."""
         (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
         write_config(self.run_dir, self.config)
         teacher = self.teacher.policy if isinstance(self.teacher, LocalTeacher) else None
@@ -247,71 +300,137 @@ class Trainer:
             processes=self.processes.count,
         )
 
-    def _save(self) -> None:
+    def _save(self, alone: bool = False) -> None:
+        """Save the last finished step; `alone`: without the other processes."""
         with self._times.phase("checkpoint"):
             tensors = self.learner.tensors()
             if self.processes.is_main:
-                state = CheckpointState(
-                    tensors, {"progress": asdict(self.done), "seed": self.config.train.seed}
-                )
-                save_checkpoint(checkpoint_folder(self.run_dir, self.done.step), state)
+                metadata = {
+                    "progress": asdict(self.done),
+                    "seed": self.config.train.seed,
+                    "metrics": without_infinities(self._row),
+                }
+                path = checkpoint_path(self.run_dir, self.done.step)
+                save_checkpoint(path, Checkpoint(tensors, metadata))
                 prune_checkpoints(self.run_dir, _CHECKPOINTS_KEPT)
-            self.processes.wait()
+            self._saved_step = self.done.step
+            if not alone:
+                self.processes.wait()
 
-    def _evaluate(self, step: int, last: bool) -> list[Evaluation]:
+    # -- evaluations -------------------------------------------------------------------------------
+
+    def _evaluation_is_due(self) -> bool:
+        step, settings = self.done.step, self.config.train
+        every = settings.eval_every
+        return step > 0 and (step == settings.steps or bool(every and step % every == 0))
+
+    def _evaluate_if_due(self, writer: MetricsWriter | None) -> None:
+        """Evaluate the student where the last finished step asks for it and it is not there yet."""
+        if not self._evaluation_is_due():
+            return
+        step = self.done.step
+        last = step == self.config.train.steps
         modes: tuple[EvaluationMode, ...] = ("greedy", "sampled") if last else ("greedy",)
-        evaluations = [
-            Evaluation(
-                step, "student", evaluate(self.student, pool, self.config, mode, self.processes)
-            )
-            for mode in modes
-            for pool in self._eval_pools
-        ]
-        greedy = [e.result for e in evaluations if e.result.mode == "greedy"]
-        if not greedy:
-            return evaluations
-        solved = sum(result.successes for result in greedy)
-        success = solved / sum(len(result.tasks) for result in greedy)
-        if success > self.done.best_success:
-            self.done.best_success, self.done.best_step = success, step
-            if self.processes.is_main:
-                self.student.save(self.run_dir / "models" / "best")
-        return evaluations
+        # The main process decides: it alone writes.
+        there = self._boards(step) if writer is not None else set()
+        there = set(self.processes.gather(sorted(there)))
+        found: list[Evaluation] = []
+        with self._times.phase("evaluation"):
+            for mode in modes:
+                for pool in self._eval_pools:
+                    if ("student", pool.split, mode) not in there:
+                        result = evaluate(self.student, pool, self.config, mode, self.processes)
+                        found.append(Evaluation(step, "student", result))
+        if writer is None or not found:
+            return
+        if _greedy_success(found) > self._best()[1]:
+            self.student.save(self.run_dir / "models" / "best")
+        for evaluation in found:
+            writer.write_evaluation(evaluation)
+
+    def _boards(self, step: int) -> set[tuple[EvaluatedModel, str, EvaluationMode]]:
+        """What the student of a step was evaluated on."""
+        made = read_evaluations(self.run_dir)
+        return {e.board for e in made if (e.step, e.model) == (step, "student")}
+
+    def _best(self) -> tuple[int, float]:
+        """Step and greedy success of the best student so far; the earliest of equal ones."""
+        by_step: dict[int, list[Evaluation]] = {}
+        for evaluation in read_evaluations(self.run_dir):
+            if evaluation.model == "student" and evaluation.step:
+                by_step.setdefault(evaluation.step, []).append(evaluation)
+        best = (0, -1.0)
+        for step, evaluations in by_step.items():
+            if (success := _greedy_success(evaluations)) > best[1]:
+                best = (step, success)
+        return best
 
     # -- one step ----------------------------------------------------------------------------------
 
-    def _step(self, step: int) -> tuple[dict[str, Any], list[TrajectoryRecord]]:
-        """One optimiser cycle: rollout, scores, advantages, updates."""
+    def _step(self, step: int) -> list[TrajectoryRecord]:
+        """Make one optimiser cycle: rollout, scores, advantages, updates.
+
+        Returns:
+            Trajectories to show; the step's numbers are in `_row`.
+        """
         trajectories = self._collect(step)
         give_back()
-        self.done.trajectories += len(trajectories)
+        done = replace(
+            self.done, step=step, trajectories=self.done.trajectories + len(trajectories)
+        )
         if not any(trajectory.turns for trajectory in trajectories):
-            return self._empty_step(step), []
+            self._row, self.done = self._empty_step(step), done
+            return []
         batch = make_batch(trajectories, self.student.pad_id)
         scores = score_batch(self.learner, self.teacher, batch, self.config, self._times)
+        _check_scores(scores, batch, step)
         advantages = self._advantages(batch, trajectories, scores, step)
         order = torch.Generator().manual_seed(seed_for(self.config.train.seed, step, "minibatches"))
         with self._times.phase("update"):
             update = update_policy(
                 self.learner, self.teacher, batch, scores, advantages, self.config, order
             )
-        self.done.tokens += int(batch.completion_mask.sum())
+            self._check_update(update, step)
         metrics = {
             "step": step,
             **batch_metrics(batch, trajectories, scores, advantages),
             **update,
         }
         if is_adaptive(self.config.algorithm):
-            metrics["anneal_progress"] = self.done.anneal_progress
-            self.done.annealing = {
-                "progress": moved_on(self.done.anneal_progress, metrics["solved_groups"])
-            }
+            metrics["anneal_progress"] = done.anneal_progress
+            moved = moved_on(done.anneal_progress, metrics["solved_groups"])
+            done = replace(done, annealing={"progress": moved})
         drift = rendering_drift(trajectories, self._dialogue)
         if drift is not None:
             metrics["rollout/rendering_drift"] = drift
         has_teacher = self.teacher is not None
         shown = trajectories_to_show(step, batch, trajectories, advantages, has_teacher)
-        return metrics, shown
+        self.done = replace(done, tokens=done.tokens + int(batch.completion_mask.sum()))
+        self._row, self._updates = metrics, self.learner.updates
+        return shown
+
+    def _check_update(self, update: Mapping[str, float], step: int) -> None:
+        """Refuse weights that are not finite, and more skipped updates in a row than happen.
+
+        Raises:
+            DivergedError: nothing of this step is saved.
+        """
+        skipped = int(update["skipped_updates"])
+        none_made = math.isnan(update["grad_norm"])
+        self._skipped_in_a_row = self._skipped_in_a_row + skipped if none_made else 0
+        last = f"The checkpoint of step {self._saved_step} is kept." if self._saved_step else ""
+        if self._skipped_in_a_row >= _SKIPPED_IN_A_ROW:
+            raise DivergedError(
+                f"The gradients of {self._skipped_in_a_row} updates up to step {step} were not "
+                "finite. Lower train.lr, or use --model.dtype float32, in a new run (--study.out). "
+                f"{last}".rstrip()
+            )
+        try:
+            check_finite(model_tensors(self.student.model), f"Step {step} left broken weights")
+        except CheckpointError as error:
+            raise DivergedError(
+                f"{error}. Lower train.lr in a new run (--study.out). {last}".rstrip()
+            ) from error
 
     def _empty_step(self, step: int) -> dict[str, Any]:
         """The numbers of a step in which no episode could be begun."""
@@ -371,6 +490,38 @@ class Trainer:
 
 def _parameters(policy: Policy) -> int:
     return sum(parameter.numel() for parameter in policy.model.parameters())
+
+
+def _greedy_success(evaluations: Sequence[Evaluation]) -> float:
+    """Share of the tasks of all splits that were solved greedily; -1 where none was played."""
+    greedy = [e.result for e in evaluations if e.result.mode == "greedy"]
+    tasks = sum(len(result.tasks) for result in greedy)
+    return sum(result.successes for result in greedy) / tasks if tasks else -1.0
+
+
+def _check_scores(scores: TokenScores, batch: Batch, step: int) -> None:
+    """Refuse log-probs that are not finite before anything is computed from them.
+
+    Raises:
+        DivergedError: names whose they are.
+    """
+    models = {
+        "student": ("logprobs", "entropies", "divergences"),
+        "teacher": ("reference_logprobs",),
+    }
+    for model, names in models.items():
+        for name in names:
+            values = getattr(scores, name)
+            if values is not None and not values[batch.completion_mask].isfinite().all():
+                raise DivergedError(
+                    f"Step {step}: {name} of the {model} are not finite. "
+                    + (
+                        "Lower train.lr in a new run (--study.out), or use --model.dtype float32."
+                        if model == "student"
+                        else "The teacher cannot score what the student sampled: check its weights "
+                        "and its vocabulary."
+                    )
+                )
 
 
 def _note(metrics: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ All processes call these functions with the same batch; each works on its share 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -102,14 +103,17 @@ def update_policy(
         order: decides which sequences share a mini-batch; alike in all processes.
 
     Returns:
-        Means over the batch: loss, clip_fraction, grad_norm; and the number of tokens.
+        Means over the updates made: loss, clip_fraction, grad_norm (NaN where none was made); the
+        number of tokens; and `skipped_updates`, how many had a gradient that was not finite and so
+        moved nothing.
     """
     parts = split_minibatches(batch, config.train.minibatches, order)
     sums = torch.zeros(3, dtype=torch.float64)  # loss, clipped tokens, tokens
-    norm = 0.0
+    norms: list[float] = []
     with _reference(teacher, config.algorithm) as reference:
         for part in parts:
             mask = part.batch.completion_mask
+            part_sums = torch.zeros_like(sums)
             normalizer = loss_normalizer(
                 mask, config.algorithm.aggregation, part.batch.trajectory_index
             )
@@ -121,15 +125,20 @@ def update_policy(
             ):
                 loss, seen = _loss(micro, part, normalizer, scores, advantages, config.algorithm)
                 learner.backward(loss)
-                sums += seen
-            norm += learner.step() / len(parts)
+                part_sums += seen
+            norm = learner.step()
+            if math.isfinite(norm):
+                norms.append(norm)
+                sums += part_sums
     learner.processes.add([sums])
     loss_sum, clipped, tokens = sums.tolist()
+    made = len(norms)
     return {
-        "loss": loss_sum / len(parts),
+        "loss": loss_sum / made if made else math.nan,
         "clip_fraction": clipped / max(1.0, tokens),
-        "tokens": tokens,
-        "grad_norm": norm,
+        "tokens": float(batch.completion_mask.sum()),
+        "grad_norm": sum(norm / made for norm in norms) if made else math.nan,
+        "skipped_updates": len(parts) - made,
     }
 
 

@@ -22,7 +22,7 @@ from atod_train.distributed import Processes, join_processes
 from atod_train.reports.metrics import read_evaluations
 from atod_train.reports.run_folder import read_json
 from atod_train.studies.study import run_study
-from atod_train.training.checkpoint import latest_checkpoint, load_checkpoint
+from atod_train.training.checkpoint import load_latest
 
 HERE = Path(__file__).parent
 # Three groups for two processes.
@@ -42,9 +42,10 @@ def with_steps(steps: int, resume: bool) -> RunConfig:
 def together(*arguments: str, count: int = 2, **environment: str) -> None:
     """Runs train_together.py in several processes."""
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    paths = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, "-m", *command, str(HERE / "train_together.py"), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
         capture_output=True,
         text=True,
         timeout=280,
@@ -75,12 +76,13 @@ def assert_close(run: Path, other: Path) -> None:
     assert [e for e in read_evaluations(run) if e.step in (0, 4)] == [
         e for e in read_evaluations(other) if e.step in (0, 4)
     ]
-    ours = load_checkpoint(latest_checkpoint(run) or Path()).tensors
-    theirs = load_checkpoint(latest_checkpoint(other) or Path()).tensors
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
+    (ours, _), (theirs, _) = load_latest(run), load_latest(other)
+    assert ours is not None
+    assert theirs is not None
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name, tensor in ours.tensors.items():
         # AdamW turns the sign of a gradient that is nearly zero into a whole step.
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-2, atol=2e-3, msg=name)
+        torch.testing.assert_close(tensor, theirs.tensors[name], rtol=1e-2, atol=2e-3, msg=name)
 
 
 @pytest.mark.parametrize(

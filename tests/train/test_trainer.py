@@ -36,7 +36,7 @@ from atod_train.reports.metrics import read_metrics
 from atod_train.reports.report_data import read_run
 from atod_train.reports.run_folder import RunFolderError, read_json
 from atod_train.studies.study import run_study
-from atod_train.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from atod_train.training.checkpoint import CheckpointError, load_latest
 
 CONFIG = RunConfig(
     env=EnvConfig(
@@ -133,8 +133,9 @@ def test_three_steps_and_three_more_are_six(whole_run: Path, tmp_path: Path) -> 
     run_study(_resuming(CONFIG), tmp_path)
     resumed = tmp_path / "atod-seed0"
     assert _numbers(resumed) == _numbers(whole_run)
-    ours = load_checkpoint(latest_checkpoint(resumed) or Path())
-    theirs = load_checkpoint(latest_checkpoint(whole_run) or Path())
+    (ours, _), (theirs, _) = load_latest(resumed), load_latest(whole_run)
+    assert ours is not None
+    assert theirs is not None
     assert ours.tensors.keys() == theirs.tensors.keys()
     for name, tensor in ours.tensors.items():
         assert torch.equal(tensor, theirs.tensors[name]), name
@@ -309,15 +310,14 @@ def test_exact_signal_and_adapters_resume_too(whole_run: Path, tmp_path: Path) -
     (parts / "summary.json").unlink()
     run_study(_resuming(_with(config, steps=3)), tmp_path / "parts")
     assert _numbers(parts) == _numbers(tmp_path / "whole" / "atod-seed0")
-    ours, theirs = (
-        load_checkpoint(latest_checkpoint(tmp_path / name / "atod-seed0") or Path()).tensors
-        for name in ("whole", "parts")
-    )
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
+    ours, theirs = (load_latest(tmp_path / name / "atod-seed0")[0] for name in ("whole", "parts"))
+    assert ours is not None
+    assert theirs is not None
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name, tensor in ours.tensors.items():
         # Weights that are not trained are those of the start, and not in it.
         assert "lora_" in name
-        assert torch.equal(tensor, theirs[name]), name
+        assert torch.equal(tensor, theirs.tensors[name]), name
 
 
 def test_window_style_trains_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

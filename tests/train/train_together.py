@@ -19,8 +19,8 @@ from atod_train.models.pretrained import LoadOptions, load_policy
 from atod_train.reports.metrics import PhaseTimes
 from atod_train.studies.study import run_study
 from atod_train.teachers.local import LocalTeacher
+from atod_train.training.checkpoint import whole
 from atod_train.training.learner import Learner
-from atod_train.training.training_state import whole
 from atod_train.training.update import score_batch, update_policy
 
 

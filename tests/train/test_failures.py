@@ -1,0 +1,262 @@
+"""Whatever fails in a run, the last finished step is saved and nothing broken is written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainer import CONFIG as WHOLE
+from test_trainer import _numbers, _resuming, _wait_for_step, _with
+
+from atod_gym.errors import AtodError
+from atod_train.config import RunConfig
+from atod_train.models.policy import Policy
+from atod_train.reports.metrics import MetricsWriter, read_evaluations, read_metrics
+from atod_train.reports.run_folder import read_json
+from atod_train.studies.study import run_study
+from atod_train.training import trainer, update
+from atod_train.training.checkpoint import checkpoint_path, saved_checkpoints
+from atod_train.training.learner import Learner
+from atod_train.training.trainer import DivergedError
+
+CONFIG = _with(WHOLE, save_every=100, steps=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["ATOD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    run_study(CONFIG, out)
+    return out / "atod-seed0"
+
+
+def _assert_same(run: Path, whole: Path) -> None:
+    assert _numbers(run) == _numbers(whole)
+    assert read_evaluations(run) == read_evaluations(whole)
+    assert (
+        read_json(run / "summary.json")["best_step"]
+        == (read_json(whole / "summary.json")["best_step"])
+    )
+    for model in ("last", "best"):
+        ours, theirs = (load_file(f / "models" / model / "model.safetensors") for f in (run, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
+    """Make one element of one gradient NaN in some of the updates, counted from 1."""
+    step, count = Learner.step, [0]
+
+    def poisoned(self: Learner) -> float:
+        count[0] += 1
+        if count[0] in calls:
+            weights = self.policy.model.parameters()
+            grad = next(weight.grad for weight in weights if weight.grad is not None)
+            grad.view(-1)[0] = float("nan")
+        return step(self)
+
+    monkeypatch.setattr(Learner, "step", poisoned)
+
+
+def test_an_update_without_a_finite_gradient_is_skipped_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _poison(monkeypatch, {3, 7, 8})  # two updates a step
+    run_study(_with(CONFIG, save_every=1), tmp_path)
+    run = tmp_path / "atod-seed0"
+    rows = read_metrics(run)
+    assert [row["skipped_updates"] for row in rows] == [0, 1, 0, 2]
+    assert rows[1]["grad_norm"] > 0
+    assert rows[3]["grad_norm"] is None
+    for path in (*saved_checkpoints(run), *run.glob("models/*/model.safetensors")):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+def test_many_in_a_row_end_the_run_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _poison(monkeypatch, set(range(5, 100)))
+    with pytest.raises(DivergedError, match=r"6 updates up to step 5 were not finite\. Lower"):
+        run_study(_with(CONFIG, steps=20), tmp_path)
+    # Skipped updates move nothing: the last finished step is saved.
+    assert saved_checkpoints(tmp_path / "atod-seed0")[-1].stem == "step-000004"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_never_saved(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, count = Learner.step, [0]
+
+    def breaking(self: Learner) -> float:
+        norm = step(self)
+        count[0] += 1
+        if count[0] == 6:
+            with torch.no_grad():
+                next(self.student.model.parameters()).view(-1)[0] = value
+        return norm
+
+    monkeypatch.setattr(Learner, "step", breaking)
+    with pytest.raises(DivergedError, match=r"Step 3 .*Lower .*checkpoint of step 2 is kept"):
+        run_study(_with(CONFIG, save_every=1), tmp_path)
+    paths = saved_checkpoints(tmp_path / "atod-seed0")
+    assert [path.stem for path in paths] == ["step-000001", "step-000002"]
+
+
+def test_log_probs_that_are_not_finite_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = trainer.score_batch
+
+    def broken(*arguments: Any) -> Any:
+        scores = scored(*arguments)
+        getattr(scores, name).fill_(float("nan"))
+        return scores
+
+    monkeypatch.setattr(trainer, "score_batch", broken)
+    for name, message in (("logprobs", "student .* Lower"), ("reference_logprobs", "teacher")):
+        with pytest.raises(DivergedError, match=f"Step 1: {name} of the {message}"):
+            run_study(CONFIG, tmp_path / name)
+
+
+class Failing:
+    """Fails at one of its calls, as what it stands for."""
+
+    def __init__(self, function: Any, call: int) -> None:
+        self.function, self.left = function, call
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise AtodError("it is gone")
+        return self.function(*arguments, **settings)
+
+    def __get__(self, owner: Any, kind: type) -> Any:
+        """A method, where it stands for one."""
+        return partial(self, owner)
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "step"),
+    [
+        ("rollout", 3, 2),  # an environment's server
+        ("teacher", 3, 2),
+        ("update", 3, 2),  # out of memory before weights are moved
+        ("evaluation", 1, 3),
+        ("best", 1, 3),
+        ("metrics", 3, 3),
+    ],
+)
+def test_what_was_finished_is_saved_and_resumes_as_if_nothing_had_happened(
+    place: str, call: int, step: int, whole_run: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    owner, name = {
+        "rollout": (trainer, "collect"),
+        "teacher": (trainer, "score_batch"),
+        "update": (update, "split_minibatches"),
+        "evaluation": (trainer, "evaluate"),
+        "best": (Policy, "save"),
+        "metrics": (MetricsWriter, "write"),
+    }[place]
+    kept = getattr(owner, name)
+    monkeypatch.setattr(owner, name, Failing(kept, call))
+    with pytest.raises(AtodError, match="it is gone"):
+        run_study(CONFIG, tmp_path)
+    run = tmp_path / "atod-seed0"
+    assert [path.stem for path in saved_checkpoints(run)] == [f"step-{step:06d}"]
+    monkeypatch.setattr(owner, name, kept)
+    run_study(_resuming(CONFIG), tmp_path)
+    _assert_same(run, whole_run)
+
+
+def test_weights_of_half_a_step_are_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Learner, "step", Failing(Learner.step, 6))
+    with pytest.raises(AtodError, match="it is gone"):
+        run_study(CONFIG, tmp_path)
+    assert not saved_checkpoints(tmp_path / "atod-seed0")
+
+
+def test_a_broken_newest_checkpoint_is_passed_over(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate", Failing(trainer.evaluate, 1))
+        with pytest.raises(AtodError, match="it is gone"):
+            run_study(_with(CONFIG, save_every=1), tmp_path)
+    run = tmp_path / "atod-seed0"
+    newest = checkpoint_path(run, 3)
+    os.truncate(newest, newest.stat().st_size - 1)
+    run_study(_resuming(CONFIG), tmp_path)
+    told = capsys.readouterr().err
+    assert "step-000003.safetensors cannot be read" in told
+    assert "continuing from step 2" in told
+    assert _numbers(run) == _numbers(whole_run)
+
+
+_SCRIPT = """
+import sys, dataclasses
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import test_failures as t
+from atod_train.studies.study import run_study
+from atod_train.training.trainer import StoppedByUser
+if __name__ == "__main__":
+    config = t._resuming(t._with(t.CONFIG, steps=10_000))
+    methods = ("atod", "opd")[: int(sys.argv[3])]
+    study = dataclasses.replace(config.study, methods=methods, jobs=len(methods))
+    try:
+        run_study(dataclasses.replace(config, study=study), Path(sys.argv[1]))
+    except StoppedByUser as stop:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_every_run(number: int, jobs: int, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(_SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path), str(Path(__file__).parent), str(jobs)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    runs = [tmp_path / f"{method}-seed0" for method in ("atod", "opd")[:jobs]]
+    for run in runs:
+        _wait_for_step(run, 2, process)
+    # Ctrl-C reaches all processes of a terminal; SIGTERM the one that it is sent to.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    for run in runs:
+        steps = len(read_metrics(run))
+        assert [p.stem for p in saved_checkpoints(run)] == [f"step-{steps:06d}"]
+
+
+def test_resuming_needs_no_settings_that_change_nothing(tmp_path: Path) -> None:
+    run_study(_with(CONFIG, steps=1), tmp_path)
+
+    def other(config: RunConfig) -> RunConfig:
+        model = replace(config.model, gradient_checkpointing=True, device="cpu")
+        return _resuming(_with(replace(config, model=model), tokens_per_microbatch=512))
+
+    run_study(other(_with(CONFIG, steps=2)), tmp_path)
+    assert len(read_metrics(tmp_path / "atod-seed0")) == 2
