@@ -58,7 +58,22 @@ def _parsed(arguments: list[str]) -> RunConfig:
         configs, prog="atod-train", args=arguments
     )
     own = next(PRESETS[name].config.env.options for name in arguments if name in PRESETS)
-    return _with_options(config, own | config.env.options)
+    config = _with_options(config, own | config.env.options)
+    if any(argument.startswith("--start.epochs") for argument in arguments):
+        return config
+    return _loaded_models_stay(config)
+
+
+def _loaded_models_stay(config: RunConfig) -> RunConfig:
+    """The passes over demonstrations that a preset names are for models made from scratch."""
+    from atod_train.models.policy import MODEL_SHAPES
+
+    models = (config.model.student, config.model.teacher)
+    student, teacher = (
+        epochs if name in MODEL_SHAPES else 0.0
+        for name, epochs in zip(models, config.start.epochs, strict=True)
+    )
+    return replace(config, start=replace(config.start, epochs=(student, teacher)))
 
 
 def _with_options(config: RunConfig, options: dict[str, int | str]) -> RunConfig:

@@ -78,7 +78,7 @@ class EnvConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Student, teacher and their supervised starts."""
+    """Student and teacher."""
 
     student: str = "tiny"
     """A preset (mini, tiny, small) trained from scratch on demonstrations; or a folder or hub name
@@ -102,27 +102,29 @@ class ModelConfig:
     """Scale of the adapters: alpha / rank."""
     gradient_checkpointing: bool = False
     """Compute the student's layers again in the backward pass: less memory, a third more time."""
-    demonstrations: int = 1000
-    """Expert episodes for the supervised starts of presets."""
-    demonstration_turns: int = 0
-    """Turn limit of the expert; 0: env.max_turns. Where long episodes are dear, and the expert
-    knows a short way too, a lower one shows that."""
-    show_task: bool = False
-    """Give language models too a supervised start; all their weights are trained in it."""
-    student_epochs: float = 1.0
-    teacher_epochs: float = 8.0
-    """Passes over the demonstrations; 0: none."""
-    episodes_per_update: int = 4
-    """Of a supervised start; short episodes need more."""
-    supervised_lr: tuple[float, float] = (3e-3, 1.8e-2)
-    """Highest learning rates of a supervised start: of embeddings and norms (AdamW), and of the
-    matrices inside the layers (Muon; 0: AdamW trains them too, as language models want it)."""
-    observation_weight: float = 0.3
-    """Weight of a token of the environment in the loss of a supervised start, where one of the
-    expert has 1: to foretell what is said teaches a model from scratch to copy names. The longer
-    the texts are, the less each token should weigh."""
     max_context: int = 2048
     """Longest sequence in tokens; an episode that would outgrow it is truncated."""
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Supervised training of student and teacher on expert episodes, before the run."""
+
+    demonstrations: int = 1000
+    """Expert episodes that are played; those that fail are left out. More help until the tasks of
+    the training split repeat."""
+    epochs: tuple[float, float] = (0.0, 0.0)
+    """Passes of student and teacher over the demonstrations; fractions are allowed. 0: a loaded
+    model stays as it is. Models made from scratch (mini, tiny, small) need more than 0. On the
+    command line a loaded model has 0 unless this is given; all its weights are then trained."""
+    lr: tuple[float, float] = (3e-3, 1.8e-2)
+    """Highest learning rates: of embeddings and norms (AdamW), and of the matrices inside the
+    layers (Muon). 0 for Muon: AdamW trains all weights; choose that, and 1e-5 to 3e-5, for language
+    models."""
+    observation_weight: float = 0.3
+    """Loss weight of observation tokens (expert tokens: 1). Predicting observations teaches a
+    from-scratch model to copy entity names. Use less for longer observations, 0 for language
+    models."""
 
 
 @dataclass(frozen=True)
@@ -166,15 +168,12 @@ class TrainConfig:
     minibatches: int = 4
     """Optimiser updates per step."""
     lr: float = 5e-4
-    temperature: float = 1.0
     max_completion_tokens: int = 16
     tokens_per_microbatch: int = 2048
     """Padded tokens that go through a model at once; small values keep a CPU's caches warm."""
     eval_every: int = 20
     save_every: int = 20
     seed: int = 0
-    threads: int = 1
-    """CPU threads of each process; 0: torch's own choice. Too many slow small models down."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +201,7 @@ class RunConfig:
 
     env: EnvConfig = field(default_factory=EnvConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     study: StudyConfig = field(default_factory=StudyConfig)

@@ -9,6 +9,7 @@ from atod_train.config import (
     EnvConfig,
     ModelConfig,
     RunConfig,
+    StartConfig,
     StudyConfig,
     TrainConfig,
 )
@@ -36,11 +37,9 @@ PRESETS: dict[str, Preset] = {
                 device="cpu",
                 student="mini",
                 teacher="mini",
-                demonstrations=3000,
-                student_epochs=1.0,
-                teacher_epochs=2.6,
                 max_context=1024,
             ),
+            start=StartConfig(demonstrations=3000, epochs=(1.0, 2.6)),
             algorithm=AlgorithmConfig(anneal_steps=21),
             train=TrainConfig(
                 steps=40,
@@ -62,10 +61,8 @@ PRESETS: dict[str, Preset] = {
                 device="cpu",
                 student="mini",
                 teacher="tiny",
-                demonstrations=3553,
-                student_epochs=1.0,
-                teacher_epochs=4.0,
             ),
+            start=StartConfig(demonstrations=3553, epochs=(1.0, 4.0)),
             algorithm=AlgorithmConfig(anneal_steps=53),
             train=TrainConfig(
                 steps=100,
@@ -92,12 +89,10 @@ PRESETS: dict[str, Preset] = {
                 device="cpu",
                 student="mini",
                 teacher="mini",
-                demonstrations=6000,
-                student_epochs=0.8,
-                teacher_epochs=1.2,
-                supervised_lr=(6e-3, 3.6e-3),
-                observation_weight=0.03,
                 max_context=3072,
+            ),
+            start=StartConfig(
+                demonstrations=6000, epochs=(0.8, 1.2), lr=(6e-3, 3.6e-3), observation_weight=0.03
             ),
             algorithm=AlgorithmConfig(anneal_steps=45),
             train=TrainConfig(
@@ -128,13 +123,10 @@ PRESETS: dict[str, Preset] = {
                 device="cpu",
                 student="mini",
                 teacher="mini",
-                demonstrations=20000,
-                student_epochs=0.6,
-                teacher_epochs=0.85,
-                episodes_per_update=16,
-                supervised_lr=(6e-3, 3.6e-3),
-                observation_weight=0.1,
                 max_context=512,
+            ),
+            start=StartConfig(
+                demonstrations=20000, epochs=(0.6, 0.85), lr=(6e-3, 3.6e-3), observation_weight=0.1
             ),
             algorithm=AlgorithmConfig(anneal_steps=100),
             train=TrainConfig(

@@ -32,6 +32,7 @@ from atod_train.config import (
     EnvConfig,
     ModelConfig,
     RunConfig,
+    StartConfig,
     TrainConfig,
     is_url,
 )
@@ -40,6 +41,8 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 TRAJECTORIES_FILE = "trajectories.jsonl"
 CONFIG_FILE = "config.json"
+SECTIONS = ("env", "model", "start", "algorithm", "train")
+"""Of the settings that a run depends on."""
 MANIFEST_FILE = "manifest.json"
 SUMMARY_FILE = "summary.json"
 ANOTHER_FOLDER = "choose another folder (--study.out; --out for a study file)"
@@ -112,11 +115,12 @@ def read_config(run_dir: Path) -> RunConfig:
         # JSON knows lists only, where the settings have tuples.
         parts: dict[str, dict[str, Any]] = {
             part: {k: tuple(v) if isinstance(v, list) else v for k, v in record[part].items()}
-            for part in ("env", "model", "algorithm", "train")
+            for part in SECTIONS
         }
         return RunConfig(
             env=EnvConfig(**parts["env"]),
             model=ModelConfig(**parts["model"]),
+            start=StartConfig(**parts["start"]),
             algorithm=AlgorithmConfig(**parts["algorithm"]),
             train=TrainConfig(**parts["train"]),
         )
@@ -135,11 +139,11 @@ def check_same_settings(run_dir: Path, config: RunConfig) -> None:
         RunFolderError: config.json cannot be read.
     """
     saved = read_config(run_dir)
-    free = {"steps", "threads", "eval_every", "eval_samples", "save_every"}
+    free = {"steps", "eval_every", "eval_samples", "save_every"}
     free |= {"device", "teacher_device", "tokens_per_microbatch", "gradient_checkpointing"}
     if is_url(saved.model.teacher) and is_url(config.model.teacher):
         free |= {"teacher", "teacher_api"}  # its server may have moved
-    for part in ("env", "model", "algorithm", "train"):
+    for part in SECTIONS:
         # As JSON has them: no infinity, which is none of a value that is not finite.
         old, new = (
             without_infinities(asdict(getattr(settings, part))) for settings in (saved, config)

@@ -166,11 +166,10 @@ def _part(
     if preset not in PRESETS:
         known = ", ".join(PRESETS)
         raise InvalidSettingError(f"environments.{name}: preset must be one of {known}.")
-    shared.setdefault("train.save_every", 1)
     base = [preset, *_arguments(shared, f"environments.{name}", ("study",))]
     configs = {}
     for label, changes in runs.items():
-        own = _arguments(changes, f"runs.{label}", ("env", "model", "study"))
+        own = _arguments(changes, f"runs.{label}", ("env", "model", "start", "study"))
         try:
             config = parse([*base, *own])
         except SystemExit:

@@ -286,8 +286,8 @@ def _check_settings(config: RunConfig) -> None:
         raise AtodError(
             f"env.eval_samples must be 1 to {MOST_PLAYS}, not {config.env.eval_samples}."
         )
-    if train.lr <= 0 or train.temperature <= 0:
-        raise AtodError("train.lr and train.temperature must be above 0.")
+    if train.lr <= 0:
+        raise AtodError("train.lr must be above 0.")
     if config.env.constrain_actions and config.env.parse_profile != "plain":
         raise AtodError("env.constrain_actions goes with env.parse_profile plain alone.")
     if config.env.constrain_actions and is_url(config.model.teacher):

@@ -119,7 +119,9 @@ def results_of(runs: Sequence[RunSummary]) -> dict[str, Any]:
     return {
         **{name: first.manifest.get(name) for name in _SHARED},
         "parameters": next((size for size in sizes if size.get("teacher")), sizes[0]),
-        **{section: first.config.get(section) for section in ("env", "model")},
+        "env": first.config.get("env"),
+        # `start` is taken by the evaluations of the start.
+        "model": {**first.config.get("model", {}), "start": first.config.get("start")},
         "tasks": {split: _tasks(runs, split) for split, _ in boards},
         "start": {_key(board): _evaluation(first.start(board)) for board in boards},
         "teacher": {_key(board): _evaluation(_teacher(runs, board)) for board in boards},

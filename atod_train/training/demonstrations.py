@@ -28,6 +28,8 @@ from atod_train.rollout.rollout import seed_for, tasks_for_step
 from atod_train.training.muon import Muon
 
 _WARM_UP = 0.05
+_EXPERT_TOKENS = 180
+"""Tokens of completions that an update should hold, more or less: short episodes need more."""
 _SCORED_WORDS = 4096
 """With a larger vocabulary so few of the environment's tokens are scored that it costs no more."""
 
@@ -79,10 +81,11 @@ def _demonstrate_one(
 ) -> Demonstration | None:
     [env] = pool.start([task_id])
     expert = env.expert()
+    limit = getattr(expert, "max_turns", math.inf)
     turns: list[DemonstrationTurn] = []
     action: str | None = None
     seen: list[str] = []
-    while not (env.terminated or env.truncated):
+    while not (env.terminated or env.truncated) and len(turns) < limit:
         seen.extend(env.actions)
         observation = env.observation
         chosen = expert.act(observation["text"], observation["admissible_actions"], action)
@@ -135,7 +138,7 @@ def train_on_demonstrations(
     epochs: float,
     lr: tuple[float, float],
     seed: int,
-    episodes_per_update: int = 4,
+    episodes_per_update: int = 0,
     observation_weight: float = 0.3,
     tokens_per_microbatch: int = 16384,
 ) -> list[float]:
@@ -151,13 +154,15 @@ def train_on_demonstrations(
         epochs: passes over them; may be a fraction.
         lr: highest learning rates of AdamW and of Muon; 0 for Muon: AdamW trains all weights.
         seed: order of episodes.
-        episodes_per_update: trajectories of an optimiser update.
+        episodes_per_update: trajectories of an optimiser update; 0: the power of two that comes
+            closest to 180 completion tokens.
         observation_weight: weight of a token of the environment; one of the expert's has 1.
         tokens_per_microbatch: padded tokens that go through the model at once.
 
     Returns:
         Mean loss per token of each update, in nats.
     """
+    episodes_per_update = episodes_per_update or _episodes_per_update(trajectories)
     updates = max(1, round(epochs * len(trajectories) / episodes_per_update))
     optimizers = _supervised_optimizers(policy, lr)
     generator = torch.Generator().manual_seed(seed)
@@ -183,6 +188,13 @@ def train_on_demonstrations(
             advance(note=f"loss {losses[-1]:.3f}")
     policy.model.eval()
     return losses
+
+
+def _episodes_per_update(trajectories: Sequence[Trajectory]) -> int:
+    """The power of two of episodes that hold about `_EXPERT_TOKENS` completion tokens."""
+    tokens = sum(len(turn.tokens.completion_ids) for t in trajectories for turn in t.turns)
+    wanted = _EXPERT_TOKENS * len(trajectories) / max(1, tokens)
+    return 2 ** max(0, round(math.log2(wanted)))
 
 
 def _supervised_update(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import closing
-from dataclasses import asdict, replace
+import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ from atod_train.training.demonstrations import (
     train_on_demonstrations,
 )
 
-_RECIPE = 5
+_RECIPE = 6
 """Raised whenever the way of making demonstrations or starts changes, so that caches expire."""
 
 NOISE = 0.2
@@ -50,13 +50,10 @@ class Starts:
         pool: environments of the training split.
 
     Raises:
-        InvalidSettingError: a negative turn limit of the expert.
+        InvalidSettingError: a model from scratch has no passes over the demonstrations.
     """
 
     def __init__(self, config: RunConfig, pool: EnvPool) -> None:
-        turns = config.model.demonstration_turns
-        if turns < 0:
-            raise InvalidSettingError(f"model.demonstration_turns must be >= 0, not {turns}.")
         self._config = config
         self._pool = pool
         self._demonstrations: list[Demonstration] | None = None
@@ -64,8 +61,7 @@ class Starts:
     def policy(self, role: EvaluatedModel) -> Policy:
         """The teacher, or the student's start; the same for every method and seed."""
         name, epochs, seed = self._made_from(role)
-        if self._config.train.threads:
-            torch.set_num_threads(self._config.train.threads)
+        choose_threads(self._config)
         label = f"{role} ({Path(name).name})"
         if not self._is_made(name, epochs):
             return load_policy(name, self._options(role), name=label)
@@ -81,19 +77,18 @@ class Starts:
 
     def _made_from(self, role: EvaluatedModel) -> tuple[str, float, int]:
         """Name, passes over the demonstrations and seed."""
-        model = self._config.model
+        model, epochs = self._config.model, self._config.start.epochs
         if role == "student":
-            return model.student, model.student_epochs, 1
-        return model.teacher, model.teacher_epochs, 0
+            return model.student, epochs[0], 1
+        return model.teacher, epochs[1], 0
 
     def _is_made(self, name: str, epochs: float) -> bool:
         """Whether a model was trained on demonstrations here."""
-        return name in MODEL_SHAPES or bool(self._config.model.show_task and epochs)
-
-    @property
-    def _turns(self) -> int:
-        """Turn limit of the demonstrations."""
-        return self._config.model.demonstration_turns or self._config.env.max_turns
+        if name in MODEL_SHAPES and not epochs:
+            raise InvalidSettingError(
+                f"{name} is made from scratch: start.epochs must be above 0 for it."
+            )
+        return bool(epochs)
 
     def _options(self, role: EvaluatedModel) -> LoadOptions:
         model = self._config.model
@@ -112,15 +107,14 @@ class Starts:
         return LoadOptions(device=device, dtype=frozen)
 
     def _key(self, name: str, epochs: float, seed: int) -> str:
-        env, model = self._config.env, self._config.model
+        env, model, start = self._config.env, self._config.model, self._config.start
         depends: dict[str, object] = {
             "recipe": _RECIPE,
-            "env": [env.id, sorted(env.options.items()), self._turns, env.prompt_style],
+            "env": [env.id, sorted(env.options.items()), env.max_turns, env.prompt_style],
             "prompt": [env.history_window, env.show_admissible, env.parse_profile],
             "data": self._pool.content_hash,
-            "demonstrations": [model.demonstrations, NOISE],
-            "updates": [model.episodes_per_update, model.observation_weight],
-            "model": [name, epochs, model.supervised_lr, seed],
+            "demonstrations": [start.demonstrations, NOISE],
+            "model": [name, epochs, start.lr, start.observation_weight, seed],
         }
         if name in MODEL_SHAPES:
             depends["shape"] = asdict(MODEL_SHAPES[name])
@@ -134,9 +128,8 @@ class Starts:
     def _make(self, name: str, epochs: float, seed: int, label: str) -> Policy:
         config = self._config
         if self._demonstrations is None:
-            limited = replace(self._pool.config, max_turns=self._turns)
-            with closing(EnvPool(limited, self._pool.split)) as pool:
-                self._demonstrations = demonstrate(pool, config.model.demonstrations, NOISE, seed=0)
+            count = config.start.demonstrations
+            self._demonstrations = demonstrate(self._pool, count, NOISE, seed=0)
         if name in MODEL_SHAPES:
             tokenizer = build_word_tokenizer(demonstration_texts(self._demonstrations))
             policy = build_policy(name, tokenizer, seed, name=label)
@@ -153,13 +146,22 @@ class Starts:
             policy,
             trajectories,
             epochs=epochs,
-            lr=config.model.supervised_lr,
+            lr=config.start.lr,
             seed=seed,
-            episodes_per_update=config.model.episodes_per_update,
-            observation_weight=config.model.observation_weight,
+            observation_weight=config.start.observation_weight,
             tokens_per_microbatch=config.train.tokens_per_microbatch,
         )
         return policy
+
+
+def choose_threads(config: RunConfig) -> None:
+    """Compute with one thread where all models are tiny: more only wait for each other.
+
+    Larger models get torch's choice, and OMP_NUM_THREADS decides where it is set.
+    """
+    models = {config.model.student, config.model.teacher}
+    if "OMP_NUM_THREADS" not in os.environ and models <= set(MODEL_SHAPES):
+        torch.set_num_threads(1)
 
 
 def _identity(name: str) -> str:

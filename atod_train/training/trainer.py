@@ -444,7 +444,7 @@ class Trainer:
         generator = Generator(
             self.student,
             self._dialogue,
-            temperature=settings.temperature,
+            temperature=1.0,
             max_completion_tokens=settings.max_completion_tokens,
             completion_format=self._train_pool.completion_format,
             max_context=min(self.config.model.max_context, self.student.max_positions),

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from atod_train.algorithm.adaptive import RATE, moved_on, solved_groups
 from atod_train.algorithm.baselines import Signals, compute_advantages
-from atod_train.config import AlgorithmConfig, EnvConfig, ModelConfig, RunConfig, TrainConfig
+from atod_train.config import (
+    AlgorithmConfig,
+    EnvConfig,
+    ModelConfig,
+    RunConfig,
+    StartConfig,
+    TrainConfig,
+)
 from atod_train.records import Trajectory
 from atod_train.reports import step_records
 from atod_train.reports.metrics import read_metrics
@@ -87,10 +94,8 @@ def test_a_resumed_run_goes_on_where_annealing_stood(
             env=EnvConfig(
                 data="generated", options={"house_size": "tiny"}, max_turns=12, eval_splits=(),
             ),
-            model=ModelConfig(
-                student="mini", teacher="mini", demonstrations=8, student_epochs=0.5,
-                teacher_epochs=0.5,
-            ),
+            model=ModelConfig(student="mini", teacher="mini"),
+            start=StartConfig(demonstrations=8, epochs=(0.5, 0.5)),
             algorithm=ADAPTIVE,
             train=TrainConfig(
                 steps=steps, tasks_per_step=2, group_size=2, minibatches=1, eval_every=0,

@@ -14,6 +14,7 @@ from atod_train.config import (
     EnvConfig,
     ModelConfig,
     RunConfig,
+    StartConfig,
     TrainConfig,
 )
 from atod_train.reports.metrics import read_evaluations, read_metrics
@@ -49,12 +50,10 @@ def test_demonstrations_steps_evaluation_and_report(
         model=ModelConfig(
             student="micro",
             teacher="micro",
-            demonstrations=64,
-            student_epochs=2,
-            # The actions of a shop take longer to learn.
-            teacher_epochs=60 if "WebShop" in env_id else 20,
             max_context=4096,
         ),
+        # The actions of a shop take longer to learn.
+        start=StartConfig(demonstrations=64, epochs=(2, 60 if "WebShop" in env_id else 20)),
         algorithm=AlgorithmConfig(anneal_steps=2),
         train=TrainConfig(
             steps=2,
@@ -63,7 +62,6 @@ def test_demonstrations_steps_evaluation_and_report(
             minibatches=1,
             max_completion_tokens=16,
             eval_every=2,
-            threads=1,
         ),
     )
     report = run_study(config, tmp_path / "study")

@@ -302,7 +302,6 @@ def test_one_step_of_every_method_with_smollm2(
             minibatches=1,
             max_completion_tokens=4,
             lr=1e-5,
-            threads=1,
         ),
     )
     run_study(config, tmp_path)

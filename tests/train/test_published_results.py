@@ -95,5 +95,7 @@ def test_results_are_those_of_the_study_files(
             for name in ("method", "shape", "anneal_steps", "turn_weights", "steps", "lr"):
                 assert recorded.get(name) == wanted.get(name)
     for piece in environment.pieces:
-        for name in ("student", "teacher", "student_epochs", "teacher_epochs"):
+        for name in ("student", "teacher"):
             assert piece["model"][name] == getattr(parts[0].config.model, name)
+        recorded = (piece["model"]["student_epochs"], piece["model"]["teacher_epochs"])
+        assert recorded == parts[0].config.start.epochs

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from atod_train.config import EnvConfig, ModelConfig, RunConfig, StudyConfig, TrainConfig
+from atod_train.config import (
+    EnvConfig,
+    ModelConfig,
+    RunConfig,
+    StartConfig,
+    StudyConfig,
+    TrainConfig,
+)
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.reports.metrics import Evaluation
@@ -25,7 +32,8 @@ CONFIG = RunConfig(
         eval_tasks=3,
         eval_samples=2,
     ),
-    model=ModelConfig(student="mini", teacher="mini", demonstrations=8, student_epochs=0.5),
+    model=ModelConfig(student="mini", teacher="mini"),
+    start=StartConfig(demonstrations=8, epochs=(0.5, 0.5)),
     train=TrainConfig(max_completion_tokens=8),
     study=StudyConfig(resume=True),
 )
@@ -80,7 +88,7 @@ def test_a_kill_between_two_evaluations_loses_one(made: list[str], tmp_path: Pat
     [
         pytest.param({"env": replace(CONFIG.env, eval_samples=1)}, id="plays"),
         pytest.param({"train": replace(CONFIG.train, max_completion_tokens=6)}, id="tokens"),
-        pytest.param({"model": replace(CONFIG.model, student_epochs=0.6)}, id="start"),
+        pytest.param({"start": replace(CONFIG.start, epochs=(0.6, 0.5))}, id="start"),
         pytest.param({"study": StudyConfig(resume=False)}, id="anew"),
     ],
 )

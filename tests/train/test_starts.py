@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from test_trainer import CONFIG
 
+from atod_gym.errors import InvalidSettingError
 from atod_train.batch import make_batch
-from atod_train.config import RunConfig
+from atod_train.config import RunConfig, StartConfig
 from atod_train.models import pretrained
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.policy import Policy, build_policy
 from atod_train.models.pretrained import load_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
-from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.training import starts
+from atod_train.training import demonstrations, starts
 from atod_train.training.demonstrations import demonstrate, demonstration_texts, tokenize
 from atod_train.training.starts import Starts
 
@@ -37,13 +39,9 @@ def config(pool: EnvPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ru
         CONFIG.model,
         student=str(tmp_path / "model"),
         teacher=str(tmp_path / "model"),
-        show_task=True,
-        student_epochs=3.0,
-        teacher_epochs=0.0,
-        demonstrations=16,
-        supervised_lr=(1e-2, 0.0),
     )
-    return replace(CONFIG, env=pool.config, model=model)
+    start = StartConfig(demonstrations=16, epochs=(3.0, 0.0), lr=(1e-2, 0.0))
+    return replace(CONFIG, env=pool.config, model=model, start=start)
 
 
 def _likelihood(policy: Policy, pool: EnvPool) -> float:
@@ -103,7 +101,8 @@ def test_layers_in_low_precision_make_a_start_of_their_own(
 
     monkeypatch.setattr(starts, "train_on_demonstrations", note)
     monkeypatch.setattr(pretrained, "computes_bfloat16", lambda: True)
-    mixed = replace(config, model=replace(config.model, dtype="mixed", teacher_epochs=1.0))
+    start = replace(config.start, epochs=(3.0, 1.0))
+    mixed = replace(config, model=replace(config.model, dtype="mixed"), start=start)
     student = Starts(mixed, pool).policy("student")
     Starts(config, pool).policy("student")
     teacher = Starts(mixed, pool).policy("teacher")
@@ -118,26 +117,69 @@ def test_layers_in_low_precision_make_a_start_of_their_own(
     assert (student.model.dtype, student.autocast_dtype) == (torch.float32, None)
 
 
-def test_without_the_setting_nothing_is_trained(config: RunConfig, pool: EnvPool) -> None:
-    plain = replace(config, model=replace(config.model, show_task=False))
+def test_without_passes_nothing_is_trained(config: RunConfig, pool: EnvPool) -> None:
+    plain = replace(config, start=StartConfig())
     found = Starts(plain, pool).policy("student")
     for name, weight in load_policy(config.model.student).model.named_parameters():
         assert torch.equal(weight, found.model.get_parameter(name)), name
 
 
-def test_the_expert_may_have_fewer_turns_than_the_student(
-    config: RunConfig, pool: EnvPool, monkeypatch: pytest.MonkeyPatch
+def test_the_expert_may_have_fewer_turns_than_the_student(pool: EnvPool) -> None:
+    longest = max(map(len, demonstrate(pool, 16, 0.2, 0)))
+
+    class Hurried:
+        """An expert that says when it should be done."""
+
+        max_turns = longest - 1
+
+        def __init__(self, expert: Any) -> None:
+            self.act = expert.act
+
+    class Pool:
+        task_ids, play = pool.task_ids, pool.play
+
+        def start(self, task_ids: list[str]) -> Any:
+            [env] = pool.start(task_ids)
+            expert = env.expert
+            env.expert = lambda: Hurried(expert())  # type: ignore[method-assign]
+            return [env]
+
+    limited: Any = Pool()
+    shown = demonstrate(limited, 16, 0.2, 0)
+    assert 0 < max(map(len, shown)) < longest
+
+
+def test_a_model_from_scratch_needs_demonstrations(config: RunConfig, pool: EnvPool) -> None:
+    scratch = replace(config, model=replace(config.model, teacher="micro"))
+    with pytest.raises(
+        InvalidSettingError, match=r"micro is made from scratch: start\.epochs must"
+    ):
+        Starts(scratch, pool).policy("teacher")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "episodes"), [(11.7, 16), (21.3, 8), (37.1, 4), (53.9, 4), (400, 1)]
+)
+def test_short_episodes_share_an_update(tokens: float, episodes: int) -> None:
+    """Published starts had 4 houses or shops, 8 real and 16 generated questions in an update."""
+    lengths = [int(tokens * (i + 1)) - int(tokens * i) for i in range(20)]
+    records = [
+        SimpleNamespace(turns=[SimpleNamespace(tokens=SimpleNamespace(completion_ids=[0] * n))])
+        for n in lengths
+    ]
+    assert demonstrations._episodes_per_update(records) == episodes  # type: ignore[arg-type]
+
+
+def test_tiny_models_compute_with_one_thread(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown: list[int] = []
-
-    def count(policy: Policy, trajectories: list[Trajectory], **_: object) -> None:
-        shown.extend(len(trajectory.turns) for trajectory in trajectories)
-
-    monkeypatch.setattr(starts, "train_on_demonstrations", count)
-    Starts(config, pool).policy("student")
-    longest = max(shown)
-    shown.clear()
-    # Another limit is another start, also in the cache.
-    limited = replace(config, model=replace(config.model, demonstration_turns=longest - 1))
-    Starts(limited, pool).policy("student")
-    assert 0 < max(shown) < longest
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    tiny = replace(config, model=replace(config.model, student="mini", teacher="tiny"))
+    for settings, number, expected in ((tiny, "", [1]), (tiny, "3", []), (config, "", [])):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if number:
+            monkeypatch.setenv("OMP_NUM_THREADS", number)
+        chosen.clear()
+        starts.choose_threads(settings)
+        assert chosen == expected

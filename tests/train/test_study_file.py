@@ -26,9 +26,8 @@ preset = "quickstart"
 "env.eval_tasks" = 3
 "env.max_turns" = 12
 "env.eval_splits" = ["valid_seen"]
-"model.demonstrations" = 8
-"model.student_epochs" = 0.5
-"model.teacher_epochs" = 0.5
+"start.demonstrations" = 8
+"start.epochs" = [0.5, 0.5]
 "train.steps" = 2
 "train.tasks_per_step" = 2
 "train.group_size" = 2
@@ -61,7 +60,7 @@ def test_a_study_is_read(study: Path, tmp_path: Path) -> None:
     assert first.config.algorithm.shape == "linear"
     assert second.config.algorithm.kappa == (0.8, 0.2)
     assert second.config.study.label == "adaptive"
-    assert {run.config.train.save_every for run in part.runs} == {1}
+    assert {run.config.train.save_every for run in part.runs} == {20}
     assert first.config.env.eval_splits == ("valid_seen",)
 
 

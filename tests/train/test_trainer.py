@@ -26,6 +26,7 @@ from atod_train.config import (
     EnvConfig,
     ModelConfig,
     RunConfig,
+    StartConfig,
     StudyConfig,
     TrainConfig,
 )
@@ -46,9 +47,8 @@ CONFIG = RunConfig(
         eval_splits=("valid_seen",),
         eval_tasks=4,
     ),
-    model=ModelConfig(
-        student="micro", teacher="micro", demonstrations=16, student_epochs=2, teacher_epochs=4
-    ),
+    model=ModelConfig(student="micro", teacher="micro"),
+    start=StartConfig(demonstrations=16, epochs=(2, 4)),
     algorithm=AlgorithmConfig(anneal_steps=4),
     train=TrainConfig(
         steps=6,
@@ -58,7 +58,6 @@ CONFIG = RunConfig(
         eval_every=3,
         save_every=1,
         max_completion_tokens=8,
-        threads=1,
     ),
 )
 
@@ -272,7 +271,7 @@ def test_a_checkpoint_of_another_model_is_refused(whole_run: Path, tmp_path: Pat
     (whole_run / "checkpoints").rename(tmp_path / "moved")
     try:
         (tmp_path / "moved").rename(target / "checkpoints")
-        other = replace(CONFIG, model=replace(CONFIG.model, student="tiny", student_epochs=0.1))
+        other = replace(CONFIG, model=replace(CONFIG.model, student="tiny"))
         (target / "config.json").write_text(json.dumps({}))
         (target / "config.json").unlink()
         with pytest.raises(CheckpointError, match="another model"):
@@ -303,7 +302,8 @@ def test_exact_signal_and_adapters_resume_too(whole_run: Path, tmp_path: Path) -
     algorithm = replace(CONFIG.algorithm, opd_signal="exact", opd_top_k=4)
     start = str(whole_run / "models" / "best")
     model = replace(CONFIG.model, student=start, teacher=start, lora_rank=2)
-    config = _with(replace(CONFIG, algorithm=algorithm, model=model), eval_every=0)
+    config = replace(CONFIG, algorithm=algorithm, model=model, start=StartConfig())
+    config = _with(config, eval_every=0)
     run_study(_with(config, steps=3), tmp_path / "whole")
     run_study(_with(config, steps=2), tmp_path / "parts")
     parts = tmp_path / "parts" / "atod-seed0"
@@ -393,7 +393,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
             "quickstart",
             "--study.out",
             str(blocked / "x"),
-            "--model.demonstrations",
+            "--start.demonstrations",
             "16",
             "--model.student",
             "micro",

@@ -100,6 +100,7 @@ class WebShopEnv(TurnEnv, ServedEnv):
         goal_seed: int = 233,
         text_style: str = "text",
         human_goals: bool = False,
+        expert_turns: int | None = None,
         timeout: float = 60.0,
         token: str | None = None,
         render_mode: str | None = None,
@@ -120,6 +121,8 @@ class WebShopEnv(TurnEnv, ServedEnv):
             goal_seed: Seed of price limits and of the order of the goals, and thus of the splits.
             text_style: `text`, or `text_rich` with marked buttons.
             human_goals: Goals written by people, instead of generated ones, where the data has any.
+            expert_turns: Turns within which `expert()` buys, at least 1; None: `max_turns`. With 6
+                it hardly ever reads sub pages, and its episodes are half as long.
             timeout: Seconds to wait for an answer.
             token: Of the server at `server_url`. It is part of the spec and of pickles; a token in
                 the environment variable ATOD_SERVER_TOKEN is not.
@@ -134,6 +137,9 @@ class WebShopEnv(TurnEnv, ServedEnv):
             ServerError: The server does not start or answer; names the URL and the command.
         """
         TurnEnv.__init__(self, split, max_turns, render_mode)
+        if expert_turns is not None and expert_turns < 1:
+            raise InvalidSettingError(f"expert_turns must be at least 1, not {expert_turns}.")
+        self._expert_turns = expert_turns
         self._settings = ShopSettings(
             data=os.fspath(data),
             server_url=server_url,
@@ -154,7 +160,7 @@ class WebShopEnv(TurnEnv, ServedEnv):
 
     def expert(self) -> ScriptedShopper:
         """Return a scripted shopper that acts on what the agent sees; one for each episode."""
-        return ScriptedShopper(max_turns=self.max_turns)
+        return ScriptedShopper(min(self.max_turns, self._expert_turns or self.max_turns))
 
     def close(self) -> None:
         """End the session on the server; may be called twice."""

@@ -66,7 +66,7 @@ class ScriptedShopper:
 
     def __init__(self, max_turns: int = 15) -> None:
         """Prepare a shopper for episodes of at most `max_turns` turns; it buys before they end."""
-        self._max_turns = max_turns
+        self.max_turns = max_turns
         self.reset("", "")
 
     def reset(self, instruction: str, text: str) -> None:
@@ -82,7 +82,7 @@ class ScriptedShopper:
         self._current: Product | None = None
         self._is_own_search = True
         self._chosen: dict[str, str] = {}
-        self._turns_left = self._max_turns + 1
+        self._turns_left = self.max_turns + 1
 
     def act(
         self, text: str, admissible_actions: Sequence[str] = (), last_action: str | None = None
