@@ -90,11 +90,12 @@ class Processes:
         self.gather([])
 
 
-def join_processes(device: str) -> Processes:
-    """Finds the other processes, if the environment says that there are any.
+def join_processes(device: str, teacher_device: str = "") -> Processes:
+    """Find the other processes, if the environment says that there are any.
 
     Args:
         device: as the setting `model.device`: auto or cpu where there are several processes.
+        teacher_device: as the setting `model.teacher_device`: no GPU where there are several.
 
     Raises:
         InvalidSettingError: a device, or a way of sharding, that several processes cannot use.
@@ -106,6 +107,12 @@ def join_processes(device: str) -> Processes:
         raise InvalidSettingError(
             f"model.device={device!r}: several processes each take a GPU of their own. Use auto, "
             "or cpu, and choose GPUs with CUDA_VISIBLE_DEVICES."
+        )
+    if teacher_device.startswith("cuda"):
+        raise InvalidSettingError(
+            f"model.teacher_device={teacher_device!r}: the teachers of several processes would all "
+            "be on that GPU. Leave it empty (each teacher is beside its student), or use cpu, or a "
+            "teacher's server (--model.teacher http://..)."
         )
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if _is_set(f"ACCELERATE_USE_{name}"):

@@ -235,26 +235,39 @@ class Policy:
                 scores = self._score(part, with_entropy, reference)
             yield MicroBatch(rows=part.rows, **vars(scores))
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, card: str = "") -> None:
         """Write model, configuration and tokenizer as a folder that `from_pretrained` reads.
 
         Adapters are merged into the weights that they adapt; the policy itself keeps them apart.
-        The folder appears under its name only when it is complete; one of that name is replaced.
+        The folder appears under its name only when it is complete. One of that name is replaced,
+        and holds a whole model at every moment if its configuration is the same.
+
+        Args:
+            path: of the folder.
+            card: text of its README.md; empty: none.
+
+        Raises:
+            AtodError: a weight is NaN or infinite; nothing is written.
         """
+        weights = merged_weights(self.model)
+        for name, weight in (weights or self.model.state_dict()).items():
+            if weight.is_floating_point() and not bool(weight.isfinite().all()):
+                raise AtodError(
+                    f"Model {self.name} is not saved: {name} holds NaN or infinity. Lower train.lr."
+                )
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        previous = target.with_name(f".{target.name}.previous-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            self.model.save_pretrained(partial, state_dict=merged_weights(self.model))
+            # One file of weights: it is replaced as a whole.
+            self.model.save_pretrained(partial, state_dict=weights, max_shard_size="10TB")
             self.tokenizer.save_pretrained(partial)
-            if target.exists():
-                target.rename(previous)
-            partial.rename(target)
+            if card:
+                (partial / "README.md").write_text(card, encoding="utf-8")
+            _put_in_place(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(previous, ignore_errors=True)
 
     def _embedding(self) -> Tensor:
         weight = self.model.get_input_embeddings().weight
@@ -336,6 +349,31 @@ class Policy:
         ids, wanted, row, column = (tensor.to(self.device) for tensor in part.layout())
         inputs = part.trees.inputs(self.layer_dtype, self.device) if part.trees else {}
         return self.states_at(ids, wanted, **inputs)[row, column]
+
+
+def _put_in_place(made: Path, target: Path) -> None:
+    """Give a finished folder of a model its name, which another may have."""
+    config = "config.json"
+    if (target / config).is_file() and (
+        (target / config).read_bytes() != (made / config).read_bytes()
+    ):
+        # Files of two models must not be mixed.
+        previous = made.with_name(f"{made.name}-previous")
+        target.rename(previous)
+        made.rename(target)
+        shutil.rmtree(previous, ignore_errors=True)
+        return
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        names = {file.name for file in made.iterdir()}
+        for name in sorted(names, key=lambda name: name.endswith(".safetensors")):
+            os.replace(made / name, target / name)
+        for file in target.iterdir():
+            if file.name not in names and file.is_file():
+                file.unlink()
 
 
 def _cache_argument(model: torch.nn.Module) -> str:

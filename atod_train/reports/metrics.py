@@ -18,6 +18,8 @@ number that is not finite is written as null. Shares and rates are 0..1.
     turns                 mean turns of a trajectory
     invalid_share         share of turns whose action was not valid
     invalid/<reason>      how many turns were not valid for that reason; the most frequent ones
+    completions_cut       share of turns whose completion reached train.max_completion_tokens
+    skipped_updates       updates of the step whose gradient was not finite: they moved nothing
     actions/<verb>        mean valid actions of a trajectory that begin with that word
     rollout/logprob_drift      mean |sampling_logprobs - old_logprobs| per token, in nats
     rollout/truncated_prompts  share of turns whose prompt lacks earlier turns for want of room

@@ -179,6 +179,7 @@ def write_manifest(
     teacher_parameters: int | None = None,
     device: str = "cpu",
     processes: int = 1,
+    inputs: Mapping[str, Any] | None = None,
     command: Sequence[str] | None = None,
 ) -> None:
     """Writes manifest.json: what was run, on which data, with which versions.
@@ -197,6 +198,7 @@ def write_manifest(
         teacher_parameters: number of weights of the teacher; None: there is no teacher.
         device: such as `cpu` or the name of the GPU.
         processes: number of processes that train together.
+        inputs: what the run depends on beside its settings.
         command: the command line; default: that of this process.
     """
     now = {
@@ -218,6 +220,7 @@ def write_manifest(
             "data": {"name": data, "hash": data_hash},
             "seeds": dict(seeds),
             "parameters": {"student": student_parameters, "teacher": teacher_parameters},
+            "inputs": dict(inputs or {}),
             **now,
         }
     write_json(run_dir / MANIFEST_FILE, manifest)

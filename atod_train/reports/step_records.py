@@ -58,6 +58,7 @@ def batch_metrics(
         "invalid_share": sum(not turn.is_action_valid for turn in turns) / len(turns),
         **{f"invalid/{reason}": count for reason, count in reasons.most_common(_SHOWN_REASONS)},
         "rollout/logprob_drift": token_mean(batch.sampling_logprobs - scores.logprobs),
+        "completions_cut": sum(t.tokens.finish_reason == "length" for t in turns) / len(turns),
         "rollout/truncated_prompts": sum(turn.turns_left_out > 0 for turn in turns) / len(turns),
         **per_episode,
     }

@@ -17,7 +17,7 @@ import transformers
 from filelock import FileLock, Timeout
 
 from atod_gym.errors import AtodError
-from atod_train.algorithm.baselines import has_exact_signal, needs_teacher, schedule_of
+from atod_train.algorithm.baselines import has_exact_signal, needs_teacher
 from atod_train.config import OFFLOAD, RunConfig, is_url
 from atod_train.distributed import Processes, join_processes
 from atod_train.models.policy import MODEL_SHAPES, Policy
@@ -37,6 +37,7 @@ from atod_train.studies.study_results import MOST_PLAYS
 from atod_train.teachers.describe import connect, describe
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher
+from atod_train.training.checks import check_settings
 from atod_train.training.interrupts import interruptible
 from atod_train.training.start_evaluations import evaluate_start
 from atod_train.training.starts import Starts
@@ -93,7 +94,7 @@ def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> Path:
     for run in runs:
         _check_settings(run.config)
     _check_settings(config)
-    processes = join_processes(config.model.device)
+    processes = join_processes(config.model.device, config.model.teacher_device)
     if processes.is_main:
         _check_folder(out)
     else:
@@ -276,18 +277,13 @@ def _set_up_worker() -> None:
 
 
 def _check_settings(config: RunConfig) -> None:
-    train = config.train
     if config.study.jobs < 1:
         raise AtodError(f"study.jobs must be at least 1, not {config.study.jobs}.")
-    for name in ("steps", "tasks_per_step", "group_size", "minibatches", "max_completion_tokens"):
-        if getattr(train, name) < 1:
-            raise AtodError(f"train.{name} must be at least 1, not {getattr(train, name)}.")
+    check_settings(config)
     if not 1 <= config.env.eval_samples <= MOST_PLAYS:
         raise AtodError(
             f"env.eval_samples must be 1 to {MOST_PLAYS}, not {config.env.eval_samples}."
         )
-    if train.lr <= 0:
-        raise AtodError("train.lr must be above 0.")
     if config.env.constrain_actions and config.env.parse_profile != "plain":
         raise AtodError("env.constrain_actions goes with env.parse_profile plain alone.")
     if config.env.constrain_actions and is_url(config.model.teacher):
@@ -296,10 +292,7 @@ def _check_settings(config: RunConfig) -> None:
             "the whole vocabulary."
         )
     algorithm = config.algorithm
-    if algorithm.dual_clip <= 1:
-        raise AtodError("algorithm.dual_clip must be above 1 (inf: none).")
     try:
-        schedule_of(algorithm)
         for method in config.study.methods or (algorithm.method,):
             exact = has_exact_signal(replace(algorithm, method=method))
             if exact and is_url(config.model.teacher):

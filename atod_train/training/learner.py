@@ -71,14 +71,13 @@ class Learner:
             tokens_per_microbatch: padded tokens that go through the model at once.
             **asked: see `Policy.microbatches`.
         """
-        lengths = batch.attention_mask.sum(dim=1)
-        own = share_of_sequences(lengths, self.processes)
+        own = share_of_sequences(batch, self.processes)
         if len(own):
             mine = select_sequences(batch, own)
             for micro in self.policy.microbatches(mine.batch, tokens_per_microbatch, **asked):
                 yield replace(micro, rows=mine.rows[micro.rows])
         if self.processes.sharding is not None:
-            self._keep_step(batch, lengths, tokens_per_microbatch)
+            self._keep_step(batch, tokens_per_microbatch)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a part of the loss."""
@@ -144,37 +143,53 @@ class Learner:
         for name, weight in self.policy.model.named_parameters():
             weight.copy_(divided_like(self.student.model.get_parameter(name).detach(), weight))
 
-    def _keep_step(self, batch: Batch, lengths: Tensor, budget: int) -> None:
-        """Takes part in the passes of processes that have more parts than this one.
-
-        Gathering weights and dividing gradients takes all processes each time.
-        """
+    def _keep_step(self, batch: Batch, budget: int) -> None:
+        """Run dummy passes so that every rank joins the same number of FSDP collectives."""
         sequences = sequences_of(batch)
         shares = [
-            share_of_sequences(lengths, replace(self.processes, index=index)).tolist()
+            share_of_sequences(batch, replace(self.processes, index=index)).tolist()
             for index in range(self.processes.count)
         ]
         passes = [
             len(divided([sequences[i] for i in share], budget, self.policy.crossover))
             for share in shares
         ]
-        shortest = select_sequences(batch, lengths.argmin()[None]).batch
+        shortest = select_sequences(batch, batch.attention_mask.sum(dim=1).argmin()[None]).batch
         for _ in range(max(passes) - passes[self.processes.index]):
             for micro in self.policy.microbatches(shortest, budget):
                 (0.0 * micro.logprobs.sum()).backward()
 
 
-def share_of_sequences(lengths: Tensor, processes: Processes) -> Tensor:
-    """Which of the sequences of a batch this process works on.
+def share_of_sequences(batch: Batch, processes: Processes) -> Tensor:
+    """Return which sequences of a batch this process works on.
+
+    Groups stay together, since their sequences share prefixes: the longest first, each to the
+    process with the fewest tokens so far. Where there are fewer than two groups for each process,
+    sequences are dealt out one by one.
 
     Args:
-        lengths: [S] int64, tokens.
+        batch: the same in all processes.
         processes: this process among others.
 
     Returns:
-        [s] int64; over all processes each of 0..S-1 once, long and short ones dealt out evenly.
+        [s] int64, longest first; over all processes each of the S sequences once.
     """
-    return torch.argsort(lengths, descending=True, stable=True)[processes.index :: processes.count]
+    lengths = batch.attention_mask.sum(dim=1)
+    order = torch.argsort(lengths, descending=True, stable=True)
+    if processes.count == 1:
+        return order
+    unit_of = torch.zeros_like(lengths)
+    unit_of[batch.sequence_index] = batch.group_index[batch.trajectory_index]
+    if len(unit_of.unique()) < 2 * processes.count:
+        unit_of = torch.arange(len(lengths))
+    units, inverse = unit_of.unique(return_inverse=True)
+    tokens = torch.zeros(len(units), dtype=lengths.dtype).index_add(0, inverse, lengths)
+    owner = torch.zeros_like(units)
+    loads = [0] * processes.count
+    for unit in torch.argsort(tokens, descending=True, stable=True).tolist():
+        owner[unit] = loads.index(min(loads))
+        loads[int(owner[unit])] += int(tokens[unit])
+    return order[owner[inverse][order] == processes.index]
 
 
 def _sharded(student: Policy, processes: Processes) -> Policy:

@@ -27,6 +27,7 @@ from atod_train.models.pretrained import (
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.reports.metrics import EvaluatedModel
 from atod_train.rollout.env_pool import EnvPool
+from atod_train.training.checks import memory_errors
 from atod_train.training.demonstrations import (
     Demonstration,
     demonstrate,
@@ -67,7 +68,9 @@ class Starts:
             return load_policy(name, self._options(role), name=label)
         path = cache_folder() / self._key(name, epochs, seed)
         if not (path / "config.json").is_file():
-            self._make(name, epochs, seed, label).save(path)
+            advice = "Lower --train.tokens-per-microbatch or model.max_context."
+            with memory_errors(f"training the {role}'s start", advice):
+                self._make(name, epochs, seed, label).save(path)
         return load_policy(path, self._options(role), name=label)
 
     def identity(self, role: EvaluatedModel) -> str:

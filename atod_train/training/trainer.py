@@ -53,9 +53,11 @@ from atod_train.reports.metrics import (
 )
 from atod_train.reports.run_folder import (
     CONFIG_FILE,
+    MANIFEST_FILE,
     SUMMARY_FILE,
     RunFolderError,
     check_same_settings,
+    read_json,
     without_infinities,
     write_config,
     write_manifest,
@@ -76,11 +78,21 @@ from atod_train.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from atod_train.training.checks import HiddenInputs, memory_errors
 from atod_train.training.interrupts import interruptible
 from atod_train.training.learner import Learner
 from atod_train.training.update import score_batch, update_policy
 
 _CHECKPOINTS_KEPT = 2
+_MOST_CUT = 0.5
+"""Share of completions that are cut above which a line says so."""
+_LESS_IN_ROLLOUTS = (
+    "Start a new run with a smaller model.max_context, train.group_size or train.tasks_per_step."
+)
+_LESS_IN_UPDATES = (
+    "Resume with a smaller --train.tokens-per-microbatch (now {}) or with "
+    "--model.gradient-checkpointing: the results stay the same."
+)
 _SKIPPED_IN_A_ROW = 5
 """Updates without a finite gradient after which a run ends."""
 
@@ -154,6 +166,7 @@ class Trainer:
         self._updates = 0
         """Updates of the weights up to the end of the last finished step."""
         self._skipped_in_a_row = 0
+        self._has_warned = False
 
     # -- the run -----------------------------------------------------------------------------------
 
@@ -185,6 +198,7 @@ class Trainer:
                 self._row |= self._times.take()
                 if writer is not None:
                     writer.write(self._row)
+                    self._warn_of_cut_completions()
                     for trajectory in shown if self._evaluation_is_due() else ():
                         writer.write_trajectory(trajectory)
                 step = self.done.step
@@ -197,6 +211,18 @@ class Trainer:
         if self.processes.is_main:
             self._finish()
         self.processes.wait()
+
+    def _warn_of_cut_completions(self) -> None:
+        """Say once that most completions end at their limit."""
+        share = self._row.get("completions_cut", 0.0)
+        if share > _MOST_CUT and not self._has_warned:
+            self._has_warned = True
+            print(
+                f"step {self.done.step}: {share:.0%} of the completions were cut at "
+                f"train.max_completion_tokens={self.config.train.max_completion_tokens}; an action "
+                "that does not fit is invalid. Raise it in a new run.",
+                file=sys.stderr,
+            )
 
     def _stop_if(self, interrupted: bool) -> None:
         """Save and stop if a signal arrived in any process and steps are left."""
@@ -284,6 +310,11 @@ class Trainer:
 
     def _describe(self) -> None:
         """Write config and manifest; a run that continues is not finished until it ends again."""
+        inputs = HiddenInputs.of(self.student, self.teacher, self._dialogue)
+        template = str(self.student.tokenizer.chat_template or "")
+        warning = inputs.compared(read_json(self.run_dir / MANIFEST_FILE), template)
+        if warning:
+            print(warning, file=sys.stderr)
         (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
         write_config(self.run_dir, self.config)
         teacher = self.teacher.policy if isinstance(self.teacher, LocalTeacher) else None
@@ -298,6 +329,7 @@ class Trainer:
             teacher_parameters=_parameters(teacher) if teacher else None,
             device=str(self.student.device),
             processes=self.processes.count,
+            inputs=asdict(inputs),
         )
 
     def _save(self, alone: bool = False) -> None:
@@ -339,7 +371,8 @@ class Trainer:
             for mode in modes:
                 for pool in self._eval_pools:
                     if ("student", pool.split, mode) not in there:
-                        result = evaluate(self.student, pool, self.config, mode, self.processes)
+                        with memory_errors(f"evaluating step {step}", _LESS_IN_ROLLOUTS):
+                            result = evaluate(self.student, pool, self.config, mode, self.processes)
                         found.append(Evaluation(step, "student", result))
         if writer is None or not found:
             return
@@ -373,7 +406,8 @@ class Trainer:
         Returns:
             Trajectories to show; the step's numbers are in `_row`.
         """
-        trajectories = self._collect(step)
+        with memory_errors(f"playing the episodes of step {step}", _LESS_IN_ROLLOUTS):
+            trajectories = self._collect(step)
         give_back()
         done = replace(
             self.done, step=step, trajectories=self.done.trajectories + len(trajectories)
@@ -382,11 +416,19 @@ class Trainer:
             self._row, self.done = self._empty_step(step), done
             return []
         batch = make_batch(trajectories, self.student.pad_id)
-        scores = score_batch(self.learner, self.teacher, batch, self.config, self._times)
+        advice = _LESS_IN_UPDATES.format(self.config.train.tokens_per_microbatch)
+        with memory_errors(f"scoring the tokens of step {step}", advice):
+            scores = score_batch(self.learner, self.teacher, batch, self.config, self._times)
         _check_scores(scores, batch, step)
-        advantages = self._advantages(batch, trajectories, scores, step)
+        try:
+            advantages = self._advantages(batch, trajectories, scores, step)
+        except ValueError as error:
+            raise AtodError(f"Step {step}: {error}.") from error
         order = torch.Generator().manual_seed(seed_for(self.config.train.seed, step, "minibatches"))
-        with self._times.phase("update"):
+        with (
+            self._times.phase("update"),
+            memory_errors(f"updating the weights in step {step}", advice),
+        ):
             update = update_policy(
                 self.learner, self.teacher, batch, scores, advantages, self.config, order
             )

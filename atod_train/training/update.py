@@ -51,7 +51,7 @@ def score_batch(
         the method takes the exact signal.
     """
     budget = config.train.tokens_per_microbatch
-    own = share_of_sequences(batch.attention_mask.sum(dim=1), learner.processes)
+    own = share_of_sequences(batch, learner.processes)
     if not len(own):  # fewer sequences than processes
         mine = None
     elif len(own) == len(batch.input_ids):

@@ -134,13 +134,14 @@ def test_log_probs_that_are_not_finite_are_one_line(
 class Failing:
     """Fails at one of its calls, as what it stands for."""
 
-    def __init__(self, function: Any, call: int) -> None:
+    def __init__(self, function: Any, call: int, error: Exception | None = None) -> None:
         self.function, self.left = function, call
+        self.error = error or AtodError("it is gone")
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
         self.left -= 1
         if self.left == 0:
-            raise AtodError("it is gone")
+            raise self.error
         return self.function(*arguments, **settings)
 
     def __get__(self, owner: Any, kind: type) -> Any:

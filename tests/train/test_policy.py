@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from atod_gym.errors import AtodError
@@ -162,6 +168,57 @@ def test_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.Mo
         policy.save(target)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     assert load_policy(target).embedding_rows == policy.embedding_rows
+
+
+SAVE_FOREVER = """
+    import sys
+    from itertools import cycle
+    import torch
+    from test_policy import make_policy
+
+    torch.set_num_threads(1)
+    for policy in cycle([make_policy(0), make_policy(5)]):
+        policy.save(sys.argv[1])
+        print(flush=True)
+"""
+
+
+def test_a_folder_holds_a_whole_model_at_every_moment(tmp_path: Path) -> None:
+    target = tmp_path / "best"
+    command = [sys.executable, "-c", textwrap.dedent(SAVE_FOREVER), str(target)]
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        end = time.monotonic() + 2
+        looks = 0
+        while time.monotonic() < end:
+            assert load_file(target / "model.safetensors")
+            assert (target / "config.json").read_bytes()
+            looks += 1
+        child.kill()
+    assert looks > 50
+    assert load_policy(target).embedding_rows == make_policy().embedding_rows
+    # Another architecture replaces the folder as a whole.
+    other = build_policy("mini", make_policy().tokenizer, 0)
+    other.save(target)
+    assert load_policy(target).model.config.hidden_size == other.model.config.hidden_size
+    assert not [path for path in tmp_path.iterdir() if "previous" in path.name]
+
+
+def test_a_model_with_nan_is_not_saved(tmp_path: Path) -> None:
+    policy = make_policy()
+    policy.save(tmp_path / "model", card="# A model")
+    assert (tmp_path / "model" / "README.md").read_text() == "# A model"
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight[0, 0] = float("nan")
+    with pytest.raises(AtodError, match=r"is not saved: .* holds NaN"):
+        policy.save(tmp_path / "model")
+    assert load_policy(tmp_path / "model")
+    with pytest.raises(AtodError, match="is not saved"):
+        policy.save(tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:

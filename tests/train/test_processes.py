@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import train_together
-from test_policy import make_policy
+from test_policy import make_policy, random_batch
 from test_trainer import CONFIG as SINGLE
 from test_trainer import _numbers as numbers
 
@@ -23,6 +23,7 @@ from atod_train.reports.metrics import read_evaluations
 from atod_train.reports.run_folder import read_json
 from atod_train.studies.study import run_study
 from atod_train.training.checkpoint import load_latest
+from atod_train.training.learner import share_of_sequences
 
 HERE = Path(__file__).parent
 # Three groups for two processes.
@@ -159,3 +160,26 @@ def test_what_several_processes_cannot_use(
         monkeypatch.setenv(name, value)
     with pytest.raises(InvalidSettingError, match=message):
         join_processes(device)
+
+
+def test_teachers_of_several_processes_are_not_all_on_one_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert join_processes("cuda:0", "cuda:1") == Processes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidSettingError, match="would all be on that GPU"):
+        join_processes("auto", "cuda:1")
+
+
+def test_groups_stay_together_where_there_are_enough() -> None:
+    """Sequences of a group share prefixes, which are computed once in a process."""
+    batch = random_batch(sequences=12)
+    for groups, whole in ((6, True), (2, False)):
+        group_index = torch.arange(12) * groups // 12
+        grouped = replace(batch, group_index=group_index)
+        shares = [share_of_sequences(grouped, Processes(index, 2)) for index in range(2)]
+        assert sorted(torch.cat(shares).tolist()) == list(range(12))
+        owners = [set(group_index[share].tolist()) for share in shares]
+        assert (not owners[0] & owners[1]) == whole
+        tokens = [int(batch.attention_mask[share].sum()) for share in shares]
+        assert max(tokens) < 1.5 * min(tokens)

@@ -1,0 +1,224 @@
+"""Refuse before any work: settings out of range; and report what a run could not go on with.
+
+`HiddenInputs` are what a run depends on beside its settings: the date in a chat template, the
+weights that are frozen below adapters, and the teacher. They are kept in the manifest and compared
+when the run is resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from atod_gym.errors import AtodError, InvalidSettingError
+from atod_gym.types import Message
+from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer
+from atod_train.algorithm.baselines import Signals, compute_advantages, has_exact_signal
+from atod_train.batch import make_batch
+from atod_train.config import AlgorithmConfig, RunConfig
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.policy import Policy
+from atod_train.reports.run_folder import RunFolderError
+from atod_train.teachers.local import Teacher
+from atod_train.training.demonstrations import DemonstrationTurn, tokenize
+
+_AT_LEAST = {
+    "env.max_turns": 1,
+    "env.eval_tasks": 0,
+    "env.history_window": 0,
+    "env.invalid_action_penalty": 0,
+    "model.lora_rank": 0,
+    "model.max_context": 2,
+    "start.demonstrations": 1,
+    "start.epochs": 0,
+    "start.lr": 0,
+    "start.observation_weight": 0,
+    "algorithm.kappa": 0,
+    "algorithm.rho": 0,
+    "algorithm.clip": 0,
+    "train.steps": 1,
+    "train.tasks_per_step": 1,
+    "train.group_size": 1,
+    "train.minibatches": 1,
+    "train.max_completion_tokens": 1,
+    "train.tokens_per_microbatch": 1,
+    "train.eval_every": 0,
+    "train.save_every": 1,
+    "train.seed": 0,
+}
+_ABOVE_ZERO = {"train.lr", "env.success_reward"}
+_MAY_BE_INFINITE = {"algorithm.dual_clip", "algorithm.clip"}
+_ANOTHER = 0.5
+"""Nats by which a log-prob of another model differs; rounding is far below."""
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+def check_settings(config: RunConfig) -> None:
+    """Refuse numbers out of range, and what the algorithm refuses.
+
+    Raises:
+        InvalidSettingError: names the setting, its value and the range.
+    """
+    for section in ("env", "model", "start", "algorithm", "train"):
+        for name, value in asdict(getattr(config, section)).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and not isinstance(number, bool):
+                    _check_number(f"{section}.{name}", number)
+    _try_algorithm(config.algorithm)
+
+
+def _check_number(name: str, value: float) -> None:
+    if not math.isfinite(value) and not (value == math.inf and name in _MAY_BE_INFINITE):
+        raise InvalidSettingError(f"{name} must be finite, not {value}.")
+    if value < _AT_LEAST.get(name, -math.inf):
+        raise InvalidSettingError(f"{name} must be at least {_AT_LEAST[name]}, not {value}.")
+    if name in _ABOVE_ZERO and value <= 0:
+        raise InvalidSettingError(f"{name} must be above 0, not {value}.")
+
+
+def _try_algorithm(settings: AlgorithmConfig) -> None:
+    """Compute the loss of two made-up trajectories: what raises now would raise in step 1."""
+    logprobs = torch.tensor([[-0.5], [-1.0], [-0.2], [-2.0], [-0.1], [-0.7]])
+    mask = torch.ones(logprobs.shape, dtype=torch.bool)
+    index = torch.tensor([0, 0, 0, 1, 1, 1])
+    try:
+        signals = Signals(
+            old_logprobs=logprobs,
+            teacher_logprobs=logprobs - 0.3,
+            completion_mask=mask,
+            trajectory_index=index,
+            turn_index=torch.tensor([0, 1, 2, 0, 1, 2]),
+            turn_rewards=torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0]),
+            returns=torch.tensor([1.0, 0.0]),
+            group_index=torch.tensor([0, 0]),
+            divergences=torch.full(logprobs.shape, 0.1) if has_exact_signal(settings) else None,
+            turn_penalties=torch.zeros(6),
+        )
+        advantages = compute_advantages(signals, settings, 1)
+        normalizer = loss_normalizer(mask, settings.aggregation, index)
+        clipped_policy_loss(
+            logprobs, logprobs, advantages.values, mask, clip_low=settings.clip[0],
+            clip_high=settings.clip[1], dual_clip=settings.dual_clip, normalizer=normalizer,
+        )  # fmt: skip
+    except ValueError as error:
+        raise InvalidSettingError(f"algorithm: {error}.") from error
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+class OutOfMemory(AtodError):
+    """Memory of the device or the processor ran out; the message says what needs less."""
+
+
+@contextmanager
+def memory_errors(doing: str, advice: str) -> Iterator[None]:
+    """Turn an error of an allocator into one line.
+
+    Args:
+        doing: what was being done, such as `making the update`.
+        advice: which settings to change.
+
+    Raises:
+        OutOfMemory: an allocation failed within.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+            part in text for part in ("allocate memory", "out of memory", "ALLOC_FAILED")
+        )
+        if not is_memory:
+            raise
+        cause = text.partition("\n")[0].partition(". ")[0]
+        raise OutOfMemory(f"Memory ran out while {doing} ({cause}). {advice}") from error
+
+
+# -- hidden inputs ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HiddenInputs:
+    """What a run depends on beside its settings."""
+
+    prompt: str
+    """Hash of the ids of a fixed prompt."""
+    teacher: list[float] | None
+    """Log-probs of a few fixed tokens, in nats; None without a teacher."""
+    frozen: list[float] | None
+    """The same of the student's start, where some of its weights are not trained."""
+
+    @classmethod
+    def of(
+        cls, student: Policy, teacher: Teacher | None, dialogue: DialogueEncoder
+    ) -> HiddenInputs:
+        """Look at the student's start and the teacher."""
+        turn = DemonstrationTurn((Message("user", "You are in a room."),), "go to desk 1", True)
+        record = tokenize((turn,), dialogue)
+        [found] = record.turns
+        ids = found.tokens.completion_ids
+        # Without the template, whose text may change with the date.
+        tokens = replace(found.tokens, prompt_ids=ids[:1])
+        batch = make_batch(
+            [replace(record, turns=(replace(found, tokens=tokens),))], student.pad_id
+        )
+
+        def probed(logprobs: torch.Tensor) -> list[float]:
+            return [round(value, 4) for value in logprobs.flatten().tolist()]
+
+        is_frozen = any(not weight.requires_grad for weight in student.model.parameters())
+        return cls(
+            prompt=hashlib.sha256(str(found.tokens.prompt_ids).encode()).hexdigest(),
+            teacher=None if teacher is None else probed(teacher.score(batch)),
+            frozen=probed(student.completion_logprobs(batch)) if is_frozen else None,
+        )
+
+    def compared(self, manifest: Mapping[str, Any], template: str) -> str:
+        """Compare with those of the part of the run that came before.
+
+        Args:
+            manifest: of the run.
+            template: the chat template.
+
+        Returns:
+            A line that warns; empty if nothing changed.
+
+        Raises:
+            RunFolderError: the student's frozen weights or the teacher are others.
+        """
+        before = manifest.get("inputs")
+        if not before:
+            return ""
+        for name, what in (("teacher", "teacher"), ("frozen", "frozen weights of the student")):
+            old, new = before.get(name), getattr(self, name)
+            if old is None or new is None:
+                continue
+            apart = max((abs(a - b) for a, b in zip(old, new, strict=False)), default=0.0)
+            if len(old) != len(new) or not apart < _ANOTHER:
+                raise RunFolderError(
+                    f"The {what} gives log-probs that are up to {apart:.1f} nats from those that "
+                    "this run began with: it is another model. Resume with the same models, or "
+                    "start a new run."
+                )
+        if before.get("prompt") == self.prompt:
+            return ""
+        if "strftime_now" in template or "date_string" in template:
+            return (
+                f"the chat template writes the date into prompts, and this run began on "
+                f"{str(manifest.get('time'))[:10]}: it continues with other prompts. A new run can "
+                "fix the date if the template has a variable for it, such as "
+                "--env.template-options date_string '26 Jul 2024'"
+            )
+        raise RunFolderError(
+            "The chat template gives other prompts than this run began with: the tokenizer was "
+            "changed. Resume with the same model folder, or start a new run."
+        )

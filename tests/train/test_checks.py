@@ -1,0 +1,228 @@
+"""Settings out of range, memory that runs out, and what a resumed run depends on unseen."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from contextlib import closing
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_failures import Failing
+from test_trainer import CONFIG, _resuming, _with
+
+from atod_gym.errors import AtodError, InvalidSettingError
+from atod_train.config import RunConfig
+from atod_train.models.pretrained import load_policy
+from atod_train.presets import PRESETS
+from atod_train.reports.metrics import read_metrics
+from atod_train.reports.run_folder import RunFolderError, read_json
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.studies.study import run_study
+from atod_train.training import starts, trainer
+from atod_train.training.checkpoint import saved_checkpoints
+from atod_train.training.checks import OutOfMemory, check_settings, memory_errors
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["ATOD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def _changed(config: RunConfig, name: str, value: Any) -> RunConfig:
+    section, _, setting = name.partition(".")
+    part = replace(getattr(config, section), **{setting: value})
+    return replace(config, **{section: part})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_in_range(name: str) -> None:
+    check_settings(PRESETS[name].config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train.steps", 0),
+        ("train.tasks_per_step", -1),
+        ("train.lr", 0.0),
+        ("train.save_every", 0),
+        ("train.seed", -1),
+        ("train.tokens_per_microbatch", 0),
+        ("env.max_turns", 0),
+        ("env.eval_tasks", -1),
+        ("env.success_reward", 0.0),
+        ("env.invalid_action_penalty", -0.1),
+        ("model.lora_rank", -1),
+        ("model.max_context", 0),
+        ("start.demonstrations", 0),
+        ("start.epochs", (1.0, -1.0)),
+        ("start.observation_weight", -0.1),
+        ("algorithm.kappa", (0.05, 0.1)),
+        ("algorithm.rho", (1.0, 0.5)),
+        ("algorithm.dual_clip", 1.0),
+        ("algorithm.clip", (-0.2, 0.2)),
+    ],
+)
+def test_settings_out_of_range_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(InvalidSettingError, match=name.partition(".")[0]):
+        check_settings(_changed(CONFIG, name, value))
+
+
+def _floats() -> list[str]:
+    return [
+        f"{section.name}.{setting}"
+        for section in fields(RunConfig)
+        if section.name != "study"
+        for setting, value in asdict(getattr(CONFIG, section.name)).items()
+        if isinstance(value[0] if isinstance(value, tuple) and value else value, float)
+    ]
+
+
+@pytest.mark.parametrize("name", _floats())
+def test_no_number_may_be_nan(name: str) -> None:
+    section, _, setting = name.partition(".")
+    value = getattr(getattr(CONFIG, section), setting)
+    broken = tuple(math.nan for _ in value) if isinstance(value, tuple) else math.nan
+    with pytest.raises(InvalidSettingError, match=section):
+        check_settings(_changed(CONFIG, name, broken))
+
+
+def test_a_run_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettingError, match=r"train\.steps must be at least 1, not 0"):
+        run_study(_with(CONFIG, steps=0), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(error: Exception) -> None:
+    with (
+        pytest.raises(
+            OutOfMemory, match=r"Memory ran out while playing .*\. Use less\.$"
+        ) as caught,
+        memory_errors("playing", "Use less."),
+    ):
+        raise error
+    assert "GPU 0 has" not in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    with pytest.raises(RuntimeError, match="something else"), memory_errors("playing", ""):
+        raise RuntimeError("something else")
+
+
+def test_out_of_memory_in_a_step_says_what_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _with(CONFIG, save_every=100, eval_every=0)
+    update = Failing(trainer.update_policy, 3, torch.OutOfMemoryError("CUDA out of memory."))
+    monkeypatch.setattr(trainer, "update_policy", update)
+    advice = r"weights in step 3 .* --train\.tokens-per-microbatch \(now 2048\)"
+    with pytest.raises(OutOfMemory, match=advice):
+        run_study(config, tmp_path)
+    assert [p.stem for p in saved_checkpoints(tmp_path / "atod-seed0")] == ["step-000002"]
+    run_study(_resuming(_with(config, tokens_per_microbatch=256)), tmp_path)
+    assert len(read_metrics(tmp_path / "atod-seed0")) == 6
+
+
+def test_a_value_error_of_the_algorithm_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = Failing(trainer.compute_advantages, 1, ValueError("returns must be finite"))
+    monkeypatch.setattr(trainer, "compute_advantages", failing)
+    with pytest.raises(AtodError, match=r"^Step 1: returns must be finite\.$"):
+        run_study(CONFIG, tmp_path)
+
+
+def test_completions_that_are_cut_are_counted_and_reported_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_study(_with(CONFIG, steps=3, eval_every=0, max_completion_tokens=1), tmp_path / "cut")
+    rows = read_metrics(tmp_path / "cut" / "atod-seed0")
+    assert all(row["completions_cut"] > 0.9 for row in rows)
+    told = capsys.readouterr().err
+    assert told.count("were cut at train.max_completion_tokens=1") == 1
+    config = _with(CONFIG, steps=1, eval_every=0, max_completion_tokens=64)
+    run_study(config, tmp_path / "whole")
+    [row] = read_metrics(tmp_path / "whole" / "atod-seed0")
+    assert ("were cut" in capsys.readouterr().err) == (row["completions_cut"] > 0.5)
+    assert row["completions_cut"] < 0.9
+
+
+# -- hidden inputs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A finished run of a saved model with adapters, and its folder."""
+    out = tmp_path_factory.mktemp("run")
+    with closing(EnvPool(CONFIG.env, "train")) as pool:
+        made = starts.Starts(CONFIG, pool).policy("student")
+    for name in ("student", "teacher"):
+        made.save(out / name)
+    model = replace(
+        CONFIG.model, student=str(out / "student"), teacher=str(out / "teacher"), lora_rank=2
+    )
+    config = replace(CONFIG, model=model, start=replace(CONFIG.start, epochs=(0.0, 0.0)))
+    config = _with(config, steps=1, eval_every=0)
+    run_study(config, out / "runs")
+    return config, out
+
+
+def _scaled(folder: Path) -> None:
+    policy = load_policy(folder)
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+    policy.save(folder)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_another_model_of_the_same_name_is_not_resumed_with(
+    role: str, run: tuple[RunConfig, Path]
+) -> None:
+    config, out = run
+    inputs = read_json(out / "runs" / "atod-seed0" / "manifest.json")["inputs"]
+    assert inputs["teacher"]
+    assert inputs["frozen"]
+    more = _resuming(_with(config, steps=2))
+    kept = load_policy(out / role)
+    _scaled(out / role)
+    try:
+        with pytest.raises(RunFolderError, match=f"{role}.* it is another model"):
+            run_study(more, out / "runs")
+    finally:
+        kept.save(out / role)
+
+
+def test_a_date_in_the_template_is_reported(
+    run: tuple[RunConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config, _ = run
+    policy = load_policy(config.model.student)
+    day = "{% if date_string is not defined %}{% set date_string = strftime_now('%d') %}{% endif %}"
+    plain = policy.tokenizer.chat_template
+    for template, name in ((f"{day}go {{{{ date_string }}}} {plain}", "dated"), (plain, "plain")):
+        policy.tokenizer.chat_template = template
+        policy.save(tmp_path / name)
+    folder = str(tmp_path / "dated")
+    dated = replace(config, model=replace(config.model, student=folder, teacher=folder))
+    run_study(dated, tmp_path / "runs")
+    manifest = tmp_path / "runs" / "atod-seed0" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"prompt": "', '"prompt": "of another day '))
+    run_study(_resuming(_with(dated, steps=2)), tmp_path / "runs")
+    assert "writes the date into prompts, and this run began on 20" in capsys.readouterr().err
+    load_policy(tmp_path / "plain").save(tmp_path / "dated")
+    with pytest.raises(RunFolderError, match="the tokenizer was changed"):
+        run_study(_resuming(_with(dated, steps=3)), tmp_path / "runs")
