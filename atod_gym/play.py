@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
+from gymnasium import spaces
 
 import atod_gym
-from atod_gym.errors import AtodError
+from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.parsing import ACTION_TAGS, action_tags
 from atod_gym.prompts import shown_text
 from atod_gym.types import TurnObservation
+from atod_gym.wrappers import make_env
 
 HELP = """\
   a number   plays the action with that number
@@ -41,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _play(env, options)
         finally:
             env.close()
-    # TypeError: the environment has no such setting (Gymnasium passes it on as it is).
-    except (AtodError, gymnasium.error.Error, TypeError) as error:
+    except (AtodError, gymnasium.error.Error) as error:
         print(f"atod-play: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, EOFError):
@@ -85,8 +86,16 @@ def _make(options: argparse.Namespace) -> gymnasium.Env[Any, str]:
         if getattr(options, name) is not None
     }
     if options.seed is not None and options.seed < 0:
-        raise gymnasium.error.Error(f"--seed must be >= 0, not {options.seed}")
-    return gymnasium.make(options.env_id, **settings)
+        raise InvalidSettingError(f"--seed must be >= 0, not {options.seed}")
+    env = make_env(options.env_id, **settings)
+    space = env.observation_space
+    if not isinstance(space, spaces.Dict) or not {"instruction", "text"} <= space.keys():
+        env.close()
+        raise InvalidSettingError(
+            f"{options.env_id} has no texts to play; its observations are {space}. "
+            f"Environments that can be played: {', '.join(atod_gym.ENV_IDS)}."
+        )
+    return env
 
 
 def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> int:
@@ -119,20 +128,20 @@ def page(observation: TurnObservation, info: Mapping[str, Any]) -> str:
 
 def ask(observation: TurnObservation) -> str | None:
     """The player's next action; None when the player quits."""
-    actions = observation["admissible_actions"]
+    actions = {str(n): one for n, one in enumerate(observation["admissible_actions"], 1)}
     print()
-    for number, action in enumerate(actions, 1):
-        print(f"  {number:2d}  {action}")
+    for number, action in actions.items():
+        print(f"  {number:>2}  {action}")
     while True:
         answer = input(f"turn {observation['turn_index'] + 1}> ").strip()
         if answer == "q":
             return None
         if answer == "?":
             print(HELP)
+        elif answer in actions:
+            return _filled_in(actions[answer])
         elif answer.isascii() and answer.isdigit():
-            if 1 <= int(answer) <= len(actions):
-                return _filled_in(actions[int(answer) - 1])
-            print(f"There is no action {answer}; the numbers go from 1 to {len(actions)}.")
+            print(f"There is no action {answer[:20]}; the numbers go from 1 to {len(actions)}.")
         elif answer:
             return answer
 

@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.env_id,
             completions=options.completions,
             max_sessions=options.max_sessions,
-            **_env_options(options),
+            **_further_options(options),
         )
         listener = socket.create_server((options.host, options.port), backlog=_BACKLOG)
     except (AtodError, gymnasium.error.Error, OSError) as error:
@@ -246,8 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _env_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of the environment on the command line."""
+def _further_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return split, data and what `--options` holds; refuse what has an option of its own."""
     try:
         chosen = json.loads(options.options)
     except ValueError as error:
@@ -255,7 +255,10 @@ def _env_options(options: argparse.Namespace) -> dict[str, Any]:
     if not isinstance(chosen, dict):
         raise InvalidSettingError("--options must be a JSON object.")
     named = {"split": options.split, "data": options.data}
-    return {**chosen, **{name: value for name, value in named.items() if value is not None}}
+    named = {name: value for name, value in named.items() if value is not None}
+    for name in chosen.keys() & {"env_id", "completions", "max_sessions", *named}:
+        raise InvalidSettingError(f"Give {name} as --{name.replace('_', '-')}, not in --options.")
+    return {**chosen, **named}
 
 
 if __name__ == "__main__":

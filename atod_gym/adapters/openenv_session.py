@@ -10,6 +10,7 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from atod_gym.adapters.made_env import encodable, made_env
+from atod_gym.envs.turn_env import TurnEnv
 from atod_gym.errors import InvalidSettingError
 from atod_gym.prompts import shown_text
 
@@ -142,11 +143,12 @@ class Session:
         )
 
     def web_actions(self, observation: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-        """Buttons of OpenEnv's web page: the admissible actions."""
+        """Return the buttons of OpenEnv's web page: the admissible actions without placeholders."""
         if self._served.completions:
             return []
         actions = observation.get("admissible_actions", ())
-        return [(action, {"text": action}) for action in actions]
+        playable = [action for action in actions if not TurnEnv.is_placeholder(action)]
+        return [(action, {"text": action}) for action in playable]
 
     def list_splits(self) -> list[str]:
         """The one split that is served."""

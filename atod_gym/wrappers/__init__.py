@@ -150,7 +150,9 @@ class ChatPrompt(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
         return messages, reward, terminated, truncated, info
 
 
-def make_env(env_id: str, max_turns: int | None = None, **settings: Any) -> gymnasium.Env[Any, Any]:
+def make_env(
+    env_id: str, /, max_turns: int | None = None, **settings: Any
+) -> gymnasium.Env[Any, Any]:
     """Make an environment with a turn limit, of this package or any other.
 
     Args:

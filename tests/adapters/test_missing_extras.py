@@ -46,3 +46,11 @@ def test_prompt_options_of_an_environment_are_checked() -> None:
 
     with pytest.raises(InvalidSettingError, match="Prompt options"):
         made_env("atod/ALFWorld-v0", {"data": "generated"}, {"size": 3})
+
+
+@pytest.mark.parametrize("name", ["env_id", "id", "colour"])
+def test_settings_that_an_environment_does_not_take_are_named(name: str) -> None:
+    from atod_gym.adapters.made_env import made_env
+
+    with pytest.raises(InvalidSettingError, match=name):
+        made_env("atod/ALFWorld-v0", {"data": "generated", name: "x"})

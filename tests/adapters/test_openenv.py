@@ -320,8 +320,9 @@ def test_plain_http_routes(house: str) -> None:
 
 def test_buttons_of_the_web_page_are_actions() -> None:
     environment = load_types().environment
+    # A placeholder is no action: playing it would cost a turn.
     [(label, action)] = environment.web_actions(
-        WithoutCompletions(), {"admissible_actions": ["look"]}
+        WithoutCompletions(), {"admissible_actions": ["look", "search[<query>]"]}
     )
     assert (label, AtodAction(**action).text) == ("look", "look")
 
@@ -354,6 +355,9 @@ def test_settings_without_a_meaning_are_named(options: dict[str, Any], message: 
     [
         (["--options", "{"], "--options is not JSON"),
         (["--options", "[]"], "must be a JSON object"),
+        (["--options", '{"completions": true}'], "Give completions as --completions"),
+        (["--options", '{"env_id": "x"}'], "Give env_id as --env-id"),
+        (["--split", "train", "--options", '{"split": "x"}'], "Give split as --split"),
         (["--env-id", "atod/Moon-v0"], "Moon"),
         (["--data", "generated", "--port", "70000"], "port"),
         (["--data", "generated", "--host", "no.such.host.invalid"], "no.such.host.invalid"),

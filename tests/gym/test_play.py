@@ -62,9 +62,10 @@ def test_a_task_can_be_won_by_text_and_by_number() -> None:
 
 
 def test_help_wrong_numbers_and_empty_lines_cost_no_turn() -> None:
-    played = atod_play("?\n\n999\n0\nlook\nnonsense\nq\n", "--seed", "1")
+    # Python refuses to read more than 4300 digits as a number.
+    played = atod_play(f"?\n\n999\n{'9' * 5000}\n0\nlook\nnonsense\nq\n", "--seed", "1")
     assert (played.returncode, played.stderr) == (0, "")
-    assert played.stdout.count("turn 1> ") == 5
+    assert played.stdout.count("turn 1> ") == 6
     assert "There is no action 999" in played.stdout
     assert played.stdout.count("shows this help") == 2
     assert "Nothing happens." in played.stdout
@@ -99,12 +100,33 @@ def test_a_terminal_without_unicode_does_not_stop_the_game() -> None:
         (["--house-size", "huge"], "tiny"),
         (["--seed", "-1"], "--seed must be >= 0"),
         (["CartPole-v1"], "unexpected keyword argument"),
+        (["no_such_package:Env-v0"], "no_such_package"),
     ],
 )
 def test_mistakes_are_named_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert play.main([*COMMAND[5:], *arguments]) == 2
+    assert_one_line(capsys, message)
+
+
+def test_an_environment_without_texts_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert play.main(["CartPole-v1"]) == 2
+    assert_one_line(capsys, "CartPole-v1 has no texts to play")
+
+
+def test_an_error_of_the_environment_is_no_mistake_of_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> int:
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(play, "_play", fail)
+    with pytest.raises(TypeError, match="a defect"):
+        play.main(COMMAND[5:])
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.startswith("atod-play: ")

@@ -234,6 +234,7 @@ ODD_FILES = {
     "cut.jsonl.gz": (gzip.compress(LINE * 99, mtime=0)[:-5], "cannot be read"),
     "cut.jsonl.xz": (lzma.compress(LINE * 99)[:-5], "cannot be read"),
     "cut.json": (b"[" + LINE, "no whole JSON array"),
+    "joined.json": (b"[%b]\n[%b]" % (LINE, LINE), "text after its JSON array"),
     "deep.json": (b"[" * 100_000, "nested too deeply"),
     "pretty.json": (json.dumps({"version": 1, "data": []}, indent=1).encode(), "one JSON object"),
     "bzip.jsonl": (b"BZh91AY", "bzip2"),

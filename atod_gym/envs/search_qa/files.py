@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -105,6 +106,8 @@ def _items(stream: IO[str]) -> Iterator[object]:
     while True:
         at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
         if buffer.startswith("]", at):
+            if any(text.strip() for text in chain([buffer[at + 1 :]], stream)):
+                raise UnreadableError("has text after its JSON array: join the rows in one array")
             return
         try:
             item, end = decoder.raw_decode(buffer, at)
