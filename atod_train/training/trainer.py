@@ -81,6 +81,7 @@ from atod_train.training.checkpoint import (
 from atod_train.training.checks import HiddenInputs, memory_errors
 from atod_train.training.interrupts import interruptible
 from atod_train.training.learner import Learner
+from atod_train.training.model_card import model_card
 from atod_train.training.update import score_batch, update_policy
 
 _CHECKPOINTS_KEPT = 2
@@ -251,7 +252,7 @@ class Trainer:
 
     def _finish(self) -> None:
         self._count_minutes()
-        self.student.save(self.run_dir / "models" / "last")
+        self._save_model("last", read_evaluations(self.run_dir))
         write_summary(
             self.run_dir,
             steps=self.done.step,
@@ -332,6 +333,10 @@ class Trainer:
             inputs=asdict(inputs),
         )
 
+    def _save_model(self, name: str, evaluations: Sequence[Evaluation]) -> None:
+        card = model_card(self.run_dir, self.config, self.done.step, evaluations)
+        self.student.save(self.run_dir / "models" / name, card)
+
     def _save(self, alone: bool = False) -> None:
         """Save the last finished step; `alone`: without the other processes."""
         with self._times.phase("checkpoint"):
@@ -377,7 +382,7 @@ class Trainer:
         if writer is None or not found:
             return
         if _greedy_success(found) > self._best()[1]:
-            self.student.save(self.run_dir / "models" / "best")
+            self._save_model("best", [*read_evaluations(self.run_dir), *found])
         for evaluation in found:
             writer.write_evaluation(evaluation)
 
