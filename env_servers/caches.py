@@ -10,8 +10,22 @@ def cache_folder() -> Path:
     """Return `$ATOD_CACHE`, else `$XDG_CACHE_HOME/atod`, else `~/.cache/atod`.
 
     An empty variable counts as not set. The folder need not exist.
+
+    Raises:
+        ValueError: it is below a home folder, and there is none.
     """
     if configured := os.environ.get("ATOD_CACHE"):
-        return Path(configured).expanduser()
-    configured = os.environ.get("XDG_CACHE_HOME")
-    return (Path(configured) if configured else Path.home() / ".cache") / "atod"
+        return expanded(configured)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "atod"
+
+
+def expanded(text: str) -> Path:
+    """Return a path; a `~` or `~user` at its beginning becomes the home folder.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no home folder for {text}: give the full path") from None

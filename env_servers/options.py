@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from env_servers.caches import expanded
+
 _T = TypeVar("_T")
 
 
@@ -76,11 +78,18 @@ def read_options(kind: type[_T], arguments: argparse.Namespace) -> _T:
     return kind(**{entry.name: getattr(arguments, entry.name) for entry in fields(kind)})  # type: ignore[arg-type]
 
 
+def _path(text: str) -> Path:
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _reader(hint: Any, least: float | None, most: float | None) -> Callable[[str], Any]:
     """Return a function that reads a value of a type; argparse shows its name in errors."""
     hint = next((kind for kind in (int, float, Path, str) if hint in (kind, kind | None)), hint)
     if hint is Path:
-        return lambda text: Path(text).expanduser()
+        return _path
     if hint not in (int, float):
         return str
 

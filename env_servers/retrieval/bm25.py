@@ -105,6 +105,8 @@ def index_file(path: Path, k1: float, b: float, folder: Path | None = None) -> I
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
     folder = folder or index_cache() / key
+    if folder.exists() and not folder.is_dir():
+        raise CorpusError(f"{folder} is a file; give a folder as --index.")
     try:
         if not (folder.is_dir() and any(folder.iterdir())):
             _build(path, description, folder)
@@ -163,8 +165,8 @@ def _build(path: Path, description: Mapping[str, Any], folder: Path) -> None:
     left_out = LeftOut()
     if next(read_corpus(path, left_out), None) is None:
         raise no_passage(path, left_out)
-    _LOG.warning("First use of %s: its index is made in %s.", path, folder)
     with new_folder(folder) as partial:
+        _LOG.warning("First use of %s: its index is made in %s.", path, folder)
 
         def write(repeated: Collection[int] = ()) -> LeftOut:
             left_out = LeftOut()

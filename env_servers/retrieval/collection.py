@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
-from env_servers.retrieval.bm25 import BM25Retriever, index_cache, index_file, index_passages
+from env_servers.retrieval.bm25 import (
+    BM25Retriever,
+    IndexedCorpus,
+    index_cache,
+    index_file,
+    index_passages,
+)
 from env_servers.retrieval.corpus import Corpus, CorpusError, Retriever
 from env_servers.retrieval.corpus_files import LeftOut
 from env_servers.retrieval.settings import CollectionSettings, EncoderSettings
@@ -44,18 +52,23 @@ class Collection:
             CorpusError: the file cannot be read, or its index cannot be used.
             ValueError: a setting is out of range, or the encoder cannot be used.
         """
-        encoder = None
+        world = encoder = None
+        k1, b = settings.k1, settings.b
+        index: Callable[[], IndexedCorpus]
+        if settings.corpus is None:
+            world = World(settings.entities, settings.world_seed)
+            index = partial(index_passages, world.passages, k1, b)
+        else:
+            index = partial(index_file, settings.corpus, k1, b, settings.index)
         if settings.encoder is not None:
-            # It needs optional packages. What is wrong with it shows before the corpus is indexed.
+            # Optional packages. Errors of encoder and vectors must come before the indexing.
+            from env_servers.retrieval.dense import vectors_file
             from env_servers.retrieval.encoder import Encoder
 
             encoder = Encoder.load(settings.encoder, encoding or EncoderSettings())
-        world = None
-        if settings.corpus is None:
-            world = World(settings.entities, settings.world_seed)
-            indexed = index_passages(world.passages, settings.k1, settings.b)
-        else:
-            indexed = index_file(settings.corpus, settings.k1, settings.b, settings.index)
+            if settings.vectors is not None:
+                vectors_file(settings.vectors, encoder)
+        indexed = index()
         retriever: Retriever = BM25Retriever(indexed.bm25)
         if encoder is not None:
             from env_servers.retrieval.dense import DenseRetriever, HybridRetriever

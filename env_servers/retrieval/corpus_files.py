@@ -15,6 +15,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import tarfile
 import zlib
 from collections import Counter
@@ -23,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import ijson
@@ -44,6 +45,7 @@ _LAYERS = 3
 _OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open}
 _TAR_MARK = slice(257, 262)
 _TAR_MEMBERS = (".jsonl", ".json", ".tsv")
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
 _AS_LINES = "write its rows as JSON lines, such as {'id': .., 'title': .., 'text': ..}"
 _IN_IT = "unpack it and give the corpus file in it"
 _HTML = "an HTML page, perhaps the error page of a download: download the file again"
@@ -166,9 +168,12 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 def _member(archive: tarfile.TarFile, path: Path) -> IO[bytes]:
     for member in archive:
         file = archive.extractfile(member) if member.isfile() else None
-        if file is not None and member.name.endswith(_TAR_MEMBERS):
+        # macOS puts a file of attributes before each file, called as that one behind `._`.
+        is_hidden = PurePosixPath(member.name).name.startswith(".")
+        if file is not None and member.name.endswith(_TAR_MEMBERS) and not is_hidden:
             return file
-    raise CorpusError(f"{path} is a tar archive without a .jsonl file.")
+    names = " or ".join(_TAR_MEMBERS)
+    raise CorpusError(f"{path} is a tar archive without a {names} file.")
 
 
 def _rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, object]]:
@@ -270,7 +275,7 @@ def _table_rows(file: IO[bytes], columns: list[str]) -> Iterator[tuple[str, obje
                     continue
                 if len(cells) != len(columns):
                     value = _RowError("with another number of columns than the header")
-                elif any("\udc80" <= letter <= "\udcff" for letter in "".join(cells)):
+                elif any(map(_NO_UTF8.search, cells)):
                     value = _RowError("not in UTF-8")
                 else:
                     value = dict(zip(columns, cells, strict=True))

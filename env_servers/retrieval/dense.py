@@ -26,6 +26,7 @@ from tqdm import tqdm
 from env_servers.retrieval.corpus import Corpus, Found, Retriever
 from env_servers.retrieval.encoder import Encoder, EncoderError
 from env_servers.retrieval.nearest import QUERIES_AT_ONCE, Matrix, NearestRows
+from env_servers.text import well_formed
 
 CONSTANT = 60
 """The k of reciprocal rank fusion, as in its source."""
@@ -59,10 +60,15 @@ class DenseRetriever:
     def __init__(self, encoder: Encoder, vectors: Matrix) -> None:
         self._encoder = encoder
         self._nearest = NearestRows(vectors)
-        self.settings: Mapping[str, object] = {
+        about = {
             "encoder": encoder.name,
             "dimension": encoder.dimension,
             **asdict(encoder.settings),
+        }
+        # Arguments of the command line may hold bytes that are no UTF-8.
+        self.settings: Mapping[str, object] = {
+            name: well_formed(value) if isinstance(value, str) else value
+            for name, value in about.items()
         }
 
     @classmethod
@@ -152,29 +158,39 @@ def stored_vectors(corpus: Corpus, encoder: Encoder, folder: Path) -> Matrix:
     return matrix
 
 
+def vectors_file(path: Path, encoder: Encoder) -> Matrix:
+    """Map the vectors in a .npy file: float16 or float32 [passages, dimension].
+
+    Raises:
+        EncoderError: it is none, or its rows are not as long as the vectors of the encoder.
+    """
+    matrix = _mapped(path)
+    if matrix.ndim != 2 or matrix.dtype not in (np.float16, np.float32):
+        raise EncoderError(f"--vectors {path} must be a float16 or float32 matrix")
+    if matrix.shape[1] != encoder.dimension:
+        raise EncoderError(
+            f"--vectors {path} has {matrix.shape[1]} numbers a row and the encoder {encoder.name}"
+            f" makes {encoder.dimension}: give the encoder that made them"
+        )
+    return matrix
+
+
 def given_vectors(corpus: Corpus, encoder: Encoder, path: Path) -> Matrix:
     """Map vectors that the user has, after a check that they are this encoder's.
 
     Args:
         corpus: its passages are in the order of the rows.
         encoder: what the vectors were made with.
-        path: a .npy file with float16 or float32 [passages, dimension], rows of length 1.
+        path: as in `vectors_file`; rows of length 1.
 
     Raises:
         EncoderError: they do not fit the corpus or the encoder.
     """
-    matrix = _mapped(path)
-    if matrix.ndim != 2 or matrix.dtype not in (np.float16, np.float32):
-        raise EncoderError(f"--vectors {path} must be a float16 or float32 matrix")
+    matrix = vectors_file(path, encoder)
     if len(matrix) != len(corpus):
         raise EncoderError(
             f"--vectors {path} has {len(matrix):,} rows and the corpus {len(corpus):,} passages:"
             " give the vectors of this corpus"
-        )
-    if matrix.shape[1] != encoder.dimension:
-        raise EncoderError(
-            f"--vectors {path} has {matrix.shape[1]} numbers a row and the encoder {encoder.name}"
-            f" makes {encoder.dimension}: give the encoder that made them"
         )
     rows = np.unique(np.linspace(0, len(corpus) - 1, _CHECKED_ROWS).astype(int)).tolist()
     expected = encoder.encode_passages(corpus.contents(rows))

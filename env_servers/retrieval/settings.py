@@ -7,6 +7,7 @@ from pathlib import Path
 
 from env_servers.options import option
 
+_LARGEST_LIMIT = 10**9
 RETRIEVERS = ("bm25", "dense", "hybrid")
 POOLINGS = ("mean", "cls", "last")
 
@@ -51,6 +52,10 @@ class CollectionSettings:
             )
         if self.corpus is None and (self.index or self.vectors):
             raise ValueError("--index and --vectors need --corpus")
+        if not 0 <= self.k1 < float("inf"):
+            raise ValueError(f"--k1 must be a number of at least 0, not {self.k1!r}")
+        if not 0 <= self.b <= 1:
+            raise ValueError(f"--b must be between 0 and 1, not {self.b!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,9 @@ class EncoderSettings:
     query_prefix: str = option("", "put before queries for the encoder", metavar="TEXT")
     passage_prefix: str = option("", "put before passages for the encoder", metavar="TEXT")
     pooling: str = option("mean", "of token vectors: mean, cls (the first) or last")
-    max_length: int = option(256, "of the encoder; longer texts are cut", metavar="TOKENS")
+    max_length: int = option(
+        256, "of the encoder; longer texts are cut", metavar="TOKENS", most=1_000_000
+    )
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
@@ -74,9 +81,11 @@ class Limits:
     """What a request may ask for."""
 
     topk: int = option(3, "where a request has none, or 0", least=1)
-    max_topk: int = option(100, "of a request", least=1)
-    max_queries: int = option(1024, "of a request", least=1)
-    max_query: int = option(10_000, "of a query", metavar="CHARACTERS", least=1)
+    max_topk: int = option(100, "of a request", least=1, most=_LARGEST_LIMIT)
+    max_queries: int = option(1024, "of a request", least=1, most=_LARGEST_LIMIT)
+    max_query: int = option(
+        10_000, "of a query", metavar="CHARACTERS", least=1, most=_LARGEST_LIMIT
+    )
 
     def __post_init__(self) -> None:
         if self.topk > self.max_topk:

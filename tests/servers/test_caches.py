@@ -27,3 +27,11 @@ def test_one_rule_for_the_cache_folder(
         else:
             monkeypatch.setenv(name, value)
     assert cache_folder() == Path(expected)
+
+
+@pytest.mark.parametrize("name", ["ATOD_CACHE", "XDG_CACHE_HOME"])
+def test_a_missing_home_folder_is_explained(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv("ATOD_CACHE", raising=False)
+    monkeypatch.setenv(name, "~no-such-user/a")
+    with pytest.raises(ValueError, match="no home folder for ~no-such-user/a: give the full path"):
+        cache_folder()

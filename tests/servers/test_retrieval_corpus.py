@@ -13,7 +13,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,15 +68,17 @@ def everything(indexed: IndexedCorpus) -> list[Passage]:
 
 
 def in_tar(content: bytes, name: str = "data/wiki.jsonl") -> bytes:
-    """A tar archive with a folder and a file in it, compressed."""
+    """A tar archive as macOS makes it with a folder and a file in it, compressed."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         folder = tarfile.TarInfo("data")
         folder.type = tarfile.DIRTYPE
         archive.addfile(folder)
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        archive.addfile(member, io.BytesIO(content))
+        attributes = PurePosixPath(name).with_name(f"._{PurePosixPath(name).name}")
+        for path, data in ((str(attributes), b"\0\5\26\7"), (name, content)):
+            member = tarfile.TarInfo(path)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
     return packed.getvalue()
 
 
@@ -385,7 +387,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, cache: Path) -> None:
     for path, message in (
         (tmp_path / "a.gz", "Cannot read .*a.gz after"),
         (tmp_path / "b", "Cannot read .*b after"),
-        (tmp_path / "d.gz", r"is a tar archive without a \.jsonl file"),
+        (tmp_path / "d.gz", r"is a tar archive without a \.jsonl or \.json or \.tsv file"),
         (tmp_path / "missing.jsonl", "There is no corpus file .*missing"),
         (tmp_path, "is a folder"),
         (tmp_path / "b" / "below", "Cannot read .*Not a directory"),

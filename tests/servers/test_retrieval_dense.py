@@ -138,6 +138,9 @@ def test_passages_are_ranked_by_inner_product_and_ties_by_row(tmp_path: Path) ->
         "encoder": "words", "dimension": 8, "query_prefix": "", "passage_prefix": "",
         "pooling": "mean", "max_length": 256,
     }  # fmt: skip
+    # As Python has bytes of a command line that are no UTF-8; /health answers with the settings.
+    odd = DenseRetriever.open(corpus_of(TEXTS), word_encoder(query_prefix="\udcff"), tmp_path, None)
+    assert odd.settings["query_prefix"] == "\ufffd"
 
 
 def test_vectors_are_stored_once(tmp_path: Path) -> None:

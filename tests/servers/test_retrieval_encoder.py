@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -146,6 +147,25 @@ def test_wrong_settings_are_refused(small_encoder: Path) -> None:
         EncoderSettings(max_length=3)
     with pytest.raises(EncoderError, match=r"--max-length 65 is too long.* at most 64 tokens"):
         Encoder.load(str(small_encoder), EncoderSettings(max_length=65))
+
+
+def test_encoders_that_cannot_encode_are_refused_when_they_are_loaded(
+    small_encoder: Path, tmp_path: Path
+) -> None:
+    import transformers
+
+    folder = Path(shutil.copytree(small_encoder, tmp_path / "encoder"))
+    place = folder / "tokenizer_config.json"
+    about = json.loads(place.read_text())
+    del about["model_max_length"]
+    place.write_text(json.dumps(about))
+    Encoder.load(str(folder), EncoderSettings(max_length=64))
+    with pytest.raises(EncoderError, match=r"cannot encode a text of 65 tokens.* --max-length"):
+        Encoder.load(str(folder), EncoderSettings(max_length=65))
+    size = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 130}
+    transformers.T5Model(transformers.T5Config(**size)).save_pretrained(folder)
+    with pytest.raises(EncoderError, match=r"give a model of text with token vectors"):
+        Encoder.load(str(folder), EncoderSettings())
 
 
 def test_encoders_that_cannot_be_loaded_are_named(

@@ -11,8 +11,10 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from asgi_calls import Answer, AppCaller
 from served_shop import StartServer
@@ -390,8 +392,13 @@ def test_the_command_serves_a_generated_world(start_server: StartServer) -> None
         (["--retriever", "dense"], "--retriever dense needs --encoder"),
         (["--encoder", "x"], "need --retriever dense or hybrid"),
         (["--index", "x"], "need --corpus"),
-        (["--k1", "-1"], "k1 must be"),
-        (["--b", "2"], "b must be"),
+        (["--k1", "-1"], "--k1 must be"),
+        (["--k1", "inf", "--corpus", "good.jsonl"], "--k1 must be"),
+        (["--k1", "nan", "--corpus", "good.jsonl"], "--k1 must be"),
+        (["--b", "2", "--corpus", "good.jsonl"], "--b must be"),
+        (["--index", "good.jsonl", "--corpus", "good.jsonl"], "good.jsonl is a file"),
+        (["--index", "good.jsonl/x", "--corpus", "good.jsonl"], "Cannot use good.jsonl/x"),
+        (["--entities", "10", "--retriever", "dense", "--encoder", "/none"], "entities must be"),
         (["--topk", "5", "--max-topk", "4"], "--topk must be at most --max-topk"),
     ],
 )
@@ -399,6 +406,7 @@ def test_a_wrong_start_is_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     arguments: list[str],
     message: str,
 ) -> None:
@@ -406,6 +414,7 @@ def test_a_wrong_start_is_one_line(
     monkeypatch.setattr(process, "exit_on_signals", lambda: None)
     monkeypatch.chdir(tmp_path)
     Path("bad.jsonl").write_text("{a\n{\n")
+    Path("good.jsonl").write_text('{"text": "x"}')
     try:
         status = cli.main(["retrieval", "--port", "0", *arguments])
     except SystemExit as end:
@@ -415,6 +424,8 @@ def test_a_wrong_start_is_one_line(
     assert errors.startswith("atod-serve")
     assert message in errors
     assert errors.count("\n") == 1
+    # Nothing was begun, such as an index.
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("own_index", [False, True])
@@ -424,11 +435,14 @@ def test_encoders_get_their_settings_and_a_folder(
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
     loaded: list[object] = []
     encoding = EncoderSettings("q: ", "p: ", "cls", 9)
+    encoder = SimpleNamespace(dimension=2)
+    given = tmp_path / "v.npy"
+    np.save(given, np.zeros((4, 2), np.float32))
     asked: list[tuple[object, ...]] = []
 
     def load(*arguments: object) -> Any:
         loaded.append(arguments)
-        return "encoder"
+        return encoder
 
     def build(corpus: Corpus, *arguments: object) -> Any:
         asked.append((len(corpus), *arguments))
@@ -440,16 +454,21 @@ def test_encoders_get_their_settings_and_a_folder(
     monkeypatch.setattr(DenseRetriever, "open", build)
     settings = CollectionSettings(
         corpus=corpus_file, index=tmp_path / "index" if own_index else None, retriever="dense",
-        encoder="some", vectors=Path("v.npy"),
+        encoder="some", vectors=given,
     )  # fmt: skip
     assert isinstance(Collection.open(settings, encoding).retriever, SlowRetriever)
     assert loaded == [("some", encoding)]
     hybrid = replace(settings, retriever="hybrid", vectors=None)
     assert Collection.open(hybrid).retriever.name == "hybrid"
     folder = tmp_path / "index" if own_index else tmp_path / "cache/retrieval/vectors"
-    assert asked == [(4, "encoder", folder, Path("v.npy")), (4, "encoder", folder, None)]
+    assert asked == [(4, encoder, folder, given), (4, encoder, folder, None)]
     with pytest.raises(CorpusError, match=f"Cannot keep the vectors .* {folder}: No space left"):
         Collection.open(hybrid)
+    # Vectors that cannot be used are refused before the corpus is indexed.
+    given.unlink()
+    with pytest.raises(ValueError, match=f"there is no file {given}"):
+        Collection.open(replace(settings, index=tmp_path / "unused"), encoding)
+    assert not (tmp_path / "unused").exists()
 
 
 def test_settings_are_checked_before_anything_is_read() -> None:

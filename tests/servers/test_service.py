@@ -330,6 +330,9 @@ def test_a_host_that_is_none_is_refused() -> None:
         ["webshop", "--port", "-1"], ["webshop", "--capacity", "0"],
         ["webshop", "--idle-minutes", "0"], ["webshop", "--idle-minutes", "nan"],
         ["webshop", "--max-body", "0"], ["webshop", "--nothing"], ["webshop", "--parent", "0"],
+        ["retrieval", "--corpus", "~no-such-user/x"],
+        *(["retrieval", f"--max-{name}", "1" + 20 * "0"]
+          for name in ("topk", "queries", "query", "length")),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_one_line_and_status_2(
