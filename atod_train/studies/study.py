@@ -37,10 +37,9 @@ from atod_train.studies.study_results import MOST_PLAYS
 from atod_train.teachers.describe import connect, describe
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher
+from atod_train.training.bookkeeping import interruptible
 from atod_train.training.checks import check_settings
-from atod_train.training.interrupts import interruptible
-from atod_train.training.start_evaluations import evaluate_start
-from atod_train.training.starts import Starts
+from atod_train.training.supervised import Starts, evaluate_start
 from atod_train.training.trainer import StoppedByUser, Trainer
 
 

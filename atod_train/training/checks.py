@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from atod_gym.errors import AtodError, InvalidSettingError
+from atod_gym.errors import InvalidSettingError
 from atod_gym.types import Message
 from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer
 from atod_train.algorithm.baselines import Signals, compute_advantages, has_exact_signal
@@ -26,7 +25,7 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.policy import Policy
 from atod_train.reports.run_folder import RunFolderError
 from atod_train.teachers.local import Teacher
-from atod_train.training.demonstrations import DemonstrationTurn, tokenize
+from atod_train.training.supervised import DemonstrationTurn, tokenize
 
 _AT_LEAST = {
     "env.max_turns": 1,
@@ -110,37 +109,6 @@ def _try_algorithm(settings: AlgorithmConfig) -> None:
         )  # fmt: skip
     except ValueError as error:
         raise InvalidSettingError(f"algorithm: {error}.") from error
-
-
-# -- memory ----------------------------------------------------------------------------------------
-
-
-class OutOfMemory(AtodError):
-    """Memory of the device or the processor ran out; the message says what needs less."""
-
-
-@contextmanager
-def memory_errors(doing: str, advice: str) -> Iterator[None]:
-    """Turn an error of an allocator into one line.
-
-    Args:
-        doing: what was being done, such as `making the update`.
-        advice: which settings to change.
-
-    Raises:
-        OutOfMemory: an allocation failed within.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-            part in text for part in ("allocate memory", "out of memory", "ALLOC_FAILED")
-        )
-        if not is_memory:
-            raise
-        cause = text.partition("\n")[0].partition(". ")[0]
-        raise OutOfMemory(f"Memory ran out while {doing} ({cause}). {advice}") from error
 
 
 # -- hidden inputs ---------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ from atod_train.reports.step_records import batch_metrics, rendering_drift, traj
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, nothing_fits, seed_for, tasks_for_step
 from atod_train.teachers.local import LocalTeacher, Teacher
+from atod_train.training.bookkeeping import interruptible, memory_errors
 from atod_train.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -78,11 +79,9 @@ from atod_train.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from atod_train.training.checks import HiddenInputs, memory_errors
-from atod_train.training.interrupts import interruptible
-from atod_train.training.learner import Learner
+from atod_train.training.checks import HiddenInputs
 from atod_train.training.model_card import model_card
-from atod_train.training.update import score_batch, update_policy
+from atod_train.training.update import Learner, score_batch, update_policy
 
 _CHECKPOINTS_KEPT = 2
 _MOST_CUT = 0.5

@@ -1,17 +1,26 @@
 """What happens between a rollout and the next: scores, and one pass over the batch.
 
 All processes call these functions with the same batch; each works on its share of the sequences.
+
+`Learner` is what gradients flow into, and the optimiser. With one process, or several that each
+hold all weights, that is the student itself. With sharding (FSDP2) it is a copy whose weights,
+gradients and optimiser state are divided over the processes; after each step the student, which
+samples and is evaluated and saved, gets the new weights.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer, masked
 from atod_train.algorithm.baselines import (
@@ -22,12 +31,21 @@ from atod_train.algorithm.baselines import (
 )
 from atod_train.batch import Minibatch, select_sequences, split_minibatches
 from atod_train.config import AlgorithmConfig, RunConfig
-from atod_train.models.policy import Reference
+from atod_train.distributed import Processes
+from atod_train.models.fast.prefix_trees import divided, sequences_of
+from atod_train.models.policy import Computation, Policy, Reference
 from atod_train.models.scores import MicroBatch, TokenScores
 from atod_train.records import Batch
 from atod_train.reports.metrics import PhaseTimes
 from atod_train.teachers.local import LocalTeacher, Teacher
-from atod_train.training.learner import Learner, share_of_sequences
+from atod_train.training.checkpoint import (
+    divided_like,
+    model_tensors,
+    optimizer_tensors,
+    restore_model,
+    restore_optimizer,
+    whole,
+)
 
 
 def score_batch(
@@ -195,3 +213,190 @@ def _reference(teacher: Teacher | None, algorithm: AlgorithmConfig) -> Iterator[
             yield reference
     else:
         yield None
+
+
+_WEIGHT_DECAY, _MAX_GRAD_NORM = 0.01, 1.0  # as published
+
+
+class Learner:
+    """Trains a student, together with other processes if there are any.
+
+    Args:
+        student: it is changed.
+        lr: learning rate of AdamW.
+        processes: this process among those that train the same student; all of them start from the
+            main one's weights.
+    """
+
+    def __init__(self, student: Policy, lr: float, processes: Processes) -> None:
+        self.student = student
+        self.processes = processes
+        with torch.no_grad():
+            processes.same(list(student.model.parameters()))
+        self.policy = student if processes.sharding is None else _sharded(student, processes)
+        self.updates = 0
+        """Updates of the weights made by this object."""
+        self._optimizer = torch.optim.AdamW(
+            [weight for weight in self.policy.model.parameters() if weight.requires_grad],
+            lr=lr,
+            weight_decay=_WEIGHT_DECAY,
+            foreach=True,
+        )
+
+    def microbatches(
+        self, batch: Batch, tokens_per_microbatch: int, **asked: Any
+    ) -> Iterator[MicroBatch]:
+        """This process's share of a mini-batch, part by part; call `backward` on each.
+
+        Args:
+            batch: the same mini-batch in all processes.
+            tokens_per_microbatch: padded tokens that go through the model at once.
+            **asked: see `Policy.microbatches`.
+        """
+        own = share_of_sequences(batch, self.processes)
+        if len(own):
+            mine = select_sequences(batch, own)
+            for micro in self.policy.microbatches(mine.batch, tokens_per_microbatch, **asked):
+                yield replace(micro, rows=mine.rows[micro.rows])
+        if self.processes.sharding is not None:
+            self._keep_step(batch, tokens_per_microbatch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a part of the loss."""
+        # The gradients of divided weights are averaged over the processes, not added.
+        scale = self.processes.count if self.processes.sharding is not None else 1
+        (loss * scale).backward()
+
+    def step(self) -> float:
+        """Join and clip the gradients, move the weights, clear the gradients.
+
+        A gradient whose norm is not finite moves nothing.
+
+        Returns:
+            The norm of the gradient before clipping; alike in all processes.
+        """
+        weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        if self.processes.count > 1 and self.processes.sharding is None:
+            for weight in weights:
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+            self.processes.add([weight.grad for weight in weights])
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM)))
+        if math.isfinite(norm):
+            self._optimizer.step()
+            self.updates += 1
+        self._optimizer.zero_grad(set_to_none=True)
+        if math.isfinite(norm) and self.policy is not self.student:
+            self._publish()
+        return norm
+
+    @property
+    def can_save_alone(self) -> bool:
+        """Whether this process can call `tensors` without the others."""
+        return self.processes.is_main and self.policy is self.student
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return weights and optimiser state for a checkpoint; all processes must call this.
+
+        The main process gets the same for any number of processes, the others nothing.
+        """
+        is_main = self.processes.is_main
+        moments = optimizer_tensors(self._optimizer, self.policy.model, keep=is_main)
+        return {**model_tensors(self.student.model), **moments} if is_main else {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what `tensors` gave, of a learner with any number of processes."""
+        restore_model(self.student.model, tensors)
+        if self.policy is not self.student:
+            self._take_over()
+        restore_optimizer(self._optimizer, self.policy.model, tensors)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Gives the student the weights that were trained."""
+        trained = dict(self.policy.model.named_parameters())
+        for name, weight in self.student.model.named_parameters():
+            if weight.requires_grad:
+                weight.copy_(whole(trained[name]))
+
+    @torch.no_grad()
+    def _take_over(self) -> None:
+        """Takes the student's weights."""
+        for name, weight in self.policy.model.named_parameters():
+            weight.copy_(divided_like(self.student.model.get_parameter(name).detach(), weight))
+
+    def _keep_step(self, batch: Batch, budget: int) -> None:
+        """Run dummy passes so that every rank joins the same number of FSDP collectives."""
+        sequences = sequences_of(batch)
+        shares = [
+            share_of_sequences(batch, replace(self.processes, index=index)).tolist()
+            for index in range(self.processes.count)
+        ]
+        passes = [
+            len(divided([sequences[i] for i in share], budget, self.policy.crossover))
+            for share in shares
+        ]
+        shortest = select_sequences(batch, batch.attention_mask.sum(dim=1).argmin()[None]).batch
+        for _ in range(max(passes) - passes[self.processes.index]):
+            for micro in self.policy.microbatches(shortest, budget):
+                (0.0 * micro.logprobs.sum()).backward()
+
+
+def share_of_sequences(batch: Batch, processes: Processes) -> Tensor:
+    """Return which sequences of a batch this process works on.
+
+    Groups stay together, since their sequences share prefixes: the longest first, each to the
+    process with the fewest tokens so far. Where there are fewer than two groups for each process,
+    sequences are dealt out one by one.
+
+    Args:
+        batch: the same in all processes.
+        processes: this process among others.
+
+    Returns:
+        [s] int64, longest first; over all processes each of the S sequences once.
+    """
+    lengths = batch.attention_mask.sum(dim=1)
+    order = torch.argsort(lengths, descending=True, stable=True)
+    if processes.count == 1:
+        return order
+    unit_of = torch.zeros_like(lengths)
+    unit_of[batch.sequence_index] = batch.group_index[batch.trajectory_index]
+    if len(unit_of.unique()) < 2 * processes.count:
+        unit_of = torch.arange(len(lengths))
+    units, inverse = unit_of.unique(return_inverse=True)
+    tokens = torch.zeros(len(units), dtype=lengths.dtype).index_add(0, inverse, lengths)
+    owner = torch.zeros_like(units)
+    loads = [0] * processes.count
+    for unit in torch.argsort(tokens, descending=True, stable=True).tolist():
+        owner[unit] = loads.index(min(loads))
+        loads[int(owner[unit])] += int(tokens[unit])
+    return order[owner[inverse][order] == processes.index]
+
+
+def _sharded(student: Policy, processes: Processes) -> Policy:
+    """A copy of the student whose weights are divided over the processes, layer by layer."""
+    sharding = processes.sharding
+    assert sharding is not None
+    device = student.device
+    # The copy is made in the processor's memory: on the GPU there is room for one whole model.
+    model = copy.deepcopy(torch.nn.Module.to(student.model, "cpu"))
+    torch.nn.Module.to(student.model, device)
+    settings: dict[str, Any] = {
+        "mesh": init_device_mesh(processes.device, (processes.count,)),
+        "reshard_after_forward": sharding.reshard_after_forward,
+    }
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, **settings)
+    fully_shard(model, **settings)
+
+    def run(computation: Computation) -> dict[str, Tensor]:
+        return computation()
+
+    # Weights are gathered when this is called, as when the model itself is.
+    sharded: Any = model
+    sharded.forward_within = run
+    register_fsdp_forward_method(sharded, "forward_within")
+    return replace(student, model=model, forward_within=sharded.forward_within)

@@ -38,7 +38,7 @@ from atod_train.reports.metrics import PhaseTimes
 from atod_train.rollout import rollout
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect
-from atod_train.training.demonstrations import demonstrate, demonstration_texts
+from atod_train.training.supervised import demonstrate, demonstration_texts
 
 
 class Stopwatch:

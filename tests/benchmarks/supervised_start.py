@@ -21,7 +21,7 @@ from atod_train.models import policy
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.training import demonstrations
+from atod_train.training import supervised
 
 
 def main() -> None:
@@ -33,21 +33,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     pool = EnvPool(EnvConfig(id="atod/WebShop-v0", data=options.data, max_turns=15), "train")
-    shown = demonstrations.demonstrate(pool, options.demonstrations, 0.2, seed=0)
+    shown = supervised.demonstrate(pool, options.demonstrations, 0.2, seed=0)
     pool.close()
-    tokenizer = build_word_tokenizer(demonstrations.demonstration_texts(shown))
+    tokenizer = build_word_tokenizer(supervised.demonstration_texts(shown))
     model = policy.build_policy(options.model, tokenizer, seed=0)
     dialogue = DialogueEncoder(tokenizer)
-    taught = [demonstrations.tokenize(episode, dialogue) for episode in shown[:4]]
-    optimizers = demonstrations._supervised_optimizers(model, (6e-3, 3.6e-3))
+    taught = [supervised.tokenize(episode, dialogue) for episode in shown[:4]]
+    optimizers = supervised._supervised_optimizers(model, (6e-3, 3.6e-3))
     generator = torch.Generator()
 
     def supervise() -> None:
-        demonstrations._supervised_update(model, taught, optimizers, 0.03, 2048, generator)
+        supervised._supervised_update(model, taught, optimizers, 0.03, 2048, generator)
 
     @contextmanager
     def everything() -> Iterator[None]:
-        with mock.patch.object(demonstrations, "_SCORED_WORDS", len(tokenizer)):
+        with mock.patch.object(supervised, "_SCORED_WORDS", len(tokenizer)):
             yield
 
     ours, theirs = compared(supervise, everything, options.rounds)

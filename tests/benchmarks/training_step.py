@@ -30,7 +30,7 @@ from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect
-from atod_train.training import demonstrations
+from atod_train.training import supervised
 
 LR = (3e-3, 1.8e-2)
 
@@ -66,13 +66,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     pool = EnvPool(EnvConfig(data=options.data, max_turns=20, constrain_actions=True), "train")
-    shown = demonstrations.demonstrate(pool, options.demonstrations, 0.2, seed=0)
-    tokenizer = build_word_tokenizer(demonstrations.demonstration_texts(shown))
+    shown = supervised.demonstrate(pool, options.demonstrations, 0.2, seed=0)
+    tokenizer = build_word_tokenizer(supervised.demonstration_texts(shown))
     model = policy.build_policy(options.model, tokenizer, seed=0)
     dialogue = DialogueEncoder(tokenizer)
-    taught = [demonstrations.tokenize(episode, dialogue) for episode in shown]
+    taught = [supervised.tokenize(episode, dialogue) for episode in shown]
     # A model that knows a little, so that episodes are as long as in training.
-    demonstrations.train_on_demonstrations(
+    supervised.train_on_demonstrations(
         model, taught, epochs=2.0, lr=LR, seed=0, tokens_per_microbatch=2048
     )
 
@@ -92,10 +92,10 @@ def main() -> None:
     optimizers: dict[type, list[torch.optim.Optimizer]] = {}
 
     def supervise() -> None:
-        kind = demonstrations.Muon
+        kind = supervised.Muon
         if kind not in optimizers:
-            optimizers[kind] = demonstrations._supervised_optimizers(model, LR)
-        demonstrations._supervised_update(
+            optimizers[kind] = supervised._supervised_optimizers(model, LR)
+        supervised._supervised_update(
             model, taught[:4], optimizers[kind], 0.3, 2048, torch.Generator()
         )
 
@@ -113,7 +113,7 @@ def main() -> None:
 
     @contextmanager
     def other_muon() -> Iterator[None]:
-        with mock.patch.object(demonstrations, "Muon", torch_muon):
+        with mock.patch.object(supervised, "Muon", torch_muon):
             yield
 
     tokens = int(batch.attention_mask.sum())

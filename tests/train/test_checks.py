@@ -23,9 +23,10 @@ from atod_train.reports.metrics import read_metrics
 from atod_train.reports.run_folder import RunFolderError, read_json
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.study import run_study
-from atod_train.training import starts, trainer
+from atod_train.training import supervised, trainer
+from atod_train.training.bookkeeping import OutOfMemory, memory_errors
 from atod_train.training.checkpoint import saved_checkpoints
-from atod_train.training.checks import OutOfMemory, check_settings, memory_errors
+from atod_train.training.checks import check_settings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -167,7 +168,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     """A finished run of a saved model with adapters, and its folder."""
     out = tmp_path_factory.mktemp("run")
     with closing(EnvPool(CONFIG.env, "train")) as pool:
-        made = starts.Starts(CONFIG, pool).policy("student")
+        made = supervised.Starts(CONFIG, pool).policy("student")
     for name in ("student", "teacher"):
         made.save(out / name)
     model = replace(

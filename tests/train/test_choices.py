@@ -24,7 +24,7 @@ from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect
 from atod_train.studies.study import run_study
 from atod_train.teachers.local import LocalTeacher
-from atod_train.training.demonstrations import demonstrate, demonstration_texts
+from atod_train.training.supervised import demonstrate, demonstration_texts
 
 CHOICES = [(5, 6, 2), (5, 7, 8, 2), (9, 2)]
 ENV = EnvConfig(

@@ -17,8 +17,8 @@ from atod_train.models.policy import ModelShape, Policy, build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.training import demonstrations
-from atod_train.training.demonstrations import (
+from atod_train.training import supervised
+from atod_train.training.supervised import (
     DemonstrationTurn,
     demonstration_texts,
     tokenize,
@@ -50,13 +50,10 @@ def test_a_share_of_the_observations_weighs_as_much_as_all(
     policy, trajectories = taught
     batch = make_batch(trajectories, policy.pad_id)
     generator = torch.Generator().manual_seed(0)
-    full = demonstrations._token_weights(batch, trajectories, 0.3, 1.0, generator)
+    full = supervised._token_weights(batch, trajectories, 0.3, 1.0, generator)
     observed = full == torch.tensor(0.3)
     draws = torch.stack(
-        [
-            demonstrations._token_weights(batch, trajectories, 0.3, 0.25, generator)
-            for _ in range(2000)
-        ]
+        [supervised._token_weights(batch, trajectories, 0.3, 0.25, generator) for _ in range(2000)]
     )
     assert torch.equal(draws[:, ~observed], full[~observed].expand(2000, -1))
     assert draws[:, observed].unique().tolist() == [0.0, pytest.approx(1.2)]
@@ -81,7 +78,7 @@ def test_only_what_is_scored_gets_logits(
     first = train(policy, trajectories, epochs=1, lr=(0.0, 0.0), seed=0)
     everything = sum(rows)
     rows.clear()
-    monkeypatch.setattr(demonstrations, "_SCORED_WORDS", policy.model.config.vocab_size / 4)
+    monkeypatch.setattr(supervised, "_SCORED_WORDS", policy.model.config.vocab_size / 4)
     again = [train(policy, trajectories, epochs=1, lr=(0.0, 0.0), seed=s) for s in range(100)]
     assert sum(rows) / 100 < 0.4 * everything
     # An untrained model finds all tokens about equally surprising.
@@ -99,7 +96,7 @@ def test_real_questions_are_demonstrated_where_a_passage_holds_the_answer(tmp_pa
         (tmp_path / f"{name}.jsonl").write_text(lines)
     config = EnvConfig(id="atod/SearchQA-v0", data=str(tmp_path), max_turns=3)
     with closing(EnvPool(config, "train")) as pool:
-        [shown] = demonstrations.demonstrate(pool, 2, 0.2, seed=0)
+        [shown] = supervised.demonstrate(pool, 2, 0.2, seed=0)
     assert [turn.completion for turn in shown] == [
         "search[hobbit]",
         "answer[Tolkien]",

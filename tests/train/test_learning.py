@@ -19,7 +19,7 @@ from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.reports.metrics import read_metrics
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.teachers.local import LocalTeacher
-from atod_train.training.demonstrations import (
+from atod_train.training.supervised import (
     demonstrate,
     demonstration_texts,
     tokenize,

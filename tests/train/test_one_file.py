@@ -24,8 +24,7 @@ from atod_train.reports.metrics import PhaseTimes
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect
 from atod_train.teachers.local import LocalTeacher
-from atod_train.training.learner import Learner
-from atod_train.training.update import score_batch, update_policy
+from atod_train.training.update import Learner, score_batch, update_policy
 
 TURNS, TASKS, GROUP, TOKENS, LR, STEP = 6, 3, 4, 6, 1e-3, 30
 SHAPE = ModelShape(layers=2, width=32, heads=2, mlp_width=64, max_positions=2048)

@@ -23,7 +23,7 @@ from atod_train.reports.metrics import read_evaluations
 from atod_train.reports.run_folder import read_json
 from atod_train.studies.study import run_study
 from atod_train.training.checkpoint import load_latest
-from atod_train.training.learner import share_of_sequences
+from atod_train.training.update import share_of_sequences
 
 HERE = Path(__file__).parent
 # Three groups for two processes.

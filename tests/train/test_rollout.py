@@ -17,7 +17,7 @@ from atod_train.models.policy import ModelShape, Policy, build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, seed_for, tasks_for_step
-from atod_train.training.demonstrations import (
+from atod_train.training.supervised import (
     demonstrate,
     demonstration_texts,
     tokenize,

@@ -34,7 +34,7 @@ from atod_train.reports.run_folder import read_json
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.study import run_study
 from atod_train.teachers.server import ServedTeacher, create_app
-from atod_train.training.demonstrations import demonstrate, demonstration_texts
+from atod_train.training.supervised import demonstrate, demonstration_texts
 
 TEACHER = make_policy(1)
 

@@ -20,8 +20,8 @@ from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.reports.metrics import Evaluation
 from atod_train.reports.run_folder import RunFolderError
-from atod_train.training import start_evaluations
-from atod_train.training.start_evaluations import evaluate_start
+from atod_train.training import supervised
+from atod_train.training.supervised import evaluate_start
 
 CONFIG = RunConfig(
     env=EnvConfig(
@@ -49,7 +49,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         modes.append(mode)
         return evaluate(policy, pool, config, mode, processes)
 
-    monkeypatch.setattr(start_evaluations, "evaluate", counted)
+    monkeypatch.setattr(supervised, "evaluate", counted)
     return modes
 
 

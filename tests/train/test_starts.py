@@ -20,9 +20,8 @@ from atod_train.models.policy import Policy, build_policy
 from atod_train.models.pretrained import load_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.training import demonstrations, starts
-from atod_train.training.demonstrations import demonstrate, demonstration_texts, tokenize
-from atod_train.training.starts import Starts
+from atod_train.training import supervised
+from atod_train.training.supervised import Starts, demonstrate, demonstration_texts, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_a_language_model_is_trained_once_and_kept(
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("trained again")
 
-    monkeypatch.setattr(starts, "train_on_demonstrations", refuse)
+    monkeypatch.setattr(supervised, "train_on_demonstrations", refuse)
     again = Starts(config, pool).policy("student")
     for name, weight in again.model.named_parameters():
         assert torch.equal(weight, shown.model.get_parameter(name)), name
@@ -99,7 +98,7 @@ def test_layers_in_low_precision_make_a_start_of_their_own(
         trained.append(policy.autocast_dtype)
         assert policy.model.dtype == torch.float32
 
-    monkeypatch.setattr(starts, "train_on_demonstrations", note)
+    monkeypatch.setattr(supervised, "train_on_demonstrations", note)
     monkeypatch.setattr(pretrained, "computes_bfloat16", lambda: True)
     start = replace(config.start, epochs=(3.0, 1.0))
     mixed = replace(config, model=replace(config.model, dtype="mixed"), start=start)
@@ -167,7 +166,7 @@ def test_short_episodes_share_an_update(tokens: float, episodes: int) -> None:
         SimpleNamespace(turns=[SimpleNamespace(tokens=SimpleNamespace(completion_ids=[0] * n))])
         for n in lengths
     ]
-    assert demonstrations._episodes_per_update(records) == episodes  # type: ignore[arg-type]
+    assert supervised._episodes_per_update(records) == episodes  # type: ignore[arg-type]
 
 
 def test_tiny_models_compute_with_one_thread(
@@ -181,5 +180,5 @@ def test_tiny_models_compute_with_one_thread(
         if number:
             monkeypatch.setenv("OMP_NUM_THREADS", number)
         chosen.clear()
-        starts.choose_threads(settings)
+        supervised.choose_threads(settings)
         assert chosen == expected

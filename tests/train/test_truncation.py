@@ -37,7 +37,7 @@ from atod_train.rollout.env_pool import EnvPool, SingleEnvs
 from atod_train.rollout.rollout import collect
 from atod_train.studies.study import run_study
 from atod_train.training import trainer
-from atod_train.training.demonstrations import demonstrate, demonstration_texts
+from atod_train.training.supervised import demonstrate, demonstration_texts
 
 ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=12, history_window=6)
 SHAPE = ModelShape(layers=1, width=32, heads=2, mlp_width=64, max_positions=1024)

@@ -20,8 +20,7 @@ from atod_train.reports.metrics import PhaseTimes
 from atod_train.studies.study import run_study
 from atod_train.teachers.local import LocalTeacher
 from atod_train.training.checkpoint import whole
-from atod_train.training.learner import Learner
-from atod_train.training.update import score_batch, update_policy
+from atod_train.training.update import Learner, score_batch, update_policy
 
 
 def gradients_of_an_update(processes: Processes, signal: str) -> dict[str, torch.Tensor]:
