@@ -41,7 +41,7 @@ class TaskManifest:
 
 
 def content_hash(digests: Mapping[str, str]) -> str:
-    """The hash of a set of tasks; their order in `digests` has no influence.
+    """Return the hash of a set of tasks; their order in `digests` has no influence.
 
     Args:
         digests: for every task id the SHA-256 of the task's content, in hexadecimal.
@@ -56,7 +56,7 @@ def content_hash(digests: Mapping[str, str]) -> str:
 
 
 def task_not_found(task_id: object, task_ids: tuple[str, ...], split: str) -> TaskNotFoundError:
-    """The error for an unknown task id; proposes the closest known ones."""
+    """Return the error for an unknown task id; proposes the closest known ones."""
     candidates = task_ids[:_MOST_COMPARED]
     close = difflib.get_close_matches(str(task_id)[:200], candidates, n=2, cutoff=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else f" An example: {task_ids[0]}."
@@ -122,9 +122,11 @@ class DataSource:
 
     def found(self, is_official: Callable[[Path], bool] | None = None) -> Path | None:
         """Return the first data in `folders()`, official data before other; None: there is none."""
-        every = [found for folder in self.folders() if (found := self.find(folder))]
-        first = next(iter(every), None)
-        return first if is_official is None else next(filter(is_official, every), first)
+        every = filter(None, map(self.find, self.folders()))
+        first = next(every, None)
+        if first is None or is_official is None or is_official(first):
+            return first
+        return next(filter(is_official, every), first)
 
 
 def locate(
@@ -154,7 +156,7 @@ def locate(
     if data == "generated":
         return None
     if data not in ("auto", "official"):
-        found = source.find(Path(data).expanduser())
+        found = source.find(Path(os.path.expanduser(data)))
         if found is None:
             raise DataNotFoundError(
                 f"No {source.title} data in {os.fspath(data)!r}: expected auto, official, "
@@ -204,13 +206,13 @@ def data_label(data: str, folder: Path | None, *, is_official: bool, how_to_get:
 
 
 def cache_folder() -> Path:
-    """The user's cache folder, where downloads of this and other packages lie."""
+    """Return the user's cache folder, where downloads of this and other packages lie."""
     configured = os.environ.get("XDG_CACHE_HOME")
     return Path(configured) if configured else Path.home() / ".cache"
 
 
 def data_folders(name: str, variables: Iterable[str] = ()) -> tuple[Path, ...]:
-    """The folders in which an environment's data is looked for, in order of preference.
+    """Return the folders in which data is looked for, in order of preference.
 
     Args:
         name: folder name of the environment, such as `alfworld`.
@@ -222,13 +224,14 @@ def data_folders(name: str, variables: Iterable[str] = ()) -> tuple[Path, ...]:
         folder; those that are not set are left out, those that do not exist are not.
     """
     configured = [os.environ.get(variable) for variable in (DATA_VARIABLE, *variables)]
-    folders = [Path(folder).expanduser() for folder in configured if folder]
+    # Unlike Path.expanduser, this leaves `~` with an unknown user name as it is.
+    folders = [Path(os.path.expanduser(folder)) for folder in configured if folder]
     folders += [Path.home() / ".cache" / name, cache_folder() / "atod" / name]
     return tuple(dict.fromkeys(folders))
 
 
 def announce_once(message: str) -> None:
-    """Tells the user something once per process, through the logger `atod_gym`.
+    """Log a warning once per process, through the logger `atod_gym`.
 
     With no logging set up, Python writes it to standard error as one line.
     """

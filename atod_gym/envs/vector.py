@@ -101,6 +101,8 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
         self.action_space = batch_space(first.action_space, num_envs)
         self._terminations = np.zeros(num_envs, np.bool_)
         self._truncations = np.zeros(num_envs, np.bool_)
+        self._played: tuple[NDArray[np.bool_], dict[int, Turn]] | None = None
+        """What `_play_turn` returned to a `step` in which episodes did not start."""
 
     @property
     def task_ids(self) -> tuple[str, ...]:
@@ -124,6 +126,7 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
         numbers, task_ids = self._reset_options(options or {})
         infos: list[dict[str, Any] | None] = [None] * self.num_envs
         starts = self.begin(numbers, task_ids, [seeds[number] for number in numbers])
+        self._played = None
         for number, (_, info) in zip(numbers, starts, strict=True):
             infos[number] = info
         return self._observations(), _batched(infos)
@@ -135,13 +138,35 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
             InvalidSettingError: if there are not `num_envs` actions.
             TypeError: if an action is not a text.
             gymnasium.error.ResetNeeded: if an environment has no running episode.
-            ServerError: if a server fails. No turn is spent: the same call may be repeated unless
-                the message says to reset.
+            ServerError: if a server fails. Unless the message says to reset, the same call may be
+                repeated: no turn is spent twice, also where only new episodes did not start.
         """
         if isinstance(actions, str) or len(actions) != self.num_envs:
             raise InvalidSettingError(
                 f"step() takes a sequence of {self.num_envs} actions, one for each environment."
             )
+        if self._played is None:
+            self._played = self._play_turn(actions)
+        over, turns = self._played
+        rewards = np.zeros(self.num_envs)
+        infos: list[dict[str, Any] | None] = [None] * self.num_envs
+        for number, turn in turns.items():
+            _, rewards[number], _, _, infos[number] = turn
+        flags = self._terminations.copy(), self._truncations.copy()
+        final: dict[str, Any] = {}
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            self._restart(over, infos)
+            flags = self._terminations.copy(), self._truncations.copy()
+        elif self.autoreset_mode is AutoresetMode.SAME_STEP and (flags[0] | flags[1]).any():
+            final = self._final(flags[0] | flags[1], turns)
+            self._restart(flags[0] | flags[1], infos)
+        self._played = None
+        return self._observations(), rewards, *flags, {**final, **_batched(infos)}
+
+    def _play_turn(
+        self, actions: Sequence[str | None]
+    ) -> tuple[NDArray[np.bool_], dict[int, Turn]]:
+        """Play the actions; return which episodes were over before, and the turns by number."""
         over = self._terminations | self._truncations
         resets = self.autoreset_mode is AutoresetMode.NEXT_STEP
         skips = self.autoreset_mode is AutoresetMode.DISABLED
@@ -154,21 +179,9 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
                     f"The episode of environment {number} is over: reset it, or give None."
                 )
             playing.append((number, action))  # type: ignore[arg-type]
-        rewards = np.zeros(self.num_envs)
-        infos: list[dict[str, Any] | None] = [None] * self.num_envs
         numbers = [number for number, _ in playing]
         turns = self.play(numbers, [action for _, action in playing])
-        for number, turn in zip(numbers, turns, strict=True):
-            _, rewards[number], _, _, infos[number] = turn
-        flags = self._terminations.copy(), self._truncations.copy()
-        final: dict[str, Any] = {}
-        if resets:
-            self._restart(over, infos)
-            flags = self._terminations.copy(), self._truncations.copy()
-        elif self.autoreset_mode is AutoresetMode.SAME_STEP and (flags[0] | flags[1]).any():
-            final = self._final(flags[0] | flags[1], infos)
-            self._restart(flags[0] | flags[1], infos)
-        return self._observations(), rewards, *flags, {**final, **_batched(infos)}
+        return over, dict(zip(numbers, turns, strict=True))
 
     def begin(
         self,
@@ -299,14 +312,12 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
         for number, (_, info) in zip(numbers, self.begin(numbers), strict=True):
             infos[number] = info
 
-    def _final(
-        self, ended: NDArray[np.bool_], infos: Sequence[dict[str, Any] | None]
-    ) -> dict[str, Any]:
+    def _final(self, ended: NDArray[np.bool_], turns: Mapping[int, Turn]) -> dict[str, Any]:
         """Return `final_obs` and `final_info` of the episodes that have just ended."""
         observations = np.full(self.num_envs, None, dtype=object)
-        for number in ended.nonzero()[0]:
-            observations[number] = self.envs[number].observation
-        last = [info if over else None for info, over in zip(infos, ended, strict=True)]
+        last: list[dict[str, Any] | None] = [None] * self.num_envs
+        for number in ended.nonzero()[0].tolist():
+            observations[number], *_, last[number] = turns[number]
         return {
             "final_obs": observations,
             "_final_obs": ended,

@@ -180,7 +180,9 @@ class JsonClient:
                 f"server needs longer. {self.advice}",
                 code=TIMEOUT_CODE,
             )
-        tried = self._attempts if _is_connection_failure(cause) else 1
+        # An error of urllib3 itself comes from reading an answer that has begun: no repetition.
+        is_repeated = isinstance(error, requests.RequestException) and _is_connection_failure(cause)
+        tried = self._attempts if is_repeated else 1
         times = "once" if tried == 1 else f"{tried} times"
         # urllib3 puts the connection in front of the reason.
         reason = str(cause).partition("): ")[2] or str(cause) or type(cause).__name__

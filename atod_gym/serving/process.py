@@ -199,8 +199,8 @@ def _notes() -> dict[str, tuple[str, str, int]]:
 def _worker_config() -> dict[str, Any]:
     """Return the part of this process's object that multiprocessing copies into its workers.
 
-    It reaches workers of every start method. Environment variables do not: a fork server keeps
-    those that it was started with.
+    It is private, since nothing public reaches workers of every start method: a fork server keeps
+    the environment variables that it was started with.
     """
     return getattr(multiprocessing.current_process(), "_config", {})
 

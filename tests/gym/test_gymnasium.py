@@ -18,7 +18,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 import atod_gym
 from atod_gym.envs.vector import TurnVectorEnv
-from atod_gym.errors import InvalidSettingError, TaskNotFoundError
+from atod_gym.errors import InvalidSettingError, ServerError, TaskNotFoundError
 
 LIMITS = {"atod/ALFWorld-v0": 50, "atod/WebShop-v0": 15, "atod/SearchQA-v0": 4}
 RESERVED = {"episode", "_episode", "final_obs", "final_info", "final_observation"}
@@ -249,6 +249,49 @@ def test_none_leaves_an_environment_as_it_is(env_id: str, vectors: Any) -> None:
     assert observations["turn_index"].tolist() == [2, 0, 2]
     assert envs.step([None] * 3)[3].tolist() == [True, False, True]
     assert rewards.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_a_step_whose_new_episodes_do_not_start_is_repeated_without_loss(
+    env_id: str, mode: str, vectors: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = [vectors(env_id, 3, autoreset_mode=mode, max_episode_steps=3) for _ in range(2)]
+    late = np.array([False, True, False])
+    fails = False
+    envs = pair[0]
+    kind = type(envs.envs[0])
+    open_many = kind._open_many
+
+    def flaky(cls: Any, some: Any, task_ids: Any) -> Any:
+        nonlocal fails
+        fails = some[0] in envs.envs and not fails
+        if fails:
+            raise ServerError("down for a moment")
+        return open_many(some, task_ids)
+
+    for one in pair:
+        one.reset(seed=3)
+        one.step([IDLE[env_id]] * 3)
+        # Environment 1 lags behind, so that episodes end at different steps.
+        one.reset(options={"reset_mask": late, "task_id": one.task_ids[0]})
+    monkeypatch.setattr(kind, "_open_many", classmethod(flaky))
+    failures = 0
+    for _ in range(8):
+        expected = pair[1].step([IDLE[env_id]] * 3)
+        for _ in range(2):
+            try:
+                seen = envs.step([IDLE[env_id]] * 3)
+                break
+            except ServerError:
+                failures += 1
+        for one, other in zip(seen[1:4], expected[1:4], strict=True):
+            assert one.tolist() == other.tolist()
+        assert seen[0]["turn_index"].tolist() == expected[0]["turn_index"].tolist()
+        assert seen[4].keys() == expected[4].keys()
+        if "final_obs" in seen[4]:
+            ended = seen[2] | seen[3]
+            assert [one["turn_index"] for one in seen[4]["final_obs"][ended]] == [3] * ended.sum()
+    assert failures >= 3
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,11 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.close()
 
+    def do_cut(self, options):
+        self.say(200, b"{", **{"Content-Length": 9})
+        time.sleep(0.1)
+        self.do_reset(options)
+
     def do_raw(self, options):
         self.wfile.write(options["reply"].encode())
         self.close_connection = True
@@ -169,6 +174,7 @@ def test_a_failure_that_passes_is_not_noticed(server: Running, failure: str) -> 
     [
         ("drop", f"{ATTEMPTS} times", "without response"),
         ("reset", f"{ATTEMPTS} times", "reset by peer"),
+        ("cut", "once", "reset by peer"),
         (
             "raw?reply=HTTP/1.1%20200%20OK%0aContent-Length:%209%0a%0a{}",
             "once",

@@ -58,12 +58,12 @@ def test_manifests_are_sorted() -> None:
 def test_the_caches_are_searched_after_the_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ATOD_DATA", "a")
+    monkeypatch.setenv("ATOD_DATA", "~no_such_user")
     monkeypatch.setenv("ALFWORLD_DATA", "b")
     monkeypatch.setenv("XDG_CACHE_HOME", "c")
     home_cache = tmp_path / "home/.cache"
     assert data_folders("alfworld", ("ALFWORLD_DATA",)) == (
-        Path("a"), Path("b"), home_cache / "alfworld", Path("c/atod/alfworld"),
+        Path("~no_such_user"), Path("b"), home_cache / "alfworld", Path("c/atod/alfworld"),
     )  # fmt: skip
 
 
@@ -125,8 +125,9 @@ def test_data_that_is_no_text_is_refused(data: object) -> None:
 def test_a_wrong_path_names_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(DataNotFoundError, match=r"oficial.*a folder with `it`"):
         locate("oficial", SOURCE)
-    with pytest.raises(DataNotFoundError, match="a folder with `it`"):
-        locate(tmp_path, SOURCE)
+    for data in (tmp_path, "~no_such_user/data"):
+        with pytest.raises(DataNotFoundError, match="a folder with `it`"):
+            locate(data, SOURCE)
 
 
 def test_only_the_published_content_is_called_official() -> None:
