@@ -16,7 +16,7 @@ rewards are the same, byte for byte. What differs:
    recorded episodes come, and the copy in verl-agent load `en_core_web_sm`; later code of the
    original (6ba9969) loads `en_core_web_lg`, and rewards options by other rules. Here it is
    `en_core_web_sm`, and the rules are those that go with it. Without spaCy and this model the nouns
-   are approximated, see `nouns`; `Shop.noun_tagger` tells which way was used.
+   are approximated, see `nouns`; `Shop.tagger.name` tells which way was used.
 6. Reviews in the data are shown, and the mean of their stars is the rating. The official files have
    none: `Rating: N.A.`, and nothing on the page of reviews.
 7. The original seeds its draws only before it shuffles the goals. Here `goal_seed` also seeds those

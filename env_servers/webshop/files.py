@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -45,7 +46,7 @@ class DataFiles:
         Raises:
             ShopDataError: if the folder or a file is not there.
         """
-        path = Path(folder).expanduser()
+        path = folder_of(folder)
         if not path.is_dir():
             raise ShopDataError(
                 f"There is no folder {folder}. Give a folder with the official files "
@@ -123,6 +124,11 @@ class DataFiles:
     def hashes(self) -> tuple[str, ...]:
         """Return `content_sha256` of the product and the attribute file."""
         return content_sha256(self.items), content_sha256(self.attributes)
+
+
+def folder_of(data: str) -> Path:
+    """Return the folder that a setting names; `~user` stays where there is no such home folder."""
+    return Path(os.path.expanduser(data))
 
 
 def _first(folder: Path, names: list[str], *starts: str) -> Path | None:

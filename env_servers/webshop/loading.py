@@ -23,6 +23,7 @@ from env_servers.caches import cache_folder
 from env_servers.new_folder import new_folder
 from env_servers.search.bm25 import BM25Index
 from env_servers.search.storage import SearchIndexError
+from env_servers.text import well_formed
 from env_servers.webshop.catalogue import (
     Catalogue,
     Columns,
@@ -158,7 +159,8 @@ def _take_in(
                 raise ShopDataError(
                     f"{source}: entry {place} has no 'asin'. Download the file again."
                 )
-            if asin == "nan" or len(asin) > _LONGEST_ASIN or asin in builder:
+            # Two asins may differ in lone surrogates only, which products do not keep.
+            if asin == "nan" or len(asin) > _LONGEST_ASIN or well_formed(asin) in builder:
                 continue
             try:
                 record = parse_record(item, find_entry(asin))
@@ -172,7 +174,7 @@ def _take_in(
             line = stored_line(record)
             content.update(line)
             keep(record, line)
-            yield asin, indexed_text(record.product)
+            yield record.product.asin, indexed_text(record.product)
         if not count:
             raise ShopDataError(f"{source} holds no product. Download the file again.")
 

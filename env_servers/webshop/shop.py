@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 
 from env_servers.new_folder import new_folder
 from env_servers.webshop.catalogue import Catalogue, open_arrays, save_arrays, stored_line
-from env_servers.webshop.files import DataFiles, content_sha256
+from env_servers.webshop.files import DataFiles, content_sha256, folder_of
 from env_servers.webshop.goals import Goal, Goals, GoalTable, draw_human, draw_synthetic
 from env_servers.webshop.loading import Stock, stock_from_files, stock_in_memory, stored_in
 from env_servers.webshop.nouns import NounTagger, open_tagger
@@ -45,7 +44,7 @@ class Shop:
         `human` are hashes of the file of human instructions and of those that are used.
         """
         self.settings = settings
-        self.folder = None if settings.data == "generated" else Path(settings.data).expanduser()
+        self.folder = None if settings.data == "generated" else folder_of(settings.data)
         """Where the data lies; None for the generated shop."""
         self.content_hash = stock.content_hash
         """SHA-256 of all that is played: products, attributes, instructions. With equal settings,
@@ -55,20 +54,21 @@ class Shop:
             joined = f"{self.content_hash} {human[1]}"
             self.content_hash = hashlib.sha256(joined.encode()).hexdigest()
             is_official = is_official and (human[0] == _HUMAN[0] or human[1] == _HUMAN[1])
-        label = "official" if is_official else settings.data
-        self.label = label
+        # A folder may have any name.
+        path = "./official" if settings.data == "official" else settings.data
+        self.label = "official" if is_official else path
         """`generated`; `official` where the content is the published one; else the path."""
         self.catalogue: Catalogue = stock.catalogue
         self.goals = goals
         """In the original's order."""
         self.tagger = tagger
-        self.name = _name(settings, label, len(stock.catalogue))
+        self.name = _name(settings, self.label, len(stock.catalogue))
         """The shop in task ids, such as `webshop/official-1000`."""
         self.search_rows = Searcher(stock.catalogue, stock.index).rows
         """See `Searcher.rows`."""
         self.price = goals.price
         """Row of the catalogue -> the drawn price of the product in dollars."""
-        self.splits = split_ranges(settings.splits, len(goals), official=label == "official")
+        self.splits = split_ranges(settings.splits, len(goals), official=self.label == "official")
         """Name of a split -> the places of its goals in `goals`."""
         self.view = lru_cache(_CACHED_PRODUCTS)(self._make_view)
         """Row of the catalogue -> the page of the product."""

@@ -116,6 +116,14 @@ def test_lone_surrogates_are_replaced_everywhere(
         assert (instruction.text, instruction.attributes) == ("b\ufffd", ("c\ufffd",))
 
 
+def test_asins_that_differ_in_lone_surrogates_only_are_one_product(write: Write) -> None:
+    first, *rest = SHOP.items
+    twins = [{**first, "asin": "B\ud800"}, {**first, "asin": "B\udfff"}]
+    catalogue = open_shop(write([*twins, *rest])).catalogue
+    assert [p.asin for p in catalogue] == ["B\ufffd", *(item["asin"] for item in rest)]
+    assert catalogue.columns.find(rest[0]["asin"]) == 1
+
+
 def test_changed_files_are_stored_anew(write: Write, cache: Path) -> None:
     open_shop(write())
     changed = open_shop(write(SHOP.items[:20]))
@@ -249,6 +257,8 @@ def test_truncated_archives(write: Write, suffix: str, pack: Callable[[bytes], b
 def test_missing_files(write: Write, tmp_path: Path) -> None:
     with pytest.raises(ShopDataError, match="There is no folder"):
         open_shop(tmp_path / "nowhere")
+    with pytest.raises(ShopDataError, match="There is no folder ~nobody-here/shop"):
+        open_shop(Path("~nobody-here/shop"))
     folder = write()
     with pytest.raises(ShopDataError, match="items_human_ins"):
         open_shop(folder, human_goals=True)
@@ -307,6 +317,16 @@ def official_copy(webshop_data: Path, folder: Path) -> tuple[list[Any], dict[str
     shutil.copy(webshop_data / "items_human_ins_subset13.json", folder / names[2])
     (folder / names[2]).chmod(0o600)
     return items, json.loads((folder / names[1]).read_text())
+
+
+def test_a_folder_called_official_is_not_the_official_data(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write()
+    monkeypatch.chdir(folder.rename(folder.parent / "official").parent)
+    shop = open_shop(Path("official"))
+    assert (shop.label, shop.name) == ("./official", "webshop/custom-40")
+    assert 0 < len(shop.splits["test"]) == len(shop.goals) // 10
 
 
 def test_only_the_published_content_is_official(webshop_data: Path, tmp_path: Path) -> None:

@@ -137,11 +137,15 @@ class WebShopEnv(TurnEnv, ServedEnv):
             ServerError: The server does not start or answer; names the URL and the command.
         """
         TurnEnv.__init__(self, split, max_turns, render_mode)
-        if expert_turns is not None and expert_turns < 1:
-            raise InvalidSettingError(f"expert_turns must be at least 1, not {expert_turns}.")
+        if expert_turns is not None and (
+            isinstance(expert_turns, bool) or not isinstance(expert_turns, int) or expert_turns < 1
+        ):
+            raise InvalidSettingError(
+                f"expert_turns must be an integer >= 1, not {expert_turns!r}."
+            )
         self._expert_turns = expert_turns
         self._settings = ShopSettings(
-            data=os.fspath(data),
+            data=os.fspath(data) if isinstance(data, os.PathLike) else data,
             server_url=server_url,
             split_rule=split_rule,
             products=products,

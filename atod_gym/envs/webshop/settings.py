@@ -64,6 +64,10 @@ class ShopSettings:
                 raise InvalidSettingError(
                     f"Unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}."
                 )
+        if not isinstance(self.data, str) or not self.data:
+            raise InvalidSettingError(
+                f"data must be auto, official, generated or a path, not {self.data!r}."
+            )
         for name in ("goal_seed", "products"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -135,11 +139,10 @@ class ShopSettings:
 
     def _is_data_of(self, connection: ServedConnection) -> bool:
         """Return whether a server has the data that is asked for, by name or by folder."""
-        names = [connection.health.get(name) for name in ("data", "folder")]
-        if self.data in ("auto", names[0]):
+        if self.data in ("auto", connection.health.get("data")):
             return True
         if self.data in ("official", "generated"):
             return False
-        folder = _find(Path(self.data).expanduser())
-        served = [os.path.realpath(name) for name in names if isinstance(name, str)]
-        return folder is not None and str(folder) in served
+        # Where there is no home folder of the name, `~user` stays.
+        folder = _find(Path(os.path.expanduser(self.data)))
+        return folder is not None and str(folder) == connection.health.get("folder")
