@@ -31,6 +31,7 @@ from atod_train.evaluation.eval_records import (
     read_evaluated,
 )
 from atod_train.evaluation.eval_tables import comparison, result_table
+from atod_train.evaluation.local_model import LocalModel
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +81,9 @@ def _compare(words: Sequence[str]) -> int:
 def _evaluate(words: Sequence[str]) -> int:
     options = chosen.parser().parse_args(words)
     prices, concurrency = chosen.prices(options), chosen.episodes_at_once(options)
-    agent, played = chosen.chosen_agent(options), chosen.played_env(options)
+    agent = chosen.chosen_agent(options)
+    trained = agent.model.found.trained if agent.model is not None else None
+    played = chosen.played_env(options, trained.env if trained is not None else None)
     thread = EnvThread(played)
     try:
         unwrapped = thread.env.unwrapped
@@ -88,9 +91,13 @@ def _evaluate(words: Sequence[str]) -> int:
             if not hasattr(type(unwrapped), name) and not hasattr(unwrapped, name):
                 raise InvalidSettingError(f"{played.id} has no {name}, so it cannot be evaluated.")
         task_ids = chosen.chosen_tasks(unwrapped, options)
+        settings = agent.settings
+        if agent.model is not None:
+            settings = agent.model.load()
+            _tell(_described(agent.model, played))
         folder = EvaluationFolder(
-            chosen.result_folder(options, agent),
-            chosen.result_settings(played, unwrapped, agent, task_ids),
+            chosen.result_folder(options, agent, played.id),
+            chosen.result_settings(played, unwrapped, settings, task_ids),
             resume=options.resume,
             about={"concurrency": concurrency, "arguments": list(words), **agent.about},
         )
@@ -126,6 +133,15 @@ def _play(
     if options.agent != "human":
         bar = progress.progress(len(left), "playing")
 
+    def play_all() -> None:
+        if agent.model is None:
+            asyncio.run(run())
+            return
+        agent.model.play(
+            played, played.max_turns or thread.env.unwrapped.max_turns, left,
+            already=len(finished), on_record=keep, keep_transcripts=options.transcripts,
+        )  # fmt: skip
+
     async def run() -> None:
         try:
             await play_tasks(
@@ -147,7 +163,7 @@ def _play(
                     end = "Solved" if record.success else "Not solved"
                     print(f"\n{end} after {record.turns} turns (score {record.score:g}).")
 
-            asyncio.run(run())
+            play_all()
     except (KeyboardInterrupt, AtodError, OSError) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         what = "Stopped." if stopped else str(error)
@@ -159,6 +175,16 @@ def _play(
         _tell(what)
         return 130 if stopped else 2
     return 0
+
+
+def _described(model: LocalModel, played: PlayedEnv) -> str:
+    """The line that says which model is played, and with which prompts."""
+    source = "its run" if model.found.trained is not None else "defaults and command line"
+    return (
+        f"model {model.found.source}; prompts of {source}: {played.prompt_style} style, profile "
+        f"{played.parse_profile}, at most {model.max_completion_tokens} tokens a completion and "
+        f"{model.max_context} a sequence, temperature {model.temperature:g}"
+    )
 
 
 def _no_progress(amount: int = 1, note: str = "") -> None:

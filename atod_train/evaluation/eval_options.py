@@ -24,10 +24,11 @@ from atod_train.evaluation.chat import (
     ChatSettings,
     extra_body,
 )
+from atod_train.evaluation.local_model import PREFIX, SMOLLM2, LocalModel, find_model
 from atod_train.evaluation.rate_limiter import RateLimiter
 from atod_train.reports.statistics import EvaluationMode
 
-AGENTS = ("random", "expert", "human", "chat")
+AGENTS = ("random", "expert", "human", "chat", "model:FOLDER", SMOLLM2)
 
 _CHAT_EPISODES_AT_ONCE = 8
 _MOST_EPISODES_AT_ONCE = 1024
@@ -42,6 +43,9 @@ _HOW_ASKED = (
     "retries",
 )
 """Options that are fields of `ChatSettings`."""
+_OF_MODELS = ("temperature", "max_tokens")
+"""Options of chat endpoints that local models have, too."""
+_MODEL_ONLY = ("max_context", "device")
 _CHAT_ONLY = (
     "model",
     "api_key_env",
@@ -67,6 +71,8 @@ class ChosenAgent:
     close: Callable[[], Awaitable[None]] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     """What results do not depend on."""
+    model: LocalModel | None = None
+    """A local model; then `make` is never called, and `settings` are what loading it gives."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,22 +83,33 @@ def parser() -> argparse.ArgumentParser:
         "95 % intervals. `atod-eval compare A B` compares two result folders.",
     )
     made.add_argument(
-        "env_id", nargs="?", default=EnvConfig.id, help="Gymnasium id (default: %(default)s)"
+        "env_id",
+        nargs="?",
+        help=f"Gymnasium id (default: that of a trained model's run, else {EnvConfig.id})",
     )
     made.add_argument(
         "--agent",
         required=True,
         help=f"{', '.join(AGENTS)}, or module:Class of your own"
-        " (atod_train.evaluation.agents.Agent)",
+        " (atod_train.evaluation.agents.Agent). model:FOLDER is a local model: the folder of a "
+        "run (its models/best, else models/last) or of a model, or a hub name",
     )
-    _add_env_options(made.add_argument_group("environment"))
+    _add_env_options(
+        made.add_argument_group("environment (defaults of a trained model: those of its run)")
+    )
+    model = made.add_argument_group("--agent model:FOLDER (local models)")
+    model.add_argument("--max-context", type=int, help="longest sequence in tokens")
+    model.add_argument("--device", help="torch device (default: a GPU if there is one)")
     _add_chat_options(made.add_argument_group("--agent chat (endpoints of chat completions)"))
     run = made.add_argument_group("run")
-    run.add_argument("--seed", type=int, help="of the random agent (0) and of an endpoint (none)")
+    run.add_argument(
+        "--seed", type=int, help="of the random agent and of sampling (0), of an endpoint (none)"
+    )
     run.add_argument(
         "--concurrency",
         type=int,
-        help=f"episodes at the same time (default: {_CHAT_EPISODES_AT_ONCE} for chat, else 1)",
+        help=f"episodes at the same time (default: {_CHAT_EPISODES_AT_ONCE} for chat, for a local "
+        "model as many as memory holds, else 1)",
     )
     run.add_argument("--out", type=Path, help="result folder (default: runs/eval-..)")
     run.add_argument("--transcripts", action="store_true", help="keep what was said")
@@ -102,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_env_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--split", required=True, help="split of the tasks")
-    group.add_argument("--data", default="auto", help="auto, official, generated, or a path")
+    group.add_argument("--data", help="auto (default), official, generated, or a path")
     group.add_argument("--tasks", type=int, default=0, help="the first so many tasks; 0: all")
     group.add_argument("--task-ids", nargs="+", metavar="ID", help="exactly these tasks")
     group.add_argument(
@@ -113,18 +130,21 @@ def _add_env_options(group: argparse._ArgumentGroup) -> None:
         help="further setting of the environment, such as house_size=tiny; may be repeated",
     )
     group.add_argument("--max-turns", type=int, help="turn limit (default: the environment's)")
-    group.add_argument("--prompt-style", choices=PROMPT_STYLES, default="chat")
+    group.add_argument("--prompt-style", choices=PROMPT_STYLES, help="default: chat")
     group.add_argument(
         "--parse-profile",
         choices=PARSE_PROFILES,
-        default="tags",
         help="how replies are written: plain, the action alone; tags, <action>..</action>; react, "
-        "Thought: and Action:; compat, as in published runs (default: %(default)s)",
+        "Thought: and Action:; compat, as in published runs (default: tags)",
     )
-    group.add_argument("--history-window", type=int, default=2, help="turns shown in window style")
+    group.add_argument(
+        "--history-window", type=int, help="turns shown in window style (default: 2)"
+    )
     group.add_argument("--template", help="file with a prompt template")
     group.add_argument(
-        "--hide-admissible", action="store_true", help="prompts do not list possible actions"
+        "--hide-admissible",
+        action=argparse.BooleanOptionalAction,
+        help="whether prompts do not list possible actions (default: they do)",
     )
 
 
@@ -134,7 +154,9 @@ def _add_chat_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--api-key-env", metavar="NAME", help=f"variable with the key (default: {KEY_VARIABLE})"
     )
-    group.add_argument("--temperature", type=float, help="default: the endpoint's")
+    group.add_argument(
+        "--temperature", type=float, help="default: the endpoint's; of a local model 0: greedy"
+    )
     group.add_argument("--top-p", type=float, help="default: the endpoint's")
     group.add_argument("--max-tokens", type=int, help="longest completion")
     group.add_argument("--extra-body", metavar="JSON", help="further fields of a request")
@@ -157,24 +179,39 @@ def _add_chat_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--price-out", type=float, help="of a million tokens of completions")
 
 
-def played_env(options: argparse.Namespace) -> PlayedEnv:
+def played_env(options: argparse.Namespace, trained: EnvConfig | None = None) -> PlayedEnv:
     """What is played.
+
+    Args:
+        options: the command line.
+        trained: settings that a model was trained with; they are the defaults of prompts, and of
+            the data too where the environment is the same.
 
     Raises:
         InvalidSettingError: an option is no KEY=VALUE.
     """
+    usual = trained or EnvConfig(parse_profile="tags", show_admissible=True)
+    env_id = _given(options.env_id, usual.id)
+    same = trained is not None and env_id == trained.id
+    taken = dict(usual.options) if same else {}
+    limit = taken.pop("max_turns", usual.max_turns) if same else None
+    hides = _given(options.hide_admissible, not usual.show_admissible)
     return PlayedEnv(
-        id=options.env_id,
+        id=env_id,
         split=options.split,
-        data=options.data,
-        max_turns=options.max_turns,
-        options=dict(_key_and_value(text) for text in options.option),
-        prompt_style=options.prompt_style,
-        parse_profile=options.parse_profile,
-        history_window=options.history_window,
+        data=_given(options.data, usual.data if same else "auto"),
+        max_turns=_given(options.max_turns, limit),
+        options={**taken, **dict(_key_and_value(text) for text in options.option)},
+        prompt_style=_given(options.prompt_style, usual.prompt_style),
+        parse_profile=_given(options.parse_profile, usual.parse_profile),
+        history_window=_given(options.history_window, usual.history_window),
         template=options.template,
-        show_admissible=not options.hide_admissible,
+        show_admissible=not hides,
     )
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def chosen_tasks(unwrapped: Any, options: argparse.Namespace) -> tuple[str, ...]:
@@ -200,7 +237,10 @@ def chosen_tasks(unwrapped: Any, options: argparse.Namespace) -> tuple[str, ...]
 
 
 def result_settings(
-    played: PlayedEnv, unwrapped: Any, agent: ChosenAgent, task_ids: tuple[str, ...]
+    played: PlayedEnv,
+    unwrapped: Any,
+    agent_settings: Mapping[str, Any],
+    task_ids: tuple[str, ...],
 ) -> dict[str, Any]:
     """All that results depend on, as JSON values."""
     template = None
@@ -214,7 +254,7 @@ def result_settings(
         "data_hash": unwrapped.manifest.content_hash,
         "max_turns": played.max_turns or unwrapped.max_turns,
         "template": template,
-        "agent": dict(agent.settings),
+        "agent": dict(agent_settings),
         "tasks": len(task_ids),
         "tasks_hash": hashlib.sha256("\n".join(task_ids).encode()).hexdigest(),
     }
@@ -227,17 +267,26 @@ def chosen_agent(options: argparse.Namespace) -> ChosenAgent:
         AtodError: there is no such agent, or a setting or package for it is missing.
     """
     name: str = options.agent
+    is_model = name == SMOLLM2 or name.startswith(PREFIX)
+    for option in (*_CHAT_ONLY, *_MODEL_ONLY):
+        takers = [
+            *(["chat"] if option in _CHAT_ONLY else []),
+            *([f"{PREFIX}FOLDER"] if option in (*_MODEL_ONLY, *_OF_MODELS) else []),
+        ]
+        chosen = f"{PREFIX}FOLDER" if is_model else name
+        if getattr(options, option) is not None and chosen not in takers:
+            flag = option.replace("_", "-")
+            raise InvalidSettingError(f"--{flag} is for --agent {' and --agent '.join(takers)}.")
     if name == "chat":
         return _chat(options)
-    for option in _CHAT_ONLY:
-        if getattr(options, option) is not None:
-            raise InvalidSettingError(f"--{option.replace('_', '-')} is for --agent chat.")
+    if is_model:
+        return _model(options)
     if name == "random":
         seed = options.seed or 0
         settings = {"kind": name, "seed": seed}
         return ChosenAgent(name, "sampled", lambda: RandomAgent(seed), settings)
     if options.seed is not None:
-        raise InvalidSettingError("--seed is for --agent random and --agent chat.")
+        raise InvalidSettingError("--seed is for --agent random, chat and model:FOLDER.")
     if name == "expert":
         return ChosenAgent(name, "greedy", ExpertAgent, {"kind": name})
     if name == "human":
@@ -281,13 +330,39 @@ def prices(options: argparse.Namespace) -> tuple[float, float] | None:
     return given
 
 
-def result_folder(options: argparse.Namespace, agent: ChosenAgent) -> Path:
+def result_folder(options: argparse.Namespace, agent: ChosenAgent, env_id: str) -> Path:
     """Where results go."""
     if options.out is not None:
         return Path(options.out)
-    env = options.env_id.rpartition("/")[2]
+    env = env_id.rpartition("/")[2]
     parts = ("eval", env, options.split, agent.label)
     return Path("runs") / "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts)
+
+
+def _model(options: argparse.Namespace) -> ChosenAgent:
+    if options.template is not None:
+        raise InvalidSettingError(
+            "--template is not for local models, which are played with the prompts of training."
+        )
+    temperature = options.temperature or 0.0
+    if options.seed is not None and not temperature:
+        raise InvalidSettingError("--seed of a local model needs --temperature above 0.")
+    model = LocalModel(
+        find_model(options.agent.removeprefix(PREFIX)),
+        temperature=temperature,
+        max_completion_tokens=options.max_tokens,
+        max_context=options.max_context,
+        seed=options.seed or 0,
+        device=options.device or "auto",
+        episodes_at_once=options.concurrency,
+    )
+
+    def make() -> Agent:
+        raise AssertionError("a local model plays all episodes at once")
+
+    label = model.found.label
+    mode: EvaluationMode = "sampled" if temperature else "greedy"
+    return ChosenAgent(label, mode, make, {}, about={"source": model.found.source}, model=model)
 
 
 def _chat(options: argparse.Namespace) -> ChosenAgent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 
@@ -22,7 +23,9 @@ from atod_train.rollout.rollout import collect, nothing_fits, seed_for
 SAMPLING_TEMPERATURE = 0.4
 """Of the sampled mode, as in the published validation of ALFWorld and WebShop."""
 
-EPISODES_AT_ONCE = 128
+_MOST_EPISODES = 128
+_CACHE_SHARE = 0.2
+"""Of the memory of the device, for keys and values of the episodes that are played at once."""
 
 
 def evaluate(
@@ -62,7 +65,8 @@ def evaluate(
     )
     processes = processes or Processes()
     results: list[TaskResult] = []
-    at_once = EPISODES_AT_ONCE // plays * processes.count
+    at_once = episodes_at_once(policy, generator.max_context, processes.count)
+    at_once = max(1, at_once // plays) * processes.count
     for start in range(0, len(task_ids), at_once):
         part = task_ids[start : start + at_once]
         share = processes.share(len(part))
@@ -80,6 +84,29 @@ def evaluate(
     if not any(result.turns for result in results):
         raise nothing_fits()
     return EvaluationResult(pool.split, pool.data, mode, tuple(results), plays)
+
+
+def episodes_at_once(policy: Policy, max_context: int, processes: int = 1) -> int:
+    """Return how many episodes are played at once: as many as memory holds, from 1 to 128.
+
+    It depends on the model and the machine alone, so that all processes get the same number.
+
+    Args:
+        policy: the model.
+        max_context: longest sequence in tokens.
+        processes: how many share a processor's memory; each has a GPU of its own.
+    """
+    config = policy.model.config
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    held_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = 4  # bytes of a float32
+    per_episode = 2 * size * config.num_hidden_layers * held_heads * width * max_context
+    if policy.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(policy.device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    return max(1, min(_MOST_EPISODES, int(_CACHE_SHARE * memory) // per_episode))
 
 
 def _result(plays: Sequence[Trajectory]) -> TaskResult:

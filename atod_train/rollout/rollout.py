@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -123,6 +123,7 @@ def collect(
     times: PhaseTimes | None = None,
     first_episode: int = 0,
     episodes_in_all: int | None = None,
+    on_end: Callable[[Trajectory], None] | None = None,
 ) -> list[TrajectoryGroup]:
     """Plays `group_size` episodes of each task, all at once, and records them.
 
@@ -136,6 +137,7 @@ def collect(
         first_episode: where several processes share a rollout, the number of this one's first
             episode among all.
         episodes_in_all: then the episodes of all processes; None: those of this call.
+        on_end: takes each trajectory as soon as its episode has ended.
 
     Returns:
         One group per task, in the order given; group ids count from `first_episode / group_size`.
@@ -162,6 +164,9 @@ def collect(
     active = dict(enumerate(episodes))
     while active:
         _play_turn(active, generator, pool, turn_limit, times)
+        for episode in active.values():
+            if episode.stop_reason is not None and on_end is not None:
+                on_end(episode.trajectory())
         active = {row: e for row, e in active.items() if e.stop_reason is None}
     if episodes_in_all is None and not any(episode.turns for episode in episodes):
         raise nothing_fits()

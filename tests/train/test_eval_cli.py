@@ -126,7 +126,7 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--agent", "nobody"), "No agent 'nobody': random, expert, human, chat, or module:Class."),
+        (("--agent", "nobody"), "No agent 'nobody': random, expert, human, chat, model:FOLDER"),
         (("--agent", "random", "--model", "m"), "--model is for --agent chat."),
         (("--agent", "random", "--keep-reasoning"), "--keep-reasoning is for --agent chat."),
         (("--agent", "expert", "--seed", "1"), "--seed is for --agent random"),
@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_written(
 
 def test_the_default_folder_tells_what_it_holds() -> None:
     options = parser().parse_args(["--agent", "random", "--split", "nq/dev"])
-    assert str(result_folder(options, chosen_agent(options))) == (
+    assert str(result_folder(options, chosen_agent(options), "atod/ALFWorld-v0")) == (
         "runs/eval-ALFWorld-v0-nq-dev-random"
     )
 
