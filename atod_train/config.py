@@ -11,9 +11,6 @@ from atod_gym.wrappers.invalid_action_penalty import Validity, is_penalized
 
 Method = Literal["atod", "opd", "grpo", "mix", "sod", "tcod", "sdar"]
 Shape = Literal["linear", "cosine", "constant", "adaptive"]
-WeightVariant = Literal[
-    "soft_or", "uniform", "disagreement", "uncertainty", "token", "top_fraction"
-]
 Aggregation = Literal["token-mean", "trajectory-mean"]
 PromptStyle = Literal["chat", "window"]
 TeacherApi = Literal["completions", "sglang"]
@@ -132,30 +129,36 @@ class AlgorithmConfig:
     """The method and its constants; defaults are the paper's."""
 
     method: Method = "atod"
+    """atod: annealed mix with turn weights; opd: teacher alone; grpo: reward alone; mix: both at 1;
+    sod, tcod, sdar: published variants of distillation (see algorithm/methods.py)."""
     kappa: tuple[float, float] = (1.0, 0.1)
-    """Coefficient of the teacher's part: kappa_init, kappa_min."""
+    """Coefficient of the teacher's term, first and last (atod). A last value of 0 withdraws the
+    teacher, which helped with teachers near the student."""
     rho: tuple[float, float] = (1.0, 2.0)
-    """Coefficient of the reward's part: rho_init, rho_max."""
-    opd_signal: Literal["sampled", "exact"] = "sampled"
-    """The teacher's part. sampled: log-ratio of the sampled token (the paper); exact: reverse KL of
-    the whole distributions, which takes a local teacher."""
-    opd_top_k: int = 0
-    """opd_signal=exact: compare the student's most likely tokens and the rest as one; 0: all."""
+    """Coefficient of the reward's term, first and last (atod)."""
+    opd_signal: str = "sampled"
+    """The teacher's term. sampled: log-ratio of the sampled token (the paper); exact: reverse KL
+    over the vocabulary; top-k:64: over the student's 64 most likely tokens and the rest as one. The
+    last two need a teacher in this process and have less variance."""
     anneal_steps: int = 80
+    """Steps from the first to the last coefficients. About half of train.steps is the paper's."""
     shape: Shape = "linear"
-    """Of the way between the coefficients, anneal_steps long. adaptive: it has no length and moves
-    on by the share of groups in which a trajectory reached the goal."""
-    turn_weights: WeightVariant = "soft_or"
-    top_fraction: float = 0.5
-    """Share of a trajectory's turns that turn_weights=top_fraction keeps."""
-    weight_smoothing: float = 0.0
-    mean_preserving: bool = False
+    """Course of the annealing. adaptive: no length; it advances with the share of groups in which a
+    trajectory succeeds. constant: the first coefficients stay."""
+    turn_weights: str = "soft_or"
+    """Weights of the teacher's term. soft_or: T-DUR (the paper); uniform: none; disagreement,
+    uncertainty: one of its parts; token: per token; top:0.5: the highest half of the turns;
+    smooth:0.3: drawn towards 1 by 0.3; mean_preserving: rescaled to a mean of 1."""
     advantage_over: Literal["trajectories", "turns"] = "trajectories"
-    clip: tuple[float, float] = (0.2, 0.2)
-    """The ratio is clipped to [1 - clip[0], 1 + clip[1]]."""
-    dual_clip: float = 3.0
+    """What returns are normalised over in a group. turns: all turn rows, as in the released code,
+    so that long trajectories count more."""
+    clip: tuple[float, float, float] = (0.2, 0.2, 3.0)
+    """Bounds of the ratio, [1 - clip[0], 1 + clip[1]], and the dual clip, which limits the loss
+    where the advantage is negative (above 1; inf: none)."""
     aggregation: Aggregation = "token-mean"
+    """Mean of the token losses: over all tokens, or over trajectories of their means."""
     entropy_bonus: float = 0.0
+    """Weight of the mean entropy, nats. The released code has 0.001; more keeps exploration up."""
 
 
 @dataclass(frozen=True)

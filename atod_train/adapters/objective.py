@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from atod_train.algorithm.atod import masked, sampled_log_ratio, turn_statistics, turn_weights
+from atod_train.algorithm.atod import masked, sampled_log_ratio, segment_sum, turn_weights
 
 Weights = Literal["soft_or", "uniform", "disagreement", "uncertainty"]
 
@@ -79,21 +79,18 @@ def mixed_advantages(
 def _token_weights(
     student: Tensor, teacher: Tensor, mask: Tensor, episode: Tensor, weighting: TurnWeighting
 ) -> Tensor:
-    before = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
-    number = (mask & ~before).cumsum(1) * mask
-    turns = number.amax(1)
-    row = torch.repeat_interleave(turns)
-    first = (turns.cumsum(0) - turns)[row]
-    turn = torch.arange(len(row), device=row.device) - first + 1
-    turn_mask = number[row] == turn.unsqueeze(1)
-    disagreement, uncertainty = turn_statistics(student[row], teacher[row], turn_mask)
+    """Return [B, T] T-DUR weights; every token is visited once, however many turns there are."""
+    starts = mask & ~torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
+    turn = starts.flatten().cumsum(0)[mask.flatten()] - 1  # of each sampled token, over all rows
+    gaps = (teacher - student)[mask].abs()
+    tokens = segment_sum(torch.ones_like(gaps), turn)
     weights = turn_weights(
-        disagreement,
-        uncertainty,
+        segment_sum(gaps, turn) / tokens,
+        segment_sum(-student[mask], turn) / tokens,
         min_turns=weighting.min_turns,
         min_disagreement=weighting.min_disagreement,
         variant=weighting.variant,
-        trajectory_index=episode[row],
+        trajectory_index=episode[starts.nonzero()[:, 0]],
     )
-    spread = turn_mask * weights.unsqueeze(1)
-    return torch.zeros(mask.shape, dtype=spread.dtype, device=mask.device).index_add(0, row, spread)
+    spread = torch.zeros(mask.shape, dtype=weights.dtype, device=mask.device)
+    return spread.masked_scatter(mask, weights[turn])

@@ -1,11 +1,11 @@
 """ATOD, annealed turn-aware on-policy distillation (arXiv:2606.27814), as pure tensor functions.
 
-A student plays multi-turn episodes; a frozen teacher scores the student's own tokens, and the
-environment gives one sparse return per episode. ATOD adds both signals at the advantage level,
-moves the mix from teacher to return over training (`Schedule`), and weights the teacher's part by
-turn (T-DUR: `turn_statistics`, `turn_weights`). The functions stand in the order of use, take
-plain tensors and import nothing of this project. R turn rows, T tokens of the longest completion,
-N trajectories, G in a group; log-probabilities in nats; results are detached, but for the loss.
+A student plays multi-turn episodes; a frozen teacher scores its tokens, and the environment gives
+one sparse return per episode. ATOD adds both signals at the advantage level, moves the mix from
+teacher to return (`Schedule`), and weights the teacher's part by turn (T-DUR: `turn_weights`). The
+functions stand in the order of use and take plain tensors: R turn rows, T tokens of the longest
+completion, N trajectories, G in a group; log-probabilities in nats. Results are detached, but for
+the loss.
 
     paper       here                        shape    meaning
     s           step                        -        optimiser cycle, counted from 1
@@ -24,10 +24,10 @@ Values on padding (mask False) never matter, not even NaN; results are 0 there.
 
 Deviations from the paper, and points that no source settles (open):
 - The log-ratio of new to old policy is held within +-20, so that exp() stays finite.
-- Schedule shapes cosine and constant are additions; the paper's runs are linear.
+- Schedule shapes cosine and constant are additions.
 - A group of one, or of returns equal but for rounding, gives exactly 0, not NaN or noise / eps.
-- (open) The guards of `turn_weights` act on each of its variants, not only on the soft OR.
-- The ablations (token-level, top-fraction, smoothing, mean-preserving) are in weight_variants.py.
+- A range of statistics that is no more than rounding is no range (`min_max`).
+- The ablations (token-level, top-fraction, smoothing, mean-preserving) are in weights.py.
 - Sums use `index_add`, on CUDA bit-reproducible only under `use_deterministic_algorithms(True)`.
 """
 
@@ -41,7 +41,8 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0  # bound of |logprobs - old_logprobs| before exp()
-MIN_RANGE = 1e-8  # min-max over a range no larger than this gives 0.5 everywhere
+MIN_RANGE = 1e-8  # min-max over a range no larger than this, or than rounding, gives 0.5 everywhere
+MIN_DISAGREEMENT = 0.01  # nats per token; below it T-DUR's weights are 1 throughout a trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +120,13 @@ def turn_weights(
     uncertainty: Tensor,
     *,
     min_turns: int = 3,
-    min_disagreement: float = 0.01,
+    min_disagreement: float = MIN_DISAGREEMENT,
     variant: Literal["soft_or", "uniform", "disagreement", "uncertainty"] = "soft_or",
     trajectory_index: Tensor | None = None,
 ) -> Tensor:
     """T-DUR: the weight in [0, 1] of the teacher's part in every turn (Eq. 15-16).
 
-    Takes and returns [K] for one trajectory; or [R] for many, told apart by `trajectory_index`.
+    Takes and returns [K] for one trajectory; or [R] for many, distinguished by `trajectory_index`.
     Both statistics are min-max scaled over the turns of the trajectory (0.5 where they do not
     vary). Variant soft_or joins them to 1 - (1 - d)(1 - h); disagreement and uncertainty take one
     alone; uniform is 1. Guards: the weight is 1 throughout a trajectory with fewer than
@@ -157,7 +158,7 @@ def group_advantages(
 ) -> Tensor:
     """(R_i - mean) / (std + eps) over the group, with the unbiased standard deviation (GRPO).
 
-    Takes and returns [G] for one group; or [N] for many, told apart by the labels `group_index`.
+    Takes and returns [G] for one group; or [N] for many, distinguished by the labels `group_index`.
     Exactly 0 in a group of one or of equal returns; `eps` has the unit of the returns. ValueError
     for a return that is not finite, and for differing shapes.
     """
@@ -314,10 +315,12 @@ def segment_sum(values: Tensor, index: Tensor) -> Tensor:
 
 
 def min_max(values: Tensor, index: Tensor) -> Tensor:
-    """`values` [R] scaled to [0, 1] over the rows that share an `index`, 0.5 without a range."""
-    lowest = _extreme(values, index, "amin")[index]
-    span = _extreme(values, index, "amax")[index] - lowest
-    return ((values - lowest) / span.clamp(min=MIN_RANGE)).masked_fill(span <= MIN_RANGE, 0.5)
+    """`values` [R] scaled to [0, 1] over the rows that share an `index`; equal ones to 0.5."""
+    lowest, highest = _extreme(values, index, "amin"), _extreme(values, index, "amax")
+    rounding = 8.0 * torch.finfo(values.dtype).eps * lowest.abs().maximum(highest.abs())
+    is_flat = (highest - lowest <= rounding.clamp(min=MIN_RANGE))[index]
+    span = (highest - lowest)[index].masked_fill(is_flat, 1.0)
+    return ((values - lowest[index]) / span).masked_fill(is_flat, 0.5)
 
 
 def _segments(index: Tensor) -> int:

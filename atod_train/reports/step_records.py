@@ -10,9 +10,8 @@ from torch import Tensor
 
 from atod_gym.errors import InvalidSettingError
 from atod_gym.types import Message
-from atod_train.algorithm.adaptive import solved_groups
 from atod_train.algorithm.atod import masked
-from atod_train.algorithm.baselines import Advantages
+from atod_train.algorithm.methods import Advantages, solved_groups
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.scores import TokenScores
 from atod_train.records import Batch, Trajectory

@@ -17,7 +17,7 @@ import transformers
 from filelock import FileLock, Timeout
 
 from atod_gym.errors import AtodError
-from atod_train.algorithm.baselines import has_exact_signal, needs_teacher
+from atod_train.algorithm.methods import has_exact_signal, needs_teacher
 from atod_train.config import OFFLOAD, RunConfig, is_url
 from atod_train.distributed import Processes, join_processes
 from atod_train.models.policy import MODEL_SHAPES, Policy

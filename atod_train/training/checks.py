@@ -18,7 +18,7 @@ import torch
 from atod_gym.errors import InvalidSettingError
 from atod_gym.types import Message
 from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer
-from atod_train.algorithm.baselines import Signals, compute_advantages, has_exact_signal
+from atod_train.algorithm.methods import Signals, compute_advantages, has_exact_signal
 from atod_train.batch import make_batch
 from atod_train.config import AlgorithmConfig, RunConfig
 from atod_train.models.dialogue import DialogueEncoder
@@ -52,7 +52,7 @@ _AT_LEAST = {
     "train.seed": 0,
 }
 _ABOVE_ZERO = {"train.lr", "env.success_reward"}
-_MAY_BE_INFINITE = {"algorithm.dual_clip", "algorithm.clip"}
+_MAY_BE_INFINITE = {"algorithm.clip"}
 _ANOTHER = 0.5
 """Nats by which a log-prob of another model differs; rounding is far below."""
 
@@ -105,7 +105,7 @@ def _try_algorithm(settings: AlgorithmConfig) -> None:
         normalizer = loss_normalizer(mask, settings.aggregation, index)
         clipped_policy_loss(
             logprobs, logprobs, advantages.values, mask, clip_low=settings.clip[0],
-            clip_high=settings.clip[1], dual_clip=settings.dual_clip, normalizer=normalizer,
+            clip_high=settings.clip[1], dual_clip=settings.clip[2], normalizer=normalizer,
         )  # fmt: skip
     except ValueError as error:
         raise InvalidSettingError(f"algorithm: {error}.") from error

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from atod_train.algorithm.baselines import needs_teacher
+from atod_train.algorithm.methods import needs_teacher
 from atod_train.config import RunConfig, is_url
 from atod_train.reports.metrics import Evaluation
 from atod_train.reports.run_folder import MANIFEST_FILE, SECTIONS, read_json, without_infinities

@@ -22,12 +22,14 @@ from typing import Any
 import torch
 
 from atod_gym.errors import AtodError
-from atod_train.algorithm.adaptive import moved_on
-from atod_train.algorithm.baselines import (
+from atod_train.algorithm.atod import MIN_DISAGREEMENT
+from atod_train.algorithm.methods import (
+    LOW_PRECISION_DISAGREEMENT,
     Advantages,
     Signals,
     compute_advantages,
     is_adaptive,
+    moved_on,
     needs_teacher,
     turn_limit,
 )
@@ -118,7 +120,7 @@ class Progress:
 
     @property
     def anneal_progress(self) -> float:
-        """Where an adaptive schedule stands, 0 to 1; see `atod_train.algorithm.adaptive`."""
+        """Where an adaptive schedule stands, 0 to 1; see `atod_train.algorithm.methods`."""
         return float(self.annealing.get("progress", 0.0))
 
 
@@ -531,7 +533,21 @@ class Trainer:
             divergences=scores.divergences,
             turn_penalties=torch.tensor([u.penalty for t in trajectories for u in t.turns]),
         )
-        return compute_advantages(signals, self.config.algorithm, step, self.done.anneal_progress)
+        return compute_advantages(
+            signals,
+            self.config.algorithm,
+            step,
+            self.done.anneal_progress,
+            min_disagreement=self._rounding(),
+        )
+
+    def _rounding(self) -> float:
+        """Return the disagreement, nats per token, that two equal models can have here."""
+        scored = [self.student]
+        if isinstance(self.teacher, LocalTeacher):
+            scored.append(self.teacher.policy)
+        is_low = any(policy.layer_dtype != torch.float32 for policy in scored)
+        return LOW_PRECISION_DISAGREEMENT if is_low else MIN_DISAGREEMENT
 
 
 def _parameters(policy: Policy) -> int:

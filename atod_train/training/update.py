@@ -23,10 +23,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer, masked
-from atod_train.algorithm.baselines import (
+from atod_train.algorithm.methods import (
     Advantages,
     auxiliary_loss,
     divergence_loss,
+    exact_top_k,
     has_exact_signal,
 )
 from atod_train.batch import Minibatch, select_sequences, split_minibatches
@@ -180,7 +181,7 @@ def _loss(
         mask,
         clip_low=algorithm.clip[0],
         clip_high=algorithm.clip[1],
-        dual_clip=algorithm.dual_clip,
+        dual_clip=algorithm.clip[2],
         normalizer=scale,
     )
     teacher_logprobs = scores.reference_logprobs
@@ -209,7 +210,7 @@ def _loss(
 def _reference(teacher: Teacher | None, algorithm: AlgorithmConfig) -> Iterator[Reference | None]:
     """The teacher where whole distributions are compared, else None."""
     if isinstance(teacher, LocalTeacher) and has_exact_signal(algorithm):
-        with teacher.reference(algorithm.opd_top_k) as reference:
+        with teacher.reference(exact_top_k(algorithm) or 0) as reference:
             yield reference
     else:
         yield None

@@ -8,8 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atod_train.algorithm.adaptive import RATE, moved_on, solved_groups
-from atod_train.algorithm.baselines import Signals, compute_advantages
+from atod_train.algorithm.methods import (
+    ADAPTIVE_RATE,
+    Signals,
+    compute_advantages,
+    moved_on,
+    solved_groups,
+)
 from atod_train.config import (
     AlgorithmConfig,
     EnvConfig,
@@ -43,8 +48,8 @@ def test_a_group_is_solved_by_one_success() -> None:
 
 def test_it_waits_where_every_group_fails_and_is_as_fast_as_groups_are_solved() -> None:
     assert moved_on(0.3, 0.0) == 0.3
-    assert moved_on(0.3, 0.5) == pytest.approx(0.3 + RATE / 2)
-    assert moved_on(1.0 - RATE / 4, 1.0) == 1.0
+    assert moved_on(0.3, 0.5) == pytest.approx(0.3 + ADAPTIVE_RATE / 2)
+    assert moved_on(1.0 - ADAPTIVE_RATE / 4, 1.0) == 1.0
     progress, steps = 0.0, 0
     while progress < 1.0:
         progress, steps = moved_on(progress, 1.0), steps + 1
@@ -56,7 +61,7 @@ def test_it_never_moves_back(shares: list[float]) -> None:
     progress = 0.0
     for share in shares:
         before, progress = progress, moved_on(progress, share)
-        assert before <= progress <= min(1.0, before + RATE)
+        assert before <= progress <= min(1.0, before + ADAPTIVE_RATE)
 
 
 @pytest.mark.parametrize("numbers", [(float("nan"), 0.0), (-0.1, 0.0), (0.5, 1.1)])
@@ -113,4 +118,4 @@ def test_a_resumed_run_goes_on_where_annealing_stood(
         first, second = ([step[name] for step in run] for run in runs)
         assert first == second, name
     progress = [step["anneal_progress"] for step in runs[0]]
-    assert progress == pytest.approx([step * RATE / 2 for step in range(5)])
+    assert progress == pytest.approx([step * ADAPTIVE_RATE / 2 for step in range(5)])

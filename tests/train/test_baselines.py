@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atod_train.algorithm.atod import group_advantages, loss_normalizer, turn_weights
-from atod_train.algorithm.baselines import (
+from atod_train.algorithm.methods import (
+    LOW_PRECISION_DISAGREEMENT,
     Advantages,
     Signals,
     auxiliary_loss,
     compute_advantages,
     needs_teacher,
-    sod_weights,
     turn_limit,
 )
+from atod_train.algorithm.weights import sod_weights
 from atod_train.config import AlgorithmConfig
 
 METHODS = ("atod", "opd", "grpo", "mix", "sod", "tcod", "sdar")
@@ -180,20 +181,31 @@ def test_atod_takes_the_chosen_turn_weights(variant: str) -> None:
 
 def test_top_fraction_smoothing_and_mean_preserving_are_settings() -> None:
     signals = make_signals(1)
-    top = with_method("atod", turn_weights="top_fraction", top_fraction=0.25)
-    weights = compute_advantages(signals, top, 1).turn_weights
-    assert set(weights.tolist()) == {0.0, 1.0}
-    smooth = dataclasses.replace(top, weight_smoothing=0.3)
-    smoothed = compute_advantages(signals, smooth, 1).turn_weights
-    assert torch.allclose(smoothed, 0.7 * weights + 0.3)
-    preserving = dataclasses.replace(smooth, mean_preserving=True)
-    scaled = compute_advantages(signals, preserving, 1).turn_weights
-    tokens = signals.completion_mask.sum(-1)
+
+    def weights(name: str) -> torch.Tensor:
+        return compute_advantages(signals, with_method("atod", turn_weights=name), 1).turn_weights
+
+    assert set(weights("top:0.25").tolist()) == {0.0, 1.0}
+    assert torch.allclose(weights("smooth:0.3"), 0.7 * weights("soft_or") + 0.3)
+    preserving, tokens = weights("mean_preserving"), signals.completion_mask.sum(-1)
     for trajectory in range(6):
         rows = signals.trajectory_index == trajectory
-        mean = (smoothed * tokens)[rows].sum() / tokens[rows].sum()
-        factor = min(max(1 / float(mean), 0.5), 2.0)
-        assert torch.allclose(scaled[rows], factor * smoothed[rows])
+        mean = (preserving * tokens)[rows].sum() / tokens[rows].sum()
+        assert float(mean) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="turn_weights is"):
+        weights("best")
+
+
+def test_rounding_is_no_disagreement() -> None:
+    """Two equal models, scored with 0.03 nats of noise, as low precision has it."""
+    signals = make_signals(1)
+    random = torch.Generator().manual_seed(0)
+    noise = 0.03 * torch.randn(signals.old_logprobs.shape, generator=random)
+    signals = dataclasses.replace(signals, teacher_logprobs=signals.old_logprobs + noise)
+    config = with_method("atod")
+    assert compute_advantages(signals, config, 1).turn_weights.min() < 0.5
+    guarded = compute_advantages(signals, config, 1, min_disagreement=LOW_PRECISION_DISAGREEMENT)
+    assert guarded.turn_weights.tolist() == [1.0] * len(guarded.turn_weights)
 
 
 def test_token_level_weights_report_the_mean_of_each_turn() -> None:
@@ -371,7 +383,7 @@ def test_only_sdar_has_an_auxiliary_loss() -> None:
 @given(
     st.integers(0, 10_000),
     st.sampled_from(METHODS),
-    st.sampled_from(["soft_or", "token", "top_fraction"]),
+    st.sampled_from(["soft_or", "token", "top:0.5", "mean_preserving"]),
     st.sampled_from([math.nan, math.inf, -math.inf, -1e30]),
 )
 def test_padding_never_influences_anything(seed, method, variant, junk) -> None:
@@ -383,7 +395,7 @@ def test_padding_never_influences_anything(seed, method, variant, junk) -> None:
         old_logprobs=signals.old_logprobs.masked_fill(padding, junk),
         teacher_logprobs=signals.teacher_logprobs.masked_fill(padding, junk),
     )
-    config = with_method(method, turn_weights=variant, mean_preserving=True)
+    config = with_method(method, turn_weights=variant)
     for clean, dirtied in zip(
         tensors_of(compute_advantages(signals, config, 9)),
         tensors_of(compute_advantages(dirty, config, 9)),

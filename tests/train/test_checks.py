@@ -65,8 +65,10 @@ def test_presets_are_in_range(name: str) -> None:
         ("start.observation_weight", -0.1),
         ("algorithm.kappa", (0.05, 0.1)),
         ("algorithm.rho", (1.0, 0.5)),
-        ("algorithm.dual_clip", 1.0),
-        ("algorithm.clip", (-0.2, 0.2)),
+        ("algorithm.clip", (0.2, 0.2, 1.0)),
+        ("algorithm.turn_weights", "top:2"),
+        ("algorithm.opd_signal", "top-k"),
+        ("algorithm.clip", (-0.2, 0.2, 3.0)),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, value: Any) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from atod_gym.errors import AtodError
 from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer, masked, turn_weights
-from atod_train.algorithm.baselines import (
+from atod_train.algorithm.methods import (
     Signals,
     compute_advantages,
     divergence_loss,
+    exact_top_k,
     has_exact_signal,
 )
 from atod_train.config import ModelConfig, RunConfig
@@ -136,7 +137,7 @@ def test_divergences_take_the_place_of_the_log_ratio() -> None:
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("grpo", "sdar")])
-@pytest.mark.parametrize("variant", ["soft_or", "uniform", "disagreement", "token", "top_fraction"])
+@pytest.mark.parametrize("variant", ["soft_or", "uniform", "disagreement", "token", "top:0.5"])
 def test_every_method_and_weight_takes_them(method: str, variant: str) -> None:
     signals, divergences = _signals()
     settings = with_method(method, turn_weights=variant)
@@ -163,8 +164,11 @@ def test_where_it_applies() -> None:
     assert not has_exact_signal(with_method("grpo", opd_signal="exact"))
     with pytest.raises(ValueError, match="sdar compares sampled tokens only"):
         has_exact_signal(with_method("sdar", opd_signal="exact"))
-    with pytest.raises(ValueError, match="opd_top_k"):
-        has_exact_signal(with_method("opd", opd_signal="exact", opd_top_k=-1))
+    for wrong in ("top-k", "top-k:0", "top-k:x", "exact:3", "kl"):
+        with pytest.raises(ValueError, match="opd_signal is"):
+            has_exact_signal(with_method("opd", opd_signal=wrong))
+    assert exact_top_k(with_method("opd", opd_signal="top-k:64")) == 64
+    assert exact_top_k(with_method("opd", opd_signal="exact")) == 0
 
 
 def test_a_server_cannot_give_it(tmp_path: Path) -> None:

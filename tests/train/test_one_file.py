@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atod_train.algorithm.baselines import Signals, compute_advantages
+from atod_train.algorithm.methods import Signals, compute_advantages
 from atod_train.batch import make_batch
 from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig, TrainConfig
 from atod_train.distributed import Processes

@@ -292,9 +292,7 @@ def test_one_step_of_every_method_with_smollm2(
             eval_tasks=1,
         ),
         model=ModelConfig(student=SMOLLM2, teacher=SMOLLM2, lora_rank=rank),
-        algorithm=AlgorithmConfig(
-            method=method, opd_signal="exact" if exact else "sampled", opd_top_k=32
-        ),
+        algorithm=AlgorithmConfig(method=method, opd_signal="top-k:32" if exact else "sampled"),
         train=TrainConfig(
             steps=1,
             tasks_per_step=1,

@@ -299,7 +299,7 @@ def test_where_the_teacher_is_changes_nothing(place: str, whole_run: Path, tmp_p
 
 
 def test_exact_signal_and_adapters_resume_too(whole_run: Path, tmp_path: Path) -> None:
-    algorithm = replace(CONFIG.algorithm, opd_signal="exact", opd_top_k=4)
+    algorithm = replace(CONFIG.algorithm, opd_signal="top-k:4")
     start = str(whole_run / "models" / "best")
     model = replace(CONFIG.model, student=start, teacher=start, lora_rank=2)
     config = replace(CONFIG, algorithm=algorithm, model=model, start=StartConfig())
@@ -345,7 +345,7 @@ def test_settings_without_meaning_are_named(tmp_path: Path) -> None:
         often = replace(CONFIG, env=replace(CONFIG.env, eval_samples=samples))
         with pytest.raises(AtodError, match=r"env\.eval_samples must be 1 to 9"):
             run_study(often, tmp_path)
-    for setting in ({"kappa": (0.05, 0.1)}, {"rho": (1.0, 0.5)}, {"dual_clip": 1.0}):
+    for setting in ({"kappa": (0.05, 0.1)}, {"rho": (1.0, 0.5)}, {"clip": (0.2, 0.2, 1.0)}):
         wrong = replace(CONFIG, algorithm=replace(CONFIG.algorithm, **setting))
         with pytest.raises(AtodError, match="algorithm"):
             run_study(wrong, tmp_path)

@@ -12,7 +12,7 @@ import test_processes
 import torch
 from test_policy import make_policy, random_batch
 
-from atod_train.algorithm.baselines import Signals, compute_advantages
+from atod_train.algorithm.methods import Signals, compute_advantages
 from atod_train.config import AlgorithmConfig
 from atod_train.distributed import Processes, end_process, join_processes
 from atod_train.models.pretrained import LoadOptions, load_policy

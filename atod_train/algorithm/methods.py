@@ -1,0 +1,446 @@
+"""ATOD and the methods it is compared with: one loop, other coefficients, weights and losses.
+
+Every method is A_t = kappa * w * delta_t + rho * A_i (Eq. 8):
+
+    method  kappa     rho       w                              besides
+    atod    schedule  schedule  T-DUR, or an ablated variant
+    grpo    0         1         -                              no teacher
+    opd     1         0         1
+    mix     1         1         1
+    sod     1         1         `sod_weights`                  arXiv:2605.07725
+    tcod    1         0         1                              `turn_limit`, arXiv:2604.24005
+    sdar    0         1         -                              `auxiliary_loss`, arXiv:2605.15155
+
+The file stands in the order of use: what a method is, how far annealing has come, advantages,
+losses; weights of the teacher's term are in `weights.py`. Names and shapes as in `atod.py`;
+results are detached, but for the losses. The trainer never asks which method it runs.
+
+With opd_signal exact or top-k the teacher's term is the reverse KL over the vocabulary instead of
+the
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from atod_train.algorithm.atod import (
+    MIN_DISAGREEMENT,
+    Schedule,
+    aggregate_tokens,
+    atod_advantages,
+    group_advantages,
+    loss_normalizer,
+    masked,
+    mean_over_tokens,
+    sampled_log_ratio,
+    turn_statistics,
+    turn_weights,
+)
+from atod_train.algorithm.weights import (
+    keep_top_fraction,
+    parse_turn_weights,
+    preserve_mean,
+    smooth_weights,
+    sod_weights,
+    token_weights,
+)
+from atod_train.config import AlgorithmConfig
+from atod_train.records import Trajectory
+
+TCOD_STEPS_PER_TURN = 6
+SDAR_COEFFICIENT = 0.01
+SDAR_GATE_SHARPNESS = 5.0
+LOW_PRECISION_DISAGREEMENT = 0.05
+"""Nats per token: in bfloat16 the log-probs of two equal models differ by 0.046 on average
+(SmolLM2-135M), which `MIN_DISAGREEMENT` would take for a signal."""
+ADAPTIVE_RATE = 0.04
+"""Progress of an adaptive schedule per step in which every group has a success."""
+
+# -- what a method is ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One line of the table above."""
+
+    kappa: float | None
+    """Coefficient of the teacher's term; None: of the schedule."""
+    rho: float | None
+    """Coefficient of the reward's term; None: of the schedule."""
+    weights: Literal["chosen", "uniform", "sod"] = "uniform"
+    """Of the teacher's term; chosen: by the setting `turn_weights`."""
+    needs_teacher: bool = True
+
+
+METHODS = {
+    "atod": Method(None, None, weights="chosen"),
+    "grpo": Method(0.0, 1.0, needs_teacher=False),
+    "opd": Method(1.0, 0.0),
+    "mix": Method(1.0, 1.0),
+    "sod": Method(1.0, 1.0, weights="sod"),
+    "tcod": Method(1.0, 0.0),
+    "sdar": Method(0.0, 1.0),
+}
+
+
+def method_of(name: str) -> Method:
+    """Return the record of a method.
+
+    Raises:
+        ValueError: the method is unknown.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def needs_teacher(method: str) -> bool:
+    """Return whether a method scores completions with the teacher.
+
+    Raises:
+        ValueError: the method is unknown.
+    """
+    return method_of(method).needs_teacher
+
+
+def exact_top_k(settings: AlgorithmConfig) -> int | None:
+    """Return how many tokens `opd_signal` compares one by one: 0: all; None: sampled tokens only.
+
+    Raises:
+        ValueError: an unknown signal, or a method that takes only sampled tokens (sdar).
+    """
+    name, _, number = settings.opd_signal.partition(":")
+    if name == "sampled" and not number:
+        return None
+    if name == "exact" and not number:
+        top_k = 0
+    elif name == "top-k" and number.isdecimal() and int(number) > 0:
+        top_k = int(number)
+    else:
+        raise ValueError(
+            f"opd_signal is {settings.opd_signal!r}; choose sampled, exact, or top-k with a "
+            "number of tokens, such as top-k:64"
+        )
+    if not needs_teacher(settings.method):
+        return None
+    if settings.method == "sdar":
+        raise ValueError("method sdar compares sampled tokens only; use opd_signal=sampled")
+    return top_k
+
+
+def has_exact_signal(settings: AlgorithmConfig) -> bool:
+    """Return whether the teacher's term is the exact divergence, which the loss takes directly.
+
+    Raises:
+        ValueError: as `exact_top_k`.
+    """
+    return exact_top_k(settings) is not None
+
+
+def turn_limit(settings: AlgorithmConfig, step: int, max_turns: int) -> int:
+    """Turns an episode may take in optimiser cycle `step` (counted from 1).
+
+    tcod: min(1 + floor(step / 6), max_turns), its forward curriculum; others: max_turns.
+    """
+    if settings.method != "tcod":
+        return max_turns
+    return min(1 + step // TCOD_STEPS_PER_TURN, max_turns)
+
+
+# -- how far annealing has come --------------------------------------------------------------------
+
+
+def schedule_of(settings: AlgorithmConfig) -> Schedule:
+    """The schedule of method atod; where it adapts itself, only its end points count.
+
+    Raises:
+        ValueError: as `Schedule`.
+    """
+    shape = "linear" if settings.shape == "adaptive" else settings.shape
+    return Schedule(*settings.kappa, *settings.rho, anneal_steps=settings.anneal_steps, shape=shape)
+
+
+def is_adaptive(settings: AlgorithmConfig) -> bool:
+    """Whether progress comes from the run itself, see `moved_on`."""
+    return settings.method == "atod" and settings.shape == "adaptive"
+
+
+def solved_groups(trajectories: Sequence[Trajectory]) -> float:
+    """Return the share of groups in which at least one trajectory reached the goal, 0 to 1.
+
+    Args:
+        trajectories: of a step, at least one.
+    """
+    groups = {trajectory.group_id for trajectory in trajectories}
+    solved = {trajectory.group_id for trajectory in trajectories if trajectory.success}
+    return len(solved) / len(groups)
+
+
+def moved_on(progress: float, solved: float) -> float:
+    """Return the progress of an adaptive schedule after a step; it never falls.
+
+    Reinforcement learning has no signal where all trajectories of a group fail alike, and that is
+    where the teacher is needed. So progress, which `Schedule.coefficients_at` turns into kappa and
+    rho, rises by `ADAPTIVE_RATE` times the share of groups with a success: a weak start keeps the
+    teacher, a strong one anneals in little more than 25 steps. (Ours; TIDE and RetireOPD,
+    arXiv:2609.20784, wait until the disagreement with the teacher stops falling.)
+
+    Args:
+        progress: before, 0 to 1.
+        solved: share of the step's groups with a success, 0 to 1.
+
+    Raises:
+        ValueError: a number that is not between 0 and 1.
+    """
+    if not (0 <= progress <= 1 and 0 <= solved <= 1):
+        raise ValueError(f"progress {progress} and share {solved} must be between 0 and 1")
+    return min(1.0, progress + ADAPTIVE_RATE * solved)
+
+
+# -- advantages ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What a batch of R turn rows from N trajectories says, before the update."""
+
+    old_logprobs: Tensor
+    """[R, T] student, recomputed before the update; nats."""
+    teacher_logprobs: Tensor | None
+    """[R, T] teacher, nats; None for methods without one."""
+    completion_mask: Tensor
+    """[R, T] bool, True exactly on sampled tokens."""
+    trajectory_index: Tensor
+    """[R] int64 in 0..N-1."""
+    turn_index: Tensor
+    """[R] int64, position of the turn in its trajectory."""
+    turn_rewards: Tensor
+    """[R] rewards after scaling and invalid-action penalty."""
+    returns: Tensor
+    """[N] sum of turn rewards."""
+    group_index: Tensor
+    """[N] integer label of the trajectory's group."""
+    divergences: Tensor | None = None
+    """[R, T] exact reverse KL from the teacher, nats; where given, it stands for -delta_t."""
+    turn_penalties: Tensor | None = None
+    """[R] what was subtracted from each turn's reward (>= 0); needed for advantage_over="turns",
+    because turn_rewards alone do not tell a penalty from a reward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advantages:
+    """Advantages of a batch and where they come from; all tensors detached."""
+
+    values: Tensor
+    """[R, T], 0 on padding; the sum of the two terms, or rl_term where divergences were given."""
+    opd_term: Tensor
+    """[R, T] the teacher's term; kappa * w * -divergence where divergences were given."""
+    rl_term: Tensor
+    """[R, T] the reward's term."""
+    turn_weights: Tensor
+    """[R] weight of the teacher's share; token-level variant: mean over the turn's tokens."""
+    disagreement: Tensor
+    """[R] mean |delta| in nats per token; 0 without a teacher."""
+    uncertainty: Tensor
+    """[R] mean NLL of the student's own samples, nats per token."""
+    kappa: float
+    rho: float
+    divergence_weights: Tensor | None = None
+    """[R, T] kappa * w for `divergence_loss`; None where no divergences were given."""
+
+
+def compute_advantages(
+    signals: Signals,
+    settings: AlgorithmConfig,
+    step: int,
+    progress: float = 0.0,
+    min_disagreement: float = MIN_DISAGREEMENT,
+) -> Advantages:
+    """Per-token advantages of the method in `settings` at optimiser cycle `step`.
+
+    Args:
+        signals: the batch; padding may hold anything.
+        settings: method, coefficients and variants.
+        step: optimiser cycle, counted from 1.
+        progress: of an adaptive schedule, in [0, 1]; others take `step`.
+        min_disagreement: nats per token below which the teacher's weights are 1; more where a
+            model is scored in low precision, whose rounding is no disagreement.
+
+    Raises:
+        ValueError: an unknown method; no teacher_logprobs for a method that needs them; a
+            log-probability of student or teacher that is not finite on a sampled token (names the
+            turn rows: such a token would give an infinite advantage and NaN gradients); a return
+            that is not finite; advantage_over="turns" without turn_penalties.
+    """
+    mask = signals.completion_mask
+    teacher_logprobs = signals.teacher_logprobs
+    if teacher_logprobs is None:
+        if needs_teacher(settings.method):
+            raise ValueError(f"method {settings.method} needs teacher_logprobs; they are None")
+        teacher_logprobs = signals.old_logprobs  # delta = 0 and d = 0
+    with torch.no_grad():
+        log_ratio = sampled_log_ratio(signals.old_logprobs, teacher_logprobs, mask)
+        disagreement, uncertainty = turn_statistics(signals.old_logprobs, teacher_logprobs, mask)
+        if signals.divergences is not None:
+            log_ratio = masked(-signals.divergences, mask)
+            disagreement = mean_over_tokens(log_ratio.abs(), mask)
+        kappa, rho = _coefficients(settings, step, progress)
+        weights = _weights(
+            signals, settings, log_ratio, disagreement, uncertainty, min_disagreement
+        )
+        reward_part = _row_advantages(signals, settings).to(log_ratio.dtype)
+        rl_term = atod_advantages(log_ratio, weights, reward_part, 0.0, rho, mask)
+        values, divergence_weights = rl_term, None
+        if signals.divergences is None:
+            values = atod_advantages(log_ratio, weights, reward_part, kappa, rho, mask)
+        else:
+            per_token = weights if weights.dim() == 2 else weights[:, None].expand(mask.shape)
+            divergence_weights = kappa * per_token
+        return Advantages(
+            values=values,
+            opd_term=atod_advantages(log_ratio, weights, reward_part, kappa, 0.0, mask),
+            rl_term=rl_term,
+            turn_weights=weights if weights.dim() == 1 else mean_over_tokens(weights, mask),
+            disagreement=disagreement,
+            uncertainty=uncertainty,
+            kappa=kappa,
+            rho=rho,
+            divergence_weights=divergence_weights,
+        )
+
+
+def _coefficients(settings: AlgorithmConfig, step: int, progress: float) -> tuple[float, float]:
+    method = method_of(settings.method)
+    if method.kappa is not None and method.rho is not None:
+        return method.kappa, method.rho
+    schedule = schedule_of(settings)
+    if is_adaptive(settings):
+        return schedule.coefficients_at(progress)
+    return schedule.coefficients(step)
+
+
+def _row_advantages(signals: Signals, settings: AlgorithmConfig) -> Tensor:
+    """A_i of every turn row, [R].
+
+    Over trajectories, the group's returns are normalised (penalties are part of a return) and all
+    turns of a trajectory share the result. Over turns, a row's value is its trajectory's return
+    with all penalties taken back, less the row's own penalty; the values of all turn rows of the
+    group are normalised together, so that long trajectories weigh more in mean and deviation.
+    """
+    index = signals.trajectory_index
+    if settings.advantage_over == "trajectories":
+        return group_advantages(signals.returns, group_index=signals.group_index)[index]
+    if signals.turn_penalties is None:
+        raise ValueError('advantage_over="turns" needs turn_penalties; they are None')
+    penalties = signals.turn_penalties.to(signals.returns.dtype)
+    taken_back = torch.zeros_like(signals.returns).index_add(0, index, penalties)
+    row_values = (signals.returns + taken_back)[index] - penalties
+    return group_advantages(row_values, group_index=signals.group_index[index])
+
+
+# -- weights of the teacher's term -----------------------------------------------------------------
+
+
+def _weights(
+    signals: Signals,
+    settings: AlgorithmConfig,
+    log_ratio: Tensor,
+    disagreement: Tensor,
+    uncertainty: Tensor,
+    min_disagreement: float,
+) -> Tensor:
+    """Return the weights of the teacher's term: [R], or [R, T] for the variant token of atod."""
+    index, mask = signals.trajectory_index, signals.completion_mask
+    variant, amount = parse_turn_weights(settings.turn_weights)
+    chosen = method_of(settings.method).weights
+    if chosen == "sod":
+        return sod_weights(disagreement, index, signals.turn_index)
+    if chosen == "uniform":
+        return torch.ones_like(disagreement)
+    if variant == "token":
+        return token_weights(
+            log_ratio, signals.old_logprobs, mask, min_disagreement=min_disagreement
+        )
+    weights = turn_weights(
+        disagreement,
+        uncertainty,
+        min_disagreement=min_disagreement,
+        variant="soft_or" if variant in ("mean_preserving", "top", "smooth") else variant,  # type: ignore[arg-type]
+        trajectory_index=index,
+    )
+    if variant == "top":
+        return keep_top_fraction(weights, amount, index)
+    if variant == "smooth":
+        return smooth_weights(weights, amount)
+    return preserve_mean(weights, mask, index) if variant == "mean_preserving" else weights
+
+
+# -- losses ----------------------------------------------------------------------------------------
+
+
+def divergence_loss(
+    divergences: Tensor, weights: Tensor, mask: Tensor, normalizer: Tensor
+) -> Tensor:
+    """The teacher's part as a loss of its own: weighted mean of the exact divergences, 0-d.
+
+    Its gradient is that of the sampled-token part kappa * w * delta_t of the policy loss, averaged
+    over what the student could have sampled in each place, before any update.
+
+    Args:
+        divergences: [R, T] KL of the current student from the teacher, differentiable; nats.
+        weights: [R, T] `Advantages.divergence_weights`.
+        mask: [R, T] bool.
+        normalizer: [R] rows of `atod.loss_normalizer` over the whole mini-batch.
+    """
+    return aggregate_tokens(weights * divergences, mask, normalizer)
+
+
+def auxiliary_loss(
+    method: str,
+    logprobs: Tensor,
+    teacher_logprobs: Tensor | None,
+    mask: Tensor,
+    *,
+    normalizer: Tensor | None = None,
+    coefficient: float = SDAR_COEFFICIENT,
+    gate_sharpness: float = SDAR_GATE_SHARPNESS,
+) -> Tensor | None:
+    """What a method adds to the policy loss, its coefficient included; None for all but sdar.
+
+    sdar: coefficient * mean(gate * (teacher_logprobs - logprobs)) with the detached gate
+    sigmoid(gate_sharpness * (teacher_logprobs - logprobs)). Its gradient is that of -gate *
+    logprobs: it raises the sampled tokens that the teacher finds likelier than the student does,
+    and nearly leaves the others alone. This plain log-ratio form is the one found in public
+    copies of the code of arXiv:2605.15155. The other reading, a policy-gradient surrogate -(delta *
+    ratio), would push rejected tokens down, which is what the gate is there to avoid. (open) The
+    published teacher is the student itself with privileged context; here it is the teacher model.
+
+    Args:
+        method: name of the method.
+        logprobs: [R, T] current student, nats; the only path of the gradient.
+        teacher_logprobs: [R, T], finite on sampled tokens as `compute_advantages` has checked.
+        mask: [R, T] bool.
+        normalizer: [R] rows of `atod.loss_normalizer` over the whole mini-batch, so
+            that micro-batches add up; None: mean over this call's tokens.
+        coefficient: factor of the whole term.
+        gate_sharpness: slope of the gate per nat.
+
+    Returns:
+        0-d loss to be added to the policy loss, or None.
+
+    Raises:
+        ValueError: sdar without teacher_logprobs.
+    """
+    if method != "sdar":
+        return None
+    if teacher_logprobs is None:
+        raise ValueError("method sdar needs teacher_logprobs; they are None")
+    normalizer = loss_normalizer(mask) if normalizer is None else normalizer
+    gap = masked(teacher_logprobs.detach() - logprobs, mask)
+    gate = torch.sigmoid(gate_sharpness * gap.detach())
+    return coefficient * aggregate_tokens(gate * gap, mask, normalizer)
