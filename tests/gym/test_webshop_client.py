@@ -237,7 +237,11 @@ def test_many_resets_succeed_or_leave_nothing(shop: FakeShop) -> None:
     with pytest.raises(ServerError, match="All 0 sessions are in use"):
         WebShopEnv._open_many([make(full), *envs[:2]], [TASK] * 3)
     assert shop.sessions == {}
+    broken = make(full)
     full.end()
+    with pytest.raises(ServerError, match=r"POST http://.*/batch/create"):
+        WebShopEnv._open_many([*envs[:2], broken], [TASK] * 3)
+    assert (shop.opened, shop.sessions) == (7, {})
     shop.capacity = 4
     reset_many(envs, [TASK] * 4)
 

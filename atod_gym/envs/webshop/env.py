@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, cast
 from urllib.parse import quote
@@ -208,7 +208,8 @@ class WebShopEnv(TurnEnv, ServedEnv):
             }
             for env, action, refusal in zip(envs, actions, refusals, strict=True)
         ]
-        answers = _batch(envs, "step", "steps", items)
+        found = dict(_batch(envs, "step", "steps", items))
+        answers = [found[row] for row in range(len(envs))]
         _raise_errors(envs, "step", answers)
         results = []
         for env, answer, refusal in zip(envs, answers, refusals, strict=True):
@@ -287,12 +288,14 @@ def _opened(envs: Sequence[WebShopEnv], task_ids: Sequence[str]) -> list[tuple[s
     """Open a session for each environment: all of them or none."""
     for env in envs:
         env._renew()
-    answers = _batch(envs, "create", "sessions", [{"task_id": task_id} for task_id in task_ids])
-    for env, answer in zip(envs, answers, strict=True):
-        env._session_id, env._session_owner = str(answer.get("session_id", "")), os.getpid()
-        env._details = None
+    answers: list[dict[str, Any]] = [{} for _ in envs]
+    sessions = [{"task_id": task_id} for task_id in task_ids]
     opened = []
     try:
+        for row, answer in _batch(envs, "create", "sessions", sessions):
+            answers[row], env = answer, envs[row]
+            env._session_id, env._session_owner = str(answer.get("session_id", "")), os.getpid()
+            env._details = None
         _raise_errors(envs, "create", answers)
         for env, task_id, answer in zip(envs, task_ids, answers, strict=True):
             with env._connection.reading("/batch/create"):
@@ -321,26 +324,25 @@ def _leave_all(envs: Sequence[WebShopEnv]) -> None:
 
 def _batch(
     envs: Sequence[WebShopEnv], what: str, name: str, items: Sequence[object]
-) -> list[dict[str, Any]]:
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Send an item for each environment, in one request per connection and `BATCH_LIMIT` items.
 
-    Returns:
-        The answer for each environment, which may be an error.
+    Yields:
+        The place of each environment in `envs` and its answer, which may be an error; at once after
+        each request, since a later one may fail.
     """
     path = f"/batch/{what}"
-    found: dict[int, dict[str, Any]] = {}
     for connection in dict.fromkeys(env._connection for env in envs):
         rows = [row for row, env in enumerate(envs) if env._connection is connection]
-        answers: list[dict[str, Any]] = []
+        left = iter(rows)
         for part in in_batches([items[row] for row in rows], BATCH_LIMIT):
             answer = connection.post(path, {name: part})
             with connection.reading(path):
                 results = read_field(answer, "results", list)
                 if len(results) != len(part) or not all(isinstance(one, dict) for one in results):
                     raise ValueError(f"not {len(part)} results that are objects")
-            answers += results
-        found.update(zip(rows, answers, strict=True))
-    return [found[row] for row in range(len(envs))]
+            for result in results:
+                yield next(left), result
 
 
 def _raise_errors(
