@@ -1,4 +1,4 @@
-"""`atod-train doctor`: what this machine can run, what is missing, and what a run would need.
+"""`atod-train doctor`: what this machine can run, what is missing, and which models it takes.
 
 Nothing is downloaded, started or changed; a model's folder is read for its shape only.
 """
@@ -15,25 +15,19 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import gymnasium
 import torch
 from packaging.requirements import Requirement
-from transformers import AutoModelForCausalLM
 
 from atod_gym import ENV_IDS
 from atod_gym.errors import AtodError
 from atod_train.config import is_url
-from atod_train.models.lora import add_adapters
-from atod_train.models.policy import LOGITS_PER_CHUNK, MODEL_SHAPES, llama_config
+from atod_train.models.policy import MODEL_SHAPES
 from atod_train.models.pretrained import computes_bfloat16, read_shape
 
 GIGABYTE = 1e9
-
-_WORDS = 2000
-"""A typical vocabulary of models that are trained from scratch."""
 
 _SECONDS = 5.0
 
@@ -46,28 +40,6 @@ class Finding:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes that a run keeps on its device, for the models alone and at its fullest moment.
-
-    Attributes:
-        student: weights, gradients, and two moments of each trained weight.
-        teacher: weights.
-        cache: keys and values of all episodes at their longest.
-        logits: what exists of them at once, with gradient.
-    """
-
-    student: int
-    teacher: int
-    cache: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """All of it; what the layers keep for the backward pass of a micro-batch comes on top."""
-        return self.student + self.teacher + self.cache + self.logits
-
-
 def main(arguments: Sequence[str]) -> int:
     """Prints the findings; 1 if there is a problem among them."""
     parser = argparse.ArgumentParser(
@@ -75,8 +47,6 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--student", default="tiny", help="as model.student")
     parser.add_argument("--teacher", default="small", help="as model.teacher; a URL is tried")
-    parser.add_argument("--lora-rank", type=int, default=0)
-    parser.add_argument("--episodes", type=int, default=128, help="tasks per step x group size")
     parser.add_argument("--max-context", type=int, default=2048)
     parser.add_argument("--server", action="append", default=[], help="URL of a server to try")
     chosen = parser.parse_args(arguments)
@@ -85,8 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         *packages(),
         *data_sets(),
         *(reach(url) for url in chosen.server),
-        *([reach(chosen.teacher)] if is_url(chosen.teacher) else []),
-        memory_finding(chosen),
+        model_finding("student", chosen.student, chosen.max_context),
+        model_finding("teacher", chosen.teacher, chosen.max_context),
     ]
     for finding in findings:
         print(f"{finding.kind:8} {finding.text}")
@@ -175,92 +145,14 @@ def reach(url: str) -> Finding:
     return Finding("ok", f"{url}: {service}")
 
 
-def estimate(
-    student: str, teacher: str, *, lora_rank: int, episodes: int, max_context: int, on_gpu: bool
-) -> Memory:
-    """What a run needs, from the shapes of its models alone.
-
-    Args:
-        student: as `ModelConfig.student`.
-        teacher: as `ModelConfig.teacher`; behind a URL it takes no memory here.
-        lora_rank: rank of the student's adapters; 0: none.
-        episodes: episodes at once.
-        max_context: longest episode in tokens.
-        on_gpu: the teacher's weights and the cache are in bfloat16 there.
-
-    Raises:
-        AtodError: no such model.
-    """
-    ours = _shape(student)
-    theirs = [] if is_url(teacher) else list(_shape(teacher).parameters())
-    if lora_rank:
-        add_adapters(ours, lora_rank, 32)
-    weights = sum(weight.numel() for weight in ours.parameters())
-    trained = sum(weight.numel() for weight in ours.parameters() if weight.requires_grad)
-    config = ours.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * width
-    half = 2 if on_gpu else 4
-    positions = min(max_context, config.max_position_embeddings)
-    return Memory(
-        student=4 * weights + 12 * trained,
-        teacher=half * sum(weight.numel() for weight in theirs),
-        cache=half * per_token * positions * episodes,
-        logits=3 * 4 * LOGITS_PER_CHUNK,
-    )
-
-
-def memory_finding(chosen: argparse.Namespace) -> Finding:
-    """The estimate beside what there is."""
-    on_gpu = torch.cuda.is_available()
-    label = f"student {chosen.student}, teacher {chosen.teacher}"
-    try:
-        needed = estimate(
-            chosen.student,
-            chosen.teacher,
-            lora_rank=chosen.lora_rank,
-            episodes=chosen.episodes,
-            max_context=chosen.max_context,
-            on_gpu=on_gpu,
-        )
-    except AtodError as error:
-        return Finding("problem", str(error))
-    free = torch.cuda.mem_get_info()[0] if on_gpu else _free_memory()
-    parts = ", ".join(
-        f"{name} {size / GIGABYTE:.2f}"
-        for name, size in (
-            ("student with optimiser", needed.student),
-            ("teacher", needed.teacher),
-            (f"cache of {chosen.episodes} x {chosen.max_context} tokens", needed.cache),
-            ("logits", needed.logits),
-        )
-    )
-    text = (
-        f"{label}: about {needed.total / GIGABYTE:.1f} GB ({parts}), and what layers keep of a "
-        f"micro-batch; {free / GIGABYTE:.1f} GB are free"
-    )
-    if needed.total <= free:
-        return Finding("ok", text)
-    return Finding(
-        "problem",
-        f"{text}. Lower --model.max-context or train.group_size, or use --model.lora-rank 16.",
-    )
-
-
-def _free_memory() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if "MemAvailable" in line))
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _shape(name: str) -> Any:
-    """A model of the right shape without weights."""
-    config: Any
+def model_finding(role: str, name: str, max_context: int) -> Finding:
+    """Return whether a model can be used, by its configuration alone."""
+    if is_url(name):
+        return reach(name)
     if name in MODEL_SHAPES:
-        config = llama_config(MODEL_SHAPES[name], vocabulary=_WORDS)
-    else:
-        config = read_shape(name)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return Finding("ok", f"{role} {name}: trained from scratch")
+    try:
+        config = read_shape(name, max_context)
+    except AtodError as error:
+        return Finding("problem", f"{role}: {error}")
+    return Finding("ok", f"{role} {name}: {config.model_type}")

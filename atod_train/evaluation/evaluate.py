@@ -60,7 +60,7 @@ def evaluate(
         temperature=0.0 if mode == "greedy" else SAMPLING_TEMPERATURE,
         max_completion_tokens=config.train.max_completion_tokens,
         completion_format=pool.completion_format,
-        max_context=min(config.model.max_context, policy.max_positions),
+        max_context=config.model.max_context,
         generator=torch.Generator().manual_seed(seed_for(config.train.seed, 0, "evaluation")),
     )
     processes = processes or Processes()

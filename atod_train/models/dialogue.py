@@ -10,7 +10,9 @@ encoding what was decoded may give other tokens. In window style every turn has 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +29,13 @@ _REPLY, _LATER_REPLY = "Dqzreply", "Eqzreply"
 
 _KEPT = 50_000
 
+_MARK = "\ue083"
+"""A character of the private use area; taken out of texts that have it."""
+
+_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""Today's date for chat templates that ask for it; `template_options` can set another one."""
+
 _REWRITES = (
     "The chat template of this tokenizer does not only append: it renders earlier turns "
     "differently once later ones follow ({}). Use prompt_style='window', or give the tokenizer an "
@@ -36,6 +45,10 @@ _REWRITES = (
 
 class DialogueEncoder:
     """Encodes the messages of an episode with the chat template of a tokenizer.
+
+    Messages are text: a control token such as `<|im_end|>` in a passage or a product's title is
+    encoded as its characters, never as the token. Templates that show the date get a fixed one
+    (`TEMPLATE_DATE`), so that a run gives the same prompts on every day.
 
     Args:
         tokenizer: A tokenizer with a chat template.
@@ -67,7 +80,13 @@ class DialogueEncoder:
         self.tokenizer = tokenizer
         self.style = style
         self._options = dict(template_options or {})
+        self._template = _DATE.sub(
+            lambda asked: repr(TEMPLATE_DATE.strftime(asked[2])), tokenizer.get_chat_template()
+        )
         self._encoded: dict[Hashable, tuple[int, ...]] = {}
+        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        longest_first = sorted(map(re.escape, special - {""}), key=len, reverse=True)
+        self._control = re.compile("|".join(longest_first) or "(?!)")
         self.end_of_turn_id = self._find_end_of_turn()
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset(
@@ -119,7 +138,7 @@ class DialogueEncoder:
 
     def completion(self, text: str) -> list[int]:
         """Token ids of a completion written by somebody else (an expert), with its end token."""
-        return [*self._encode(text), self.end_of_turn_id]
+        return [*self._encode(self._hidden(text)), self.end_of_turn_id]
 
     def completion_ids(self, text: str) -> tuple[int, ...]:
         """As `completion`, for texts that come again and again.
@@ -151,18 +170,35 @@ class DialogueEncoder:
         return text
 
     def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
+        """Return the text of a dialogue; control tokens in its messages are hidden."""
         text = self.tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.content} for message in messages],
+            [{"role": m.role, "content": self._hidden(m.content)} for m in messages],
             tokenize=False,
+            chat_template=self._template,
             add_generation_prompt=generate,
             **self._options,
         )
         assert isinstance(text, str)
         return text
 
+    def _hidden(self, text: str) -> str:
+        """Return a text in which every control token stands between two marks, as code points."""
+        return self._control.sub(
+            lambda found: f"{_MARK}{' '.join(str(ord(c)) for c in found[0])}{_MARK}",
+            text.replace(_MARK, ""),
+        )
+
     def _encode(self, text: str) -> list[int]:
+        """Return the ids of a rendered text; hidden control tokens are encoded as characters."""
         # The template writes the special tokens itself.
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        ids: list[int] = []
+        for number, part in enumerate(text.split(_MARK)):
+            is_hidden = number % 2 == 1
+            plain = "".join(chr(int(code)) for code in part.split()) if is_hidden else part
+            ids += self.tokenizer.encode(
+                plain, add_special_tokens=False, split_special_tokens=is_hidden
+            )
+        return ids
 
     def _find_end_of_turn(self) -> int:
         dialogue = (Message("user", _FIRST), Message("assistant", _REPLY))
@@ -187,9 +223,10 @@ class DialogueEncoder:
         before_later, _, after_later = whole.partition(_LATER_REPLY)
         # A generation prompt may hold more than what later stands before the reply (an empty
         # thought): what was really fed to the model stays in the sequence, so that is harmless.
-        if not opening.startswith(before_reply):
+        # Some templates put a space before the reply, which the model then samples.
+        if not opening.rstrip().startswith(before_reply.rstrip()):
             raise AtodError(_REWRITES.format("the first prompt changes"))
-        if not middle.startswith(before_later):
+        if not middle.rstrip().startswith(before_later.rstrip()):
             raise AtodError(_REWRITES.format("an earlier turn changes"))
         if after_later != after_reply.replace(_SECOND, _THIRD):
             raise AtodError(_REWRITES.format("a turn depends on its position"))

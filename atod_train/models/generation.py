@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.parsing import CompletionFormat
+from atod_train.models.checks import check_config
 from atod_train.models.choices import Choices
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.fast.kv_cache import SlotCache
@@ -129,7 +130,7 @@ class Generator:
 
     Raises:
         InvalidSettingError: A setting out of range.
-        AtodError: A model with layers other than full attention.
+        AtodError: A model that cannot be sampled from, see `check_config`.
     """
 
     def __init__(
@@ -143,19 +144,9 @@ class Generator:
         max_context: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        kinds = set(getattr(policy.model.config, "layer_types", None) or ())
-        if kinds - {"full_attention"}:
-            raise AtodError(
-                f"Model {policy.name} has layers of type {', '.join(sorted(kinds))}; generation "
-                "needs full attention in every layer. Use another model."
-            )
+        check_config(policy.model.config, policy.name, max_context or policy.max_positions)
         if temperature < 0 or max_completion_tokens < 1:
             raise InvalidSettingError("temperature must be >= 0 and max_completion_tokens >= 1.")
-        if max_context is not None and max_context > policy.max_positions:
-            raise InvalidSettingError(
-                f"max_context={max_context} is more than the {policy.max_positions} positions of "
-                f"model {policy.name}. Lower it."
-            )
         self.policy = policy
         self.dialogue = dialogue
         self.temperature = temperature

@@ -6,15 +6,19 @@ are trained.
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from atod_gym.errors import AtodError, MissingExtraError
 
 _BASE, _ADAPTER = ".base_layer.", ".lora_"
+_MOST = 0.9
+"""Share of the decoder's matrices without which a warning says what is left out."""
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> None:
@@ -37,11 +41,28 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise MissingExtraError("Adapters need peft: pip install 'atod-gym[llm]'.") from None
-    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear")
+    decoder = model.base_model
+    layers = {
+        name: module.weight.numel()
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    embedding: int = cast(Any, model.get_input_embeddings()).weight.numel()
+    share = sum(layers.values()) / max(
+        1, sum(w.numel() for w in decoder.parameters() if w.ndim > 1) - embedding
+    )
+    if share < _MOST:
+        # Experts of a mixture are one tensor of all of them, which adapters here leave out.
+        warnings.warn(
+            f"Adapters stand beside {share:.0%} of the decoder's matrices; the rest, such as fused "
+            "experts, stays frozen.",
+            stacklevel=2,
+        )
+    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(layers))
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            inject_adapter_in_model(settings, model)
+            inject_adapter_in_model(settings, decoder)
     except ValueError as error:
         raise AtodError(f"peft cannot adapt this model: {error}. Use lora_rank=0.") from error
     for name, parameter in model.named_parameters():

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from atod_train.records import Batch
 
 LOGITS_PER_CHUNK = 2**26
 """Logits that exist at once; 256 MiB in float32."""
+
+NO_LIMIT = 2**30
+"""`Policy.max_positions` of a model without a limit."""
 
 _CACHE_ARGUMENTS: dict[type, str] = {}
 
@@ -113,8 +117,14 @@ class Policy:
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence that the model is made for, in tokens."""
-        return int(self.model.config.max_position_embeddings)
+        """Longest sequence that the model is made for, in tokens; very large without a limit."""
+        return max_positions(self.model.config) or NO_LIMIT
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Size of the output distribution: the tokenizer's ids; rows padded beyond them are cut."""
+        added = max(self.tokenizer.added_tokens_decoder, default=-1)
+        return min(self.embedding_rows, max(self.tokenizer.vocab_size, added + 1))
 
     @property
     def crossover(self) -> int:
@@ -123,7 +133,7 @@ class Policy:
 
     @property
     def embedding_rows(self) -> int:
-        """Size of the output distribution: the vocabulary, perhaps padded."""
+        """Rows of the embedding: the vocabulary, perhaps padded."""
         return len(self._embedding())
 
     def hidden_states(
@@ -166,28 +176,26 @@ class Policy:
         return at(self.hidden_states(input_ids, **inputs), wanted)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits [.., vocabulary] float32 from hidden states [.., width]."""
+        """Next-token logits [.., vocabulary] float32 from hidden states [.., width].
+
+        Ids that the tokenizer does not have, of padded embeddings, are no part of the distribution.
+        """
         head = self.model.get_output_embeddings()
         with self.precision(enabled=False):
             logits: Tensor = head(hidden.to(head.weight.dtype))
-        return logits.float()
+        return logits[..., : self.vocabulary].float()
 
-    def completion_logprobs(
-        self, batch: Batch, tokens_per_microbatch: int = 16384, requires_grad: bool = False
-    ) -> Tensor:
-        """Log-probs of the completion tokens at temperature 1.
+    def completion_logprobs(self, batch: Batch, tokens_per_microbatch: int = 16384) -> Tensor:
+        """Return the log-probs of the completion tokens at temperature 1, without gradient.
 
         Args:
             batch: Packed or unpacked batch, on any device.
             tokens_per_microbatch: Padded tokens that go through the model at once.
-            requires_grad: Keep the graph of the whole batch; for updates `microbatches` needs
-                less memory.
 
         Returns:
             [R, T] float32 on the model's device, 0 on padding.
         """
-        with torch.set_grad_enabled(requires_grad):
-            return self._score_all(batch, tokens_per_microbatch, False, None).logprobs
+        return self.score(batch, tokens_per_microbatch).logprobs
 
     @torch.no_grad()
     def score(
@@ -209,7 +217,14 @@ class Policy:
         Returns:
             Scores of the rows 0..R-1, on the model's device.
         """
-        return self._score_all(batch, tokens_per_microbatch, with_entropy, reference)
+        found: dict[str, Tensor] = {}
+        for part in self.parts(batch, tokens_per_microbatch):
+            rows = part.rows.to(self.device)
+            for name, values in vars(self._score(part, with_entropy, reference)).items():
+                if values is not None:
+                    whole = found.setdefault(name, values.new_zeros(batch.completion_ids.shape))
+                    whole.index_copy_(0, rows, values)
+        return TokenScores(**found)
 
     def microbatches(
         self,
@@ -299,18 +314,6 @@ class Policy:
             )
         return parts(batch, tokens_per_microbatch, self.crossover)
 
-    def _score_all(
-        self, batch: Batch, budget: int, with_entropy: bool, reference: Reference | None
-    ) -> TokenScores:
-        found: dict[str, Tensor] = {}
-        for part in self.parts(batch, budget):
-            rows = part.rows.to(self.device)
-            for name, values in vars(self._score(part, with_entropy, reference)).items():
-                if values is not None:
-                    whole = found.setdefault(name, values.new_zeros(batch.completion_ids.shape))
-                    found[name] = whole.index_copy(0, rows, values)
-        return TokenScores(**found)
-
     def _score(
         self, part: Part, with_entropy: bool, reference: Reference | None = None
     ) -> TokenScores:
@@ -374,6 +377,12 @@ def _put_in_place(made: Path, target: Path) -> None:
         for file in target.iterdir():
             if file.name not in names and file.is_file():
                 file.unlink()
+
+
+def max_positions(config: Any) -> int | None:
+    """Return the longest sequence of a transformers configuration; None: it names no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if positions is None else int(positions)
 
 
 def _cache_argument(model: torch.nn.Module) -> str:

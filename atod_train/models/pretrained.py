@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from tokenizers.models import WordLevel
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
 from atod_train.config import Precision
+from atod_train.models.checks import check_config, check_model
 from atod_train.models.lora import add_adapters
 from atod_train.models.policy import Policy
 
@@ -37,15 +38,17 @@ bits each; they are used in float32)."""
 
 _WHERE = f"a folder with config.json, model.safetensors and a tokenizer, a hub name or {SMOLLM2}"
 
+_KEPT_IN_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
-    "Assistant: {{ message['content'] }}{{ eos_token }}\n"
+    "Assistant:\n{{ message['content'] }}{{ eos_token }}\n"
     "{% else %}"
     "User: {{ message['content'] }}\n"
     "{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 """For tokenizers without a chat template."""
 
@@ -72,18 +75,24 @@ class LoadOptions:
 
 
 def load_policy(
-    path: str | Path, options: LoadOptions | None = None, *, name: str | None = None
+    path: str | Path,
+    options: LoadOptions | None = None,
+    *,
+    name: str | None = None,
+    samples: bool = True,
 ) -> Policy:
     """Loads a saved policy, or any causal language model that transformers knows.
 
     Dropout is switched off; a tokenizer without a chat template gets a plain one ("User: ..",
-    "Assistant: ..", closed with its end-of-sequence token).
+    "Assistant:" on a line, closed with its end-of-sequence token; the beginning-of-sequence token
+    comes first where the tokenizer itself adds one).
 
     Args:
         path: folder written by `Policy.save` or `save_pretrained`, a model's hub name, or
             "smollm2".
         options: see there.
         name: name for reports; by default the last part of the path.
+        samples: False: the model is to score texts only, which more architectures can.
 
     Raises:
         AtodError: nothing to load there, or a model that cannot be trained here; says why.
@@ -113,7 +122,7 @@ def load_policy(
         autocast_dtype=torch.bfloat16 if mixed else None,
         gradient_checkpointing=options.gradient_checkpointing,
     )
-    _check_model(policy)
+    check_model(policy, samples=samples)
     if options.gradient_checkpointing:
         # Newer versions of transformers know it by the first name.
         older = model.gradient_checkpointing_enable
@@ -179,6 +188,9 @@ def _read(path: str, gguf: Path | None, dtype: torch.dtype) -> tuple[Any, PreTra
         )
     if gguf:
         model = _without_quantizer(model)
+    # Sampling settings of the checkpoint are not those of training; some cannot be saved again.
+    kept = {name: getattr(model.generation_config, name) for name in _KEPT_IN_GENERATION}
+    model.generation_config = GenerationConfig(**kept)
     tokenizer = _read_tokenizer(source, path, **extra)
     if not tokenizer.chat_template:
         if tokenizer.eos_token is None:
@@ -186,18 +198,20 @@ def _read(path: str, gguf: Path | None, dtype: torch.dtype) -> tuple[Any, PreTra
                 f"The tokenizer of {path!r} has neither a chat template nor an end-of-sequence "
                 "token, so no completion could end. Set tokenizer.eos_token and save it again."
             )
-        tokenizer.chat_template = _PLAIN_TEMPLATE
+        adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids[:1]
+        tokenizer.chat_template = "{{ bos_token }}" * adds_bos + _PLAIN_TEMPLATE
     return model, tokenizer
 
 
-def read_shape(name: str) -> PretrainedConfig:
-    """What `config.json` of a language model says; its weights are not read.
+def read_shape(name: str, max_context: int = 0) -> PretrainedConfig:
+    """Return the configuration of a language model that can be used; its weights are not read.
 
     Args:
         name: as `load_policy` takes it, but no preset.
+        max_context: longest sequence in tokens; 0: not known.
 
     Raises:
-        AtodError: no such model; the message says what to give.
+        AtodError: no such model, or one that cannot be used, see `check_config`.
         MissingExtraError: packages are needed that are not installed.
     """
     try:
@@ -206,6 +220,7 @@ def read_shape(name: str) -> PretrainedConfig:
         raise AtodError(
             f"Cannot read the shape of model {name!r}: {_reason(name, error)}. Give {_WHERE}."
         ) from error
+    check_config(config, name, max_context)
     return config
 
 
@@ -236,7 +251,12 @@ def _source(name: str) -> str:
 
 
 def _reason(path: str, error: Exception) -> str:
-    """Why nothing can be loaded; of a folder that is not there, no more than that."""
+    """Return why nothing can be loaded; of a folder that is not there, no more than that."""
+    if "does not support an attention implementation" in str(error):
+        return (
+            "transformers computes its attention without scaled_dot_product_attention, which "
+            "sampling and scoring here need"
+        )
     is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if is_path and not Path(path).is_dir():
         return "there is no such folder"
@@ -291,30 +311,3 @@ def _switch_off_attention_dropout(model: Any) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-
-
-@torch.no_grad()
-def _check_model(policy: Policy) -> None:
-    """Refuses models that see the future, or change their logits after the output layer."""
-    ids = torch.arange(4, device=policy.device)[None]
-
-    def hidden(changed: Tensor) -> Tensor:
-        output = policy.model.base_model(input_ids=changed, use_cache=False)
-        states: Tensor = output.last_hidden_state
-        return states
-
-    states = hidden(ids)
-    other = ids.clone()
-    other[0, -1] += 1
-    if not torch.allclose(hidden(other)[:, :-1], states[:, :-1], rtol=1e-4, atol=1e-5):
-        raise AtodError(
-            f"Model {policy.name} lets a token see those after it (an encoder), so it cannot "
-            "generate. Use a causal language model."
-        )
-    expected = policy.model(input_ids=ids, use_cache=False).logits.float()
-    found = policy.model.get_output_embeddings()(states).float()
-    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
-        raise AtodError(
-            f"Model {policy.name} changes its logits after the output layer (soft-capping or "
-            "scaling), which completion log-probs do not follow. Use another model."
-        )

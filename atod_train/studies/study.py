@@ -185,7 +185,7 @@ def _teacher(config: RunConfig, starts: Starts, student: Policy) -> Teacher:
             model.teacher,
             student,
             api=model.teacher_api,
-            max_context=min(model.max_context, student.max_positions),
+            max_context=model.max_context,
         )
     return LocalTeacher(
         starts.policy("teacher"),
@@ -290,6 +290,11 @@ def _check_settings(config: RunConfig) -> None:
             "env.constrain_actions takes a teacher in this process: a server gives log-probs over "
             "the whole vocabulary."
         )
+    if config.model.dtype == "bfloat16" and not config.model.lora_rank:
+        raise AtodError(
+            "model.dtype=bfloat16 rounds away the small updates of a student whose weights are "
+            "all trained. Use --model.dtype mixed, or adapters (--model.lora-rank 16)."
+        )
     algorithm = config.algorithm
     try:
         for method in config.study.methods or (algorithm.method,):
@@ -309,8 +314,15 @@ def _find_models(config: RunConfig, wants_teacher: bool) -> None:
     saved = names - servers - presets
     for name in sorted(servers):
         describe(connect(name, model.teacher_api), model.teacher_api)
+    for name in sorted(presets):
+        positions = MODEL_SHAPES[name].max_positions
+        if model.max_context > positions:
+            raise AtodError(
+                f"model.max_context={model.max_context} is more than the {positions} positions of "
+                f"model {name}. Use --model.max-context {positions} or less."
+            )
     for name in sorted(saved):
-        read_shape(name)
+        read_shape(name, model.max_context)
         if presets and not has_word_vocabulary(name):
             raise AtodError(
                 f"{min(presets)} is made with the words of demonstrations as tokens, {name} has "

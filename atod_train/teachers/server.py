@@ -448,7 +448,8 @@ def main(arguments: Sequence[str]) -> int:
         torch.set_num_threads(chosen.threads)
     try:
         token = process.read_token(chosen.token_env)
-        policy = load_policy(chosen.model, LoadOptions(device=chosen.device, dtype=chosen.dtype))
+        options = LoadOptions(device=chosen.device, dtype=chosen.dtype)
+        policy = load_policy(chosen.model, options, samples=False)
         most = policy.max_positions
         teacher = ServedTeacher(
             policy, min(chosen.max_context or most, most), max(1, chosen.tokens_per_microbatch)

@@ -495,7 +495,7 @@ class Trainer:
             temperature=1.0,
             max_completion_tokens=settings.max_completion_tokens,
             completion_format=self._train_pool.completion_format,
-            max_context=min(self.config.model.max_context, self.student.max_positions),
+            max_context=self.config.model.max_context,
             generator=torch.Generator().manual_seed(seed_for(settings.seed, step, "rollout")),
         )
         tasks = tasks_for_step(

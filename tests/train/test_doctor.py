@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import BloomConfig, FalconConfig, GPT2Config, OPTConfig
 
 from atod_gym.envs.alfworld.generated.files import write_games
 from atod_gym.serving.process import shared_server
 from atod_train import doctor
 from atod_train.cli import main
-from atod_train.models.policy import LOGITS_PER_CHUNK, build_policy
+from atod_train.models.policy import build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 
 
@@ -59,24 +61,18 @@ def test_versions_that_clash_and_packages_that_are_missing(
     assert "lacks peft" in found["atod-gym[llm]"].text
 
 
-def test_memory_is_that_of_the_shapes(tmp_path: Path) -> None:
+def test_models_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     policy = build_policy("micro", build_word_tokenizer(["go to desk 1"]), 0)
     policy.save(tmp_path / "model")
-    count = sum(weight.numel() for weight in policy.model.parameters())
     path = str(tmp_path / "model")
-    found = doctor.estimate(path, path, lora_rank=0, episodes=10, max_context=100, on_gpu=True)
-    # One layer of width 32: a key and a value for every token of every episode, 2 bytes each.
-    assert found == doctor.Memory(
-        16 * count, 2 * count, 2 * 2 * 32 * 100 * 10, 12 * LOGITS_PER_CHUNK
-    )
-    assert found.total == found.student + found.teacher + found.cache + found.logits
-    adapted = doctor.estimate(path, path, lora_rank=2, episodes=10, max_context=100, on_gpu=True)
-    adapters = 2 * (4 * (32 + 32) + 3 * (32 + 64))
-    assert adapted.student == 4 * (count + adapters) + 12 * adapters
-
-
-def test_too_much_and_nothing_at_all(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["doctor", "--episodes", "100000000"]) == 1
-    assert "Lower --model.max-context" in capsys.readouterr().out
+    assert doctor.model_finding("student", path, 4096).kind == "ok"
+    found = doctor.model_finding("student", path, 5000)
+    assert (found.kind, "4096 positions" in found.text) == ("problem", True)
     assert main(["doctor", "--student", str(tmp_path / "absent")]) == 1
     assert "Cannot read the shape of model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [GPT2Config, OPTConfig, BloomConfig, FalconConfig])
+def test_configurations_with_names_of_their_own(kind: type[Any], tmp_path: Path) -> None:
+    kind().save_pretrained(tmp_path)
+    assert doctor.model_finding("teacher", str(tmp_path), 512).kind == "ok"

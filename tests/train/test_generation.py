@@ -269,19 +269,6 @@ def test_weights_are_converted_to_lower_precision_once_a_turn() -> None:
             assert seen.count == turn
 
 
-def test_sliding_window_layers_are_refused() -> None:
-    config = Qwen3Config(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
-    config.sliding_window = 8
-    policy = Policy(model=_Configured(config), tokenizer=POLICY.tokenizer, name="x")  # type: ignore[arg-type]
-    with pytest.raises(AtodError, match="sliding_attention"):
-        Generator(policy, DialogueEncoder(POLICY.tokenizer))
-
-
-class _Configured:
-    def __init__(self, config: Qwen3Config) -> None:
-        self.config = config
-
-
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(AtodError, match="temperature"):
         make_generator(temperature=-1.0)

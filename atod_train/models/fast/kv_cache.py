@@ -54,6 +54,8 @@ class _SlotLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write [n, heads, q, head_width] states; returns what they may attend to."""
+        # Under autocast rotary tables are float32, and so would be the keys.
+        key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         window = self.window

@@ -96,7 +96,7 @@ def parts(batch: Batch, tokens_at_once: int, crossover: int) -> Iterator[Part]:
         layout = None
         if len(members) > len(trees):
             groups = [[sequences[index] for index in tree] for tree, _ in trees]
-            layout = _laid_out(groups, max(size for _, size in trees))
+            layout = laid_out(groups, max(size for _, size in trees))
         yield Part(part.batch, part.rows, layout)
 
 
@@ -159,7 +159,7 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(bool, map(eq, first, second)))
 
 
-def _laid_out(groups: list[list[list[int]]], size: int) -> PrefixTrees:
+def laid_out(groups: list[list[list[int]]], size: int) -> PrefixTrees:
     """A tree of up to `size` tokens of each group of sequences, in lexicographic order."""
     ids = torch.zeros(len(groups), size, dtype=torch.int64)
     positions = torch.zeros_like(ids)
@@ -193,8 +193,14 @@ def crossover_of(config: Any) -> int:
     Args:
         config: of a transformers model.
     """
-    width, heads = config.hidden_size, config.num_attention_heads
+    # Configurations of some architectures have other names for these: then nothing is joined.
+    width, heads, mlp = (
+        getattr(config, name, None)
+        for name in ("hidden_size", "num_attention_heads", "intermediate_size")
+    )
+    if not (width and heads and mlp):
+        return 0
     head_width = getattr(config, "head_dim", None) or width // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    matrices = 2 * width * head_width * (heads + groups) + 3 * width * config.intermediate_size
+    matrices = 2 * width * head_width * (heads + groups) + 3 * width * mlp
     return int(matrices / (2 * heads * head_width) / _ATTENTION_FACTOR)

@@ -1,0 +1,164 @@
+"""Checks of a model before a run: what its configuration says, and what it computes.
+
+`check_config` needs config.json alone, so that a model that cannot be used is refused within the
+first second. `check_model` compares sampling and scoring with plain forward passes on a few tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from atod_gym.errors import AtodError
+from atod_train.models.fast.kv_cache import SlotCache
+from atod_train.models.fast.packed import Feed, can_be_packed, last_states
+from atod_train.models.fast.padded import padded_logits, padded_prefill
+from atod_train.models.fast.prefix_trees import laid_out
+from atod_train.models.policy import Policy, max_positions
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Largest difference of two log-probs, in nats, that is taken for rounding."""
+
+
+def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> None:
+    """Refuse a model that would be sampled or scored wrongly, by its configuration.
+
+    Args:
+        config: of the model.
+        name: for the message.
+        max_context: longest sequence in tokens; 0: any length that the model takes.
+
+    Raises:
+        AtodError: layers without full attention, an attention window or positions shorter than
+            `max_context`, or a language model inside a larger one.
+    """
+    if config.get_text_config() is not config:
+        raise AtodError(
+            f"Model {name} ({config.model_type}) holds its language model inside a larger one, "
+            "with images or sound. Use a model of text alone."
+        )
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds - {"sliding_attention"} or getattr(config, "is_encoder_decoder", False):
+        what = f"layers of type {', '.join(sorted(kinds))}" if kinds else "an encoder"
+        raise AtodError(
+            f"Model {name} ({config.model_type}) has {what}; sampling here needs full attention in "
+            "every layer. Use another model."
+        )
+    window = attention_window(config)
+    if window is not None and (not max_context or window < max_context):
+        raise AtodError(
+            f"Model {name} ({config.model_type}) attends to the last {window} tokens only, and "
+            "sampling here attends to all: log-probs would be wrong beyond the window. Use another "
+            f"model, or --model.max-context {window} or less."
+        )
+    positions = max_positions(config)
+    if positions is not None and max_context > positions:
+        raise AtodError(
+            f"model.max_context={max_context} is more than the {positions} positions of model "
+            f"{name}. Use --model.max-context {positions} or less."
+        )
+
+
+def attention_window(config: PretrainedConfig) -> int | None:
+    """Return the tokens that a layer with sliding attention sees; None without such layers."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    if kinds is None and getattr(config, "use_sliding_window", True) is False:
+        return None
+    return int(window) if window else None
+
+
+@torch.no_grad()
+def check_model(policy: Policy, *, samples: bool = True) -> None:
+    """Refuse a model whose sampling or scoring differs from plain forward passes.
+
+    Args:
+        policy: the model.
+        samples: whether it is to sample, too.
+
+    Raises:
+        AtodError: attention to later tokens, logits that are changed after the output layer,
+            other log-probs while sampling or with shared prefixes, or a model that cannot be run.
+    """
+    try:
+        _check_model(policy, samples)
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
+        raise AtodError(
+            f"Model {policy.name} ({policy.model.config.model_type}) cannot be used here: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Use another "
+            "model."
+        ) from error
+
+
+def _check_model(policy: Policy, samples: bool) -> None:
+    ids = (torch.arange(12) * 7 % policy.vocabulary).to(policy.device)[None]
+    states = policy.hidden_states(ids)
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % policy.vocabulary
+    changed = policy.hidden_states(other)
+    if not torch.allclose(changed[:, :-1], states[:, :-1], rtol=1e-4, atol=1e-5):
+        raise AtodError(
+            f"Model {policy.name} lets a token see those after it (an encoder), so it cannot "
+            "generate. Use a causal language model."
+        )
+    with policy.precision():
+        expected = policy.model(input_ids=ids, use_cache=False).logits.float()
+    expected = expected[0, :, : policy.vocabulary].log_softmax(-1)
+    tolerance = _TOLERANCE.get(policy.layer_dtype, 0.5)
+    if _distance(policy.logits(states)[0], expected) > tolerance:
+        raise AtodError(
+            f"Model {policy.name} changes its logits after the output layer (soft-capping or "
+            "scaling), which completion log-probs do not follow. Use another model."
+        )
+    tokens = ids[0].tolist()
+    # Two rows of different lengths are fed, then one token each.
+    feeds = [tokens[:7], tokens[:4]]
+    if samples and _distance(_sampled(policy, feeds, tokens), expected[[6, 3, 7, 4]]) > tolerance:
+        raise AtodError(
+            f"Model {policy.name} ({policy.model.config.model_type}) gives other log-probs when "
+            "its keys and values are cached, so samples could not be scored. Use another model."
+        )
+    if policy.crossover:
+        trees = laid_out([[tokens[:9], [*tokens[:6], *tokens[9:]]]], 12)
+        inputs: Any = trees.inputs(policy.layer_dtype, policy.device)
+        joined = policy.logits(policy.hidden_states(trees.ids.to(policy.device), **inputs))[0]
+        if _distance(joined[trees.place[0, :9].to(policy.device)], expected[:9]) > tolerance:
+            raise AtodError(
+                f"Model {policy.name} ({policy.model.config.model_type}) does not follow an "
+                "attention mask, so sequences with a shared prefix could not be scored. Use "
+                "another model."
+            )
+
+
+def _sampled(policy: Policy, feeds: list[list[int]], tokens: list[int]) -> Tensor:
+    """Return [2 k, vocabulary]: after each row's feed, then after its next token."""
+    ends = [len(feed) for feed in feeds]
+    following = [[tokens[end]] for end in ends]
+    is_packed = can_be_packed(policy)
+    layers = policy.model.config.num_hidden_layers
+    cache = SlotCache(layers, len(feeds), policy.device, is_masked=not is_packed)
+    cache.reserve(2 * max(ends))
+    with policy.precision():
+        if is_packed:
+            states = [
+                last_states(policy.model, cache, [Feed(i, s, f) for i, (s, f) in enumerate(rows)])
+                for rows in (zip([0] * len(feeds), feeds, strict=True),
+                             zip(ends, following, strict=True))
+            ]  # fmt: skip
+            return policy.logits(torch.cat(states))
+        first = padded_prefill(policy, cache, [0] * len(feeds), feeds)
+        ids = torch.tensor(following, device=policy.device)
+        positions = torch.tensor(ends, device=policy.device)[:, None]
+        second = padded_logits(policy, cache, 0, ids, positions, max(ends) + 1)
+    return torch.cat([first, second])
+
+
+def _distance(logits: Tensor, logprobs: Tensor) -> float:
+    """Return the largest difference in nats among tokens that are not all but impossible."""
+    found: Any = (logits.float().log_softmax(-1) - logprobs).abs()
+    return float(found[logprobs > -20].max())
