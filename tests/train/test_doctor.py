@@ -22,7 +22,7 @@ def test_a_machine_that_is_well(capsys: pytest.CaptureFixture[str], no_user_data
     said = capsys.readouterr().out
     assert "ok       atod-gym[train] is complete" in said
     assert "atod/WebShop-v0: no official data found, plays generated tasks" in said
-    assert "student micro, teacher micro: about" in said
+    assert "ok       student micro: trained from scratch" in said
 
 
 def test_data_that_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
