@@ -67,20 +67,7 @@ def make_batch(trajectories: Sequence[Trajectory], pad_id: int, *, pack: bool = 
         returns=torch.tensor(
             [record.episode_return for record in trajectories], dtype=torch.float32
         ),
-        allowed_ids=_allowed_ids(tokens, completion_mask),
     )
-
-
-def _allowed_ids(turns: Sequence[TokenizedTurn], mask: Tensor) -> Tensor | None:
-    """[R, T, A] int64, -1 on padding; None if no turn was constrained."""
-    if not any(turn.allowed_ids for turn in turns):
-        return None
-    if not all(turn.allowed_ids for turn in turns):
-        raise AtodError("Some turns were constrained and others not: train on them separately.")
-    choices, is_choice = _pad([list(ids) for turn in turns for ids in turn.allowed_ids], -1)
-    allowed = torch.full((*mask.shape, choices.shape[1]), -1, dtype=torch.int64)
-    allowed[mask] = choices.masked_fill(~is_choice, -1)
-    return allowed
 
 
 def _lay_out(
@@ -113,10 +100,6 @@ def _check_turn(tokens: TokenizedTurn, has_context: bool, task_id: str) -> None:
         raise AtodError(f"Task {task_id}: the first turn of a trajectory extends nothing.")
     if not tokens.extends_previous and not tokens.prompt_ids:
         raise AtodError(f"Task {task_id}: a turn that starts a sequence needs a prompt.")
-    if tokens.allowed_ids and len(tokens.allowed_ids) != len(tokens.completion_ids):
-        raise AtodError(
-            f"Task {task_id}: allowed_ids must say something of every token, or of none."
-        )
     if len(tokens.sampling_logprobs) != len(tokens.completion_ids):
         raise AtodError(
             f"Task {task_id}: {len(tokens.completion_ids)} completion tokens but "
@@ -162,7 +145,6 @@ def select_sequences(batch: Batch, sequences: Tensor) -> Minibatch:
         trajectory_index=batch.trajectory_index[rows],
         turn_index=batch.turn_index[rows],
         turn_rewards=batch.turn_rewards[rows],
-        allowed_ids=None if batch.allowed_ids is None else batch.allowed_ids[rows],
     )
     return Minibatch(batch=part, rows=rows)
 

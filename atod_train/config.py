@@ -54,9 +54,6 @@ class EnvConfig:
     """Turns shown in window style."""
     show_admissible: bool = False
     """Whether prompts list the admissible actions."""
-    constrain_actions: bool = False
-    """Completions are admissible actions: tokens are sampled among those that can continue one,
-    and log-probs of student and teacher are those among them. Plain profile only."""
     parse_profile: ParseProfile = "plain"
     """plain: the completion is the action; tags: <think>/<action>; react: lines of Thought: and
     Action:; compat: published rules."""

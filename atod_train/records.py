@@ -38,8 +38,6 @@ class TokenizedTurn:
     finish_reason: FinishReason
     extends_previous: bool
     """The prompt is the previous turn's prompt and completion, then `prompt_ids`."""
-    allowed_ids: tuple[tuple[int, ...], ...] = ()
-    """For each completion token those among which it was chosen; empty: the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +133,3 @@ class Batch:
     """[N] int64: group of each trajectory."""
     returns: Tensor
     """[N] float32: sum of turn rewards of each trajectory."""
-    allowed_ids: Tensor | None = None
-    """[R, T, A] int64, -1 on padding: where completions were constrained, the tokens among which
-    each one was chosen; log-probs are then those among them. None: the whole vocabulary."""

@@ -140,18 +140,6 @@ class DialogueEncoder:
         """Token ids of a completion written by somebody else (an expert), with its end token."""
         return [*self._encode(self._hidden(text)), self.end_of_turn_id]
 
-    def completion_ids(self, text: str) -> tuple[int, ...]:
-        """As `completion`, for texts that come again and again.
-
-        Empty for a text that the tokenizer cannot write: its ids would give another one.
-        """
-
-        def encode() -> list[int]:
-            ids = self.completion(text)
-            return ids if self.decode(ids) == text else []
-
-        return self._kept(("completion", text), encode)
-
     def _kept(self, key: Hashable, encode: Callable[[], list[int]]) -> tuple[int, ...]:
         """What was encoded before: environments say the same things again and again."""
         if key not in self._encoded:

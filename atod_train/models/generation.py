@@ -18,7 +18,6 @@ from torch import Tensor
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.parsing import CompletionFormat
 from atod_train.models.checks import check_config
-from atod_train.models.choices import Choices
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.fast.kv_cache import SlotCache
 from atod_train.models.fast.packed import Feed, can_be_packed, last_states
@@ -41,8 +40,6 @@ class Completion:
     """One per id, under the distribution that was sampled from (temperature included); for greedy
     decoding at temperature 1."""
     finish_reason: FinishReason
-    allowed_ids: tuple[tuple[int, ...], ...] = ()
-    """One per id, where completions were constrained: the tokens among which it was chosen."""
 
 
 class _Episode:
@@ -196,10 +193,7 @@ class Generator:
         return self._episodes[row].context_length
 
     def prompt(
-        self,
-        new_ids: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        choices: Sequence[Sequence[tuple[int, ...]]] | None = None,
+        self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]
     ) -> list[Completion | None]:
         """Feed each given episode its new tokens and sample its next completion.
 
@@ -209,8 +203,6 @@ class Generator:
             new_ids: For each row the tokens to feed, at least one. Chat style: the first prompt,
                 later the continuation; window style: the full prompt each time.
             rows: Distinct episode numbers.
-            choices: For each row the completions that it may give, end-of-turn token included:
-                each token is sampled among those that continue one. None: anything.
 
         Returns:
             One completion per row, in the order of `rows`; None for an episode whose prompt and
@@ -221,13 +213,10 @@ class Generator:
         # Within `precision` weights are converted once for all tokens; inference mode prevents it.
         is_lower = self.policy.autocast_dtype is not None
         with torch.no_grad() if is_lower else torch.inference_mode(), self.policy.precision():
-            return self._prompt(new_ids, rows, choices)
+            return self._prompt(new_ids, rows)
 
     def _prompt(
-        self,
-        new_ids: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        choices: Sequence[Sequence[tuple[int, ...]]] | None,
+        self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]
     ) -> list[Completion | None]:
         fitting = [
             index
@@ -245,10 +234,7 @@ class Generator:
             episodes = [self._episodes[rows[index]] for index in fitting]
             places = {rows[index]: place for place, index in enumerate(fitting)}
             copies = [places[leaders[rows[i]]] for i in fitting if rows[i] in leaders]
-            among = None
-            if choices is not None:
-                among = Choices([choices[index] for index in fitting], self.max_completion_tokens)
-            done = self._complete(episodes, [feeds[index] for index in fitting], copies, among)
+            done = self._complete(episodes, [feeds[index] for index in fitting], copies)
             for index, completion in zip(fitting, done, strict=True):
                 completions[index] = completion
         return completions
@@ -295,11 +281,7 @@ class Generator:
             first.slot, second.slot = second.slot, first.slot
 
     def _complete(
-        self,
-        episodes: list[_Episode],
-        feeds: list[list[int]],
-        copies: list[int],
-        among: Choices | None,
+        self, episodes: list[_Episode], feeds: list[list[int]], copies: list[int]
     ) -> list[Completion]:
         """Prefill and decode the episodes.
 
@@ -308,7 +290,6 @@ class Generator:
             feeds: the new tokens of each.
             copies: for each of the last episodes the place among `episodes` of one that holds and
                 is fed the same.
-            among: constrains what is sampled.
         """
         device = self.policy.device
         ends = [len(e.held) + len(feed) for e, feed in zip(episodes, feeds, strict=True)]
@@ -331,14 +312,10 @@ class Generator:
         alive = list(range(len(episodes)))
         positions = torch.tensor(ends, device=device)
         for step in range(self.max_completion_tokens):
-            if among is not None:
-                logits = among.constrain(logits, step, alive)
             ids, logprobs = self._sample(logits, uniforms[alive, step])
             for row, token, score in zip(alive, ids.tolist(), logprobs.tolist(), strict=True):
                 sampled[row].append(token)
                 scores[row].append(score)
-                if among is not None:
-                    among.take(row, step, token)
             alive = [row for row in alive if self._stop_rule.reason(sampled[row]) is None]
             if not alive or step + 1 == self.max_completion_tokens:
                 break
@@ -355,26 +332,17 @@ class Generator:
             logits = padded_logits(
                 self.policy, self._cache, 0, latest, positions[:count, None] + step, visible
             )[alive]
-        allowed = [[] for _ in episodes] if among is None else among.allowed
         return [
-            self._finish(episode, ids, values, choices)
-            for episode, ids, values, choices in zip(
-                episodes, sampled, scores, allowed, strict=True
-            )
+            self._finish(episode, ids, values)
+            for episode, ids, values in zip(episodes, sampled, scores, strict=True)
         ]
 
-    def _finish(
-        self,
-        episode: _Episode,
-        ids: list[int],
-        logprobs: list[float],
-        allowed: list[tuple[int, ...]],
-    ) -> Completion:
+    def _finish(self, episode: _Episode, ids: list[int], logprobs: list[float]) -> Completion:
         # The last token was sampled but not fed: it goes first in the next turn.
         episode.held += ids[:-1]
         episode.pending = [ids[-1]]
         reason = self._stop_rule.reason(ids) or "length"
-        return Completion(tuple(ids), tuple(logprobs), reason, tuple(allowed))
+        return Completion(tuple(ids), tuple(logprobs), reason)
 
     def _prefill(self, episodes: list[_Episode], feeds: list[list[int]]) -> Tensor:
         """Feed the new tokens; logits [k, vocabulary] after the last of each row."""

@@ -335,7 +335,6 @@ class Policy:
             (self._states_before_completions(part), theirs),
             (self.logits, reference.policy.logits if reference else None),
             targets,
-            allowed=None if batch.allowed_ids is None else batch.allowed_ids.to(self.device)[mask],
             with_entropy=with_entropy,
             top_k=reference.top_k if reference else 0,
             rows_at_once=max(1, LOGITS_PER_CHUNK // self.embedding_rows),

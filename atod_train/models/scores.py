@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-LOWEST_LOGIT = -1e30
-"""Of a token that cannot be chosen: its probability is 0."""
-
 _LEAST_LOGPROB = -50.0
 """What a token counts for that is ruled out: finite, and nothing beside any other."""
 
@@ -53,7 +50,6 @@ def score_tokens(
     heads: tuple[Head, Head | None],
     targets: Tensor,
     *,
-    allowed: Tensor | None = None,
     with_entropy: bool,
     top_k: int,
     rows_at_once: int,
@@ -64,8 +60,6 @@ def score_tokens(
         hidden: [m, width] where the tokens are predicted, of a model and of the reference or None.
         heads: their output layers.
         targets: [m] int64, the tokens.
-        allowed: [m, A] int64, -1 on padding: distributions are those among these tokens; None: the
-            whole vocabulary.
         with_entropy: give entropies.
         top_k: see `reverse_kl`.
         rows_at_once: tokens whose logits exist at the same time.
@@ -77,11 +71,10 @@ def score_tokens(
     ours, theirs = hidden
     pieces = list(ours.split(rows_at_once))
     others = [None] * len(pieces) if theirs is None else list(theirs.split(rows_at_once))
-    among = [None] * len(pieces) if allowed is None else list(allowed.split(rows_at_once))
-    parts = zip(pieces, others, targets.split(rows_at_once), among, strict=True)
+    parts = zip(pieces, others, targets.split(rows_at_once), strict=True)
     found = []
-    for piece, other, target, choices in parts:
-        arguments = (piece, other, target, choices, heads, with_entropy, top_k)
+    for piece, other, target in parts:
+        arguments = (piece, other, target, heads, with_entropy, top_k)
         if len(pieces) == 1 or not torch.is_grad_enabled():
             found.append(_score_piece(*arguments))
         else:
@@ -93,14 +86,12 @@ def _score_piece(
     ours: Tensor,
     theirs: Tensor | None,
     targets: Tensor,
-    allowed: Tensor | None,
     heads: tuple[Head, Head | None],
     with_entropy: bool,
     top_k: int,
 ) -> dict[str, Tensor]:
     logits = heads[0](ours)
     chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
-    logits = _among(logits, allowed)
     log_total = logits.logsumexp(dim=-1)
     found = {"logprobs": chosen - log_total}
     if with_entropy:
@@ -110,19 +101,9 @@ def _score_piece(
         with torch.no_grad():
             other = heads[1](theirs).to(logits.device)
             chosen = other.gather(-1, targets.to(other.device)[:, None]).squeeze(-1)
-            other = _among(other, allowed)
             found["reference_logprobs"] = chosen - other.logsumexp(dim=-1)
         found["divergences"] = reverse_kl(logits, other, top_k)
     return found
-
-
-def _among(logits: Tensor, allowed: Tensor | None) -> Tensor:
-    """The logits of the allowed tokens, on padding so low that they do not count; else all."""
-    if allowed is None:
-        return logits
-    chosen = logits.gather(-1, allowed.clamp(min=0))
-    # Finite, so that 0 times it is 0 and gradients exist.
-    return chosen.masked_fill(allowed < 0, LOWEST_LOGIT)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0) -> Tensor:

@@ -14,7 +14,6 @@ A row is one episode. Its keys are those of `Trajectory`, and
       sequence            number of its sequence
       prompt_start        where what is new in this turn begins there
       start, end          its completion is input_ids[start:end]
-      allowed_ids         for each of its tokens those among which it was chosen; empty: all
       disagreement, uncertainty, weight
                           d and h in nats per token and w of T-DUR (Eq. 13-16), or null
 
@@ -91,7 +90,6 @@ def to_row(
                 "prompt_start": prompt_start,
                 "start": start,
                 "end": len(ids),
-                "allowed_ids": [list(choices) for choices in tokens.allowed_ids],
                 **{name: getattr(found, name, None) for name in TurnStatistics._fields},
             }
         )
@@ -137,11 +135,9 @@ def _turn(row: Mapping[str, Any], sequences: Sequence[Mapping[str, Any]]) -> Tur
         sampling_logprobs=tuple(sequence["sampling_logprobs"][start:end]),
         finish_reason=row["finish_reason"],
         extends_previous=first > 0,
-        # Rows written before there were constraints have none.
-        allowed_ids=tuple(tuple(choices) for choices in row.get("allowed_ids", ())),
     )
     prompt = tuple(Message(message["role"], message["content"]) for message in row["prompt"])
-    # Nor had they reasons.
+    # Rows written before there were reasons have none.
     same = {name: row[name] for name in _SAME_IN_TURN if name in row or name != "invalid_reason"}
     return Turn(**same, prompt=prompt, tokens=tokens)
 
@@ -215,7 +211,6 @@ def to_dataset(rows: Iterable[Mapping[str, Any]]) -> Any:
         **typed(("reward", "penalty", *TurnStatistics._fields), "float64"),
         **typed(("is_action_valid",), "bool"),
         "prompt": List(typed(("role", "content"), "string")),
-        "allowed_ids": List(List(Value("int64"))),
     }
     sequence = {
         "input_ids": List(Value("int64")),

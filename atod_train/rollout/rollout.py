@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from atod_gym.errors import AtodError, InvalidSettingError
+from atod_gym.errors import AtodError
 from atod_gym.parsing import invalid_reason
 from atod_train.config import EnvConfig
 from atod_train.models.generation import Completion, Generator
@@ -55,17 +55,6 @@ class _Episode:
         """Return what the model is fed before the next turn."""
         return next_prompt(self.env.dialogue, self.env.messages, self.turns, generator, row)
 
-    def choices(self, generator: Generator) -> list[tuple[int, ...]]:
-        """Return the completions that are admissible actions, as far as tokens exist for them."""
-        actions = self.env.actions
-        if not actions:
-            raise InvalidSettingError(
-                "env.constrain_actions needs an environment that lists its admissible actions in "
-                f"full; {self.env.info['task_id']} lists none."
-            )
-        written = [generator.dialogue.completion_ids(action) for action in actions]
-        return [ids for ids in written if ids]
-
     def record(
         self, completion: Completion, text: str, prompt: EpisodePrompt, config: EnvConfig
     ) -> None:
@@ -77,7 +66,6 @@ class _Episode:
             sampling_logprobs=completion.logprobs,
             finish_reason=completion.finish_reason,
             extends_previous=prompt.extends_previous,
-            allowed_ids=completion.allowed_ids,
         )
         penalty = config.penalty(env.info)
         reason = invalid_reason(env.info)
@@ -198,12 +186,7 @@ def _play_turn(
         for row, prompt in zip(active, prompts, strict=True):
             if not prompt.extends_previous:
                 generator.restart(row)
-        choices = (
-            [episode.choices(generator) for episode in active.values()]
-            if pool.config.constrain_actions
-            else None
-        )
-        completions = generator.prompt([prompt.ids for prompt in prompts], list(active), choices)
+        completions = generator.prompt([prompt.ids for prompt in prompts], list(active))
         texts = ["" if c is None else generator.dialogue.decode(c.ids) for c in completions]
     with times.phase("environment"):
         turns = list(zip(active.values(), prompts, completions, texts, strict=True))

@@ -283,13 +283,6 @@ def _check_settings(config: RunConfig) -> None:
         raise AtodError(
             f"env.eval_samples must be 1 to {MOST_PLAYS}, not {config.env.eval_samples}."
         )
-    if config.env.constrain_actions and config.env.parse_profile != "plain":
-        raise AtodError("env.constrain_actions goes with env.parse_profile plain alone.")
-    if config.env.constrain_actions and is_url(config.model.teacher):
-        raise AtodError(
-            "env.constrain_actions takes a teacher in this process: a server gives log-probs over "
-            "the whole vocabulary."
-        )
     if config.model.dtype == "bfloat16" and not config.model.lora_rank:
         raise AtodError(
             "model.dtype=bfloat16 rounds away the small updates of a student whose weights are "

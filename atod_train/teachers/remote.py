@@ -115,10 +115,8 @@ class RemoteTeacher:
             [R, T] float32, 0 on padding, on the batch's device.
 
         Raises:
-            AtodError: The server fails, its answer is malformed, or completions were constrained.
+            AtodError: The server fails, or its answer is malformed.
         """
-        if batch.allowed_ids is not None:
-            raise AtodError("A teacher behind a URL cannot score constrained completions.")
         prompts = _prompts(batch)
         self._fetch([prompt for prompt in prompts if prompt is not None])
         scores = torch.zeros(batch.completion_ids.shape, dtype=torch.float32)

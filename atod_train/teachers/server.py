@@ -334,7 +334,7 @@ class TeacherApi:
                 raise ServiceError(
                     422, "invalid_prompt", "A prompt is a text or a list of token ids, not empty."
                 )
-            wrong = next((i for i in ids if not 0 <= i < self._teacher.policy.embedding_rows), None)
+            wrong = next((i for i in ids if not 0 <= i < self._teacher.policy.vocabulary), None)
             if wrong is not None:
                 raise ServiceError(422, "unknown_token", f"Token id {wrong} is out of vocabulary.")
             if len(ids) > limit:
@@ -388,7 +388,7 @@ def prompt_logprobs(
         For each prompt one position less than it has tokens.
     """
     lengths = torch.tensor([len(ids) for ids in prompts])
-    at_once = max(1, LOGITS_PER_CHUNK // policy.embedding_rows)
+    at_once = max(1, LOGITS_PER_CHUNK // policy.vocabulary)
     found: list[list[Ranked]] = [[] for _ in prompts]
     for bucket in length_buckets(lengths, tokens_per_microbatch):
         rows = [torch.tensor(prompts[i]) for i in bucket.tolist()]

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pool = EnvPool(EnvConfig(data=options.data, max_turns=20, constrain_actions=True), "train")
+    pool = EnvPool(EnvConfig(data=options.data, max_turns=20), "train")
     shown = supervised.demonstrate(pool, options.demonstrations, 0.2, seed=0)
     tokenizer = build_word_tokenizer(supervised.demonstration_texts(shown))
     model = policy.build_policy(options.model, tokenizer, seed=0)

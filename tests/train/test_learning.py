@@ -27,7 +27,7 @@ from atod_train.training.supervised import (
 )
 from atod_train.training.trainer import Trainer
 
-SHAPE = ModelShape(layers=2, width=64, heads=2, mlp_width=128, max_positions=1024)
+SHAPE = ModelShape(layers=2, width=64, heads=2, mlp_width=128, max_positions=2048)
 ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=14, eval_splits=())
 CONFIG = RunConfig(
     env=ENV,

