@@ -123,7 +123,7 @@ def echo_pool() -> EnvPool:
 def echo_policies(echo_pool: EnvPool) -> tuple[Policy, Policy]:
     """A student that rarely says both words, and a teacher that mostly does."""
     torch.set_num_threads(1)
-    shape = ModelShape(layers=2, width=48, heads=4, mlp_width=96, max_positions=256)
+    shape = ModelShape(layers=2, width=48, heads=4, mlp_width=96, max_positions=2048)
     episodes = demonstrate(echo_pool, 120, 0.0, seed=0)
     tokenizer = build_word_tokenizer(demonstration_texts(episodes))
     trajectories = [tokenize(episode, DialogueEncoder(tokenizer)) for episode in episodes]

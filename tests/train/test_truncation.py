@@ -291,12 +291,9 @@ class _Watched(Generator):
         self.context[row] = []
 
     def prompt(
-        self,
-        new_ids: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        choices: Sequence[Sequence[tuple[int, ...]]] | None = None,
+        self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]
     ) -> list[Completion | None]:
-        completions = super().prompt(new_ids, rows, choices)
+        completions = super().prompt(new_ids, rows)
         for row, ids, completion in zip(rows, new_ids, completions, strict=True):
             if completion is not None:
                 self.context[row] = [*self.context[row], *ids, *completion.ids]
