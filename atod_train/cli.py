@@ -6,12 +6,19 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from atod_gym.errors import AtodError, MissingExtraError
-from atod_train.config import RunConfig
+from atod_train.config import RunConfig, StudyConfig
 from atod_train.presets import PRESETS
+
+_DESCRIPTION = """Train a student with one or several methods from a preset's settings.
+
+Other commands, each with --help: resume FOLDER (continue its runs), study FILE (the runs of a study
+file), results FILE .. (tables of studies), doctor (what this machine can run), serve-teacher MODEL
+(a teacher for students elsewhere); and --version."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Warnings about hub tokens and parallel tokenizers say nothing to our users.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     chosen = list(sys.argv[1:] if arguments is None else arguments)
+    if chosen[:1] in (["--version"], ["-V"]):
+        print(f"atod-train {metadata.version('atod-gym')}")
+        return 0
     try:
         if chosen[:1] == ["doctor"]:
             from atod_train import doctor
@@ -40,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from atod_train.studies import study_cli
 
         return _guarded("the same command", study_cli.study, chosen[1:], _parsed)
+    if chosen[:1] == ["resume"]:
+        return _guarded("the same command", _resume, chosen[1:])
     config = _parsed(chosen)
     preset = next((name for name in chosen if name in PRESETS), "run")
     out = Path(config.study.out or Path("runs") / preset)
@@ -55,7 +67,7 @@ def _parsed(arguments: list[str]) -> RunConfig:
         name: (preset.summary, _with_options(preset.config, {})) for name, preset in PRESETS.items()
     }
     config: RunConfig = tyro.extras.overridable_config_cli(
-        configs, prog="atod-train", args=arguments
+        configs, prog="atod-train", description=_DESCRIPTION, args=arguments
     )
     own = next(PRESETS[name].config.env.options for name in arguments if name in PRESETS)
     config = _with_options(config, own | config.env.options)
@@ -78,6 +90,41 @@ def _loaded_models_stay(config: RunConfig) -> RunConfig:
 
 def _with_options(config: RunConfig, options: dict[str, int | str]) -> RunConfig:
     return replace(config, env=replace(config.env, options=options))
+
+
+def _resume(arguments: Sequence[str]) -> None:
+    """Continue the runs of a folder with the settings that are kept there.
+
+    Raises:
+        AtodError: not one folder, or no run in it.
+    """
+    from atod_train.reports.run_folder import CONFIG_FILE, read_config, read_json
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise AtodError(
+            "resume takes one folder, such as `atod-train resume runs/quickstart`; all settings "
+            "are those kept in it."
+        )
+    out = Path(arguments[0])
+    if (out / CONFIG_FILE).is_file():  # of one run
+        out = out.parent
+    runs = sorted(out.glob(f"*/{CONFIG_FILE}"))
+    if not runs:
+        raise AtodError(
+            f"{out} holds no run of atod-train ({CONFIG_FILE} in a folder for each run). The runs "
+            "of a study file continue with `atod-train study FILE`."
+        )
+    config = read_config(runs[0].parent)
+    # Runs that have not begun have no folder yet: the others name them.
+    kept = read_json(runs[0]).get("study", {})
+    study = StudyConfig(
+        out=str(out),
+        methods=tuple(kept.get("methods", ())),
+        seeds=tuple(kept.get("seeds", ())),
+        jobs=int(kept.get("jobs", 1)),
+        resume=True,
+    )
+    _run(replace(config, study=study), out)
 
 
 def _run(config: RunConfig, out: Path) -> None:

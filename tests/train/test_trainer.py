@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from atod_gym.errors import AtodError
 from atod_gym.parsing import CompletionFormat
+from atod_train.cli import main
 from atod_train.config import (
     AlgorithmConfig,
     EnvConfig,
@@ -33,6 +35,7 @@ from atod_train.config import (
 from atod_train.models.generation import Generator
 from atod_train.models.policy import build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.presets import PRESETS
 from atod_train.reports.metrics import read_metrics
 from atod_train.reports.report_data import read_run
 from atod_train.reports.run_folder import RunFolderError, read_json
@@ -336,6 +339,35 @@ def test_window_style_trains_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(read_metrics(tmp_path / "atod-seed0")) == 1
     # Completions end with their action in training and in evaluation.
     assert formats == {CompletionFormat("tags")}
+
+
+def test_a_folder_is_resumed_without_its_settings(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "study"
+    run_study(_with(CONFIG, steps=2), out)
+    assert main(["resume", str(out)]) == 0  # nothing is left to do
+    config = out / "atod-seed0" / "config.json"
+    settings = json.loads(config.read_text())
+    settings["train"]["steps"] = CONFIG.train.steps
+    config.write_text(json.dumps(settings))
+    assert main(["resume", str(out / "atod-seed0")]) == 0
+    assert _numbers(out / "atod-seed0") == _numbers(whole_run)
+    for wrong in (["resume"], ["resume", "--help"], ["resume", str(tmp_path)]):
+        assert main(wrong) == 2
+    told = capsys.readouterr().err
+    assert "resume takes one folder" in told
+    assert "holds no run of atod-train" in told
+
+
+def test_the_version_and_all_commands_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"atod-train {metadata.version('atod-gym')}\n"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out
+    for name in (*PRESETS, "resume", "study", "results", "doctor", "serve-teacher"):
+        assert name in told
 
 
 def test_settings_without_meaning_are_named(tmp_path: Path) -> None:
