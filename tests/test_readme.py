@@ -38,7 +38,7 @@ def test_every_benchmark_and_script_named_exists() -> None:
 def test_every_preset_named_exists() -> None:
     presets = pytest.importorskip("atod_train.presets")
     for name in re.findall(r"atod-train ([a-z][\w-]+)", README):
-        assert name in ("doctor", "serve-teacher", "study", "results") or name in presets.PRESETS, (
+        assert name in ("doctor", "resume", "serve-teacher", "study", "results") or name in presets.PRESETS, (
             name
         )
 
