@@ -17,8 +17,6 @@ from typing import Any, Final, TypeVar
 
 from env_servers.webshop.shop_words import CATEGORIES, WORDS, Attribute, Kind
 
-DEFAULT_PRODUCTS: Final = 1_000
-
 _PRODUCTS_PER_KIND: Final = 12
 """A small shop has fewer kinds rather than kinds without rivals."""
 _MAX_COMBINATIONS: Final = 16
@@ -81,7 +79,7 @@ class _Draws:
         return self.sample(every, len(every))
 
 
-def generate_shop(seed: int = 0, products: int = DEFAULT_PRODUCTS) -> GeneratedShop:
+def generate_shop(seed: int = 0, products: int = 1_000) -> GeneratedShop:
     """Make a shop of 1 product or more from a seed of 0 or more.
 
     Raises:

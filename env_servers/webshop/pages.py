@@ -139,13 +139,14 @@ class Page:
     page_number: int = 1
     """Of the results, from 1."""
     total_results: int = 0
+    """On a results page."""
     products: tuple[Product, ...] = ()
     """On a results page: the products of this page, at most ten."""
     product: Product | None = None
-    """On item and sub pages, and on the done page."""
+    """On item and sub pages."""
     sub_page: SubPage | None = None
     chosen_options: tuple[tuple[str, str], ...] = ()
-    """(name, value) pairs, in the order of choosing."""
+    """On item and sub pages: (name, value) pairs, in the order of choosing."""
     purchase: Purchase | None = None
     """On the done page."""
 
@@ -263,7 +264,6 @@ class PageWriter:
             view.clickables if sub_page is None else (BACK, PREVIOUS),
             keywords=results.keywords,
             page_number=results.page_number,
-            total_results=results.total_results,
             product=view.product,
             sub_page=sub_page,
             chosen_options=tuple(chosen.items()),
@@ -274,15 +274,8 @@ class PageWriter:
         options = json.dumps(dict(purchase.options), sort_keys=True).translate(_TEMPLATE_MARKS)
         texts = (*_BEFORE_CODE, purchase.product.asin, "options", options, *_AFTER_OPTIONS,
                  str(purchase.details.reward), "Reward Details ", "None")  # fmt: skip
-        return Page(
-            "done",
-            self._instruction,
-            self._text(map(text_piece, texts)),
-            (),
-            product=purchase.product,
-            chosen_options=purchase.options,
-            purchase=purchase,
-        )
+        text = self._text(map(text_piece, texts))
+        return Page("done", self._instruction, text, (), purchase=purchase)
 
 
 def _facts(product: Product, sub_page: SubPage) -> list[str]:
