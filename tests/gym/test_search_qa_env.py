@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -265,21 +264,6 @@ def test_wrong_settings_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         SearchQAEnv(**{"data": "generated", **changes})
-
-
-def test_the_spec_survives_json_and_the_environment_pickles() -> None:
-    env = gymnasium.make(
-        "atod/SearchQA-v0", data="generated", max_turns=3, topk=2, task_types=["bridge"]
-    )
-    assert env.spec is not None
-    copies = [gymnasium.make(EnvSpec.from_json(env.spec.to_json())),
-              pickle.loads(pickle.dumps(env.unwrapped))]  # fmt: skip
-    expected = env.reset(seed=3)
-    for copy in copies:
-        assert copy.reset(seed=3) == expected
-        assert copy.observation_space == env.observation_space
-        assert (copy.unwrapped.max_turns, copy.unwrapped.topk) == (3, 2)
-        assert copy.step("search[mill]")[0]["text"].count("Doc ") == 2
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
 import pytest
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import NameNotFound, ResetNeeded, VersionNotFound
 from gymnasium.utils.env_checker import check_env
 
@@ -22,6 +24,8 @@ class Case:
     env_id: str
     settings: dict[str, Any]
     action: str
+    change: dict[str, Any]
+    """A setting that changes what an episode shows."""
 
     def make(self, **changes: Any) -> TurnEnv:
         env = gymnasium.make(self.env_id, **{**self.settings, **changes}).unwrapped
@@ -30,10 +34,12 @@ class Case:
 
 
 CASES = [
-    Case("atod/ALFWorld-v0", {"data": "generated", "house_size": "tiny"}, "inventory"),
-    Case("atod/WebShop-v0", {"data": "generated"}, "search[red shoes]"),
-    Case("atod/SearchQA-v0", {"data": "generated"}, "search[mill]"),
-]
+    Case("atod/ALFWorld-v0", {"data": "generated", "house_size": "tiny"}, "inventory",
+         {"task_types": ["look_at_obj_in_light"]}),
+    Case("atod/WebShop-v0", {"data": "generated"}, "search[red shoes]",
+         {"text_style": "text_rich"}),
+    Case("atod/SearchQA-v0", {"data": "generated"}, "search[mill]", {"topk": 2}),
+]  # fmt: skip
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.env_id)
@@ -59,6 +65,19 @@ def test_the_module_prefix_needs_no_import(case: Case) -> None:
         gymnasium.make(case.env_id.replace("-v0", "s-v0"))
     with pytest.raises(VersionNotFound):
         gymnasium.make(case.env_id.replace("v0", "v7"))
+
+
+def test_the_spec_survives_json_and_the_environment_pickles(case: Case) -> None:
+    env = gymnasium.make(case.env_id, **case.settings, **case.change, max_turns=3)
+    assert env.spec is not None
+    copies = [gymnasium.make(EnvSpec.from_json(env.spec.to_json())).unwrapped,
+              pickle.loads(pickle.dumps(env.unwrapped))]  # fmt: skip
+    usual = case.make(max_turns=3)
+    episodes = [[one.reset(seed=3), one.step(case.action)] for one in (env, usual, *copies)]
+    assert episodes[0] == episodes[2] == episodes[3] != episodes[1]
+    for copy in copies:
+        assert copy.observation_space == env.observation_space
+        assert copy.max_turns == 3
 
 
 def test_the_turn_limit_truncates_once(case: Case) -> None:
@@ -113,6 +132,9 @@ def test_wrong_calls_are_named(case: Case) -> None:
         ({"max_turns": True}, "max_turns"),
         ({"render_mode": "human"}, "ansi"),
         ({"split": ""}, "split"),
+        ({"split": None}, "split"),
+        ({"task_types": []}, "task_types is empty"),
+        ({"task_types": 3}, "list of names"),
     ],
 )
 def test_wrong_settings_are_named(case: Case, changes: dict[str, Any], message: str) -> None:

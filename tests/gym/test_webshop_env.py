@@ -313,18 +313,6 @@ def test_the_generated_shop_has_the_size_asked_for() -> None:
             make(products=wrong)
 
 
-def test_the_spec_survives_json_and_the_environment_pickles() -> None:
-    env = gymnasium.make("atod/WebShop-v0", data="generated", max_turns=7, text_style="text_rich")
-    assert env.spec is not None
-    copies = [gymnasium.make(EnvSpec.from_json(env.spec.to_json())),
-              pickle.loads(pickle.dumps(env.unwrapped))]  # fmt: skip
-    expected = env.reset(seed=3)
-    assert "[button] Search [button_]" in expected[0]["text"]
-    for copy in copies:
-        assert copy.reset(seed=3) == expected
-        assert copy.unwrapped.max_turns == 7
-
-
 @pytest.mark.parametrize("context", multiprocessing.get_all_start_methods())
 def test_worker_processes_play_in_the_server_of_this_one(context: str) -> None:
     # A fork server that runs already knows nothing of servers that start later.
