@@ -1,22 +1,29 @@
-"""A chat model behind an endpoint as an agent; it is asked in the form of chat completions."""
+"""An agent that plays with a model behind an endpoint of chat completions.
+
+`ChatEndpoint.complete` makes one request after another: `_failure` sorts what goes wrong into
+transient failures, which are retried with backoff, prompts that are refused, which end an episode,
+and fatal ones, which end the run.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import json
 import math
 import os
 import random
+import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from atod_gym.dialogue import AgentDialogue
 from atod_gym.errors import InvalidSettingError, MissingExtraError, ServerError
 from atod_gym.parsing import CompletionFormat
 from atod_gym.types import TurnObservation
 from atod_train.evaluation.agents import Completion, EpisodeStopped
-from atod_train.evaluation.chat_errors import Failure, refuses_stop, understood
 from atod_train.evaluation.rate_limiter import RateLimiter
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -33,11 +40,43 @@ _NO_END = CompletionFormat("plain")
 """Replies are not cut."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
-_LONGEST_TOLD = 600.0
-"""Seconds: an endpoint that asks for more ends the run, which can go on later."""
+_LONGEST_REQUESTED = 600.0
+"""Seconds; an endpoint that requests a longer wait ends the run, which can be resumed."""
 
-_TRIES_AT_A_STRANGER = 3
+_FIRST_ATTEMPTS = 3
 """Attempts to reach an endpoint that has never answered."""
+
+_CONTEXT_CODES = ("context_length_exceeded", "exceed_context_size_error")
+_CONTEXT = re.compile(
+    r"context (length|window|size)|maximum context|max_model_len|prompt is too long"
+    r"|too many (input |prompt )?tokens|max_new_tokens\W+must be <="
+    r"|(input|prompt)\b.{0,60}\b(too long|longer than|exceeds)",
+    re.IGNORECASE,
+)
+_FILTER_CODES = ("content_filter", "content_policy_violation")
+_SPENT_CODES = ("insufficient_quota", "billing_hard_limit_reached")
+_TRANSIENT = (408, 409, 425, 429)
+_SHOWN = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that failed.
+
+    Attributes:
+        kind: `retry`: transient; `context_limit`: the prompt is too long; `refused`: these messages
+            get no answer; `fatal`: every request would fail.
+        message: what happened, in one line, with what to change if it is fatal.
+        wait: seconds that the endpoint requests; None: not given.
+        is_limit: a rate limit was reached, so that all other requests wait too.
+        is_unreachable: no connection was made.
+    """
+
+    kind: Literal["retry", "context_limit", "refused", "fatal"]
+    message: str
+    wait: float | None = None
+    is_limit: bool = False
+    is_unreachable: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +131,7 @@ class ChatSettings:
 
 
 class ChatEndpoint:
-    """Sends prompts, at most as fast as allowed, and again where an endpoint is busy or stumbles.
+    """Send prompts below rate limits, and retry those that fail for a while.
 
     Args:
         settings: the model and how it is asked.
@@ -114,6 +153,11 @@ class ChatEndpoint:
         self._limiter = limiter or RateLimiter()
         self._key_variable = settings.key_variable or KEY_VARIABLE
         key = os.environ.get(self._key_variable)
+        if key and not key.isascii():
+            raise InvalidSettingError(
+                f"The environment variable {self._key_variable} holds characters that no key has "
+                "(not ASCII); set it again."
+            )
         is_local = bool(settings.base_url or os.environ.get("OPENAI_BASE_URL"))
         if not key and (settings.key_variable or not is_local):
             raise InvalidSettingError(
@@ -124,10 +168,12 @@ class ChatEndpoint:
             base_url=settings.base_url, api_key=key or _NO_KEY, timeout=settings.timeout,
             max_retries=0,
         )  # fmt: skip
+        self._errors = (openai.OpenAIError, TimeoutError, asyncio.TimeoutError, _NoCompletion)
+        """Failures of a request; any other exception is a mistake in the program."""
         self.url = str(self._client.base_url.copy_with(userinfo=None)).rstrip("/")
         self._has_answered = False
         self._takes_stop = settings.stop_at_action and "stop" not in settings.extra_body
-        # Spreads the attempts of many in time; no result depends on it.
+        # Jitter of the waits; no result depends on it.
         self._random = random.Random()
 
     async def close(self) -> None:
@@ -159,39 +205,52 @@ class ChatEndpoint:
                 completion = await self._ask(messages, form, stop)
             except _StoppedInThought:
                 self._takes_stop = False
-            except Exception as error:
-                if stop and refuses_stop(error):
+            except self._errors as error:
+                if stop and _refuses_stop(error):
                     self._takes_stop = False
                     continue
                 failed += 1
-                await asyncio.sleep(self._wait(self._understood(error), failed))
+                await asyncio.sleep(self._wait(self._failure(error), failed))
             else:
                 self._has_answered = True
                 return completion
 
-    def _understood(self, error: Exception) -> Failure:
-        return understood(
-            error, url=self.url, model=self.settings.model, key_variable=self._key_variable
-        )
+    def _failure(self, error: Exception) -> Failure:
+        """Classify an exception of the client library, or of an answer that is no completion."""
+        import openai
+
+        if isinstance(error, openai.APIStatusError):
+            return _status_failure(error, self.url, self.settings.model, self._key_variable)
+        if isinstance(error, openai.APITimeoutError | TimeoutError | asyncio.TimeoutError):
+            return Failure("retry", f"{self.url} gave no answer in time (--timeout)")
+        if isinstance(error, openai.APIConnectionError):
+            message = f"{self.url} cannot be reached ({_line(error.__cause__ or error)})"
+            return Failure("retry", message, is_unreachable=True)
+        message = f"{self.url} gave an answer that is no chat completion ({_line(error)})"
+        return Failure("retry", message)
 
     def _wait(self, failure: Failure, failed: int) -> float:
-        """Seconds until the next attempt after so many failed ones, if there is to be one."""
-        if failure.kind in ("context_limit", "refused"):
+        """Return the seconds until the next attempt.
+
+        Raises:
+            EpisodeStopped: the endpoint refuses this prompt.
+            ServerError: every request would fail, or `failed` attempts are all there are.
+        """
+        if failure.kind == "context_limit" or failure.kind == "refused":
             self._has_answered = True
-            reason: Any = failure.kind
-            raise EpisodeStopped(reason, failure.message)
+            raise EpisodeStopped(failure.kind, failure.message)
         if failure.kind == "fatal":
             raise ServerError(failure.message)
-        is_stranger = failure.is_unreachable and not self._has_answered
+        never_answered = failure.is_unreachable and not self._has_answered
         tries = 1 + self.settings.retries
-        if failed >= (min(tries, _TRIES_AT_A_STRANGER) if is_stranger else tries):
-            advice = " Is the server running, and --base-url right?" if is_stranger else ""
+        if failed >= (min(tries, _FIRST_ATTEMPTS) if never_answered else tries):
+            advice = " Is the server running, and --base-url right?" if never_answered else ""
             raise ServerError(f"{failure.message} That was attempt {failed}.{advice}")
-        told = failure.wait or 0.0
-        if told > _LONGEST_TOLD:
-            raise ServerError(f"{failure.message} It asks to wait for {told:.0f} s.")
+        requested = failure.wait or 0.0
+        if requested > _LONGEST_REQUESTED:
+            raise ServerError(f"{failure.message} It asks to wait for {requested:.0f} s.")
         wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** (failed - 1))
-        wait = max(told, wait * (0.75 + self._random.random() / 2))
+        wait = max(requested, wait * (0.75 + self._random.random() / 2))
         if failure.is_limit:
             self._limiter.hold(wait)
         return wait
@@ -199,7 +258,7 @@ class ChatEndpoint:
     async def _ask(
         self, messages: Sequence[Mapping[str, str]], form: CompletionFormat, stop: Sequence[str]
     ) -> Completion:
-        """One attempt; any exception of the client library, or of a malformed answer."""
+        """Make one attempt; raises one of `self._errors`."""
         settings = self.settings
         chosen = {
             name: value
@@ -212,15 +271,16 @@ class ChatEndpoint:
         reckoned = characters // _CHARACTERS_PER_TOKEN + (settings.max_tokens or _USUAL_COMPLETION)
         admission = await self._limiter.admit(reckoned)
         create: Any = self._client.chat.completions.create
-        answer = await asyncio.wait_for(
-            create(
-                model=settings.model,
-                messages=list(messages),
-                extra_body=dict(settings.extra_body) or None,
-                **chosen,
-            ),
-            settings.timeout,
+        request = create(
+            model=settings.model,
+            messages=list(messages),
+            extra_body=dict(settings.extra_body) or None,
+            **chosen,
         )
+        try:
+            answer = await asyncio.wait_for(request, settings.timeout)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise _NoCompletion(str(error)) from error
         completion = _completion(answer, settings.keep_reasoning)
         if completion.prompt_tokens is not None and completion.completion_tokens is not None:
             self._limiter.settle(admission, completion.prompt_tokens + completion.completion_tokens)
@@ -285,12 +345,17 @@ def extra_body(text: str) -> dict[str, Any]:
 
 
 def _completion(answer: Any, keep_reasoning: bool) -> Completion:
-    """Reads an answer; raises what reading a malformed one raises."""
-    choice = answer.choices[0]
-    message = choice.message
-    text = message.content or ""
+    """Read an answer; raises `_NoCompletion` for one that holds no message of text."""
+    choices = getattr(answer, "choices", None)
+    if not isinstance(choices, list) or not choices:
+        raise _NoCompletion("it has no choices")
+    choice = choices[0]
+    message = getattr(choice, "message", None)
+    if message is None:
+        raise _NoCompletion("its first choice has no message")
+    text = getattr(message, "content", None) or ""
     if not isinstance(text, str):
-        raise TypeError("the content is no text")
+        raise _NoCompletion("the content is no text")
     reasoning = ""
     for name in ("reasoning_content", "reasoning"):
         value = getattr(message, name, None)
@@ -311,9 +376,13 @@ def _completion(answer: Any, keep_reasoning: bool) -> Completion:
         completion_tokens=_count(usage, "completion_tokens"),
         reasoning_tokens=thought,
         reasoning=reasoning,
-        is_cut=choice.finish_reason == "length",
+        is_cut=getattr(choice, "finish_reason", None) == "length",
         instead=instead,
     )
+
+
+class _NoCompletion(Exception):
+    """An answer that is no chat completion."""
 
 
 class _StoppedInThought(Exception):
@@ -362,3 +431,71 @@ def _instead_of_text(choice: Any) -> str:
 def _count(usage: Any, name: str) -> int | None:
     value = getattr(usage, name, None)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _refuses_stop(error: Exception) -> bool:
+    """Whether an endpoint refuses a request because it takes no stop strings."""
+    status = getattr(error, "status_code", None)
+    body = _error_body(error)
+    names_it = body.get("param") == "stop" or re.search(r"\bstop\b", str(body.get("message", "")))
+    return status in (400, 422) and bool(names_it)
+
+
+def _status_failure(error: Any, url: str, model: str, key_variable: str) -> Failure:
+    status = error.status_code
+    body = _error_body(error)
+    codes = {str(body.get("code")), str(body.get("type"))}
+    said = _line(body.get("message") or body.get("detail") or error)
+    where = f"{url} answers {status}: {said}"
+    if codes & set(_SPENT_CODES) or status == 402:
+        return Failure("fatal", f"{where} Add credit, or use another key.")
+    if status in _TRANSIENT or status >= 500:
+        return Failure("retry", where, _retry_after(error.response.headers), status == 429)
+    if status in (400, 413, 422):
+        if status == 413 or codes & set(_CONTEXT_CODES) or _CONTEXT.search(said):
+            return Failure("context_limit", where)
+        if codes & set(_FILTER_CODES):
+            return Failure("refused", where)
+        advice = "Change what it does not take (--model, --temperature, --extra-body ..)."
+        if "max_completion_tokens" in said:
+            advice = """Use --extra-body '{"max_completion_tokens": N}' instead of --max-tokens."""
+        return Failure("fatal", f"{where} {advice}")
+    if status in (401, 403):
+        return Failure(
+            "fatal",
+            f"{where} Put a valid key into {key_variable}, or name another variable with "
+            "--api-key-env.",
+        )
+    if status in (404, 405):
+        return Failure(
+            "fatal",
+            f"{where} Check --model {model} and --base-url, which mostly ends in /v1.",
+        )
+    return Failure("fatal", where)
+
+
+def _error_body(error: Any) -> dict[str, Any]:
+    body = getattr(error, "body", None)
+    body = body if isinstance(body, dict) else {}
+    inner = body.get("error")
+    return inner if isinstance(inner, dict) else body
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds to wait, from the headers `retry-after-ms` or `retry-after` (seconds or a date)."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            return max(0.0, float(headers[name]) * unit)
+        except (KeyError, ValueError):
+            continue
+    try:
+        date = email.utils.parsedate_to_datetime(headers["retry-after"])
+        return max(0.0, date.timestamp() - time.time())
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return None
+
+
+def _line(value: object) -> str:
+    """In one line that ends as a sentence does."""
+    text = " ".join(str(value).split())[:_SHOWN] or type(value).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -167,7 +167,7 @@ class EvaluationFolder:
         before = read_json(path / SETTINGS_FILE)
         if before and resume:
             _check_same(before.get("settings", {}), self.settings, path)
-        lines = _read_lines(path / EPISODES_FILE)
+        lines, whole = _read_lines(path / EPISODES_FILE)
         if lines and not resume:
             raise InvalidSettingError(
                 f"{path} holds {len(lines)} episodes already: go on with --resume, or choose "
@@ -178,6 +178,7 @@ class EvaluationFolder:
                 f"{path} has episodes but no {SETTINGS_FILE}; choose another --out"
             )
         self.records = [_record(line, path) for line in lines]
+        self._whole = whole
         self._earlier = _seconds_by_session(lines)
         self._sessions: list[Any] = list(before.get("sessions", ())) if resume else []
         self._sessions.append(
@@ -255,10 +256,17 @@ class EvaluationFolder:
             write_json(
                 self.path / SETTINGS_FILE, {"settings": self.settings, "sessions": self._sessions}
             )
+            self._drop_torn_line()
             # A result that was there says nothing about what is played now.
             (self.path / RESULT_FILE).unlink(missing_ok=True)
         except OSError as error:
             raise RunFolderError(f"Cannot write to {self.path}: {error}") from error
+
+    def _drop_torn_line(self) -> None:
+        """Remove a last line that was not written whole."""
+        path = self.path / EPISODES_FILE
+        if path.exists() and path.stat().st_size > self._whole:
+            os.truncate(path, self._whole)
 
 
 def read_evaluated(path: Path) -> Evaluated:
@@ -288,17 +296,15 @@ def command_to_resume(arguments: Sequence[str]) -> str:
     return shlex.join(["atod-eval", *chosen, "--resume"])
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The episodes that are there; a last line that was not written whole is removed."""
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the episodes of a file and the bytes of its whole lines; the file stays as it is."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return []
+        return [], 0
     except OSError as error:
         raise RunFolderError(f"{path} cannot be read: {error}") from error
-    whole, _, torn = content.rpartition(b"\n")
-    if torn:
-        os.truncate(path, len(whole) + 1 if whole else 0)
+    whole, newline, _ = content.rpartition(b"\n")
     lines = []
     for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
         try:
@@ -308,7 +314,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         if not isinstance(value, dict):
             raise RunFolderError(f"{path}: line {number} is no episode; repair or remove it")
         lines.append(value)
-    return lines
+    return lines, len(whole + newline)
 
 
 def _record(line: Mapping[str, Any], path: Path) -> EpisodeRecord:

@@ -1,4 +1,4 @@
-"""Keeps requests to an endpoint below its limits of requests and tokens per minute."""
+"""Keep requests to an endpoint below its limits of requests and tokens per minute."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from atod_gym.errors import InvalidSettingError
 _WINDOW = 60.0
 _ROUNDING = 1e-6
 _LONGEST_SLEEP = 1.0
-"""Seconds after which one who waits looks again: answers may have been shorter than reckoned."""
+"""Seconds after which a waiting request is checked again: `settle` may have freed tokens."""
 
 
 @dataclass(slots=True)
 class Admission:
-    """A request that was let through."""
+    """An admitted request: when, and with how many tokens."""
 
     time: float
     tokens: int
 
 
 class RateLimiter:
-    """No 60 seconds see more requests or tokens than allowed; who comes first goes first.
+    """Admit requests in order of arrival, so that no 60 seconds hold more than the limits.
 
     Args:
         requests_per_minute: None: any number.
-        tokens_per_minute: of prompts and completions; None: any number. A request that is larger
-            by itself goes alone.
+        tokens_per_minute: of prompts and completions; None: any number. A larger request is
+            admitted alone.
         clock: gives seconds.
         sleep: waits for seconds.
 
@@ -58,12 +58,12 @@ class RateLimiter:
         self._held_until = -_WINDOW
 
     async def admit(self, tokens: int) -> Admission:
-        """Waits until a request may be sent.
+        """Wait until a request may be sent.
 
         Args:
-            tokens: what the request is reckoned to take; see `settle`.
+            tokens: estimate for prompt and completion; see `settle`.
         """
-        # The lock serves in order of arrival, and the one who has it waits in it.
+        # The lock is granted in order of arrival and held while waiting.
         async with self._queue:
             while (seconds := self._seconds_to_wait(tokens)) > 0:
                 await self._sleep(min(seconds, _LONGEST_SLEEP))
@@ -73,11 +73,11 @@ class RateLimiter:
             return admission
 
     def settle(self, admission: Admission, tokens: int) -> None:
-        """Says what a request really took."""
+        """Replace the estimate of a request by its tokens."""
         admission.tokens = tokens
 
     def hold(self, seconds: float) -> None:
-        """Lets nobody through for so long, as the endpoint wants it."""
+        """Admit no request for some seconds, as the endpoint requests."""
         self._held_until = max(self._held_until, self._clock() + seconds)
 
     def _seconds_to_wait(self, tokens: int) -> float:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
-import os
 import re
 import sys
 import time
@@ -35,27 +33,11 @@ ENV_ID = "tests/EvalEcho-v0"
 MESSAGES = [{"role": "user", "content": "You can do one of these now:\nlook\ngo"}]
 
 
-@pytest.fixture(autouse=True)
-def _client_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    if "chat" in request.fixturenames and importlib.util.find_spec("openai") is None:
-        if os.environ.get("CI"):
-            pytest.fail("no package openai; under CI these tests must run")
-        pytest.skip("no package openai: pip install 'atod-gym[eval]'")
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _echo() -> Iterator[None]:
     gymnasium.register(ENV_ID, entry_point=EchoEnv)
     yield
     del gymnasium.registry[ENV_ID]
-
-
-@pytest.fixture
-def chat() -> Iterator[FakeChat]:
-    with FakeChat() as served:
-        yield served
 
 
 @pytest.fixture
@@ -144,6 +126,27 @@ def test_attempts_are_bounded(chat: FakeChat, quick: None, mishap: Any) -> None:
     with pytest.raises(ServerError, match=r"That was attempt 3\."):
         ask(chat, retries=2)
     assert len(chat.posts) == 3
+
+
+def test_mistakes_in_the_program_are_not_retried(
+    chat: FakeChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mistake in (AttributeError, TypeError, ValueError):
+
+        def broken(*_: Any, mistake: type[Exception] = mistake) -> Completion:
+            raise mistake("a mistake")
+
+        monkeypatch.setattr(chat_agent, "_completion", broken)
+        before = len(chat.posts)
+        with pytest.raises(mistake, match="a mistake"):
+            ask(chat)
+        assert len(chat.posts) == before + 1
+
+
+def test_a_key_that_no_header_can_hold(chat: FakeChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\u2026")
+    with pytest.raises(InvalidSettingError, match="OPENAI_API_KEY holds characters that no key"):
+        ask(chat)
 
 
 def test_it_waits_as_long_as_it_is_told(chat: FakeChat) -> None:

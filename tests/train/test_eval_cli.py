@@ -113,6 +113,16 @@ def test_other_settings_are_refused(
     assert lines(tmp_path) == before
 
 
+@pytest.mark.parametrize("options", [(), ("--resume", "--seed", "1")])
+def test_a_refused_folder_stays_as_it_is(tmp_path: Path, options: tuple[str, ...]) -> None:
+    assert evaluate(tmp_path, "--tasks", "5", agent="random") == 0
+    with (tmp_path / "episodes.jsonl").open("a") as file:
+        file.write('{"task_id": "am')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert evaluate(tmp_path, "--tasks", "5", *options, agent="random") == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(tmp_path, "--tasks", "2") == 0
     first, second = lines(tmp_path)

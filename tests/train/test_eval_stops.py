@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,27 +25,11 @@ SEARCH = CompletionFormat("tags", ("search", "answer"))
 REACT = CompletionFormat("react")
 
 
-@pytest.fixture(autouse=True)
-def _client_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    if importlib.util.find_spec("openai") is None:
-        if os.environ.get("CI"):
-            pytest.fail("no package openai; under CI these tests must run")
-        pytest.skip("no package openai: pip install 'atod-gym[eval]'")
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _echo() -> Iterator[None]:
     gymnasium.register(ENV_ID, entry_point=EchoEnv)
     yield
     del gymnasium.registry[ENV_ID]
-
-
-@pytest.fixture
-def chat() -> Iterator[FakeChat]:
-    with FakeChat() as served:
-        yield served
 
 
 def ask(
