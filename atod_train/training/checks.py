@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from atod_gym.errors import InvalidSettingError
+from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.types import Message
 from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer
 from atod_train.algorithm.methods import Signals, compute_advantages, has_exact_signal
@@ -23,8 +24,10 @@ from atod_train.batch import make_batch
 from atod_train.config import AlgorithmConfig, RunConfig
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.policy import Policy
+from atod_train.models.scores import TokenScores
 from atod_train.reports.run_folder import RunFolderError
 from atod_train.teachers.local import Teacher
+from atod_train.training.checkpoint import CheckpointError, check_finite, model_tensors
 from atod_train.training.supervised import DemonstrationTurn, tokenize
 
 _AT_LEAST = {
@@ -53,6 +56,7 @@ _AT_LEAST = {
 }
 _ABOVE_ZERO = {"train.lr", "env.success_reward"}
 _MAY_BE_INFINITE = {"algorithm.clip"}
+_SKIPPED_IN_A_ROW = 5
 _ANOTHER = 0.5
 """Nats by which a log-prob of another model differs; rounding is far below."""
 
@@ -109,6 +113,72 @@ def _try_algorithm(settings: AlgorithmConfig) -> None:
         )  # fmt: skip
     except ValueError as error:
         raise InvalidSettingError(f"algorithm: {error}.") from error
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+class DivergedError(AtodError):
+    """Gradients, weights or log-probs are not finite."""
+
+
+def check_scores(scores: TokenScores, mask: Tensor, step: int) -> None:
+    """Refuse log-probs that are not finite before anything is computed from them.
+
+    Args:
+        scores: of the student and its teacher, [R, T] each.
+        mask: [R, T] bool, sampled tokens.
+        step: for the message.
+
+    Raises:
+        DivergedError: names the model.
+    """
+    student = "Lower train.lr in a new run (--study.out), or use --model.dtype float32."
+    teacher = (
+        "It cannot score what the student sampled: check its weights and that its vocabulary is "
+        "the student's."
+    )
+    for name, model, advice in (
+        ("logprobs", "student", student),
+        ("entropies", "student", student),
+        ("reference_logprobs", "teacher", teacher),
+        ("divergences", "teacher", teacher),
+    ):
+        values = getattr(scores, name)
+        if values is not None and not values[mask].isfinite().all():
+            raise DivergedError(f"Step {step}: {name} of the {model} are not finite. {advice}")
+
+
+def check_weights(model: nn.Module, step: int, saved_step: int) -> None:
+    """Refuse weights that are not finite after an update.
+
+    Raises:
+        DivergedError: one is; nothing of the step is saved.
+    """
+    try:
+        check_finite(model_tensors(model), f"Step {step} left broken weights")
+    except CheckpointError as error:
+        raise DivergedError(
+            f"{error}. Lower train.lr in a new run (--study.out). {_kept(saved_step)}".rstrip()
+        ) from error
+
+
+def check_skipped(in_a_row: int, step: int, saved_step: int) -> None:
+    """Refuse to continue after several updates in a row without a finite gradient.
+
+    Raises:
+        DivergedError: there were.
+    """
+    if in_a_row >= _SKIPPED_IN_A_ROW:
+        raise DivergedError(
+            f"The gradients of {in_a_row} updates up to step {step} were not finite. Lower "
+            "train.lr, or use --model.dtype float32, in a new run (--study.out). "
+            f"{_kept(saved_step)}".rstrip()
+        )
+
+
+def _kept(step: int) -> str:
+    return f"The checkpoint of step {step} is kept." if step else ""
 
 
 # -- hidden inputs ---------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from atod_train.reports.run_folder import read_json
 from atod_train.studies.study import run_study
 from atod_train.training import trainer, update
 from atod_train.training.checkpoint import checkpoint_path, saved_checkpoints
-from atod_train.training.trainer import DivergedError
+from atod_train.training.checks import DivergedError
 from atod_train.training.update import Learner
 
 CONFIG = _with(WHOLE, save_every=100, steps=4)

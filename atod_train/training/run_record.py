@@ -1,0 +1,300 @@
+"""What a run keeps in its folder while it trains: settings, numbers, checkpoints, evaluations.
+
+A step is finished when its numbers are written. A checkpoint holds them too, so that a run that
+could not write them any more has them when it is resumed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from atod_gym.errors import AtodError
+from atod_train.config import RunConfig
+from atod_train.distributed import Processes
+from atod_train.models.policy import Policy
+from atod_train.reports.metrics import (
+    EvaluatedModel,
+    Evaluation,
+    MetricsWriter,
+    TrajectoryRecord,
+    read_evaluations,
+    read_metrics,
+)
+from atod_train.reports.run_folder import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    SUMMARY_FILE,
+    RunFolderError,
+    check_same_settings,
+    read_json,
+    without_infinities,
+    write_config,
+    write_manifest,
+    write_summary,
+)
+from atod_train.reports.statistics import EvaluationMode
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.training.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    load_latest,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from atod_train.training.checks import HiddenInputs
+from atod_train.training.model_card import model_card
+from atod_train.training.update import Learner
+
+_CHECKPOINTS_KEPT = 2
+
+Board = tuple[EvaluatedModel, str, EvaluationMode]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run has done so far; saved with every checkpoint."""
+
+    step: int = 0
+    minutes: float = 0.0
+    tokens: int = 0
+    trajectories: int = 0
+    annealing: dict[str, Any] = field(default_factory=dict)
+    """Of an adaptive schedule, under the key `progress`."""
+
+    @property
+    def anneal_progress(self) -> float:
+        """Where an adaptive schedule stands, 0 to 1; see `atod_train.algorithm.methods`."""
+        return float(self.annealing.get("progress", 0.0))
+
+
+class RunRecord:
+    """The folder of a run.
+
+    All processes call its methods alike; the main one writes.
+
+    Args:
+        config: the settings.
+        run_dir: the folder; all processes see it.
+        learner: what checkpoints hold.
+        processes: this process among those that train the student.
+    """
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, learner: Learner, processes: Processes
+    ) -> None:
+        self.run_dir = run_dir
+        self.done = Progress()
+        self.row: dict[str, Any] = {}
+        """The numbers of the last finished step."""
+        self.saved_step = 0
+        self._config, self._learner, self._processes = config, learner, processes
+        self._updates = 0
+        self._since = time.perf_counter()
+        self._resumed = False
+        self._writer: MetricsWriter | None = None
+
+    # -- begin and end -----------------------------------------------------------------------------
+
+    def open(
+        self, resume: bool, inputs: HiddenInputs, pool: EnvPool, teacher: Policy | None
+    ) -> None:
+        """Write config and manifest, and restore the newest checkpoint where there is one.
+
+        Args:
+            resume: continue a run that is in the folder.
+            inputs: of this process's models, before anything is restored.
+            pool: environments of the training split.
+            teacher: one in this process.
+
+        Raises:
+            RunFolderError: the folder holds a run that is not to be resumed, or another one.
+            CheckpointError: no checkpoint can be used.
+        """
+        # Barrier: every rank must have read the folder before rank 0 writes to it.
+        self._resumed = self._processes.any((self.run_dir / CONFIG_FILE).is_file())
+        if self._resumed and not resume:
+            raise RunFolderError(
+                f"{self.run_dir} holds a run already; add --study.resume to continue it, or "
+                "choose another folder with --study.out"
+            )
+        if self._resumed:
+            check_same_settings(self.run_dir, self._config)
+        self._processes.wait()
+        if self._processes.is_main:
+            self._describe(inputs, pool, teacher)
+        checkpoint, passed = load_latest(self.run_dir)
+        if checkpoint is not None:
+            self._learner.restore(checkpoint.tensors)
+            self.done = Progress(**checkpoint.metadata["progress"])
+            self.row = checkpoint.metadata["metrics"]
+            self.saved_step = self.done.step
+            for reason in passed if self._processes.is_main else ():
+                print(f"{reason}; continuing from step {self.done.step}", file=sys.stderr)
+        self._processes.wait()
+
+    def _describe(self, inputs: HiddenInputs, pool: EnvPool, teacher: Policy | None) -> None:
+        student, config = self._learner.student, self._config
+        template = str(student.tokenizer.chat_template or "")
+        if warning := inputs.compared(read_json(self.run_dir / MANIFEST_FILE), template):
+            print(warning, file=sys.stderr)
+        # A run that continues is not finished until it ends again.
+        (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
+        write_config(self.run_dir, config)
+        write_manifest(
+            self.run_dir,
+            method=config.study.label or config.algorithm.method,
+            env_id=config.env.id,
+            data=pool.data,
+            data_hash=pool.content_hash,
+            seeds={"train": config.train.seed},
+            student_parameters=_parameters(student),
+            teacher_parameters=_parameters(teacher) if teacher else None,
+            device=str(student.device),
+            processes=self._processes.count,
+            inputs=asdict(inputs),
+        )
+
+    @contextmanager
+    def writing(self, known: Sequence[Evaluation]) -> Iterator[None]:
+        """Keep the files of numbers open.
+
+        Args:
+            known: evaluations of the start and the teacher that were made already.
+        """
+        self._since = time.perf_counter()
+        if not self._processes.is_main:
+            yield
+            return
+        resume_step: int | None = None
+        is_lost = False
+        if self._resumed:
+            steps = {row["step"] for row in read_metrics(self.run_dir)}
+            is_lost = bool(self.row) and self.done.step not in steps
+            resume_step = self.done.step - is_lost
+        with MetricsWriter(self.run_dir, resume_step=resume_step) as self._writer:
+            if is_lost:
+                self._writer.write(self.row)
+            if self.done.step == 0:
+                there = {evaluation.board for evaluation in read_evaluations(self.run_dir)}
+                for evaluation in known:
+                    if evaluation.board not in there:
+                        self._writer.write_evaluation(evaluation)
+            yield
+
+    def finish(self) -> None:
+        """Save the model, and write that the run is finished."""
+        self._count_minutes()
+        if self._processes.is_main:
+            evaluations = read_evaluations(self.run_dir)
+            self._save_model("last", evaluations)
+            write_summary(
+                self.run_dir,
+                steps=self.done.step,
+                minutes=self.done.minutes,
+                tokens=self.done.tokens,
+                trajectories=self.done.trajectories,
+                extra={"best_step": _best_step(evaluations), "finished": True},
+            )
+            prune_checkpoints(self.run_dir, keep=1)
+        self._processes.wait()
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def finish_step(
+        self, done: Progress, row: dict[str, Any], shown: Iterable[TrajectoryRecord]
+    ) -> None:
+        """Write the numbers of a step: from here on it is finished."""
+        self.done, self.row, self._updates = done, row, self._learner.updates
+        self._count_minutes()
+        if self._writer is not None:
+            self._writer.write(row)
+            for trajectory in shown:
+                self._writer.write_trajectory(trajectory)
+
+    def save(self) -> None:
+        """Save a checkpoint of the last finished step, if there is none yet."""
+        if self.saved_step < self.done.step:
+            self._save()
+            self._processes.wait()
+
+    @contextmanager
+    def saving_if_it_fails(self) -> Iterator[None]:
+        """Save the last finished step when something fails while its weights are still there."""
+        try:
+            yield
+        except Exception:
+            is_there = self._learner.updates == self._updates
+            if is_there and self.saved_step < self.done.step and self._learner.can_save_alone:
+                with suppress(AtodError, OSError):  # what failed first says more
+                    self._save()
+            raise
+
+    def _save(self) -> None:
+        tensors = self._learner.tensors()
+        if self._processes.is_main:
+            metadata = {
+                "progress": asdict(self.done),
+                "seed": self._config.train.seed,
+                "metrics": without_infinities(self.row),
+            }
+            path = checkpoint_path(self.run_dir, self.done.step)
+            save_checkpoint(path, Checkpoint(tensors, metadata))
+            prune_checkpoints(self.run_dir, _CHECKPOINTS_KEPT)
+        self.saved_step = self.done.step
+
+    def _count_minutes(self) -> None:
+        now = time.perf_counter()
+        self.done = replace(self.done, minutes=self.done.minutes + (now - self._since) / 60)
+        self._since = now
+
+    # -- evaluations -------------------------------------------------------------------------------
+
+    def evaluated(self) -> set[Board]:
+        """Return what the student of the last finished step was evaluated on, for all processes."""
+        boards: list[Board] = []
+        if self._processes.is_main:  # it alone writes
+            made = read_evaluations(self.run_dir)
+            boards = [e.board for e in made if (e.step, e.model) == (self.done.step, "student")]
+        return set(self._processes.gather(boards))
+
+    def add_evaluations(self, found: Sequence[Evaluation]) -> None:
+        """Write evaluations of the student, and save it where it is the best so far."""
+        if self._writer is None:
+            return
+        made = [*read_evaluations(self.run_dir), *found]
+        if found and _best_step(made) == self.done.step:
+            self._save_model("best", made)
+        for evaluation in found:
+            self._writer.write_evaluation(evaluation)
+
+    def _save_model(self, name: str, evaluations: Sequence[Evaluation]) -> None:
+        card = model_card(self.run_dir, self._config, self.done.step, evaluations)
+        self._learner.student.save(self.run_dir / "models" / name, card)
+
+
+def _parameters(policy: Policy) -> int:
+    return sum(parameter.numel() for parameter in policy.model.parameters())
+
+
+def _best_step(evaluations: Sequence[Evaluation]) -> int:
+    """Return the step with the highest greedy success, the earliest of equal ones; 0: none."""
+    steps = {e.step: None for e in evaluations if e.model == "student" and e.step}
+    success = {
+        step: _greedy_success([e for e in evaluations if (e.step, e.model) == (step, "student")])
+        for step in steps
+    }
+    best = max(success.values(), default=-1.0)
+    return next((step for step in success if success[step] == best and best >= 0), 0)
+
+
+def _greedy_success(evaluations: Sequence[Evaluation]) -> float:
+    """Share of the tasks of all splits that were solved greedily; -1 where none was played."""
+    greedy = [e.result for e in evaluations if e.result.mode == "greedy"]
+    tasks = sum(len(result.tasks) for result in greedy)
+    return sum(result.successes for result in greedy) / tasks if tasks else -1.0
