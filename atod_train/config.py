@@ -91,9 +91,8 @@ class ModelConfig:
     bfloat16 and the teacher's weights are bfloat16; fast on processors too that have AMX, and
     float32 on those that would have to emulate bfloat16."""
     lora_rank: int = 0
-    """Train adapters of this rank beside the student's linear layers; 0: train all weights."""
-    lora_alpha: int = 32
-    """Scale of the adapters: alpha / rank."""
+    """Rank of the student's adapters (LoRA), which are then trained instead of its weights; they
+    are scaled by 2. 0 trains all weights; use 16 where the optimiser's state does not fit."""
     gradient_checkpointing: bool = False
     """Compute the student's layers again in the backward pass: less memory, a third more time."""
     max_context: int = 2048

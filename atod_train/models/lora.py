@@ -21,17 +21,16 @@ _MOST = 0.9
 """Share of the decoder's matrices without which a warning says what is left out."""
 
 
-def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> None:
-    """Freezes a model and puts adapters beside all linear layers of its decoder.
+def add_adapters(model: PreTrainedModel, rank: int) -> None:
+    """Freeze a model and put adapters beside all linear layers of its decoder.
 
-    An adapter adds `alpha / rank * B A x`; B is zero at first, so the model is unchanged. A is
+    An adapter adds `2 B A x`; B is zero at first, so the model is unchanged. A is
     drawn alike each time, so that runs can be repeated. Adapters are float32 on weights of any
     precision: in bfloat16 small steps of the optimiser would be rounded away.
 
     Args:
         model: it is changed in place.
         rank: rows of A.
-        alpha: scale.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -58,7 +57,9 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> None:
             "experts, stays frozen.",
             stacklevel=2,
         )
-    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(layers))
+    settings = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(layers)
+    )
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -63,14 +63,12 @@ class LoadOptions:
             float32 on a processor that would have to emulate it); auto: mixed on a GPU, else
             float32.
         lora_rank: rank of adapters that are trained instead of the weights; 0: none.
-        lora_alpha: their scale.
         gradient_checkpointing: trade time for memory in updates.
     """
 
     device: str = "auto"
     dtype: Precision = "auto"
     lora_rank: int = 0
-    lora_alpha: int = 32
     gradient_checkpointing: bool = False
 
 
@@ -128,7 +126,7 @@ def load_policy(
         older = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
     if options.lora_rank:
-        add_adapters(model, options.lora_rank, options.lora_alpha)
+        add_adapters(model, options.lora_rank)
     return policy
 
 

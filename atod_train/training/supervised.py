@@ -365,7 +365,6 @@ class Starts:
                 device=model.device,
                 dtype=model.dtype,
                 lora_rank=model.lora_rank,
-                lora_alpha=model.lora_alpha,
                 gradient_checkpointing=model.gradient_checkpointing,
             )
         # One that is offloaded begins where it works.

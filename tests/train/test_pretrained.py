@@ -145,7 +145,7 @@ def test_a_tokenizer_without_chat_template_gets_a_plain_one(tmp_path: Path) -> N
 
 def test_adapters_begin_as_nothing_and_are_all_that_is_trained(saved: Path) -> None:
     plain = load_policy(saved)
-    adapted = load_policy(saved, LoadOptions(lora_rank=4, lora_alpha=8))
+    adapted = load_policy(saved, LoadOptions(lora_rank=4))
     batch = make_batch([_trajectory(plain)], plain.pad_id)
     assert torch.equal(adapted.completion_logprobs(batch), plain.completion_logprobs(batch))
     # A: rank x inputs, B: outputs x rank; 4 attention and 3 MLP matrices in each of 2 layers.
