@@ -7,17 +7,19 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
 import gymnasium
 
 import atod_gym  # noqa: F401 - registers the environments
 from atod_gym.parsing import EMPTY_REPLY, ParseProfile, action_verb, invalid_reason
+from atod_gym.types import Message
 from atod_gym.wrappers import agent_env, make_env
 from atod_train.config import PromptStyle
 from atod_train.evaluation.agents import Agent, Completion, EpisodeStopped, checked
-from atod_train.evaluation.eval_records import EpisodeRecord
+from atod_train.evaluation.eval_records import TOKEN_COUNTS, EpisodeRecord
+from atod_train.rollout.env_pool import new_messages
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -160,7 +162,7 @@ async def play_episode(
     env = thread.env
     messages, info = await thread.run(env.reset, options={"task_id": task_id})
     agent.reset(env, env.unwrapped.observation, info)
-    taken = _Taken()
+    tally = EpisodeTally(keep_transcript)
     stop_reason = stop_message = ""
     while not stop_reason:
         try:
@@ -170,56 +172,82 @@ async def play_episode(
             break
         prompt = messages
         messages, _, terminated, truncated, info = await thread.run(env.step, said.text)
-        taken.add(said, info)
-        if keep_transcript:
-            taken.transcript.append(_transcribed(prompt, said, info))
+        tally.add(new_messages(prompt), said, info)
         if terminated or truncated:
             stop_reason = "terminated" if terminated else "turn_limit"
-    return EpisodeRecord(
-        task_id=str(info["task_id"]),
-        task_type=str(info["task_type"]),
-        success=bool(info["success"]) and stop_reason in ("terminated", "turn_limit"),
-        score=float(info["score"]),
-        turns=taken.turns,
-        invalid_turns=sum(taken.invalid_reasons.values()),
-        invalid_reasons=dict(sorted(taken.invalid_reasons.items())),
-        actions=tuple(sorted(taken.verbs.items())),
-        stop_reason=stop_reason,
-        stop_message=stop_message,
-        prompt_tokens=taken.prompt_tokens,
-        completion_tokens=taken.completion_tokens,
-        reasoning_tokens=taken.reasoning_tokens,
-        cut_completions=taken.cut_completions,
-        turns_left_out=taken.turns_left_out,
-        seconds=round(time.monotonic() - began, 3),
-        transcript=tuple(taken.transcript),
-    )
+    return tally.record(info, stop_reason, stop_message, time.monotonic() - began)
 
 
-class _Taken:
-    """What the turns of an episode took so far."""
+class EpisodeTally:
+    """Counts the turns of an episode, and keeps them as JSON values for a transcript."""
 
-    def __init__(self) -> None:
-        self.turns = self.cut_completions = self.turns_left_out = 0
-        self.invalid_reasons: Counter[str] = Counter()
-        self.verbs: Counter[str] = Counter()
-        self.prompt_tokens: int | None = 0
-        self.completion_tokens: int | None = 0
-        self.reasoning_tokens: int | None = 0
-        self.transcript: list[dict[str, Any]] = []
+    def __init__(self, keep_transcript: bool = False) -> None:
+        self._keeps_transcript = keep_transcript
+        self._turns = self._cut = self._left_out = 0
+        self._invalid_reasons: Counter[str] = Counter()
+        self._verbs: Counter[str] = Counter()
+        self._tokens: dict[str, int | None] = dict.fromkeys(TOKEN_COUNTS, 0)
+        self._transcript: list[dict[str, Any]] = []
 
-    def add(self, said: Completion, info: Mapping[str, Any]) -> None:
-        self.turns += 1
-        self.cut_completions += said.is_cut
-        self.turns_left_out += said.turns_left_out
-        self.prompt_tokens = _sum(self.prompt_tokens, said.prompt_tokens)
-        self.completion_tokens = _sum(self.completion_tokens, said.completion_tokens)
-        self.reasoning_tokens = _sum(self.reasoning_tokens, said.reasoning_tokens)
+    def add(self, prompt: Sequence[Message], said: Completion, info: Mapping[str, Any]) -> None:
+        """Add a turn.
+
+        Args:
+            prompt: the messages that are new in it.
+            said: the completion.
+            info: `action`, `is_action_valid` and `parse_error` of the step.
+        """
+        self._turns += 1
+        self._cut += said.is_cut
+        self._left_out += said.turns_left_out
+        for name, total in self._tokens.items():
+            more = getattr(said, name)
+            self._tokens[name] = None if total is None or more is None else total + more
         reason = invalid_reason(info)
         if not reason:
-            self.verbs[action_verb(info["action"])] += 1
+            self._verbs[action_verb(info["action"])] += 1
         else:
-            self.invalid_reasons[_empty_reply(said) or reason] += 1
+            self._invalid_reasons[_empty_reply(said) or reason] += 1
+        if self._keeps_transcript:
+            self._transcript.append(
+                {
+                    "messages": [asdict(message) for message in prompt],
+                    "completion": said.text,
+                    "reasoning": said.reasoning,
+                    "action": info["action"],
+                    "is_action_valid": bool(info["is_action_valid"]),
+                    "parse_error": info["parse_error"],
+                }
+            )
+
+    def record(
+        self, info: Mapping[str, Any], stop_reason: str, stop_message: str, seconds: float
+    ) -> EpisodeRecord:
+        """Return the record of the episode.
+
+        Args:
+            info: `task_id`, `task_type`, `success` and `score` after the last turn.
+            stop_reason: see `EpisodeRecord`.
+            stop_message: why the episode stopped early, or empty.
+            seconds: wall time of the episode.
+        """
+        return EpisodeRecord(
+            task_id=str(info["task_id"]),
+            task_type=str(info["task_type"]),
+            success=bool(info["success"]) and stop_reason in ("terminated", "turn_limit"),
+            score=float(info["score"]),
+            turns=self._turns,
+            invalid_turns=sum(self._invalid_reasons.values()),
+            invalid_reasons=dict(sorted(self._invalid_reasons.items())),
+            actions=tuple(sorted(self._verbs.items())),
+            stop_reason=stop_reason,
+            stop_message=stop_message,
+            **self._tokens,
+            cut_completions=self._cut,
+            turns_left_out=self._left_out,
+            seconds=round(seconds, 3),
+            transcript=tuple(self._transcript),
+        )
 
 
 def _empty_reply(said: Completion) -> str:
@@ -227,23 +255,3 @@ def _empty_reply(said: Completion) -> str:
     if said.instead:
         return f"{EMPTY_REPLY} ({said.instead})"
     return "" if said.text.strip() else EMPTY_REPLY
-
-
-def _sum(total: int | None, more: int | None) -> int | None:
-    return None if total is None or more is None else total + more
-
-
-def _transcribed(
-    prompt: Sequence[dict[str, str]], said: Completion, info: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A turn for people to read: what is new in the prompt, what was said and what came of it."""
-    answered = [number for number, message in enumerate(prompt) if message["role"] == "assistant"]
-    new = prompt[answered[-1] + 1 :] if answered else prompt
-    return {
-        "messages": [dict(message) for message in new],
-        "completion": said.text,
-        "reasoning": said.reasoning,
-        "action": info["action"],
-        "is_action_valid": bool(info["is_action_valid"]),
-        "parse_error": info["parse_error"],
-    }

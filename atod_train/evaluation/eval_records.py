@@ -32,7 +32,7 @@ SETTINGS_FILE = "settings.json"
 EPISODES_FILE = "episodes.jsonl"
 RESULT_FILE = "result.json"
 _PACKAGES = ("atod-gym", "gymnasium", "numpy", "openai")
-_COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens")
+TOKEN_COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Totals:
             prices: of a million tokens of prompts and of completions.
         """
         counts: dict[str, int | None] = {}
-        for name in _COUNTS:
+        for name in TOKEN_COUNTS:
             values = [getattr(record, name) for record in records]
             counts[name] = None if None in values else sum(values)
         reasons: Counter[str] = Counter()

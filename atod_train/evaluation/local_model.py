@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atod_gym.errors import InvalidSettingError, MissingExtraError
 from atod_train.config import EnvConfig, RunConfig
-from atod_train.evaluation.agent_evaluation import PlayedEnv
+from atod_train.evaluation.agent_evaluation import EpisodeTally, PlayedEnv
+from atod_train.evaluation.agents import Completion
 from atod_train.evaluation.eval_records import EpisodeRecord
 from atod_train.reports.run_folder import CONFIG_FILE, SECTIONS, read_config, read_json
 
@@ -33,6 +33,7 @@ _COMPLETION_TOKENS = 512
 _MAX_CONTEXT = 8192
 """Defaults for models that no run of the trainer describes."""
 _DIGESTED = 2**20
+_OF_TRAJECTORY = ("task_id", "task_type", "success", "score")
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ class LocalModel:
                 began = time.monotonic()
 
                 def keep(trajectory: Trajectory, began: float = began) -> None:
-                    seconds = round(time.monotonic() - began, 3)
+                    seconds = time.monotonic() - began
                     on_record(_record(trajectory, seconds, keep_transcripts))
 
                 collect(
@@ -251,45 +252,30 @@ class LocalModel:
 
 def _record(trajectory: Trajectory, seconds: float, keep_transcript: bool) -> EpisodeRecord:
     """Return what is kept of an episode; prompt tokens are those of each turn's whole prompt."""
-    turns = trajectory.turns
-    prompt_tokens = context = 0
-    for turn in turns:
+    tally = EpisodeTally(keep_transcript)
+    context = 0
+    for turn in trajectory.turns:
         tokens = turn.tokens
         context = len(tokens.prompt_ids) + (context if tokens.extends_previous else 0)
-        prompt_tokens += context
+        said = Completion(
+            turn.completion,
+            prompt_tokens=context,
+            completion_tokens=len(tokens.completion_ids),
+            is_cut=tokens.finish_reason == "length",
+            turns_left_out=turn.turns_left_out,
+        )
         context += len(tokens.completion_ids)
-    reasons = Counter(turn.invalid_reason for turn in turns if turn.invalid_reason)
-    does_not_fit = trajectory.stop_reason == "context_limit"
-    transcript = (
-        {
-            "messages": [asdict(message) for message in turn.prompt],
-            "completion": turn.completion,
-            "reasoning": "",
+        is_parsed = turn.invalid_reason in ("", "not admissible")
+        info = {
             "action": turn.action,
             "is_action_valid": turn.is_action_valid,
-            "parse_error": turn.invalid_reason,
+            "parse_error": "" if is_parsed else turn.invalid_reason,
         }
-        for turn in turns
-    )
-    return EpisodeRecord(
-        task_id=trajectory.task_id,
-        task_type=trajectory.task_type,
-        success=trajectory.success and not does_not_fit,
-        score=trajectory.score,
-        turns=len(turns),
-        invalid_turns=sum(reasons.values()),
-        invalid_reasons=dict(sorted(reasons.items())),
-        actions=tuple(sorted(trajectory.verbs.items())),
-        stop_reason=trajectory.stop_reason,
-        stop_message="The prompt does not fit --max-context." if does_not_fit else "",
-        prompt_tokens=prompt_tokens,
-        completion_tokens=sum(len(turn.tokens.completion_ids) for turn in turns),
-        reasoning_tokens=0,
-        cut_completions=sum(turn.tokens.finish_reason == "length" for turn in turns),
-        turns_left_out=sum(turn.turns_left_out for turn in turns),
-        seconds=seconds,
-        transcript=tuple(transcript) if keep_transcript else (),
-    )
+        tally.add(turn.prompt, said, info)
+    does_not_fit = trajectory.stop_reason == "context_limit"
+    message = "The prompt does not fit --max-context." if does_not_fit else ""
+    ended = {name: getattr(trajectory, name) for name in _OF_TRAJECTORY}
+    return tally.record(ended, trajectory.stop_reason, message, seconds)
 
 
 def _digest(folder: Path) -> str:
