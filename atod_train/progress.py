@@ -1,4 +1,4 @@
-"""A progress bar on a terminal; elsewhere a plain line now and then, so that logs stay readable."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere; seconds per phase."""
 
 from __future__ import annotations
 
@@ -102,3 +102,46 @@ def _bar(total: int, description: str, stream: TextIO) -> Iterator[Advance]:
             bar.update(task, advance=amount, note=note)
 
         yield advance
+
+
+class PhaseTimes:
+    """Measure the seconds per phase of a step.
+
+    Phases may nest: the time of an inner phase counts for the inner one alone, so that the
+    phases add up to the wall time. Asynchronous devices: synchronise before a phase ends if its
+    time matters.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = self._began = time.perf_counter()
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            name = self._open[-1]
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside for `name`: environment, generation, teacher, update, ..."""
+        self._book()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self._open.pop()
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds since the last take as `seconds/<phase>`, and begin anew.
+
+        `seconds/other` is the wall time spent in no phase.
+        """
+        self._book()
+        taken = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
+        taken["seconds/other"] = max(0.0, self._since - self._began - sum(taken.values()))
+        self._seconds, self._began = {}, self._since
+        return taken

@@ -8,7 +8,6 @@ result.json     the `EvaluationResult` and totals, written at the end
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 from collections import Counter
@@ -19,12 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from atod_gym.errors import AtodError, InvalidSettingError
+from atod_train.files import (
+    end_last_line,
+    read_json,
+    read_json_lines,
+    without_infinities,
+    write_json,
+)
 from atod_train.reports.run_folder import (
     RunFolderError,
     package_versions,
-    read_json,
-    without_infinities,
-    write_json,
 )
 from atod_train.reports.statistics import EvaluationMode, EvaluationResult, TaskResult
 
@@ -167,7 +170,7 @@ class EvaluationFolder:
         before = read_json(path / SETTINGS_FILE)
         if before and resume:
             _check_same(before.get("settings", {}), self.settings, path)
-        lines, whole = _read_lines(path / EPISODES_FILE)
+        lines = list(read_json_lines(path / EPISODES_FILE))
         if lines and not resume:
             raise InvalidSettingError(
                 f"{path} holds {len(lines)} episodes already: go on with --resume, or choose "
@@ -178,7 +181,6 @@ class EvaluationFolder:
                 f"{path} has episodes but no {SETTINGS_FILE}; choose another --out"
             )
         self.records = [_record(line, path) for line in lines]
-        self._whole = whole
         self._earlier = _seconds_by_session(lines)
         self._sessions: list[Any] = list(before.get("sessions", ())) if resume else []
         self._sessions.append(
@@ -256,17 +258,11 @@ class EvaluationFolder:
             write_json(
                 self.path / SETTINGS_FILE, {"settings": self.settings, "sessions": self._sessions}
             )
-            self._drop_torn_line()
+            end_last_line(self.path / EPISODES_FILE)
             # A result that was there says nothing about what is played now.
             (self.path / RESULT_FILE).unlink(missing_ok=True)
         except OSError as error:
             raise RunFolderError(f"Cannot write to {self.path}: {error}") from error
-
-    def _drop_torn_line(self) -> None:
-        """Remove a last line that was not written whole."""
-        path = self.path / EPISODES_FILE
-        if path.exists() and path.stat().st_size > self._whole:
-            os.truncate(path, self._whole)
 
 
 def read_evaluated(path: Path) -> Evaluated:
@@ -294,27 +290,6 @@ def command_to_resume(arguments: Sequence[str]) -> str:
     """The command that goes on with an evaluation, for people to paste."""
     chosen = [argument for argument in arguments if argument != "--resume"]
     return shlex.join(["atod-eval", *chosen, "--resume"])
-
-
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the episodes of a file and the bytes of its whole lines; the file stays as it is."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return [], 0
-    except OSError as error:
-        raise RunFolderError(f"{path} cannot be read: {error}") from error
-    whole, newline, _ = content.rpartition(b"\n")
-    lines = []
-    for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise RunFolderError(f"{path}: line {number} is no episode; repair or remove it")
-        lines.append(value)
-    return lines, len(whole + newline)
 
 
 def _record(line: Mapping[str, Any], path: Path) -> EpisodeRecord:

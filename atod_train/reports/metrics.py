@@ -36,9 +36,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -47,12 +45,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from atod_gym.errors import MissingExtraError
+from atod_train.files import read_json_lines, without_infinities, write_text
 from atod_train.reports.run_folder import (
     EVALUATIONS_FILE,
     METRICS_FILE,
     TRAJECTORIES_FILE,
     RunFolderError,
-    without_infinities,
 )
 from atod_train.reports.statistics import EvaluationMode, EvaluationResult
 
@@ -101,28 +99,9 @@ class TrajectoryRecord:
     turns: tuple[TurnDisplay, ...]
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a torn last line (a kill while writing) is dropped."""
-    if not path.is_file():
-        return []
-    # Only "\n" ends a record: str.splitlines would also cut at separators inside of texts.
-    lines = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode())
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError("not an object with a step")
-        except ValueError as error:
-            if number == len(lines):  # no line end after it: torn
-                break
-            raise RunFolderError(
-                f"line {number} of {path} is broken ({error}); remove that line"
-            ) from error
-        records.append(record)
-    return records
+def _read_steps(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file, each with the step it belongs to."""
+    return list(read_json_lines(path, integer="step"))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -132,9 +111,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         One dict per step; empty if the run has written nothing yet.
 
     Raises:
-        RunFolderError: a line other than a torn last one is broken.
+        FileError: a line other than a torn last one is broken.
     """
-    return _read_lines(run_dir / METRICS_FILE)
+    return _read_steps(run_dir / METRICS_FILE)
 
 
 def read_evaluations(run_dir: Path) -> list[Evaluation]:
@@ -143,7 +122,7 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
         Evaluation(
             record["step"], record.get("model", "student"), EvaluationResult.from_json(record)
         )
-        for record in _read_lines(run_dir / EVALUATIONS_FILE)
+        for record in _read_steps(run_dir / EVALUATIONS_FILE)
     ]
 
 
@@ -158,7 +137,7 @@ def read_trajectories(run_dir: Path) -> list[TrajectoryRecord]:
                 record["success"],
                 tuple(TurnDisplay(**turn) for turn in record["turns"]),
             )
-            for record in _read_lines(path)
+            for record in _read_steps(path)
         ]
     except (KeyError, TypeError) as error:
         raise RunFolderError(f"{path} holds a record that is no trajectory: {error}") from error
@@ -271,11 +250,8 @@ def _truncate_after(path: Path, last_step: int) -> None:
     """Rewrites a JSON-lines file without records after `last_step` and without a torn line."""
     if not path.is_file():
         return
-    kept = [record for record in _read_lines(path) if record["step"] <= last_step]
-    partial = path.with_name(path.name + ".partial")
-    lines = [json.dumps(record) + "\n" for record in kept]
-    partial.write_text("".join(lines), encoding="utf-8", newline="\n")
-    os.replace(partial, path)
+    kept = [record for record in _read_steps(path) if record["step"] <= last_step]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _open_events(run_dir: Path, resume_step: int | None) -> SummaryWriter:
@@ -306,46 +282,3 @@ def _silence_event_threads() -> None:
             others(arguments)
 
     threading.excepthook = hook
-
-
-class PhaseTimes:
-    """Seconds per phase of a step.
-
-    Phases may nest: the time of an inner phase counts for the inner one alone, so that the
-    phases add up to the wall time. Asynchronous devices: synchronise before a phase ends if its
-    time matters.
-    """
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._open: list[str] = []
-        self._since = self._began = time.perf_counter()
-
-    def _book(self) -> None:
-        now = time.perf_counter()
-        if self._open:
-            name = self._open[-1]
-            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
-        self._since = now
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Counts the time inside for `name`: environment, generation, teacher, update, ..."""
-        self._book()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._book()
-            self._open.pop()
-
-    def take(self) -> dict[str, float]:
-        """The seconds since the last take as `seconds/<phase>`, and begins anew.
-
-        `seconds/other` is the wall time spent in no phase.
-        """
-        self._book()
-        taken = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
-        taken["seconds/other"] = max(0.0, self._since - self._began - sum(taken.values()))
-        self._seconds, self._began = {}, self._since
-        return taken

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atod_train.files import read_json
 from atod_train.reports.metrics import (
     EvaluatedModel,
     Evaluation,
@@ -16,7 +17,7 @@ from atod_train.reports.metrics import (
     read_metrics,
     read_trajectories,
 )
-from atod_train.reports.run_folder import CONFIG_FILE, MANIFEST_FILE, SUMMARY_FILE, read_json
+from atod_train.reports.run_folder import CONFIG_FILE, MANIFEST_FILE, SUMMARY_FILE
 from atod_train.reports.statistics import EvaluationResult
 
 Board = tuple[str, str]

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 from atod_gym.errors import AtodError, MissingExtraError
 from atod_gym.types import Message
+from atod_train.files import read_json_lines, replacing
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 
 FORMAT = "atod-trajectory/1"
@@ -143,7 +144,7 @@ def _turn(row: Mapping[str, Any], sequences: Sequence[Mapping[str, Any]]) -> Tur
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
-    """Writes one row a line; the file is there whole or not at all.
+    """Write one row a line; the file is there whole or not at all.
 
     Returns:
         The number of rows.
@@ -151,38 +152,24 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) 
     Raises:
         AtodError: the file cannot be written; a number is not finite, which JSON cannot hold.
     """
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
     count = 0
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with replacing(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
                 count += 1
-        part.replace(path)
     except (OSError, ValueError) as error:
-        part.unlink(missing_ok=True)
         raise AtodError(f"Cannot write {path}: {error}") from error
     return count
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a file, one after the other.
+    """Yield the rows of a file, one after the other.
 
     Raises:
-        AtodError: the file cannot be read; names the first line that is no JSON object.
+        FileError: the file cannot be read; names the first line that is no JSON object.
     """
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no object")
-                yield row
-    except json.JSONDecodeError as error:
-        raise AtodError(f"{path}: line {number} is no JSON ({error.msg})") from error
-    except (OSError, ValueError) as error:
-        raise AtodError(f"Cannot read {path}: {error}") from error
+    return read_json_lines(Path(path), required=True)
 
 
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> Any:

@@ -15,8 +15,6 @@ Files of a run folder, all UTF-8 JSON or JSON lines:
 from __future__ import annotations
 
 import json
-import math
-import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +24,6 @@ from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any
 
-from atod_gym.errors import AtodError
 from atod_train.config import (
     AlgorithmConfig,
     EnvConfig,
@@ -36,6 +33,7 @@ from atod_train.config import (
     TrainConfig,
     is_url,
 )
+from atod_train.files import FileError, read_json, without_infinities, write_json
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -49,53 +47,12 @@ ANOTHER_FOLDER = "choose another folder (--study.out; --out for a study file)"
 PACKAGES = ("atod-gym", "torch", "transformers", "tokenizers", "safetensors", "gymnasium", "numpy")
 
 
-class RunFolderError(AtodError):
+class RunFolderError(FileError):
     """A file of a run folder is broken, absent, or was written out of order."""
 
 
 class OtherSettingsError(RunFolderError):
     """A run folder holds a run of other settings than those wanted."""
-
-
-def without_infinities(value: Any) -> Any:
-    """NaN and infinity as None: JSON has neither, and other readers would refuse the line."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): without_infinities(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_infinities(item) for item in value]
-    return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file atomically, as UTF-8."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(partial, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a file atomically."""
-    write_text(path, json.dumps(without_infinities(value), indent=2, default=str) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; an empty dict where the file is absent.
-
-    Raises:
-        RunFolderError: the file is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path} cannot be read ({error}); remove or repair it") from error
-    if not isinstance(value, dict):
-        raise RunFolderError(f"{path} is not a JSON object; remove or repair it")
-    return value
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:

@@ -11,8 +11,8 @@ from atod_gym.errors import AtodError
 from atod_gym.parsing import invalid_reason
 from atod_train.config import EnvConfig
 from atod_train.models.generation import Completion, Generator
+from atod_train.progress import PhaseTimes
 from atod_train.records import StopReason, TokenizedTurn, Trajectory, TrajectoryGroup, Turn
-from atod_train.reports.metrics import PhaseTimes
 from atod_train.rollout.env_pool import EnvEpisode, EnvPool
 from atod_train.rollout.episode_prompts import EpisodePrompt, next_prompt
 

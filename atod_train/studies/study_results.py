@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from atod_train.config import RunConfig
+from atod_train.files import without_infinities, write_text
 from atod_train.reports.metrics import Evaluation
 from atod_train.reports.report_data import Board, RunSummary, all_boards, read_run
 from atod_train.reports.run_folder import (
     OtherSettingsError,
     is_finished,
-    without_infinities,
-    write_text,
 )
 from atod_train.reports.statistics import EvaluationResult
 

@@ -10,7 +10,6 @@ any moment leaves whole checkpoints only. No checkpoint holds NaN or infinity.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,11 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from atod_gym.errors import AtodError
+from atod_train.files import PARTIAL, replacing
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 _METADATA = "atod"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
-_PARTIAL = ".partial"
 
 
 class CheckpointError(AtodError):
@@ -67,21 +66,15 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"The metadata of a checkpoint must be plain JSON without NaN or infinity: {error}."
         ) from error
-    partial = path.with_name(path.name + _PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_for_saving(checkpoint.tensors), partial, {_METADATA: metadata})
-        _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
+        with replacing(path, sync=True) as partial:
+            save_file(_for_saving(checkpoint.tensors), partial, {_METADATA: metadata})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"The checkpoint {path} could not be written ({error}). Free disk space, or make the "
             "folder writable; the checkpoints saved before are untouched."
         ) from error
-    finally:
-        if path.parent.is_dir():
-            partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -144,7 +137,7 @@ def prune_checkpoints(run_dir: Path, keep: int) -> None:
     Raises:
         CheckpointError: a file cannot be deleted.
     """
-    strays = (run_dir / "checkpoints").glob(f"*{_PARTIAL}")
+    strays = (run_dir / "checkpoints").glob(f"*{PARTIAL}")
     try:
         for path in (*saved_checkpoints(run_dir)[:-keep], *strays):
             path.unlink(missing_ok=True)
@@ -173,18 +166,6 @@ def _for_saving(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ready[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return ready
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk; systems that cannot open folders skip those."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows and folders
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- tensors of live objects -----------------------------------------------------------------------

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from atod_train.algorithm.methods import needs_teacher
 from atod_train.config import RunConfig, is_url
+from atod_train.files import read_json, without_infinities
 from atod_train.reports.metrics import Evaluation
-from atod_train.reports.run_folder import MANIFEST_FILE, SECTIONS, read_json, without_infinities
+from atod_train.reports.run_folder import MANIFEST_FILE, SECTIONS
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _TEXT = """\

@@ -17,6 +17,7 @@ from typing import Any
 from atod_gym.errors import AtodError
 from atod_train.config import RunConfig
 from atod_train.distributed import Processes
+from atod_train.files import read_json, without_infinities
 from atod_train.models.policy import Policy
 from atod_train.reports.metrics import (
     EvaluatedModel,
@@ -32,8 +33,6 @@ from atod_train.reports.run_folder import (
     SUMMARY_FILE,
     RunFolderError,
     check_same_settings,
-    read_json,
-    without_infinities,
     write_config,
     write_manifest,
     write_summary,

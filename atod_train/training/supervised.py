@@ -34,6 +34,7 @@ from atod_train.batch import length_buckets, make_batch
 from atod_train.config import OFFLOAD, Precision, RunConfig
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
+from atod_train.files import read_json, write_json
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.policy import MODEL_SHAPES, Policy, build_policy
 from atod_train.models.pretrained import (
@@ -47,7 +48,7 @@ from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.progress import progress
 from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
 from atod_train.reports.metrics import EvaluatedModel, Evaluation
-from atod_train.reports.run_folder import RunFolderError, read_json, write_json
+from atod_train.reports.run_folder import RunFolderError
 from atod_train.reports.statistics import EvaluationMode, EvaluationResult, InvalidCountsError
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import seed_for, tasks_for_step

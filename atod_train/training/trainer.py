@@ -40,11 +40,10 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.models.scores import TokenScores
-from atod_train.progress import progress
+from atod_train.progress import PhaseTimes, progress
 from atod_train.records import Batch, Trajectory
 from atod_train.reports.metrics import (
     Evaluation,
-    PhaseTimes,
     TrajectoryRecord,
 )
 from atod_train.reports.statistics import EvaluationMode

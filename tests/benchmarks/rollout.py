@@ -34,7 +34,7 @@ from atod_train.models.generation import Generator
 from atod_train.models.policy import MODEL_SHAPES, Policy, build_policy
 from atod_train.models.pretrained import LoadOptions, load_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
-from atod_train.reports.metrics import PhaseTimes
+from atod_train.progress import PhaseTimes
 from atod_train.rollout import rollout
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect

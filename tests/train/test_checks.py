@@ -17,10 +17,11 @@ from test_trainer import CONFIG, _resuming, _with
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.config import RunConfig
+from atod_train.files import read_json
 from atod_train.models.pretrained import load_policy
 from atod_train.presets import PRESETS
 from atod_train.reports.metrics import read_metrics
-from atod_train.reports.run_folder import RunFolderError, read_json
+from atod_train.reports.run_folder import RunFolderError
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.study import run_study
 from atod_train.training import supervised, trainer

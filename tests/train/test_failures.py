@@ -19,9 +19,9 @@ from test_trainer import _numbers, _resuming, _wait_for_step, _with
 
 from atod_gym.errors import AtodError
 from atod_train.config import RunConfig
+from atod_train.files import read_json
 from atod_train.models.policy import Policy
 from atod_train.reports.metrics import MetricsWriter, read_evaluations, read_metrics
-from atod_train.reports.run_folder import read_json
 from atod_train.studies.study import run_study
 from atod_train.training import trainer, update
 from atod_train.training.checkpoint import checkpoint_path, saved_checkpoints

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig
-from atod_train.progress import progress
+from atod_train.files import FileError, read_json
+from atod_train.progress import PhaseTimes, progress
 from atod_train.reports.metrics import (
     Evaluation,
     MetricsWriter,
-    PhaseTimes,
     TrajectoryRecord,
     TurnDisplay,
     read_evaluations,
@@ -30,7 +30,6 @@ from atod_train.reports.run_folder import (
     is_finished,
     package_versions,
     read_config,
-    read_json,
     write_config,
     write_manifest,
     write_summary,
@@ -103,7 +102,7 @@ def test_steps_must_rise(tmp_path, metrics):
 @pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}'])
 def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
-    with pytest.raises(RunFolderError, match="line 2 of"):
+    with pytest.raises(FileError, match="line 2 of"):
         read_metrics(tmp_path)
 
 
@@ -245,7 +244,7 @@ def test_summary_and_broken_json(tmp_path):
     assert read_json(tmp_path / "summary.json")["minutes"] is None
     assert read_json(tmp_path / "absent.json") == {}
     (tmp_path / "summary.json").write_text("[]")
-    with pytest.raises(RunFolderError, match="not a JSON object"):
+    with pytest.raises(FileError, match="not a JSON object"):
         read_json(tmp_path / "summary.json")
 
 

@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import ModelCard
 from test_failures import CONFIG
 
+from atod_train.files import read_json
 from atod_train.reports.metrics import read_evaluations
-from atod_train.reports.run_folder import read_json
 from atod_train.studies.study import run_study
 from atod_train.training.model_card import model_card
 

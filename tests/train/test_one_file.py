@@ -19,8 +19,8 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.generation import Generator
 from atod_train.models.policy import ModelShape, Policy, build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.progress import PhaseTimes
 from atod_train.records import Trajectory
-from atod_train.reports.metrics import PhaseTimes
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect
 from atod_train.teachers.local import LocalTeacher

@@ -23,6 +23,7 @@ from atod_train.config import (
     RunConfig,
     TrainConfig,
 )
+from atod_train.files import read_json
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.generation import Generator
 from atod_train.models.policy import ModelShape, Policy, build_policy
@@ -30,7 +31,6 @@ from atod_train.models.pretrained import SMOLLM2, LoadOptions, load_policy, pick
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from atod_train.reports.metrics import read_metrics
-from atod_train.reports.run_folder import read_json
 from atod_train.studies.study import run_study
 
 SHAPE = ModelShape(layers=2, width=32, heads=2, mlp_width=48, max_positions=128)

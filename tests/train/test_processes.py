@@ -19,8 +19,8 @@ from test_trainer import _numbers as numbers
 from atod_gym.errors import InvalidSettingError
 from atod_train.config import RunConfig
 from atod_train.distributed import Processes, join_processes
+from atod_train.files import read_json
 from atod_train.reports.metrics import read_evaluations
-from atod_train.reports.run_folder import read_json
 from atod_train.studies.study import run_study
 from atod_train.training.checkpoint import load_latest
 from atod_train.training.update import share_of_sequences

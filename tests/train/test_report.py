@@ -10,12 +10,12 @@ import pytest
 from html_page import Page
 
 from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
+from atod_train.files import FileError
 from atod_train.reports.metrics import Evaluation, MetricsWriter, TrajectoryRecord, TurnDisplay
 from atod_train.reports.report import ReportError, read_run, write_report
 from atod_train.reports.report_data import RunSummary, mean_curve, smooth
 from atod_train.reports.report_page import LONGEST_TEXT, percent, percent_range, trajectory
 from atod_train.reports.run_folder import (
-    RunFolderError,
     write_config,
     write_manifest,
     write_summary,
@@ -218,7 +218,7 @@ def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(ReportError, match="choose another folder"):
         write_report(tmp_path / "absent", [RunSummary("atod", 0)])
     (tmp_path / "summary.json").write_text("{torn")
-    with pytest.raises(RunFolderError, match=r"summary\.json"):
+    with pytest.raises(FileError, match=r"summary\.json"):
         write_report(tmp_path)
 
 

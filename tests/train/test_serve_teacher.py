@@ -28,9 +28,9 @@ from test_trainer import _numbers as numbers
 from atod_train import doctor
 from atod_train.cli import main
 from atod_train.config import StudyConfig
+from atod_train.files import read_json
 from atod_train.models.policy import build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
-from atod_train.reports.run_folder import read_json
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.study import run_study
 from atod_train.teachers.server import ServedTeacher, create_app

@@ -19,7 +19,7 @@ from atod_train.config import (
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.reports.metrics import Evaluation
-from atod_train.reports.run_folder import RunFolderError
+from atod_train.reports.run_folder import FileError
 from atod_train.training import supervised
 from atod_train.training.supervised import evaluate_start
 
@@ -108,5 +108,5 @@ def test_a_broken_file_is_named(content: str, made: list[str], tmp_path: Path) -
     text = path.read_text(encoding="utf-8")
     same = text[text.index("{", 1) : text.index(',\n  "result"')]
     path.write_text(content.replace("SAME", same), encoding="utf-8")
-    with pytest.raises(RunFolderError, match=r"student-valid_seen-greedy\.json .*remove"):
+    with pytest.raises(FileError, match=r"student-valid_seen-greedy\.json .*remove"):
         _evaluated(tmp_path)

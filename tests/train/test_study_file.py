@@ -13,8 +13,8 @@ import pytest
 
 from atod_gym.errors import InvalidSettingError
 from atod_train.cli import _parsed, main
+from atod_train.files import read_json
 from atod_train.reports.metrics import read_evaluations, read_metrics
-from atod_train.reports.run_folder import read_json
 from atod_train.studies.file import Selection, read_study
 from atod_train.studies.study_pieces import read_results
 

@@ -32,13 +32,14 @@ from atod_train.config import (
     StudyConfig,
     TrainConfig,
 )
+from atod_train.files import read_json
 from atod_train.models.generation import Generator
 from atod_train.models.policy import build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.presets import PRESETS
 from atod_train.reports.metrics import read_metrics
 from atod_train.reports.report_data import read_run
-from atod_train.reports.run_folder import RunFolderError, read_json
+from atod_train.reports.run_folder import RunFolderError
 from atod_train.studies.study import run_study
 from atod_train.training.checkpoint import CheckpointError, load_latest
 

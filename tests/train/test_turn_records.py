@@ -150,12 +150,12 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(AtodError, match="Cannot write"):
         write_rows(tmp_path / "none" / "rollouts.jsonl", [])
     path.write_bytes(before + before[:50])
-    with pytest.raises(AtodError, match="line 2 is no JSON"):
+    with pytest.raises(AtodError, match=r"line 2 of .* is broken"):
         list(read_rows(path))
     path.write_text("3\n", encoding="utf-8")
-    with pytest.raises(AtodError, match="line 1 is no object"):
+    with pytest.raises(AtodError, match=r"line 1 of .*no JSON object"):
         list(read_rows(path))
-    with pytest.raises(AtodError, match="Cannot read"):
+    with pytest.raises(AtodError, match="no such file"):
         list(read_rows(tmp_path / "none.jsonl"))
 
 

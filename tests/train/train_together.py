@@ -16,7 +16,7 @@ from atod_train.algorithm.methods import Signals, compute_advantages
 from atod_train.config import AlgorithmConfig
 from atod_train.distributed import Processes, end_process, join_processes
 from atod_train.models.pretrained import LoadOptions, load_policy
-from atod_train.reports.metrics import PhaseTimes
+from atod_train.progress import PhaseTimes
 from atod_train.studies.study import run_study
 from atod_train.teachers.local import LocalTeacher
 from atod_train.training.checkpoint import whole

@@ -1,0 +1,158 @@
+"""Read and write the trainer's files: JSON, JSON lines, and files replaced whole.
+
+All text is UTF-8, lines end in a line feed. NaN and infinity are written as null, which JSON has.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from atod_gym.errors import AtodError
+
+PARTIAL = ".partial"
+"""Suffix of a file that is being written; one that stays was left by a killed process."""
+
+
+class FileError(AtodError):
+    """A file is broken, absent, or cannot be used."""
+
+
+def without_infinities(value: Any) -> Any:
+    """Return a JSON value with None for NaN and infinity, and lists for tuples."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): without_infinities(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_infinities(item) for item in value]
+    return value
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """Replace a file atomically: at every moment `path` is the old file or the new one, whole.
+
+    Args:
+        path: the file, in a folder that exists.
+        sync: force file and folder to disk, so that a power failure loses neither.
+
+    Yields:
+        The path to write to. It gets its name when the block ends, and is deleted when it raises.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        if sync:
+            _sync(partial)
+        os.replace(partial, path)
+        if sync:
+            _sync(path.parent)
+    finally:
+        if path.parent.is_dir():
+            partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to disk; systems that cannot open folders skip those."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows and folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically."""
+    write_text(path, json.dumps(without_infinities(value), indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; return an empty dict where the file is absent.
+
+    Raises:
+        FileError: the file is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path} cannot be read ({error}); remove or repair it") from error
+    if not isinstance(value, dict):
+        raise FileError(f"{path} is not a JSON object; remove or repair it")
+    return value
+
+
+def read_json_lines(
+    path: Path, *, required: bool = False, integer: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file, one after the other.
+
+    A last line without line end that is no JSON is torn: the process was killed while it wrote.
+
+    Args:
+        path: the file.
+        required: the file was written whole: it must exist, and a torn line is an error. Otherwise
+            an absent file has no lines, and a torn line is left out.
+        integer: a key that every object must have, with an integer as value.
+
+    Raises:
+        FileError: the file cannot be read; a line is no JSON object.
+    """
+    try:
+        # Only "\n" ends a record: text mode would also cut at "\r" inside of texts.
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                    if not isinstance(value, dict):
+                        raise ValueError("no JSON object")
+                    if integer and not isinstance(value.get(integer), int):
+                        raise ValueError(f"no {integer}")
+                except ValueError as error:
+                    if not required and not line.endswith(b"\n"):
+                        return
+                    raise FileError(
+                        f"line {number} of {path} is broken ({error}); remove that line"
+                    ) from error
+                yield value
+    except FileNotFoundError as error:
+        if required:
+            raise FileError(f"{path} cannot be read: there is no such file") from error
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error}") from error
+
+
+def end_last_line(path: Path) -> None:
+    """Prepare a JSON-lines file for appending: end its last line, or remove it where it is torn."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole == len(content):
+            return
+        try:
+            json.loads(content[whole:])
+        except ValueError:
+            file.truncate(whole)
+        else:
+            file.write(b"\n")
