@@ -98,7 +98,8 @@ def _resume(arguments: Sequence[str]) -> None:
     Raises:
         AtodError: not one folder, or no run in it.
     """
-    from atod_train.reports.run_folder import CONFIG_FILE, read_config, read_json
+    from atod_train.files import read_json
+    from atod_train.reports.run_folder import CONFIG_FILE, read_config
 
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise AtodError(

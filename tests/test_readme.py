@@ -38,9 +38,10 @@ def test_every_benchmark_and_script_named_exists() -> None:
 def test_every_preset_named_exists() -> None:
     presets = pytest.importorskip("atod_train.presets")
     for name in re.findall(r"atod-train ([a-z][\w-]+)", README):
-        assert name in ("doctor", "resume", "serve-teacher", "study", "results") or name in presets.PRESETS, (
-            name
-        )
+        assert (
+            name in ("doctor", "resume", "serve-teacher", "study", "results")
+            or name in presets.PRESETS
+        ), name
 
 
 def test_the_file_tree_names_files_that_exist() -> None:

@@ -17,7 +17,8 @@ from atod_train.config import EnvConfig, RunConfig
 from atod_train.evaluation.agent_evaluation import EpisodeTally, PlayedEnv
 from atod_train.evaluation.agents import Completion
 from atod_train.evaluation.eval_records import EpisodeRecord
-from atod_train.reports.run_folder import CONFIG_FILE, SECTIONS, read_config, read_json
+from atod_train.files import read_json
+from atod_train.reports.run_folder import CONFIG_FILE, SECTIONS, read_config
 
 if TYPE_CHECKING:
     from atod_train.models.policy import Policy

@@ -97,6 +97,9 @@ def test_results_are_those_of_the_study_files(
         for section in ("algorithm", "train"):
             recorded = run.record[section]
             wanted = vars(getattr(config, section))
+            # What is one setting today was two when these runs were made.
+            if recorded.get("mean_preserving"):
+                recorded = {**recorded, "turn_weights": "mean_preserving"}
             for name in ("method", "shape", "anneal_steps", "turn_weights", "steps", "lr"):
                 assert recorded.get(name) == wanted.get(name)
     for piece in environment.pieces:
