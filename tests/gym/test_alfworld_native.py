@@ -16,6 +16,7 @@ from atod_gym.envs.alfworld.engine.native import NativeEngine, compile_game, ent
 from atod_gym.envs.alfworld.engine.pddl import parse_expression, parse_problem, typed_list
 from atod_gym.envs.alfworld.generated.files import generate_game
 from atod_gym.envs.alfworld.generated.houses import generated_task_ids
+from atod_gym.envs.alfworld.official import OfficialEngine
 from atod_gym.errors import InvalidGameError, UnsupportedGameError
 
 TASK_TYPES = (
@@ -165,6 +166,39 @@ def test_what_is_not_understood_is_refused(
         assert 'backend="alfworld"' in str(caught.value)
 
 
+_LOOK = "(and (checked ?l))"
+_GOAL = "(:goal (and (holdsAny agent1)))"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (_GOAL, "(:goal)"),
+        (_GOAL, "(:goal ())"),
+        (_GOAL, "(:goal (holdsAny agent1) (holdsAny agent1))"),
+        (_GOAL, "(:goal (not (holdsAny agent1) (holdsAny agent1)))"),
+        (_GOAL, "(:goal (imply (holdsAny agent1) (holdsAny agent1) (holdsAny agent1)))"),
+        (_GOAL, "(:goal (exists (?a - agent) (holdsAny ?a) (holdsAny ?a)))"),
+        (f":effect {_LOOK}", ""),
+        (f":effect {_LOOK}", f":effect {_LOOK} (checked ?a)"),
+        (f":effect {_LOOK}", f":effect {_LOOK} :effect (checked ?a)"),
+        (_LOOK, "(when (holdsAny ?a) (checked ?l) (checked ?a))"),
+        ("(and (atLocation ?a ?l))", "(and (atLocation ?a ?l) ())"),
+    ],
+)
+def test_no_part_of_the_rules_is_ignored(game: dict[str, Any], old: str, new: str) -> None:
+    problem = game["pddl_problem"]
+    game = {**game, "pddl_problem": problem[: problem.index("(:goal")] + _GOAL + ")"}
+    key = "pddl_problem" if old == _GOAL else "pddl_domain"
+    assert old in game[key]
+    changed = {**game, key: game[key].replace(old, new, 1)}
+    with pytest.raises(InvalidGameError):
+        NativeEngine(changed)
+    pytest.importorskip("alfworld")
+    with pytest.raises(InvalidGameError, match="official engine"):
+        OfficialEngine(changed).reset()
+
+
 def test_words_of_the_grammar_are_never_taken_for_placeholders(game: dict[str, Any]) -> None:
     odd = _changed(game, "grammar", '"look";', '"look ph_oops ph_l v0_l S N";')
     assert "look ph_oops ph_l v0_l S N" in NativeEngine(odd).last.admissible_commands
@@ -227,6 +261,16 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(InvalidGameError, match=r"game\.tw-pddl"):
             NativeEngine(path)
+
+
+@pytest.mark.parametrize("engine", [NativeEngine, OfficialEngine])
+def test_content_without_a_text_is_named(
+    game: dict[str, Any], engine: type[NativeEngine | OfficialEngine]
+) -> None:
+    if engine is OfficialEngine:
+        pytest.importorskip("alfworld")
+    with pytest.raises(InvalidGameError, match="has no text under grammar, pddl_problem"):
+        engine({**game, "pddl_problem": None, "grammar": 3})
 
 
 def test_names_count_down_along_sorted_ids() -> None:

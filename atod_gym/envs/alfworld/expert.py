@@ -8,14 +8,14 @@ than its own were executed.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from atod_gym.envs.alfworld.engine import NOTHING_HAPPENS
 from atod_gym.envs.alfworld.generated.furniture import OPENABLE, places
 from atod_gym.errors import UnsupportedGameError
-
-NOTHING_HAPPENS: Final = "Nothing happens."
 
 _APPLIANCES: Final = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
 _CHANGES: Final = {"clean": "clean", "hot": "heat", "cool": "cool"}
@@ -366,9 +366,7 @@ class ScriptedExpert:
             for kind, weight in places(goal.lamp).items():
                 share = 0.3 if needs_target else 1.0
                 weights[kind] = weights.get(kind, 0.0) + share * weight
-        counts: dict[str, int] = {}
-        for name in memory.receptacles:
-            counts[_kind(name)] = counts.get(_kind(name), 0) + 1
+        counts = Counter(map(_kind, memory.receptacles))
 
         def promise(name: str) -> float:
             kind = _kind(name)

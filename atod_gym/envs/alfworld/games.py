@@ -14,7 +14,12 @@ from pathlib import Path
 
 from atod_gym.datasets import data_set
 from atod_gym.envs.alfworld.generated.files import generate_game, generated_content_hash
-from atod_gym.envs.alfworld.generated.houses import TASK_TYPES, generated_task_ids, read_task_id
+from atod_gym.envs.alfworld.generated.houses import (
+    SPLIT_SIZES,
+    TASK_TYPES,
+    generated_task_ids,
+    read_task_id,
+)
 from atod_gym.errors import DataNotFoundError, InvalidGameError
 from atod_gym.tasks import (
     DataSource,
@@ -25,7 +30,7 @@ from atod_gym.tasks import (
     locate,
 )
 
-SPLITS = ("train", "valid_seen", "valid_unseen")
+SPLITS = tuple(SPLIT_SIZES)
 """The splits of official and of generated data; other folders of games may have others."""
 
 GAME_FILE = "game.tw-pddl"
@@ -69,17 +74,14 @@ class Games:
 
     def game(self, task_id: str) -> Path | dict[str, object]:
         """Return the game file of a task, or the content that it would have."""
-        return generate_game(task_id) if self.folder is None else self._file(self.folder, task_id)
+        return self._file(task_id) or generate_game(task_id)
 
     def describe(self, task_id: str) -> str:
         """Return a name for error messages: the path of the file where there is one."""
-        if self.folder is None:
-            return f"generated game {task_id}"
-        return str(self._file(self.folder, task_id))
+        return str(self._file(task_id) or f"generated game {task_id}")
 
-    @staticmethod
-    def _file(folder: Path, task_id: str) -> Path:
-        return folder.joinpath(*task_id.split("/"), GAME_FILE)
+    def _file(self, task_id: str) -> Path | None:
+        return self.folder and self.folder.joinpath(*task_id.split("/"), GAME_FILE)
 
 
 def open_games(data: str, split: str, house_size: str) -> Games:

@@ -37,8 +37,8 @@ class OfficialEngine:
         """
         with _one_at_a_time:
             pddl_env, demangler, infos = _official_classes()
-        content = game if isinstance(game, Mapping) else read_game(game)
-        _check_versions(str(content["grammar"]), importlib.metadata.version("alfworld"))
+        content = read_game(game)
+        _check_versions(content["grammar"], importlib.metadata.version("alfworld"))
         walkthrough = content.get("walkthrough")
         steps = walkthrough if isinstance(walkthrough, list | tuple) else ()
         self.walkthrough: tuple[str, ...] = tuple(map(str, steps))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from atod_gym.errors import InvalidGameError
+
+NOTHING_HAPPENS = "Nothing happens."
+"""The feedback to a command that is not admissible."""
 
 _TEXT_KEYS = ("pddl_domain", "grammar", "pddl_problem")
 
@@ -38,25 +42,30 @@ class GameEngine(Protocol):
         """Free what the game holds; may be called twice."""
 
 
-def read_game(path: str | os.PathLike[str]) -> dict[str, object]:
-    """Read a game file and check that it has what an engine needs.
+def read_game(game: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Return the content of a game, after a check that it has the texts that an engine needs.
+
+    Args:
+        game: the path of a game file, or its content.
 
     Raises:
         InvalidGameError: names the file and what is wrong with it.
     """
-    try:
-        game = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise InvalidGameError(
-            f"Cannot read the game file {os.fspath(path)}: {error.strerror or error}."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidGameError(f"The game file {os.fspath(path)} is not JSON: {error}.") from error
-    if not isinstance(game, dict):
-        raise InvalidGameError(f"The game file {os.fspath(path)} does not hold a JSON object.")
-    wrong = [key for key in _TEXT_KEYS if not isinstance(game.get(key), str)]
+    name = "The game"
+    content: object = game
+    if not isinstance(game, Mapping):
+        name = f"The game file {os.fspath(game)}"
+        try:
+            content = json.loads(Path(game).read_bytes())
+        except OSError as error:
+            raise InvalidGameError(
+                f"Cannot read the game file {os.fspath(game)}: {error.strerror or error}."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidGameError(f"{name} is not JSON: {error}.") from error
+    if not isinstance(content, Mapping):
+        raise InvalidGameError(f"{name} does not hold a JSON object.")
+    wrong = [key for key in _TEXT_KEYS if not isinstance(content.get(key), str)]
     if wrong:
-        raise InvalidGameError(
-            f"The game file {os.fspath(path)} has no text under {', '.join(wrong)}."
-        )
-    return game
+        raise InvalidGameError(f"{name} has no text under {', '.join(wrong)}.")
+    return content

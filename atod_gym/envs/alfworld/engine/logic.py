@@ -107,8 +107,10 @@ class Logic:
         """Return the compiled goal and the constants to call it with."""
         tokens = re.findall(r"[()]|[^\s()]+", text)
         expression = parse_expression(text)
+        if len(expression) != 2:
+            raise InvalidGameError(f"the goal has {len(expression) - 1} conditions, not one.")
         try:
-            condition = parse_condition(expression[1] if len(expression) > 1 else [])
+            condition = parse_condition(expression[1])
         except (IndexError, TypeError, AttributeError) as error:
             raise InvalidGameError(f"the goal cannot be read ({error!r}).") from error
         literals = list(literals_of(condition))

@@ -17,13 +17,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from atod_gym.envs.alfworld.engine import EngineState, read_game
+from atod_gym.envs.alfworld.engine import NOTHING_HAPPENS, EngineState, read_game
 from atod_gym.envs.alfworld.engine.joins import TYPE_PREDICATE, change_slot, new_facts
 from atod_gym.envs.alfworld.engine.logic import Commands, Goal, Logic, Program, State, compile_logic
 from atod_gym.envs.alfworld.engine.pddl import Problem, check_facts, objects_of_type, parse_problem
 from atod_gym.errors import AtodError, InvalidGameError, InvalidSettingError
-
-NOTHING_HAPPENS = "Nothing happens."
 
 _TASK_MARK = "@@task@@"
 _TASK_RULE = re.compile(
@@ -110,13 +108,10 @@ def compile_game(game: Mapping[str, Any]) -> NativeGame:
         InvalidGameError: a key is missing or a text is broken.
         UnsupportedGameError: the domain or grammar is beyond the native engine.
     """
-    texts = [game.get(key) for key in ("pddl_domain", "grammar", "pddl_problem")]
-    if not all(isinstance(text, str) for text in texts):
-        raise InvalidGameError("it lacks a text under pddl_domain, grammar or pddl_problem.")
-    domain, grammar, problem_text = texts
-    problem = parse_problem(str(problem_text))
+    game = read_game(game)
+    problem = parse_problem(game["pddl_problem"])
     with _lock:
-        logic, task = _logic_for(str(domain), str(grammar), problem)
+        logic, task = _logic_for(game["pddl_domain"], game["grammar"], problem)
         goal, constants = logic.goal(problem.goal)
         program = logic.program()
         entities: set[str] = set()

@@ -15,12 +15,15 @@ from typing import Any
 
 from atod_gym.errors import InvalidGameError, UnsupportedGameError
 
-OTHER_BACKEND = 'the native engine does not play this game; use backend="alfworld"'
+_PARTS = {"not": 1, "imply": 2, "exists": 2, "when": 2}
+"""Number of parts of the forms that have a fixed one; Fast Downward refuses others, too."""
 
 
 def unsupported(what: str) -> UnsupportedGameError:
     """Return the error for a construct outside the understood subset; names the other backend."""
-    return UnsupportedGameError(f"{what}: {OTHER_BACKEND}.")
+    return UnsupportedGameError(
+        f'{what}: the native engine does not play this game; use backend="alfworld".'
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +162,15 @@ def typed_list(tokens: Sequence[str], default: str = "object") -> tuple[tuple[st
     return (*result, *((name, default) for name in waiting))
 
 
+def _head(expression: Sequence[Any]) -> Any:
+    """Return the first token of a form; raise InvalidGameError for a wrong number of parts."""
+    head, found = expression[0], len(expression) - 1
+    wanted = _PARTS.get(head, found) if isinstance(head, str) else found
+    if found != wanted:
+        raise InvalidGameError(f"({head} ..) in PDDL has {found} parts, not {wanted}.")
+    return head
+
+
 def _parse_literal(expression: Sequence[Any], positive: bool) -> Literal:
     predicate, *terms = expression
     if not all(isinstance(term, str) for term in expression):
@@ -170,11 +182,11 @@ def parse_condition(expression: Sequence[Any], positive: bool = True) -> Conditi
     """Return a condition in negation normal form.
 
     Raises:
+        InvalidGameError: on a form with a wrong number of parts.
         UnsupportedGameError: on `forall`, a negated `exists`, or an unknown form.
+        IndexError: on an empty form.
     """
-    if not expression:
-        return Junction("and", ())
-    head = expression[0]
+    head = _head(expression)
     if head == "not":
         return parse_condition(expression[1], not positive)
     if head in ("and", "or"):
@@ -207,7 +219,7 @@ def literals_of(condition: Condition) -> Iterator[Literal]:
 def _parse_effects(
     expression: Sequence[Any], conditions: tuple[Literal, ...] = ()
 ) -> Iterator[Effect]:
-    head = expression[0]
+    head = _head(expression)
     if head == "and":
         for part in expression[1:]:
             yield from _parse_effects(part, conditions)
@@ -236,14 +248,18 @@ def _parse_effects(
 def _parse_action(items: Sequence[Any]) -> ActionSchema:
     name = items[1]
     fields = dict(zip(items[2::2], items[3::2], strict=False))
+    if len(items) != 2 * len(fields) + 2 or ":effect" not in fields:
+        raise InvalidGameError(
+            f"action {name} must have :effect, each field at most once, and one form after each."
+        )
     unknown = set(fields) - {":parameters", ":precondition", ":effect"}
     if unknown:
         raise unsupported(f"the field {min(unknown)} of action {name}")
     return ActionSchema(
         name,
         typed_list(fields.get(":parameters", [])),
-        parse_condition(fields.get(":precondition", [])),
-        tuple(_parse_effects(fields[":effect"])) if fields.get(":effect") else (),
+        parse_condition(fields.get(":precondition") or ["and"]),
+        tuple(_parse_effects(fields[":effect"] or ["and"])),
     )
 
 
@@ -289,10 +305,8 @@ def parse_domain(text: str) -> Domain:
 
 def check_atom(domain: Domain, atom: Atom, where: str) -> None:
     """Raise InvalidGameError if the atom's predicate is not declared with this many terms."""
-    known = 2 if atom.predicate == "=" else len(domain.predicates.get(atom.predicate, ())) or None
-    if atom.predicate in domain.predicates and not domain.predicates[atom.predicate]:
-        known = 0
-    if known != len(atom.terms):
+    declared = ("",) * 2 if atom.predicate == "=" else domain.predicates.get(atom.predicate)
+    if declared is None or len(declared) != len(atom.terms):
         raise InvalidGameError(
             f"{where} uses ({atom.predicate} {' '.join(atom.terms)}), which the domain's "
             "predicates do not declare in this form."
