@@ -27,7 +27,7 @@ from test_trainer import _numbers as numbers
 
 from atod_train import doctor
 from atod_train.cli import main
-from atod_train.config import StudyConfig
+from atod_train.config import StartConfig, StudyConfig
 from atod_train.files import read_json
 from atod_train.models.policy import build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
@@ -285,7 +285,8 @@ def test_a_run_is_that_of_the_same_teacher_here(api: str, tmp_path: Path) -> Non
         build_policy("micro", tokenizer, seed).save(tmp_path / role)
     model = replace(CONFIG.model, student=str(tmp_path / "student"), teacher_api=api)  # type: ignore[arg-type]
     train = replace(CONFIG.train, steps=2, eval_every=0)
-    here = replace(CONFIG, model=replace(model, teacher=str(tmp_path / "teacher")), train=train)
+    teacher = replace(model, teacher=str(tmp_path / "teacher"))
+    here = replace(CONFIG, model=teacher, start=StartConfig(), train=train)
     run_study(here, tmp_path / "here")
     with served(tmp_path / "teacher") as (address, _):
         run_study(replace(here, model=replace(model, teacher=address)), tmp_path / "there")
