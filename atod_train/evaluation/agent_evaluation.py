@@ -1,4 +1,4 @@
-"""Plays every task of a split once with any agent, several episodes at a time; no torch."""
+"""Play every task of a split once with any agent, several episodes at a time; no torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class PlayedEnv:
-    """Which environment is played, and how it is put to the agent."""
+    """Settings of the environment and of its prompts."""
 
     id: str
     split: str
@@ -43,7 +43,7 @@ class PlayedEnv:
     show_admissible: bool = True
 
     def make(self) -> gymnasium.Env[Any, str]:
-        """An environment that speaks messages.
+        """Make the environment with the wrappers that turn observations into messages.
 
         Raises:
             AtodError: the environment refuses a setting; the message is the environment's.
@@ -70,7 +70,7 @@ class PlayedEnv:
 
 
 class EnvThread:
-    """An environment in a thread of its own, so that a slow step keeps nobody waiting.
+    """Run an environment in a thread of its own, so that a slow step blocks no other episode.
 
     Args:
         played: what to make; it is made before this returns.
@@ -85,7 +85,7 @@ class EnvThread:
             raise
 
     async def run(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
-        """Calls a function in the thread; who is cancelled meanwhile waits for its end."""
+        """Call a function in the thread; a cancelled caller waits until it has ended."""
         future = asyncio.wrap_future(self._thread.submit(function, *arguments, **named))
         try:
             return await asyncio.shield(future)
@@ -120,7 +120,7 @@ async def play_tasks(
         task_ids: the tasks, each once; they begin in this order.
         concurrency: episodes at the same time.
         on_record: takes each record when its episode has ended.
-        keep_transcripts: whether records hold what was said.
+        keep_transcripts: whether records hold prompts and completions.
 
     Raises:
         AtodError: an environment or an agent fails; episodes under way are given up.
@@ -157,7 +157,7 @@ async def play_tasks(
 async def play_episode(
     thread: EnvThread, agent: Agent, task_id: str, keep_transcript: bool = False
 ) -> EpisodeRecord:
-    """Plays one task and records it; an episode that the agent cannot go on with has failed."""
+    """Play one task and record it; an episode that the agent cannot continue has failed."""
     began = time.monotonic()
     env = thread.env
     messages, info = await thread.run(env.reset, options={"task_id": task_id})
@@ -251,7 +251,7 @@ class EpisodeTally:
 
 
 def _empty_reply(said: Completion) -> str:
-    """Names what an agent said instead of a text; empty if it said one."""
+    """Name what an agent gave instead of a text; empty if it gave one."""
     if said.instead:
         return f"{EMPTY_REPLY} ({said.instead})"
     return "" if said.text.strip() else EMPTY_REPLY

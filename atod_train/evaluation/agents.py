@@ -1,7 +1,7 @@
-"""Agents that play by messages: random, scripted expert, a person, or anybody's own; no torch.
+"""Agents that play by messages: random, scripted expert, a person, or one's own; no torch.
 
-An agent plays one episode at a time; for several at once there are several agents. What it says
-goes through the same wrappers as a model's completion, see `atod_gym.wrappers.agent_env`.
+An agent plays one episode at a time; for several at once there are several agents. Its
+completion goes through the same wrappers as that of a model, see `atod_gym.wrappers.agent_env`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOST_WORDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an agent says in a turn, and what that took; None: not known."""
+    """An agent's completion and its tokens; None: not known."""
 
     text: str
     prompt_tokens: int | None = 0
@@ -48,7 +48,7 @@ class Completion:
 
 
 class EpisodeStopped(Exception):
-    """An agent cannot go on with an episode, which then counts as failed; others may do well."""
+    """An agent cannot continue an episode, which then counts as failed; others can be played."""
 
     def __init__(self, reason: Literal["context_limit", "refused"], message: str) -> None:
         super().__init__(message)
@@ -59,7 +59,7 @@ class Agent(Protocol):
     """Plays one episode after the other."""
 
     def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
-        """Starts an episode.
+        """Start an episode.
 
         Args:
             env: what `atod_gym.wrappers.agent_env` makes, already reset.
@@ -73,7 +73,7 @@ class Agent(Protocol):
         observation: TurnObservation,
         info: Mapping[str, Any],
     ) -> Completion:
-        """Says what to do now.
+        """Return the completion of this turn.
 
         Args:
             messages: the prompt, each with `role` and `content`.
@@ -81,8 +81,8 @@ class Agent(Protocol):
             info: that of the last reset or step; `info["action"]` was executed last.
 
         Raises:
-            EpisodeStopped: the episode cannot go on.
-            AtodError: no episode can go on.
+            EpisodeStopped: the episode cannot be continued.
+            AtodError: no episode can be continued.
         """
 
 
@@ -96,7 +96,7 @@ class RandomAgent:
         self._seed = seed
 
     def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
-        """Starts an episode."""
+        """Start an episode."""
         del observation
         self._format: Callable[[str], str] = env.get_wrapper_attr("completion_format").format
         self._tags = action_tags(env.unwrapped.metadata)
@@ -108,7 +108,7 @@ class RandomAgent:
         observation: TurnObservation,
         info: Mapping[str, Any],
     ) -> Completion:
-        """Says what to do now."""
+        """Return the completion of this turn."""
         del messages, info
         actions = observation["admissible_actions"]
         if actions:
@@ -136,7 +136,7 @@ class ExpertAgent:
     """Plays as the environment's scripted expert does, which sees no more than a model."""
 
     def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
-        """Starts an episode.
+        """Start an episode.
 
         Raises:
             InvalidSettingError: the environment has no expert.
@@ -156,7 +156,7 @@ class ExpertAgent:
         observation: TurnObservation,
         info: Mapping[str, Any],
     ) -> Completion:
-        """Says what to do now."""
+        """Return the completion of this turn."""
         del messages
         last = info["action"] if observation["turn_index"] else None
         choices = observation["admissible_actions"]
@@ -164,7 +164,7 @@ class ExpertAgent:
 
 
 class HumanAgent:
-    """Asks a person in the terminal."""
+    """Ask a person in the terminal."""
 
     def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
         """Shows the task."""
@@ -180,7 +180,7 @@ class HumanAgent:
         observation: TurnObservation,
         info: Mapping[str, Any],
     ) -> Completion:
-        """Asks what to do now.
+        """Ask for an action.
 
         Raises:
             KeyboardInterrupt: the person wants to leave.
@@ -188,7 +188,7 @@ class HumanAgent:
         del messages
         print(f"\n{play.page(observation, info)}")
         while True:
-            # Nothing else goes on meanwhile: a person plays one episode at a time.
+            # A person plays one episode at a time, so that blocking is harmless.
             with _ctrl_c_at_once():
                 action = _asked(observation)
             if action is None:

@@ -34,7 +34,7 @@ _NO_KEY = "none"
 
 _CHARACTERS_PER_TOKEN = 4
 _USUAL_COMPLETION = 256
-"""Tokens that a completion is reckoned to have where no limit is set."""
+"""Estimated tokens of a completion where no limit is set."""
 
 _NO_END = CompletionFormat("plain")
 """Replies are not cut."""
@@ -135,7 +135,7 @@ class ChatEndpoint:
 
     Args:
         settings: the model and how it is asked.
-        limiter: shared by all who use the endpoint.
+        limiter: shared by all agents of the endpoint.
 
     Raises:
         MissingExtraError: the client library is not installed.
@@ -268,8 +268,8 @@ class ChatEndpoint:
         if stop:
             chosen["stop"] = list(stop)
         characters = sum(len(message["content"]) for message in messages)
-        reckoned = characters // _CHARACTERS_PER_TOKEN + (settings.max_tokens or _USUAL_COMPLETION)
-        admission = await self._limiter.admit(reckoned)
+        estimate = characters // _CHARACTERS_PER_TOKEN + (settings.max_tokens or _USUAL_COMPLETION)
+        admission = await self._limiter.admit(estimate)
         create: Any = self._client.chat.completions.create
         request = create(
             model=settings.model,
@@ -306,7 +306,7 @@ class ChatAgent:
         observation: TurnObservation,
         info: Mapping[str, Any],
     ) -> Completion:
-        """Says what to do now; where a window prompt is too long, its oldest turns are left out.
+        """Return the completion; the oldest turns of a window prompt that is too long are left out.
 
         Raises:
             EpisodeStopped: the prompt is too long all the same, or refused.

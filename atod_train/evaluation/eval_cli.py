@@ -170,7 +170,7 @@ def _play(
         if folder.records:
             what += (
                 f" {len(folder.records)} of {len(task_ids)} tasks are kept in {folder.path}; "
-                f"to go on: {command_to_resume(words)}"
+                f"to continue: {command_to_resume(words)}"
             )
         _tell(what)
         return 130 if stopped else 2
@@ -178,7 +178,7 @@ def _play(
 
 
 def _described(model: LocalModel, played: PlayedEnv) -> str:
-    """The line that says which model is played, and with which prompts."""
+    """Return the line that names the model and its prompts."""
     source = "its run" if model.found.trained is not None else "defaults and command line"
     return (
         f"model {model.found.source}; prompts of {source}: {played.prompt_style} style, profile "
@@ -188,7 +188,7 @@ def _described(model: LocalModel, played: PlayedEnv) -> str:
 
 
 def _no_progress(amount: int = 1, note: str = "") -> None:
-    """A person sees how far the play is."""
+    """Show no bar: a person sees the episode."""
 
 
 def _tell(message: str) -> None:

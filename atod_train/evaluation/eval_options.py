@@ -112,15 +112,15 @@ def parser() -> argparse.ArgumentParser:
         "model as many as memory holds, else 1)",
     )
     run.add_argument("--out", type=Path, help="result folder (default: runs/eval-..)")
-    run.add_argument("--transcripts", action="store_true", help="keep what was said")
-    run.add_argument("--resume", action="store_true", help="go on with what is in the folder")
+    run.add_argument("--transcripts", action="store_true", help="keep prompts and completions")
+    run.add_argument("--resume", action="store_true", help="continue the evaluation in the folder")
     return made
 
 
 def _add_env_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--split", required=True, help="split of the tasks")
     group.add_argument("--data", help="auto (default), official, generated, or a path")
-    group.add_argument("--tasks", type=int, default=0, help="the first so many tasks; 0: all")
+    group.add_argument("--tasks", type=int, default=0, help="number of first tasks; 0: all")
     group.add_argument("--task-ids", nargs="+", metavar="ID", help="exactly these tasks")
     group.add_argument(
         "--option",
@@ -261,7 +261,7 @@ def result_settings(
 
 
 def chosen_agent(options: argparse.Namespace) -> ChosenAgent:
-    """Who plays.
+    """Return the agent.
 
     Raises:
         AtodError: there is no such agent, or a setting or package for it is missing.

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what is kept of each episode, going on later, and the result.
+"""The folder of an evaluation: records of episodes, resuming, and the result.
 
 settings.json   what results depend on, and each time that the program ran
 episodes.jsonl  one `EpisodeRecord` per episode, written as soon as it has ended
@@ -143,12 +143,12 @@ class Evaluated:
 
 
 class EvaluationFolder:
-    """Writes an evaluation as it goes on.
+    """Write an evaluation episode by episode.
 
     Args:
         path: the folder; it is made if need be.
         settings: what results depend on, as JSON values.
-        resume: go on with what is there.
+        resume: continue with the episodes that are there.
         about: further facts of this time, such as the URL of an endpoint.
 
     Raises:
@@ -173,7 +173,7 @@ class EvaluationFolder:
         lines = list(read_json_lines(path / EPISODES_FILE))
         if lines and not resume:
             raise InvalidSettingError(
-                f"{path} holds {len(lines)} episodes already: go on with --resume, or choose "
+                f"{path} holds {len(lines)} episodes already: continue with --resume, or choose "
                 "another folder with --out."
             )
         if lines and not before:
@@ -196,7 +196,7 @@ class EvaluationFolder:
         self._seconds = 0.0
 
     def add(self, record: EpisodeRecord, seconds: float) -> None:
-        """Keeps an episode that has ended, so many seconds after this time's start."""
+        """Append an episode that ended some seconds after the start of this session."""
         self._seconds = round(seconds, 3)
         line = {**record.to_json(), "session": len(self._sessions), "at": self._seconds}
         text = json.dumps(without_infinities(line), ensure_ascii=False)
@@ -259,7 +259,7 @@ class EvaluationFolder:
                 self.path / SETTINGS_FILE, {"settings": self.settings, "sessions": self._sessions}
             )
             end_last_line(self.path / EPISODES_FILE)
-            # A result that was there says nothing about what is played now.
+            # An earlier result does not hold for the episodes that are played now.
             (self.path / RESULT_FILE).unlink(missing_ok=True)
         except OSError as error:
             raise RunFolderError(f"Cannot write to {self.path}: {error}") from error
@@ -287,7 +287,7 @@ def read_evaluated(path: Path) -> Evaluated:
 
 
 def command_to_resume(arguments: Sequence[str]) -> str:
-    """The command that goes on with an evaluation, for people to paste."""
+    """Return the command that continues an evaluation."""
     chosen = [argument for argument in arguments if argument != "--resume"]
     return shlex.join(["atod-eval", *chosen, "--resume"])
 
@@ -319,7 +319,7 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -
         elif old != new:
             raise InvalidSettingError(
                 f"{path} was played with {name} {_short(old)}, not {_short(new)}; give the same "
-                "settings to go on, or choose another folder with --out."
+                "settings to continue, or choose another folder with --out."
             )
 
 

@@ -42,7 +42,7 @@ def result_table(evaluated: Evaluated) -> str:
     early = {name: n for name, n in totals.stop_reasons.items() if name not in _ENDS}
     if early:
         counts = ", ".join(f"{name} {count}" for name, count in early.items())
-        lines.append(f"episodes that could not go on and count as failed: {counts}")
+        lines.append(f"episodes that could not be continued and count as failed: {counts}")
     if totals.invalid_reasons:
         lines.append(f"invalid turns: {_reasons(totals.invalid_reasons)}")
     if totals.cut_completions:

@@ -1,4 +1,4 @@
-"""`atod-eval`: options, folders, going on after a stop, and comparing."""
+"""`atod-eval`: options, folders, resuming after a stop, and comparing."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_going_on_plays_what_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--tasks", "3"), "holds 5 episodes already: go on with --resume"),
+        (("--tasks", "3"), "holds 5 episodes already: continue with --resume"),
         (("--resume", "--tasks", "3"), "was played with tasks 5, not 3"),
         (("--resume", "--tasks", "5", "--seed", "1"), "was played with seed 0, not 1"),
         (("--resume", "--tasks", "5", "--hide-admissible"), "with show_admissible true, not false"),
@@ -126,7 +126,8 @@ def test_a_refused_folder_stays_as_it_is(tmp_path: Path, options: tuple[str, ...
 def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(tmp_path, "--tasks", "2") == 0
     first, second = lines(tmp_path)
-    for content, message in ((f"{first[:9]}\n{second}\n", "line 1 is no"), ("{}\n", "version")):
+    broken = f"line 1 of {tmp_path / 'episodes.jsonl'} is broken"
+    for content, message in ((f"{first[:9]}\n{second}\n", broken), ("{}\n", "version")):
         (tmp_path / "episodes.jsonl").write_text(content, encoding="utf-8")
         capsys.readouterr()
         assert evaluate(tmp_path, "--tasks", "2", "--resume") == 2
@@ -238,7 +239,7 @@ def test_a_stopped_evaluation_goes_on(
     if how is signal.SIGINT:
         assert process.returncode == 130
         [told] = [line for line in error.splitlines() if line.startswith("atod-eval")]
-        assert f"Stopped. {kept} of 24 tasks are kept in out; to go on: atod-eval" in told
+        assert f"Stopped. {kept} of 24 tasks are kept in out; to continue: atod-eval" in told
         assert told.endswith("--concurrency 2 --out out --resume")
         assert "Traceback" not in error
     again = subprocess.run(

@@ -15,10 +15,12 @@ import torch
 from echo_env import EchoEnv
 
 from atod_train.config import EnvConfig, ModelConfig, RunConfig, TrainConfig
+from atod_train.evaluation import local_model
 from atod_train.evaluation.eval_cli import main
 from atod_train.evaluation.evaluate import episodes_at_once, evaluate
+from atod_train.models import pretrained
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.policy import MODEL_SHAPES, ModelShape, Policy, build_policy
 from atod_train.models.pretrained import load_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.reports.run_folder import write_config
@@ -192,6 +194,11 @@ def test_mistakes_are_one_line(
     [line] = [line for line in shown if line and not line.startswith("Loading weights")]
     assert message in line
     assert not out.exists()
+
+
+def test_names_of_models_are_those_of_the_loader() -> None:
+    assert local_model.SMOLLM2 == pretrained.SMOLLM2
+    assert set(local_model._FROM_SCRATCH) == set(MODEL_SHAPES)
 
 
 def test_the_last_model_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
