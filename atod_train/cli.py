@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -169,12 +170,23 @@ def _told(again: str, work: Callable[..., None], *arguments: Any) -> int:
         return 2
     except OSError as error:
         print(
-            f"atod-train: error: {error}. Free space or choose another folder; what was saved is "
-            f"intact and {again} goes on from it.",
+            f"atod-train: error: {error}. {_advice(error)} What was saved is intact, and {again} "
+            "continues from it.",
             file=sys.stderr,
         )
         return 2
     return 0
+
+
+def _advice(error: OSError) -> str:
+    """Return what a user can do about an error of the system."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "Free space or choose another folder."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Choose a folder that you may write to."
+    if isinstance(error, ConnectionError | TimeoutError):
+        return "Check that the server is up and reachable."
+    return "Check the file or device that is named."
 
 
 def _missing(error: ImportError) -> MissingExtraError:

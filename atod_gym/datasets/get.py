@@ -67,7 +67,7 @@ def source_url(data: DataSet, file: DataFile, mirror: str | None) -> str:
     """Return the URL or path of a file, which is `<data set>/<name>` in a mirror."""
     if not mirror:
         return file.url.replace(_HUB, os.environ.get("HF_ENDPOINT", "").rstrip("/") or _HUB, 1)
-    root = mirror.rstrip("/") if "://" in mirror else Path(mirror).expanduser().absolute()
+    root = mirror.rstrip("/") if "://" in mirror else Path(os.path.expanduser(mirror)).absolute()
     return f"{root}/{data.name}/{file.name}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import pickle
@@ -16,6 +17,7 @@ from test_failures import Failing
 from test_trainer import CONFIG, _resuming, _with
 
 from atod_gym.errors import AtodError, InvalidSettingError
+from atod_train import cli
 from atod_train.config import RunConfig
 from atod_train.files import read_json
 from atod_train.models.pretrained import load_policy
@@ -230,3 +232,24 @@ def test_a_date_in_the_template_is_reported(
     load_policy(tmp_path / "plain").save(tmp_path / "dated")
     with pytest.raises(RunFolderError, match="the tokenizer was changed"):
         run_study(_resuming(_with(dated, steps=3)), tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "Free space"),
+        (PermissionError(errno.EACCES, "Permission denied"), "may write to"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "server is up"),
+        (OSError(errno.EIO, "Input/output error"), "file or device"),
+    ],
+)
+def test_errors_of_the_system_are_what_they_are(
+    error: OSError, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        raise error
+
+    assert cli._told("the same command", work) == 2
+    told = capsys.readouterr().err
+    assert advice in told
+    assert ("Free space" in told) == (advice == "Free space")

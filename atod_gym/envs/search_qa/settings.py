@@ -8,6 +8,7 @@ server, and `ServerError` if the server does not start, fails or sends malformed
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ class SearchQASettings:
         try:
             found = locate(self.data, SOURCE, lambda found: not missing_official(found))
         except DataNotFoundError as error:
-            folder = Path(self.data).expanduser()
+            folder = Path(os.path.expanduser(self.data))
             raise DataNotFoundError(f"{error}{_there(scan(folder), folder)}") from None
         if found is None and self.corpus is not None:
             raise DataNotFoundError(
@@ -136,7 +137,9 @@ class SearchQASettings:
     @property
     def corpus_path(self) -> Path | None:
         """The file that was given as corpus; None: none was."""
-        return None if self.corpus is None else Path(self.corpus).expanduser().resolve()
+        if self.corpus is None:
+            return None
+        return Path(os.path.expanduser(self.corpus)).resolve()
 
 
 def _there(files: Sequence[DataFile], folder: Path) -> str:
