@@ -23,7 +23,7 @@ _TEXT = """\
 # {title}
 
 {student} after {steps} steps of method `{method}` on `{env}`{teacher}, trained with
-[atod-gym](https://pypi.org/project/atod-gym/). ATOD is Annealed Turn-Aware On-Policy Distillation
+`atod-gym`. ATOD is Annealed Turn-Aware On-Policy Distillation
 ([arXiv:2606.27814](https://arxiv.org/abs/2606.27814)).
 
 ## Results
