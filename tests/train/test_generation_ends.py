@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from test_dialogue import CHATML
@@ -68,7 +70,14 @@ def forced(text: str, form: CompletionFormat | None, template: str = CHATML) -> 
     generator = Generator(policy, dialogue, max_completion_tokens=200, completion_format=form)
     generator.start(1)
     ids = tuple(dialogue.completion(text))
-    [completion] = generator.prompt([dialogue.first([Message("user", "x")])], [0], [[ids]])
+    following = iter(ids)
+
+    def write(logits: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = torch.tensor([next(following)])
+        return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+
+    with mock.patch.object(generator, "_sample", write):
+        [completion] = generator.prompt([dialogue.first([Message("user", "x")])], [0])
     assert completion is not None
     # The tokens are those that were sampled.
     assert completion.ids == ids[: len(completion.ids)]
