@@ -10,6 +10,7 @@ encoding what was decoded may give other tokens. In window style every turn has 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import datetime
@@ -86,6 +87,7 @@ class DialogueEncoder:
         self._encoded: dict[Hashable, tuple[int, ...]] = {}
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
         longest_first = sorted(map(re.escape, special - {""}), key=len, reverse=True)
+        self._characters: Any = None
         self._control = re.compile("|".join(longest_first) or "(?!)")
         self.end_of_turn_id = self._find_end_of_turn()
         eos = tokenizer.eos_token_id
@@ -181,12 +183,20 @@ class DialogueEncoder:
         # The template writes the special tokens itself.
         ids: list[int] = []
         for number, part in enumerate(text.split(_MARK)):
-            is_hidden = number % 2 == 1
-            plain = "".join(chr(int(code)) for code in part.split()) if is_hidden else part
-            ids += self.tokenizer.encode(
-                plain, add_special_tokens=False, split_special_tokens=is_hidden
-            )
+            if number % 2 == 0:
+                ids += self.tokenizer.encode(part, add_special_tokens=False)
+            else:
+                ids += self._literal("".join(chr(int(code)) for code in part.split()))
         return ids
+
+    def _literal(self, text: str) -> list[int]:
+        """Return the ids of a control token's characters."""
+        if self._characters is None:
+            # A copy: the setting must not change under threads that use the tokenizer.
+            copied = copy.deepcopy(self.tokenizer.backend_tokenizer)
+            copied.encode_special_tokens = True
+            self._characters = copied
+        return list(self._characters.encode(text, add_special_tokens=False).ids)
 
     def _find_end_of_turn(self) -> int:
         dialogue = (Message("user", _FIRST), Message("assistant", _REPLY))
