@@ -20,7 +20,8 @@ from atod_gym.errors import AtodError
 from atod_train.algorithm.methods import has_exact_signal, needs_teacher
 from atod_train.config import OFFLOAD, RunConfig, is_url
 from atod_train.distributed import Processes, join_processes
-from atod_train.models.policy import MODEL_SHAPES, Policy
+from atod_train.models.checks import check_config
+from atod_train.models.policy import MODEL_SHAPES, Policy, llama_config
 from atod_train.models.pretrained import has_word_vocabulary, read_shape
 from atod_train.progress import no_lines, plain_lines
 from atod_train.reports.metrics import EvaluatedModel, Evaluation
@@ -308,12 +309,7 @@ def _find_models(config: RunConfig, wants_teacher: bool) -> None:
     for name in sorted(servers):
         describe(connect(name, model.teacher_api), model.teacher_api)
     for name in sorted(presets):
-        positions = MODEL_SHAPES[name].max_positions
-        if model.max_context > positions:
-            raise AtodError(
-                f"model.max_context={model.max_context} is more than the {positions} positions of "
-                f"model {name}. Use --model.max-context {positions} or less."
-            )
+        check_config(llama_config(MODEL_SHAPES[name], vocabulary=1), name, model.max_context)
     for name in sorted(saved):
         read_shape(name, model.max_context)
         if presets and not has_word_vocabulary(name):

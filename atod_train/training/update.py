@@ -209,8 +209,9 @@ def _loss(
 @contextmanager
 def _reference(teacher: Teacher | None, algorithm: AlgorithmConfig) -> Iterator[Reference | None]:
     """The teacher where whole distributions are compared, else None."""
-    if isinstance(teacher, LocalTeacher) and has_exact_signal(algorithm):
-        with teacher.reference(exact_top_k(algorithm) or 0) as reference:
+    top_k = exact_top_k(algorithm)
+    if isinstance(teacher, LocalTeacher) and top_k is not None:
+        with teacher.reference(top_k) as reference:
             yield reference
     else:
         yield None
