@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from atod_gym.parsing import ParseProfile
-from atod_gym.wrappers.invalid_action_penalty import Validity, is_penalized
 
 Method = Literal["atod", "opd", "grpo", "mix", "sod", "tcod", "sdar"]
 Shape = Literal["linear", "cosine", "constant", "adaptive"]
@@ -60,14 +58,7 @@ class EnvConfig:
     success_reward: float = 10.0
     """The environment's reward is multiplied by this."""
     invalid_action_penalty: float = 0.1
-    """Subtracted from the reward of an invalid turn."""
-    invalid_turns: Validity = "format"
-    """format: the completion did not parse (as published); strict: the action was not admissible,
-    which is what models without a format to keep can get wrong; either: one of the two."""
-
-    def penalty(self, info: Mapping[str, Any]) -> float:
-        """What the turn that ended with `info` costs."""
-        return self.invalid_action_penalty if is_penalized(info, self.invalid_turns) else 0.0
+    """Subtracted from the reward of a turn whose completion did not parse; 0: none."""
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,8 @@ class Episode:
         self._logprobs.append(logprobs)
         has_end = bool(ids) and ids[-1] in self._room.dialogue.stop_ids
         self._finish_reason = "stop" if has_end else "length"
-        self.episode_return += env.reward * config.success_reward - config.penalty(env.info)
+        penalty = config.invalid_action_penalty if env.info["parse_error"] else 0.0
+        self.episode_return += env.reward * config.success_reward - penalty
         self.over = env.terminated or env.truncated
 
     def rows(self) -> list[RowTokens]:

@@ -67,7 +67,7 @@ class _Episode:
             finish_reason=completion.finish_reason,
             extends_previous=prompt.extends_previous,
         )
-        penalty = config.penalty(env.info)
+        penalty = config.invalid_action_penalty if env.info["parse_error"] else 0.0
         reason = invalid_reason(env.info)
         turn = Turn(
             index=len(self.turns),
