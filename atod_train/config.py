@@ -16,9 +16,6 @@ TeacherApi = Literal["completions", "sglang"]
 
 Precision = Literal["auto", "float32", "bfloat16", "mixed"]
 
-OFFLOAD = "offload"
-"""As `ModelConfig.teacher_device`: in the processor's memory but while it scores."""
-
 
 def is_url(model: str) -> bool:
     """Whether a model is named by the URL of a server."""
@@ -75,8 +72,8 @@ class ModelConfig:
     device: str = "auto"
     """A torch device; auto: a GPU if there is one."""
     teacher_device: str = ""
-    """Empty: that of the student; a torch device; or offload: in the processor's memory, and on
-    the student's device only while it scores."""
+    """A torch device such as cuda:1 or cpu; empty: that of the student. Name another GPU where the
+    two models do not fit on one, and serve the teacher (a URL) where no GPU is left."""
     dtype: Precision = "auto"
     """Of the weights. auto: float32, on a GPU mixed. mixed: float32, while the layers run in
     bfloat16 and the teacher's weights are bfloat16; fast on processors too that have AMX, and

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from atod_gym.errors import AtodError
 from atod_train.algorithm.methods import has_exact_signal, needs_teacher
-from atod_train.config import OFFLOAD, RunConfig, is_url
+from atod_train.config import RunConfig, is_url
 from atod_train.distributed import Processes, join_processes
 from atod_train.models.checks import check_config
 from atod_train.models.policy import MODEL_SHAPES, Policy, llama_config
@@ -192,7 +192,6 @@ def _teacher(config: RunConfig, starts: Starts, student: Policy) -> Teacher:
         starts.policy("teacher"),
         student,
         tokens_per_microbatch=config.train.tokens_per_microbatch,
-        offload=model.teacher_device == OFFLOAD,
     )
 
 

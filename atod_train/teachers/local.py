@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from atod_gym.errors import AtodError
-from atod_train.models.policy import Policy, Reference
+from atod_train.models.policy import Policy
 from atod_train.records import Batch
 
 
@@ -31,40 +29,19 @@ class LocalTeacher:
         policy: The teacher.
         student: The student whose tokens are to be scored.
         tokens_per_microbatch: Padded tokens that go through the model at once.
-        offload: Keep the weights in the processor's memory, and where they are now only while
-            they are needed.
 
     Raises:
         AtodError: The tokenizers disagree.
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        student: Policy,
-        *,
-        tokens_per_microbatch: int = 16384,
-        offload: bool = False,
+        self, policy: Policy, student: Policy, *, tokens_per_microbatch: int = 16384
     ) -> None:
         _check_same_vocabulary(policy, student)
         self.policy = policy
         self.tokens_per_microbatch = tokens_per_microbatch
         policy.model.requires_grad_(False)
         policy.model.eval()
-        self._visited = policy.device if offload else None
-        if offload:
-            torch.nn.Module.to(policy.model, "cpu")
-
-    @contextmanager
-    def reference(self, top_k: int = 0) -> Iterator[Reference]:
-        """The teacher as something that whole distributions can be compared with."""
-        if self._visited is not None:
-            torch.nn.Module.to(self.policy.model, self._visited)
-        try:
-            yield Reference(self.policy, top_k)
-        finally:
-            if self._visited is not None:
-                torch.nn.Module.to(self.policy.model, "cpu")
 
     def score(self, batch: Batch) -> Tensor:
         """Log-probs of the completion tokens under the teacher at temperature 1.
@@ -75,8 +52,7 @@ class LocalTeacher:
         Returns:
             [R, T] float32 without gradient, 0 on padding, on the batch's device.
         """
-        with self.reference():
-            scores = self.policy.completion_logprobs(batch, self.tokens_per_microbatch)
+        scores = self.policy.completion_logprobs(batch, self.tokens_per_microbatch)
         return scores.to(batch.completion_ids.device)
 
 

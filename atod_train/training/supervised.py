@@ -31,7 +31,7 @@ from torch import Tensor
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.types import Message
 from atod_train.batch import length_buckets, make_batch
-from atod_train.config import OFFLOAD, Precision, RunConfig
+from atod_train.config import Precision, RunConfig
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.files import read_json, write_json
@@ -368,9 +368,7 @@ class Starts:
                 lora_rank=model.lora_rank,
                 gradient_checkpointing=model.gradient_checkpointing,
             )
-        # One that is offloaded begins where it works.
-        elsewhere = model.teacher_device not in ("", OFFLOAD)
-        device = model.teacher_device if elsewhere else model.device
+        device = model.teacher_device or model.device
         frozen = "bfloat16" if is_mixed(model.dtype, pick_device(device)) else model.dtype
         return LoadOptions(device=device, dtype=frozen)
 

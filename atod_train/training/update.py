@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -85,12 +84,12 @@ def score_batch(
     if exact:
         found["divergences"] = empty.clone()
     if mine is not None:
-        with (
-            times.phase("teacher" if exact else "update"),
-            _reference(teacher, config.algorithm) as reference,
-        ):
+        with times.phase("teacher" if exact else "update"):
             scores = learner.student.score(
-                mine.batch, budget, with_entropy=True, reference=reference
+                mine.batch,
+                budget,
+                with_entropy=True,
+                reference=_reference(teacher, config.algorithm),
             )
         if teacher is not None and not exact:
             with times.phase("teacher"):
@@ -129,26 +128,26 @@ def update_policy(
     parts = split_minibatches(batch, config.train.minibatches, order)
     sums = torch.zeros(3, dtype=torch.float64)  # loss, clipped tokens, tokens
     norms: list[float] = []
-    with _reference(teacher, config.algorithm) as reference:
-        for part in parts:
-            mask = part.batch.completion_mask
-            part_sums = torch.zeros_like(sums)
-            normalizer = loss_normalizer(
-                mask, config.algorithm.aggregation, part.batch.trajectory_index
-            )
-            for micro in learner.microbatches(
-                part.batch,
-                config.train.tokens_per_microbatch,
-                with_entropy=config.algorithm.entropy_bonus > 0,
-                reference=reference,
-            ):
-                loss, seen = _loss(micro, part, normalizer, scores, advantages, config.algorithm)
-                learner.backward(loss)
-                part_sums += seen
-            norm = learner.step()
-            if math.isfinite(norm):
-                norms.append(norm)
-                sums += part_sums
+    reference = _reference(teacher, config.algorithm)
+    for part in parts:
+        mask = part.batch.completion_mask
+        part_sums = torch.zeros_like(sums)
+        normalizer = loss_normalizer(
+            mask, config.algorithm.aggregation, part.batch.trajectory_index
+        )
+        for micro in learner.microbatches(
+            part.batch,
+            config.train.tokens_per_microbatch,
+            with_entropy=config.algorithm.entropy_bonus > 0,
+            reference=reference,
+        ):
+            loss, seen = _loss(micro, part, normalizer, scores, advantages, config.algorithm)
+            learner.backward(loss)
+            part_sums += seen
+        norm = learner.step()
+        if math.isfinite(norm):
+            norms.append(norm)
+            sums += part_sums
     learner.processes.add([sums])
     loss_sum, clipped, tokens = sums.tolist()
     made = len(norms)
@@ -206,15 +205,12 @@ def _loss(
     return loss, torch.tensor(seen, dtype=torch.float64)
 
 
-@contextmanager
-def _reference(teacher: Teacher | None, algorithm: AlgorithmConfig) -> Iterator[Reference | None]:
-    """The teacher where whole distributions are compared, else None."""
+def _reference(teacher: Teacher | None, algorithm: AlgorithmConfig) -> Reference | None:
+    """Return the teacher where whole distributions are compared, else None."""
     top_k = exact_top_k(algorithm)
     if isinstance(teacher, LocalTeacher) and top_k is not None:
-        with teacher.reference(top_k) as reference:
-            yield reference
-    else:
-        yield None
+        return Reference(teacher.policy, top_k)
+    return None
 
 
 _WEIGHT_DECAY, _MAX_GRAD_NORM = 0.01, 1.0  # as published

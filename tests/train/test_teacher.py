@@ -62,29 +62,3 @@ def test_too_few_embeddings_are_refused() -> None:
     teacher.model.resize_token_embeddings(50, mean_resizing=False)
     with pytest.raises(AtodError, match="too few"):
         LocalTeacher(teacher, student)
-
-
-def test_an_offloaded_teacher_is_there_only_while_it_scores(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    student, teacher = make(STUDENT), make(TEACHER)
-    batch = make_a_batch()
-    expected = teacher.completion_logprobs(batch)
-    moves: list[str] = []
-    real = torch.nn.Module.to
-
-    def move(module: torch.nn.Module, place: object) -> torch.nn.Module:
-        if module is teacher.model:
-            moves.append(f"{place}")
-        return real(module, place)  # type: ignore[call-overload,no-any-return]
-
-    monkeypatch.setattr(torch.nn.Module, "to", move)
-    # A device of another name, so that coming and going can be told apart.
-    monkeypatch.setattr(Policy, "device", property(lambda _: torch.device("cpu", 0)))
-    offloaded = LocalTeacher(teacher, student, offload=True)
-    assert moves == ["cpu"]
-    assert torch.equal(offloaded.score(batch), expected)
-    assert moves == ["cpu", "cpu:0", "cpu"]
-    with offloaded.reference(3) as reference:
-        assert (reference.policy, reference.top_k) == (teacher, 3)
-    assert moves[3:] == ["cpu:0", "cpu"]
