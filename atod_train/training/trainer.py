@@ -42,10 +42,7 @@ from atod_train.models.policy import Policy
 from atod_train.models.scores import TokenScores
 from atod_train.progress import PhaseTimes, progress
 from atod_train.records import Batch, Trajectory
-from atod_train.reports.metrics import (
-    Evaluation,
-    TrajectoryRecord,
-)
+from atod_train.reports.metrics import Evaluation, TrajectoryRecord
 from atod_train.reports.statistics import EvaluationMode
 from atod_train.reports.step_records import batch_metrics, rendering_drift, trajectories_to_show
 from atod_train.rollout.env_pool import EnvPool
@@ -199,44 +196,28 @@ class Trainer:
     # -- one step ----------------------------------------------------------------------------------
 
     def _step(self, step: int) -> None:
-        """Make one optimiser cycle: rollout, scores, advantages, updates, numbers."""
-        config, record = self.config, self._record
-        with memory_errors(f"playing the episodes of step {step}", _LESS_IN_ROLLOUTS):
-            trajectories = self._collect(step)
+        """Make one optimiser cycle: rollout, scores, advantages, updates, metrics."""
+        record = self._record
+        trajectories = self._collect(step)
         give_back()
         played = record.done.trajectories + len(trajectories)
         done = replace(record.done, step=step, trajectories=played)
         if not any(trajectory.turns for trajectory in trajectories):
-            record.finish_step(done, self._empty_step(step) | self._times.take(), ())
+            if step == 1:
+                raise nothing_fits()
+            row = {"step": step, "train_success": 0.0, "turns": 0.0, "tokens": 0}
+            record.finish_step(done, row | self._times.take(), ())
             return
         batch = make_batch(trajectories, self.student.pad_id)
-        advice = _LESS_IN_UPDATES.format(config.train.tokens_per_microbatch)
-        with memory_errors(f"scoring the tokens of step {step}", advice):
-            scores = score_batch(self.learner, self.teacher, batch, config, self._times)
-        check_scores(scores, batch.completion_mask, step)
-        try:
-            advantages = self._advantages(batch, trajectories, scores, step)
-        except ValueError as error:
-            raise AtodError(f"Step {step}: {error}.") from error
-        order = torch.Generator().manual_seed(seed_for(config.train.seed, step, "minibatches"))
-        with (
-            self._times.phase("update"),
-            memory_errors(f"updating the weights in step {step}", advice),
-        ):
-            update = update_policy(
-                self.learner, self.teacher, batch, scores, advantages, config, order
-            )
-        none_made = math.isnan(update["grad_norm"])
-        skipped = int(update["skipped_updates"])
-        self._skipped_in_a_row = self._skipped_in_a_row + skipped if none_made else 0
-        check_skipped(self._skipped_in_a_row, step, record.saved_step)
-        check_weights(self.student.model, step, record.saved_step)
-        row: dict[str, Any] = {
+        scores = self._score(batch, step)
+        advantages = self._advantages(batch, trajectories, scores, step)
+        update = self._update(batch, scores, advantages, step)
+        row = {
             "step": step,
             **batch_metrics(batch, trajectories, scores, advantages),
             **update,
         }
-        if is_adaptive(config.algorithm):
+        if is_adaptive(self.config.algorithm):
             row["anneal_progress"] = done.anneal_progress
             moved = moved_on(done.anneal_progress, row["solved_groups"])
             done = replace(done, annealing={"progress": moved})
@@ -250,14 +231,8 @@ class Trainer:
         done = replace(done, tokens=done.tokens + int(batch.completion_mask.sum()))
         record.finish_step(done, row | self._times.take(), shown)
 
-    def _empty_step(self, step: int) -> dict[str, Any]:
-        """The numbers of a step in which no episode could be begun."""
-        if step == 1:
-            raise nothing_fits()
-        return {"step": step, "train_success": 0.0, "turns": 0.0, "tokens": 0}
-
     def _collect(self, step: int) -> list[Trajectory]:
-        """The episodes of all processes; each plays its share of the groups."""
+        """Return the episodes of all processes; each plays its share of the groups."""
         settings = self.config.train
         generator = Generator(
             self.student,
@@ -272,17 +247,47 @@ class Trainer:
             self._train_pool.task_ids, step, settings.tasks_per_step, settings.seed
         )
         share = self.processes.share(len(tasks))
-        groups = collect(
-            self._train_pool,
-            generator,
-            tasks[share.start : share.stop],
-            group_size=settings.group_size,
-            turn_limit=turn_limit(self.config.algorithm, step, self.config.env.max_turns),
-            times=self._times,
-            first_episode=share.start * settings.group_size,
-            episodes_in_all=len(tasks) * settings.group_size,
-        )
-        return self.processes.gather([t for group in groups for t in group.trajectories])
+        with memory_errors(f"playing the episodes of step {step}", _LESS_IN_ROLLOUTS):
+            groups = collect(
+                self._train_pool,
+                generator,
+                tasks[share.start : share.stop],
+                group_size=settings.group_size,
+                turn_limit=turn_limit(self.config.algorithm, step, self.config.env.max_turns),
+                times=self._times,
+                first_episode=share.start * settings.group_size,
+                episodes_in_all=len(tasks) * settings.group_size,
+            )
+            return self.processes.gather([t for group in groups for t in group.trajectories])
+
+    def _score(self, batch: Batch, step: int) -> TokenScores:
+        """Score the sampled tokens with the student before the update and with the teacher."""
+        advice = _LESS_IN_UPDATES.format(self.config.train.tokens_per_microbatch)
+        with memory_errors(f"scoring the tokens of step {step}", advice):
+            scores = score_batch(self.learner, self.teacher, batch, self.config, self._times)
+        check_scores(scores, batch.completion_mask, step)
+        return scores
+
+    def _update(
+        self, batch: Batch, scores: TokenScores, advantages: Advantages, step: int
+    ) -> dict[str, float]:
+        """Update the weights; refuse to continue where they or many gradients are not finite."""
+        config, saved_step = self.config, self._record.saved_step
+        advice = _LESS_IN_UPDATES.format(config.train.tokens_per_microbatch)
+        order = torch.Generator().manual_seed(seed_for(config.train.seed, step, "minibatches"))
+        with (
+            self._times.phase("update"),
+            memory_errors(f"updating the weights in step {step}", advice),
+        ):
+            update = update_policy(
+                self.learner, self.teacher, batch, scores, advantages, config, order
+            )
+        skipped = int(update["skipped_updates"])
+        is_none_made = math.isnan(update["grad_norm"])
+        self._skipped_in_a_row = self._skipped_in_a_row + skipped if is_none_made else 0
+        check_skipped(self._skipped_in_a_row, step, saved_step)
+        check_weights(self.student.model, step, saved_step)
+        return update
 
     def _advantages(
         self,
@@ -303,13 +308,16 @@ class Trainer:
             divergences=scores.divergences,
             turn_penalties=torch.tensor([u.penalty for t in trajectories for u in t.turns]),
         )
-        return compute_advantages(
-            signals,
-            self.config.algorithm,
-            step,
-            self._record.done.anneal_progress,
-            min_disagreement=self._rounding(),
-        )
+        try:
+            return compute_advantages(
+                signals,
+                self.config.algorithm,
+                step,
+                self._record.done.anneal_progress,
+                min_disagreement=self._rounding(),
+            )
+        except ValueError as error:
+            raise AtodError(f"Step {step}: {error}.") from error
 
     def _rounding(self) -> float:
         """Return the disagreement, nats per token, that two equal models can have here."""

@@ -55,47 +55,38 @@ def score_batch(
     config: RunConfig,
     times: PhaseTimes,
 ) -> TokenScores:
-    """The student's log-probs and entropies before the update, and what the teacher says.
+    """Score the sampled tokens with student and teacher before the update.
 
     Args:
         learner: its student is scored.
         teacher: None for methods without one.
-        batch: R rows; on the CPU.
+        batch: R rows, on the CPU.
         config: method and budgets.
         times: takes the seconds of the phases `update` and `teacher`.
 
     Returns:
-        [R, T] on the CPU; `reference_logprobs` are the teacher's, `divergences` are there where
-        the method takes the exact signal.
+        [R, T] on the CPU: the student's log-probs and entropies; `reference_logprobs` where there
+        is a teacher; `divergences` where the method takes the exact signal.
     """
-    budget = config.train.tokens_per_microbatch
-    own = share_of_sequences(batch, learner.processes)
-    if not len(own):  # fewer sequences than processes
-        mine = None
-    elif len(own) == len(batch.input_ids):
-        mine = Minibatch(batch, torch.arange(len(batch.start)))
-    else:
-        mine = select_sequences(batch, own)
-    empty = torch.zeros(batch.completion_ids.shape)
-    found = {"logprobs": empty, "entropies": empty.clone()}
-    if teacher is not None:
-        found["reference_logprobs"] = empty.clone()
     exact = teacher is not None and has_exact_signal(config.algorithm)
-    if exact:
-        found["divergences"] = empty.clone()
-    if mine is not None:
+    names = ["logprobs", "entropies"]
+    names += ["reference_logprobs"] * (teacher is not None) + ["divergences"] * exact
+    found = {name: torch.zeros(batch.completion_ids.shape) for name in names}
+    own = share_of_sequences(batch, learner.processes)
+    if len(own):  # there may be fewer sequences than processes
+        mine = select_sequences(batch, own)
         with times.phase("teacher" if exact else "update"):
             scores = learner.student.score(
                 mine.batch,
-                budget,
+                config.train.tokens_per_microbatch,
                 with_entropy=True,
                 reference=_reference(teacher, config.algorithm),
             )
         if teacher is not None and not exact:
             with times.phase("teacher"):
                 scores = replace(scores, reference_logprobs=teacher.score(mine.batch))
-        for name, whole in found.items():
-            whole[mine.rows] = getattr(scores, name).cpu()
+        for name, values in found.items():
+            values[mine.rows] = getattr(scores, name).cpu()
     learner.processes.add(list(found.values()))
     return TokenScores(**found)
 
@@ -109,85 +100,101 @@ def update_policy(
     config: RunConfig,
     order: torch.Generator,
 ) -> dict[str, float]:
-    """One pass over the batch in mini-batches.
+    """Make one pass over the batch, an optimiser update for each mini-batch.
 
     Args:
         learner: it is trained.
         teacher: as in `score_batch`.
-        batch: R rows; on the CPU.
+        batch: R rows, on the CPU.
         scores: from `score_batch`.
         advantages: of the batch.
         config: the settings.
-        order: decides which sequences share a mini-batch; alike in all processes.
+        order: decides which sequences share a mini-batch; the same in all processes.
 
     Returns:
         Means over the updates made: loss, clip_fraction, grad_norm (NaN where none was made); the
-        number of tokens; and `skipped_updates`, how many had a gradient that was not finite and so
-        moved nothing.
+        number of tokens; and `skipped_updates`, the updates whose gradient was not finite.
     """
-    parts = split_minibatches(batch, config.train.minibatches, order)
+    algorithm = config.algorithm
+    minibatches = split_minibatches(batch, config.train.minibatches, order)
     sums = torch.zeros(3, dtype=torch.float64)  # loss, clipped tokens, tokens
     norms: list[float] = []
-    reference = _reference(teacher, config.algorithm)
-    for part in parts:
-        mask = part.batch.completion_mask
-        part_sums = torch.zeros_like(sums)
-        normalizer = loss_normalizer(
-            mask, config.algorithm.aggregation, part.batch.trajectory_index
+    reference = _reference(teacher, algorithm)
+    for part in minibatches:
+        own_normalizer = loss_normalizer(
+            part.batch.completion_mask, algorithm.aggregation, part.batch.trajectory_index
         )
+        normalizer = own_normalizer.new_zeros(len(batch.start))
+        normalizer[part.rows] = own_normalizer
+        tokens = int(part.batch.completion_mask.sum())
+        part_sums = torch.zeros_like(sums)
         for micro in learner.microbatches(
-            part.batch,
+            part,
             config.train.tokens_per_microbatch,
-            with_entropy=config.algorithm.entropy_bonus > 0,
+            with_entropy=algorithm.entropy_bonus > 0,
             reference=reference,
         ):
-            loss, seen = _loss(micro, part, normalizer, scores, advantages, config.algorithm)
+            loss, counts = _loss(micro, batch, normalizer, tokens, scores, advantages, algorithm)
             learner.backward(loss)
-            part_sums += seen
+            part_sums += counts
         norm = learner.step()
         if math.isfinite(norm):
             norms.append(norm)
             sums += part_sums
     learner.processes.add([sums])
-    loss_sum, clipped, tokens = sums.tolist()
+    loss_sum, clipped, seen = sums.tolist()
     made = len(norms)
     return {
         "loss": loss_sum / made if made else math.nan,
-        "clip_fraction": clipped / max(1.0, tokens),
+        "clip_fraction": clipped / max(1.0, seen),
         "tokens": float(batch.completion_mask.sum()),
         "grad_norm": sum(norm / made for norm in norms) if made else math.nan,
-        "skipped_updates": len(parts) - made,
+        "skipped_updates": len(minibatches) - made,
     }
 
 
 def _loss(
     micro: MicroBatch,
-    part: Minibatch,
+    batch: Batch,
     normalizer: Tensor,
+    tokens: int,
     scores: TokenScores,
     advantages: Advantages,
     algorithm: AlgorithmConfig,
 ) -> tuple[Tensor, Tensor]:
-    """A micro-batch's share of its mini-batch's loss, and [3]: it, clipped tokens, tokens."""
-    device = micro.logprobs.device
-    rows = part.rows[micro.rows]
-    whole = part.batch.completion_mask
-    mask, scale = whole[micro.rows].to(device), normalizer[micro.rows].to(device)
+    """Return a micro-batch's share of its mini-batch's loss, and [3]: it, clipped tokens, tokens.
+
+    All tensors but the micro-batch's own have a row for each of the batch's R turns.
+
+    Args:
+        micro: r rows of the batch, with the graph.
+        batch: of the step.
+        normalizer: [R] of the mini-batch, see `loss_normalizer`.
+        tokens: sampled tokens of the mini-batch.
+        scores: before the update.
+        advantages: of the batch.
+        algorithm: coefficients and variants.
+    """
+
+    def own(values: Tensor) -> Tensor:
+        return values[micro.rows].to(micro.logprobs.device)
+
+    mask, scale = own(batch.completion_mask), own(normalizer)
     loss, stats = clipped_policy_loss(
         micro.logprobs,
-        scores.logprobs[rows].to(device),
-        advantages.values[rows].to(device),
+        own(scores.logprobs),
+        own(advantages.values),
         mask,
         clip_low=algorithm.clip[0],
         clip_high=algorithm.clip[1],
         dual_clip=algorithm.clip[2],
         normalizer=scale,
     )
-    teacher_logprobs = scores.reference_logprobs
+    theirs = scores.reference_logprobs
     extra = auxiliary_loss(
         algorithm.method,
         micro.logprobs,
-        None if teacher_logprobs is None else teacher_logprobs[rows].to(device),
+        None if theirs is None else own(theirs),
         mask,
         normalizer=scale,
     )
@@ -195,13 +202,13 @@ def _loss(
         loss = loss + extra
     if advantages.divergence_weights is not None:
         assert micro.divergences is not None
-        weights = advantages.divergence_weights[rows].to(device)
+        weights = own(advantages.divergence_weights)
         loss = loss + divergence_loss(micro.divergences, weights, mask, scale)
     if micro.entropies is not None:
         entropy = masked(micro.entropies, mask).sum()
-        loss = loss - algorithm.entropy_bonus * entropy / whole.sum().clamp(min=1)
-    tokens = float(mask.sum())
-    seen = (float(loss.detach()), float(stats.clip_fraction) * tokens, tokens)
+        loss = loss - algorithm.entropy_bonus * entropy / max(1, tokens)
+    count = float(mask.sum())
+    seen = (float(loss.detach()), float(stats.clip_fraction) * count, count)
     return loss, torch.tensor(seen, dtype=torch.float64)
 
 
@@ -233,7 +240,7 @@ class Learner:
             processes.same(list(student.model.parameters()))
         self.policy = student if processes.sharding is None else _sharded(student, processes)
         self.updates = 0
-        """Updates of the weights made by this object."""
+        """Updates of the weights that this object has begun."""
         self._optimizer = torch.optim.AdamW(
             [weight for weight in self.policy.model.parameters() if weight.requires_grad],
             lr=lr,
@@ -242,25 +249,29 @@ class Learner:
         )
 
     def microbatches(
-        self, batch: Batch, tokens_per_microbatch: int, **asked: Any
+        self, part: Minibatch, tokens_per_microbatch: int, **asked: Any
     ) -> Iterator[MicroBatch]:
-        """This process's share of a mini-batch, part by part; call `backward` on each.
+        """Score this process's share of a mini-batch, micro-batch by micro-batch.
 
         Args:
-            batch: the same mini-batch in all processes.
+            part: the mini-batch; the same in all processes.
             tokens_per_microbatch: padded tokens that go through the model at once.
             **asked: see `Policy.microbatches`.
+
+        Yields:
+            Scores of some rows of the whole batch; call `backward` before the next.
         """
-        own = share_of_sequences(batch, self.processes)
+        own = share_of_sequences(part.batch, self.processes)
         if len(own):
-            mine = select_sequences(batch, own)
+            mine = select_sequences(part.batch, own)
+            rows = part.rows[mine.rows]
             for micro in self.policy.microbatches(mine.batch, tokens_per_microbatch, **asked):
-                yield replace(micro, rows=mine.rows[micro.rows])
+                yield replace(micro, rows=rows[micro.rows])
         if self.processes.sharding is not None:
-            self._keep_step(batch, tokens_per_microbatch)
+            self._keep_step(part.batch, tokens_per_microbatch)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a part of the loss."""
+        """Add the gradient of a part of the loss."""
         # The gradients of divided weights are averaged over the processes, not added.
         scale = self.processes.count if self.processes.sharding is not None else 1
         (loss * scale).backward()
@@ -281,8 +292,8 @@ class Learner:
             self.processes.add([weight.grad for weight in weights])
         norm = float(whole(torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM)))
         if math.isfinite(norm):
+            self.updates += 1  # first: an update that fails half-way has moved weights
             self._optimizer.step()
-            self.updates += 1
         self._optimizer.zero_grad(set_to_none=True)
         if math.isfinite(norm) and self.policy is not self.student:
             self._publish()
@@ -303,7 +314,7 @@ class Learner:
         return {**model_tensors(self.student.model), **moments} if is_main else {}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over what `tensors` gave, of a learner with any number of processes."""
+        """Restore what `tensors` returned, in a learner with any number of processes."""
         restore_model(self.student.model, tensors)
         if self.policy is not self.student:
             self._take_over()
@@ -311,7 +322,7 @@ class Learner:
 
     @torch.no_grad()
     def _publish(self) -> None:
-        """Gives the student the weights that were trained."""
+        """Copy the trained weights to the student."""
         trained = dict(self.policy.model.named_parameters())
         for name, weight in self.student.model.named_parameters():
             if weight.requires_grad:
@@ -319,7 +330,7 @@ class Learner:
 
     @torch.no_grad()
     def _take_over(self) -> None:
-        """Takes the student's weights."""
+        """Copy the student's weights to those that are trained."""
         for name, weight in self.policy.model.named_parameters():
             weight.copy_(divided_like(self.student.model.get_parameter(name).detach(), weight))
 
@@ -356,8 +367,6 @@ def share_of_sequences(batch: Batch, processes: Processes) -> Tensor:
     """
     lengths = batch.attention_mask.sum(dim=1)
     order = torch.argsort(lengths, descending=True, stable=True)
-    if processes.count == 1:
-        return order
     unit_of = torch.zeros_like(lengths)
     unit_of[batch.sequence_index] = batch.group_index[batch.trajectory_index]
     if len(unit_of.unique()) < 2 * processes.count:

@@ -183,10 +183,26 @@ def test_what_was_finished_is_saved_and_resumes_as_if_nothing_had_happened(
     _assert_same(run, whole_run)
 
 
+@pytest.mark.parametrize("call", [5, 6])
 def test_weights_of_half_a_step_are_not_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Learner, "step", Failing(Learner.step, 6))
+    """Two updates a step; one of the third step's fails when the weights have moved."""
+    step, count = Learner.step, [0]
+
+    def breaking(self: Learner) -> float:
+        count[0] += 1
+        if count[0] == call:
+            move = self._optimizer.step
+
+            def moved_and() -> None:
+                move()
+                raise AtodError("it is gone")
+
+            monkeypatch.setattr(self._optimizer, "step", moved_and)
+        return step(self)
+
+    monkeypatch.setattr(Learner, "step", breaking)
     with pytest.raises(AtodError, match="it is gone"):
         run_study(CONFIG, tmp_path)
     assert not saved_checkpoints(tmp_path / "atod-seed0")

@@ -13,6 +13,7 @@ import torch
 from test_policy import make_policy, random_batch
 
 from atod_train.algorithm.methods import Signals, compute_advantages
+from atod_train.batch import split_minibatches
 from atod_train.config import AlgorithmConfig
 from atod_train.distributed import Processes, end_process, join_processes
 from atod_train.models.pretrained import LoadOptions, load_policy
@@ -70,8 +71,9 @@ def adapters_after_three_updates(processes: Processes, start: Path) -> dict[str,
         for weight in student.model.parameters():
             weight.add_(processes.index)
     learner = Learner(student, 1e-2, processes)
+    [whole_batch] = split_minibatches(batch, 1, torch.Generator())
     for _ in range(3):
-        for micro in learner.microbatches(batch, 60):
+        for micro in learner.microbatches(whole_batch, 60):
             learner.backward(-micro.logprobs.sum())
         learner.step()
     return {"logprobs": student.completion_logprobs(batch)}
