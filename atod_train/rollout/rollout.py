@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from atod_train.records import StopReason, TokenizedTurn, Trajectory, Trajectory
 from atod_train.rollout.env_pool import EnvEpisode, EnvPool
 from atod_train.rollout.episode_prompts import EpisodePrompt, next_prompt
 
+_Task = TypeVar("_Task")
+
 
 def seed_for(seed: int, step: int, stream: str) -> int:
     """A seed for one use at one step, so that a resumed run draws what it would have drawn."""
@@ -23,16 +26,16 @@ def seed_for(seed: int, step: int, stream: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
-def tasks_for_step(task_ids: Sequence[str], step: int, count: int, seed: int) -> list[str]:
-    """The tasks of a step: consecutive pieces of one shuffled pass after the other.
+def tasks_for_step(task_ids: Sequence[_Task], step: int, count: int, seed: int) -> list[_Task]:
+    """Return the tasks of a step: consecutive pieces of one shuffled pass after the other.
 
     Args:
-        task_ids: the split, in manifest order.
+        task_ids: the split, in manifest order, or what else is drawn in passes.
         step: 1-based optimiser cycle.
         count: tasks per step.
         seed: seed of the run; the same seed gives the same tasks to every method.
     """
-    chosen: list[str] = []
+    chosen: list[_Task] = []
     position = (step - 1) * count
     while len(chosen) < count:
         epoch, offset = divmod(position + len(chosen), len(task_ids))

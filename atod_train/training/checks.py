@@ -1,34 +1,19 @@
-"""Refuse before any work: settings out of range; and report what a run could not go on with.
-
-`HiddenInputs` are what a run depends on beside its settings: the date in a chat template, the
-weights that are frozen below adapters, and the teacher. They are kept in the manifest and compared
-when the run is resumed.
-"""
+"""Refuse settings out of range before any work, and numbers that are not finite in a step."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from atod_gym.errors import AtodError, InvalidSettingError
-from atod_gym.types import Message
 from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer
 from atod_train.algorithm.methods import Signals, compute_advantages, has_exact_signal
-from atod_train.batch import make_batch
 from atod_train.config import AlgorithmConfig, RunConfig
-from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.policy import Policy
 from atod_train.models.scores import TokenScores
-from atod_train.reports.run_folder import RunFolderError
-from atod_train.teachers.local import Teacher
 from atod_train.training.checkpoint import CheckpointError, check_finite, model_tensors
-from atod_train.training.supervised import DemonstrationTurn, tokenize
 
 _AT_LEAST = {
     "env.max_turns": 1,
@@ -57,8 +42,6 @@ _AT_LEAST = {
 _ABOVE_ZERO = {"train.lr", "env.success_reward"}
 _MAY_BE_INFINITE = {"algorithm.clip"}
 _SKIPPED_IN_A_ROW = 5
-_ANOTHER = 0.5
-"""Nats by which a log-prob of another model differs; rounding is far below."""
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -179,84 +162,3 @@ def check_skipped(in_a_row: int, step: int, saved_step: int) -> None:
 
 def _kept(step: int) -> str:
     return f"The checkpoint of step {step} is kept." if step else ""
-
-
-# -- hidden inputs ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HiddenInputs:
-    """What a run depends on beside its settings."""
-
-    prompt: str
-    """Hash of the ids of a fixed prompt."""
-    teacher: list[float] | None
-    """Log-probs of a few fixed tokens, in nats; None without a teacher."""
-    frozen: list[float] | None
-    """The same of the student's start, where some of its weights are not trained."""
-
-    @classmethod
-    def of(
-        cls, student: Policy, teacher: Teacher | None, dialogue: DialogueEncoder
-    ) -> HiddenInputs:
-        """Look at the student's start and the teacher."""
-        turn = DemonstrationTurn((Message("user", "You are in a room."),), "go to desk 1", True)
-        record = tokenize((turn,), dialogue)
-        [found] = record.turns
-        ids = found.tokens.completion_ids
-        # Without the template, whose text may change with the date.
-        tokens = replace(found.tokens, prompt_ids=ids[:1])
-        batch = make_batch(
-            [replace(record, turns=(replace(found, tokens=tokens),))], student.pad_id
-        )
-
-        def probed(logprobs: torch.Tensor) -> list[float]:
-            return [round(value, 4) for value in logprobs.flatten().tolist()]
-
-        is_frozen = any(not weight.requires_grad for weight in student.model.parameters())
-        return cls(
-            prompt=hashlib.sha256(str(found.tokens.prompt_ids).encode()).hexdigest(),
-            teacher=None if teacher is None else probed(teacher.score(batch)),
-            frozen=probed(student.completion_logprobs(batch)) if is_frozen else None,
-        )
-
-    def compared(self, manifest: Mapping[str, Any], template: str) -> str:
-        """Compare with those of the part of the run that came before.
-
-        Args:
-            manifest: of the run.
-            template: the chat template.
-
-        Returns:
-            A line that warns; empty if nothing changed.
-
-        Raises:
-            RunFolderError: the student's frozen weights or the teacher are others.
-        """
-        before = manifest.get("inputs")
-        if not before:
-            return ""
-        for name, what in (("teacher", "teacher"), ("frozen", "frozen weights of the student")):
-            old, new = before.get(name), getattr(self, name)
-            if old is None or new is None:
-                continue
-            apart = max((abs(a - b) for a, b in zip(old, new, strict=False)), default=0.0)
-            if len(old) != len(new) or not apart < _ANOTHER:
-                raise RunFolderError(
-                    f"The {what} gives log-probs that are up to {apart:.1f} nats from those that "
-                    "this run began with: it is another model. Resume with the same models, or "
-                    "start a new run."
-                )
-        if before.get("prompt") == self.prompt:
-            return ""
-        if "strftime_now" in template or "date_string" in template:
-            return (
-                f"the chat template writes the date into prompts, and this run began on "
-                f"{str(manifest.get('time'))[:10]}: it continues with other prompts. A new run can "
-                "fix the date if the template has a variable for it, such as "
-                "--env.template-options date_string '26 Jul 2024'"
-            )
-        raise RunFolderError(
-            "The chat template gives other prompts than this run began with: the tokenizer was "
-            "changed. Resume with the same model folder, or start a new run."
-        )

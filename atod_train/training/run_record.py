@@ -46,7 +46,7 @@ from atod_train.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from atod_train.training.checks import HiddenInputs
+from atod_train.training.inputs import HiddenInputs
 from atod_train.training.model_card import model_card
 from atod_train.training.update import Learner
 
@@ -140,7 +140,7 @@ class RunRecord:
     def _describe(self, inputs: HiddenInputs, pool: EnvPool, teacher: Policy | None) -> None:
         student, config = self._learner.student, self._config
         template = str(student.tokenizer.chat_template or "")
-        if warning := inputs.compared(read_json(self.run_dir / MANIFEST_FILE), template):
+        if warning := inputs.check(read_json(self.run_dir / MANIFEST_FILE), template):
             print(warning, file=sys.stderr)
         # A run that continues is not finished until it ends again.
         (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)

@@ -53,6 +53,7 @@ from atod_train.reports.statistics import EvaluationMode, EvaluationResult, Inva
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import seed_for, tasks_for_step
 from atod_train.training.bookkeeping import memory_errors
+from atod_train.training.checks import DivergedError
 from atod_train.training.muon import Muon
 
 _WARM_UP = 0.05
@@ -189,13 +190,15 @@ def train_on_demonstrations(
 
     Returns:
         Mean loss per token of each update, in nats.
+
+    Raises:
+        DivergedError: a gradient or a loss is not finite.
     """
     episodes_per_update = episodes_per_update or _episodes_per_update(trajectories)
     updates = max(1, round(epochs * len(trajectories) / episodes_per_update))
     optimizers = _supervised_optimizers(policy, lr)
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    numbers = list(range(len(trajectories)))
     policy.model.train()
     with progress(updates, f"supervised start of {policy.name}") as advance:
         for update in range(updates):
@@ -204,16 +207,17 @@ def train_on_demonstrations(
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * warm * decay
-            chosen = tasks_for_step(
-                [str(i) for i in numbers], update + 1, episodes_per_update, seed
+            part = tasks_for_step(trajectories, update + 1, episodes_per_update, seed)
+            loss = _supervised_update(
+                policy, part, optimizers, observation_weight, tokens_per_microbatch, generator
             )
-            part = [trajectories[int(i)] for i in chosen]
-            losses.append(
-                _supervised_update(
-                    policy, part, optimizers, observation_weight, tokens_per_microbatch, generator
+            if not math.isfinite(loss):
+                raise DivergedError(
+                    f"The supervised start of {policy.name} diverged in update {update + 1} of "
+                    f"{updates}. Lower start.lr, now {lr[0]:g} (AdamW) and {lr[1]:g} (Muon)."
                 )
-            )
-            advance(note=f"loss {losses[-1]:.3f}")
+            losses.append(loss)
+            advance(note=f"loss {loss:.3f}")
     policy.model.eval()
     return losses
 
@@ -251,7 +255,9 @@ def _supervised_update(
         loss = (losses * weight).sum() / float(weights.sum())
         loss.backward()
         total += float(loss.detach())
-    torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0))
+    if not math.isfinite(norm):
+        return norm
     for optimizer in optimizers:
         optimizer.step()
     return total
@@ -456,20 +462,21 @@ def evaluate_start(
         AtodError: as `evaluate`.
         RunFolderError: a file is broken.
     """
-    with closing(EnvPool(config.env, "train")) as train_pool:
+    advice = "Lower model.max_context, or use a smaller model."
+    with (
+        closing(EnvPool(config.env, "train")) as train_pool,
+        closing(EnvPool(config.env, split)) as pool,
+        memory_errors(f"evaluating the {role}", advice),
+    ):
         starts = Starts(config, train_pool)
-        settings = _settings(config, starts.identity(role))
+        settings = _settings(config, starts.identity(role), pool.content_hash)
         paths = {mode: folder / "evaluations" / f"{role}-{split}-{mode}.json" for mode in MODES}
-        # Processes that train together find the same: the main one writes when all have evaluated.
+        # All ranks read the same: rank 0 writes only when all have evaluated.
         kept = {mode: _kept(path, settings) for mode, path in paths.items() if config.study.resume}
         results = {mode: result for mode, result in kept.items() if result is not None}
-        missing = [mode for mode in MODES if mode not in results]
-        if missing:
+        if missing := [mode for mode in MODES if mode not in results]:
             policy = starts.policy(role)
-            with (
-                closing(EnvPool(config.env, split)) as pool,
-                progress(len(missing), f"evaluating the {role} on {split}") as advance,
-            ):
+            with progress(len(missing), f"evaluating the {role} on {split}") as advance:
                 for mode in missing:
                     results[mode] = evaluate(policy, pool, config, mode, processes)
                     if processes.is_main:
@@ -479,10 +486,11 @@ def evaluate_start(
     return [Evaluation(0, role, results[mode]) for mode in MODES]
 
 
-def _settings(config: RunConfig, identity: str) -> dict[str, Any]:
-    """What an evaluation depends on, as JSON has it; devices and a teacher's URL may change."""
+def _settings(config: RunConfig, identity: str, tasks: str) -> dict[str, Any]:
+    """Return what an evaluation depends on, as JSON; devices and a teacher's URL may change."""
     settings = {
         "made_from": identity,
+        "tasks": tasks,
         "env": asdict(config.env),
         "dtype": config.model.dtype,
         "max_context": config.model.max_context,

@@ -49,7 +49,8 @@ from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, nothing_fits, seed_for, tasks_for_step
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.training.bookkeeping import interruptible, memory_errors
-from atod_train.training.checks import HiddenInputs, check_scores, check_skipped, check_weights
+from atod_train.training.checks import check_scores, check_skipped, check_weights
+from atod_train.training.inputs import HiddenInputs
 from atod_train.training.run_record import RunRecord
 from atod_train.training.update import Learner, score_batch, update_policy
 
@@ -121,7 +122,8 @@ class Trainer:
         """
         settings, record = self.config.train, self._record
         teacher = self.teacher.policy if isinstance(self.teacher, LocalTeacher) else None
-        inputs = HiddenInputs.of(self.student, self.teacher, self._dialogue)
+        pools = (self._train_pool, *self._eval_pools)
+        inputs = HiddenInputs.of(self.student, self.teacher, self._dialogue, pools)
         record.open(resume, inputs, self._train_pool, teacher)
         name = self.config.study.label or self.config.algorithm.method
         with (

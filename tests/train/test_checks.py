@@ -14,14 +14,17 @@ from typing import Any
 import pytest
 import torch
 from test_failures import Failing
+from test_policy import make_policy
 from test_trainer import CONFIG, _resuming, _with
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train import cli
 from atod_train.config import RunConfig
 from atod_train.files import read_json
+from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.pretrained import load_policy
 from atod_train.presets import PRESETS
+from atod_train.records import Batch
 from atod_train.reports.metrics import read_metrics
 from atod_train.reports.run_folder import RunFolderError
 from atod_train.rollout.env_pool import EnvPool
@@ -30,6 +33,7 @@ from atod_train.training import supervised, trainer
 from atod_train.training.bookkeeping import OutOfMemory, memory_errors
 from atod_train.training.checkpoint import saved_checkpoints
 from atod_train.training.checks import check_settings
+from atod_train.training.inputs import HiddenInputs, fingerprint
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -185,11 +189,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     return config, out
 
 
-def _scaled(folder: Path) -> None:
+def _train_a_little(folder: Path) -> None:
+    """Move weights by a thousandth of their size, as fine-tuning does."""
     policy = load_policy(folder)
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in policy.model.parameters():
-            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+            weight.add_(1e-3 * float(weight.std()) * torch.randn(weight.shape, generator=generator))
     policy.save(folder)
 
 
@@ -203,12 +209,59 @@ def test_another_model_of_the_same_name_is_not_resumed_with(
     assert inputs["frozen"]
     more = _resuming(_with(config, steps=2))
     kept = load_policy(out / role)
-    _scaled(out / role)
+    _train_a_little(out / role)
     try:
         with pytest.raises(RunFolderError, match=f"{role}.* it is another model"):
             run_study(more, out / "runs")
     finally:
         kept.save(out / role)
+
+
+def test_other_tasks_are_not_resumed_with(run: tuple[RunConfig, Path]) -> None:
+    config, out = run
+    manifest = out / "runs" / "atod-seed0" / "manifest.json"
+    kept = manifest.read_text()
+    for split, tasks in read_json(manifest)["inputs"]["data"].items():
+        manifest.write_text(kept.replace(f'"{split}": "{tasks}"', f'"{split}": "{"0" * 64}"'))
+        with pytest.raises(RunFolderError, match=f"The tasks of split {split} are not those"):
+            run_study(_resuming(_with(config, steps=2)), out / "runs")
+    manifest.write_text(kept)
+
+
+def test_a_fingerprint_follows_weights_and_not_their_precision() -> None:
+    policy = make_policy()
+    found = fingerprint(policy.model)
+    assert fingerprint(policy.model.bfloat16()) == found
+    trained = policy.model.get_input_embeddings().weight
+    with torch.no_grad():
+        trained.mul_(1.01)
+    assert fingerprint(policy.model) != found
+    for weight in policy.model.parameters():
+        weight.requires_grad_(weight is trained)
+    found = fingerprint(policy.model, frozen=True)
+    with torch.no_grad():
+        trained.mul_(1.01)
+    assert fingerprint(policy.model, frozen=True) == found
+
+
+def test_a_server_of_another_teacher_is_found_by_its_log_probs() -> None:
+    """Its weights are elsewhere, and may be held in another precision."""
+    student, another, inputs = make_policy(0), make_policy(2), []
+    with torch.no_grad():
+        another.model.get_input_embeddings().weight.mul_(50)
+    for teacher, error in ((make_policy(1), 0.0), (make_policy(1), 0.03), (another, 0.0)):
+
+        class Served:
+            def score(self, batch: Batch) -> torch.Tensor:
+                logprobs = teacher.completion_logprobs(batch)  # noqa: B023
+                return logprobs + error  # noqa: B023
+
+        found = HiddenInputs.of(student, Served(), DialogueEncoder(student.tokenizer), [])
+        inputs.append(found)
+    manifest = {"inputs": asdict(inputs[0])}
+    assert inputs[1].check(manifest, "") == ""
+    with pytest.raises(RunFolderError, match="teacher is not the one"):
+        inputs[2].check(manifest, "")
 
 
 def test_a_date_in_the_template_is_reported(

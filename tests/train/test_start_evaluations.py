@@ -20,6 +20,7 @@ from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.reports.metrics import Evaluation
 from atod_train.reports.run_folder import FileError
+from atod_train.rollout.env_pool import EnvPool
 from atod_train.training import supervised
 from atod_train.training.supervised import evaluate_start
 
@@ -98,6 +99,25 @@ def test_other_settings_are_evaluated_again(
     _evaluated(tmp_path)
     made.clear()
     _evaluated(tmp_path, replace(CONFIG, **change))
+    assert made == ["greedy", "sampled"]
+
+
+def test_other_tasks_are_evaluated_again(
+    made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _evaluated(tmp_path)
+    made.clear()
+
+    class Changed(EnvPool):
+        """A split whose files were changed."""
+
+        def __init__(self, config: EnvConfig, split: str) -> None:
+            super().__init__(config, split)
+            if split != "train":
+                self.content_hash = "0" * 64
+
+    monkeypatch.setattr(supervised, "EnvPool", Changed)
+    _evaluated(tmp_path)
     assert made == ["greedy", "sampled"]
 
 

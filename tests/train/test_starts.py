@@ -17,10 +17,11 @@ from atod_train.config import RunConfig, StartConfig
 from atod_train.models import pretrained
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.policy import Policy, build_policy
-from atod_train.models.pretrained import load_policy
+from atod_train.models.pretrained import cache_folder, load_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.training import supervised
+from atod_train.training.checks import DivergedError
 from atod_train.training.supervised import Starts, demonstrate, demonstration_texts, tokenize
 
 
@@ -154,6 +155,15 @@ def test_a_model_from_scratch_needs_demonstrations(config: RunConfig, pool: EnvP
         InvalidSettingError, match=r"micro is made from scratch: start\.epochs must"
     ):
         Starts(scratch, pool).policy("teacher")
+
+
+def test_a_start_that_diverges_stops_and_names_its_setting(
+    config: RunConfig, pool: EnvPool
+) -> None:
+    steep = replace(config, start=replace(config.start, lr=(1e30, 0.0)))
+    with pytest.raises(DivergedError, match=r"student .* diverged in update .* Lower start\.lr"):
+        Starts(steep, pool).policy("student")
+    assert not list(cache_folder().glob("*/config.json"))
 
 
 @pytest.mark.parametrize(

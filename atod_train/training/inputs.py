@@ -1,0 +1,156 @@
+"""What a run depends on beside its settings, compared when it is resumed.
+
+The tasks that are played, the ids of a prompt (a chat template may write the date), the weights
+that are frozen below adapters, and the teacher. They are kept in the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atod_gym.types import Message
+from atod_train.batch import make_batch
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.policy import Policy
+from atod_train.records import TokenizedTurn, Trajectory, Turn
+from atod_train.reports.run_folder import RunFolderError
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.teachers.local import LocalTeacher, Teacher
+
+_PROBE = "You are in a room. You see a desk 1, a drawer 2 and a mug 3. go to desk 1"
+_ANOTHER = 0.2
+"""Mean difference of log-probs, nats per token, that rounding does not reach: 0.046 in bfloat16."""
+_SAMPLED_WEIGHTS = 1024
+"""Of each tensor, for its fingerprint."""
+
+
+@dataclass(frozen=True)
+class HiddenInputs:
+    """What a run depends on beside its settings; JSON values."""
+
+    data: dict[str, str]
+    """Split -> content hash of its tasks."""
+    prompt: str
+    """Hash of the ids of a fixed prompt."""
+    frozen: str | None
+    """Fingerprint of the student's weights that are not trained; None: all are trained."""
+    teacher: str | list[float] | None
+    """Fingerprint; of a server: log-probs of some fixed tokens, nats; None: no teacher."""
+
+    @classmethod
+    def of(
+        cls,
+        student: Policy,
+        teacher: Teacher | None,
+        dialogue: DialogueEncoder,
+        pools: Sequence[EnvPool],
+    ) -> HiddenInputs:
+        """Return the hidden inputs of a run that begins with these.
+
+        Args:
+            student: its start.
+            teacher: of the run; a server is asked for log-probs.
+            dialogue: renders prompts.
+            pools: environments of all splits.
+        """
+        ids = dialogue.first((Message("user", _PROBE),))
+        is_frozen = any(not weight.requires_grad for weight in student.model.parameters())
+        return cls(
+            data={pool.split: pool.content_hash for pool in pools},
+            prompt=hashlib.sha256(str(list(ids)).encode()).hexdigest(),
+            frozen=fingerprint(student.model, frozen=True) if is_frozen else None,
+            teacher=_identity(teacher, student),
+        )
+
+    def check(self, manifest: Mapping[str, Any], template: str) -> str:
+        """Compare with the inputs of the part of the run that came before.
+
+        Args:
+            manifest: of the run; empty where it has none.
+            template: the chat template.
+
+        Returns:
+            A warning; empty if nothing changed.
+
+        Raises:
+            RunFolderError: other tasks, frozen weights, teacher or tokenizer.
+        """
+        before: Mapping[str, Any] = manifest.get("inputs") or {}
+        for split, tasks in (before.get("data") or {}).items():
+            if self.data.get(split, tasks) != tasks:
+                raise RunFolderError(
+                    f"The tasks of split {split} are not those that this run began with (content "
+                    f"hash {tasks[:12]}, now {self.data[split][:12]}). Resume with the same data "
+                    "(--env.data), or start a new run."
+                )
+        for name, what in (
+            ("teacher", "The teacher is not the one"),
+            ("frozen", "The frozen weights of the student are not those"),
+        ):
+            if _is_other(before.get(name), getattr(self, name)):
+                raise RunFolderError(
+                    f"{what} that this run began with: it is another model. Resume with the same "
+                    "models, or start a new run."
+                )
+        if before.get("prompt", self.prompt) == self.prompt:
+            return ""
+        if "strftime_now" in template or "date_string" in template:
+            return (
+                f"the chat template writes the date into prompts, and this run began on "
+                f"{str(manifest.get('time'))[:10]}: it continues with other prompts. A new run can "
+                "fix the date if the template has a variable for it, such as "
+                "--env.template-options date_string '26 Jul 2024'"
+            )
+        raise RunFolderError(
+            "The chat template gives other prompts than this run began with: the tokenizer was "
+            "changed. Resume with the same model folder, or start a new run."
+        )
+
+
+def fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
+    """Return a hash of some weights of every tensor of a model.
+
+    It is that of their bfloat16 values, so that precision and device do not change it.
+
+    Args:
+        model: on any device.
+        frozen: leave out the weights that are trained.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if not (frozen and weight.requires_grad):
+            values = weight.detach().flatten()
+            values = values[:: max(1, len(values) // _SAMPLED_WEIGHTS)].to(torch.bfloat16)
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(values.cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _identity(teacher: Teacher | None, student: Policy) -> str | list[float] | None:
+    """Return what identifies a teacher: its weights, or log-probs where they are not here."""
+    if teacher is None:
+        return None
+    if isinstance(teacher, LocalTeacher):
+        return fingerprint(teacher.policy.model)
+    first, *ids = student.tokenizer(_PROBE, add_special_tokens=False).input_ids
+    tokens = TokenizedTurn((first,), tuple(ids), (0.0,) * len(ids), "stop", False)
+    turn = Turn(0, (), _PROBE, "", 0.0, True, tokens)
+    record = Trajectory(0, "", "", (turn,), True, False, "terminated", False, 0.0)
+    logprobs: Tensor = teacher.score(make_batch([record], student.pad_id))
+    return [round(value, 4) for value in logprobs.flatten().tolist()]
+
+
+def _is_other(old: Any, new: Any) -> bool:
+    """Return whether two identities are of two models; those of two kinds are not compared."""
+    if isinstance(old, str) and isinstance(new, str):
+        return old != new
+    if isinstance(old, list) and isinstance(new, list):
+        apart = [abs(a - b) for a, b in zip(old, new, strict=False)]
+        return len(old) != len(new) or sum(apart) > _ANOTHER * len(apart)
+    return False
