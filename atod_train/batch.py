@@ -62,7 +62,7 @@ def make_batch(trajectories: Sequence[Trajectory], pad_id: int, *, pack: bool = 
         start=torch.tensor(start),
         trajectory_index=torch.tensor([number for number, _ in turns]),
         turn_index=torch.tensor([turn.index for _, turn in turns]),
-        turn_rewards=torch.tensor([turn.reward for _, turn in turns], dtype=torch.float32),
+        turn_penalties=torch.tensor([turn.penalty for _, turn in turns], dtype=torch.float32),
         group_index=torch.tensor([record.group_id for record in trajectories]),
         returns=torch.tensor(
             [record.episode_return for record in trajectories], dtype=torch.float32
@@ -144,7 +144,7 @@ def select_sequences(batch: Batch, sequences: Tensor) -> Minibatch:
         start=batch.start[rows],
         trajectory_index=batch.trajectory_index[rows],
         turn_index=batch.turn_index[rows],
-        turn_rewards=batch.turn_rewards[rows],
+        turn_penalties=batch.turn_penalties[rows],
     )
     return Minibatch(batch=part, rows=rows)
 

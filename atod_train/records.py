@@ -127,9 +127,26 @@ class Batch:
     """[R] int64: the trajectory (0..N-1) of this turn."""
     turn_index: Tensor
     """[R] int64: position of the turn in its trajectory."""
-    turn_rewards: Tensor
-    """[R] float32: rewards of the turns, after scaling and penalty."""
+    turn_penalties: Tensor
+    """[R] float32: penalty of each turn, already subtracted from its reward (>= 0)."""
     group_index: Tensor
     """[N] int64: group of each trajectory."""
     returns: Tensor
     """[N] float32: sum of turn rewards of each trajectory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """Scores of the completion tokens of R turn rows; each [R, T] float32, nats, 0 on padding.
+
+    None: not asked for.
+    """
+
+    logprobs: Tensor
+    """Of the sampled tokens, at temperature 1; before the update: `old_logprobs`."""
+    entropies: Tensor | None = None
+    """Of the distributions that the tokens were sampled from."""
+    reference_logprobs: Tensor | None = None
+    """Of the sampled tokens under the teacher; never differentiable."""
+    divergences: Tensor | None = None
+    """Reverse KL of the distributions from the teacher's, see `models.scores.reverse_kl`."""

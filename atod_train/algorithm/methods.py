@@ -15,8 +15,8 @@ The file stands in the order of use: what a method is, how far annealing has com
 losses; weights of the teacher's term are in `weights.py`. Names and shapes as in `atod.py`;
 results are detached, but for the losses. The trainer never asks which method it runs.
 
-With opd_signal exact or top-k the teacher's term is the reverse KL over the vocabulary instead of
-the
+With opd_signal exact or top-k, delta_t is minus the reverse KL over the vocabulary instead of the
+log-ratio of the sampled token.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from atod_train.algorithm.weights import (
     token_weights,
 )
 from atod_train.config import AlgorithmConfig
-from atod_train.records import Trajectory
+from atod_train.records import Batch, TokenScores, Trajectory
 
 TCOD_STEPS_PER_TURN = 6
 SDAR_COEFFICIENT = 0.01
@@ -206,33 +206,6 @@ def moved_on(progress: float, solved: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Signals:
-    """What a batch of R turn rows from N trajectories says, before the update."""
-
-    old_logprobs: Tensor
-    """[R, T] student, recomputed before the update; nats."""
-    teacher_logprobs: Tensor | None
-    """[R, T] teacher, nats; None for methods without one."""
-    completion_mask: Tensor
-    """[R, T] bool, True exactly on sampled tokens."""
-    trajectory_index: Tensor
-    """[R] int64 in 0..N-1."""
-    turn_index: Tensor
-    """[R] int64, position of the turn in its trajectory."""
-    turn_rewards: Tensor
-    """[R] rewards after scaling and invalid-action penalty."""
-    returns: Tensor
-    """[N] sum of turn rewards."""
-    group_index: Tensor
-    """[N] integer label of the trajectory's group."""
-    divergences: Tensor | None = None
-    """[R, T] exact reverse KL from the teacher, nats; where given, it stands for -delta_t."""
-    turn_penalties: Tensor | None = None
-    """[R] what was subtracted from each turn's reward (>= 0); needed for advantage_over="turns",
-    because turn_rewards alone do not tell a penalty from a reward."""
-
-
-@dataclass(frozen=True, slots=True)
 class Advantages:
     """Advantages of a batch and where they come from; all tensors detached."""
 
@@ -255,7 +228,8 @@ class Advantages:
 
 
 def compute_advantages(
-    signals: Signals,
+    batch: Batch,
+    scores: TokenScores,
     settings: AlgorithmConfig,
     step: int,
     progress: float = 0.0,
@@ -264,7 +238,10 @@ def compute_advantages(
     """Per-token advantages of the method in `settings` at optimiser cycle `step`.
 
     Args:
-        signals: the batch; padding may hold anything.
+        batch: R turn rows of N trajectories.
+        scores: of the student before the update and, as `reference_logprobs`, of the teacher.
+            Where `divergences` are given, they take the place of -delta_t. Padding may hold
+            anything.
         settings: method, coefficients and variants.
         step: optimiser cycle, counted from 1.
         progress: of an adaptive schedule, in [0, 1]; others take `step`.
@@ -272,31 +249,31 @@ def compute_advantages(
             model is scored in low precision, whose rounding is no disagreement.
 
     Raises:
-        ValueError: an unknown method; no teacher_logprobs for a method that needs them; a
+        ValueError: an unknown method; no reference_logprobs for a method that needs them; a
             log-probability of student or teacher that is not finite on a sampled token (names the
             turn rows: such a token would give an infinite advantage and NaN gradients); a return
-            that is not finite; advantage_over="turns" without turn_penalties.
+            that is not finite.
     """
-    mask = signals.completion_mask
-    teacher_logprobs = signals.teacher_logprobs
-    if teacher_logprobs is None:
+    mask, student = batch.completion_mask, scores.logprobs
+    teacher = scores.reference_logprobs
+    if teacher is None:
         if needs_teacher(settings.method):
-            raise ValueError(f"method {settings.method} needs teacher_logprobs; they are None")
-        teacher_logprobs = signals.old_logprobs  # delta = 0 and d = 0
+            raise ValueError(f"method {settings.method} needs reference_logprobs; they are None")
+        teacher = student  # delta = 0 and d = 0
     with torch.no_grad():
-        log_ratio = sampled_log_ratio(signals.old_logprobs, teacher_logprobs, mask)
-        disagreement, uncertainty = turn_statistics(signals.old_logprobs, teacher_logprobs, mask)
-        if signals.divergences is not None:
-            log_ratio = masked(-signals.divergences, mask)
+        log_ratio = sampled_log_ratio(student, teacher, mask)
+        disagreement, uncertainty = turn_statistics(student, teacher, mask)
+        if scores.divergences is not None:
+            log_ratio = masked(-scores.divergences, mask)
             disagreement = mean_over_tokens(log_ratio.abs(), mask)
         kappa, rho = _coefficients(settings, step, progress)
         weights = _weights(
-            signals, settings, log_ratio, disagreement, uncertainty, min_disagreement
+            batch, student, settings, log_ratio, disagreement, uncertainty, min_disagreement
         )
-        reward_part = _row_advantages(signals, settings).to(log_ratio.dtype)
+        reward_part = _row_advantages(batch, settings).to(log_ratio.dtype)
         rl_term = atod_advantages(log_ratio, weights, reward_part, 0.0, rho, mask)
         values, divergence_weights = rl_term, None
-        if signals.divergences is None:
+        if scores.divergences is None:
             values = atod_advantages(log_ratio, weights, reward_part, kappa, rho, mask)
         else:
             per_token = weights if weights.dim() == 2 else weights[:, None].expand(mask.shape)
@@ -324,7 +301,7 @@ def _coefficients(settings: AlgorithmConfig, step: int, progress: float) -> tupl
     return schedule.coefficients(step)
 
 
-def _row_advantages(signals: Signals, settings: AlgorithmConfig) -> Tensor:
+def _row_advantages(batch: Batch, settings: AlgorithmConfig) -> Tensor:
     """A_i of every turn row, [R].
 
     Over trajectories, the group's returns are normalised (penalties are part of a return) and all
@@ -332,22 +309,21 @@ def _row_advantages(signals: Signals, settings: AlgorithmConfig) -> Tensor:
     with all penalties taken back, less the row's own penalty; the values of all turn rows of the
     group are normalised together, so that long trajectories weigh more in mean and deviation.
     """
-    index = signals.trajectory_index
+    index, returns = batch.trajectory_index, batch.returns
     if settings.advantage_over == "trajectories":
-        return group_advantages(signals.returns, group_index=signals.group_index)[index]
-    if signals.turn_penalties is None:
-        raise ValueError('advantage_over="turns" needs turn_penalties; they are None')
-    penalties = signals.turn_penalties.to(signals.returns.dtype)
-    taken_back = torch.zeros_like(signals.returns).index_add(0, index, penalties)
-    row_values = (signals.returns + taken_back)[index] - penalties
-    return group_advantages(row_values, group_index=signals.group_index[index])
+        return group_advantages(returns, group_index=batch.group_index)[index]
+    penalties = batch.turn_penalties.to(returns.dtype)
+    taken_back = torch.zeros_like(returns).index_add(0, index, penalties)
+    row_values = (returns + taken_back)[index] - penalties
+    return group_advantages(row_values, group_index=batch.group_index[index])
 
 
 # -- weights of the teacher's term -----------------------------------------------------------------
 
 
 def _weights(
-    signals: Signals,
+    batch: Batch,
+    student: Tensor,
     settings: AlgorithmConfig,
     log_ratio: Tensor,
     disagreement: Tensor,
@@ -355,17 +331,15 @@ def _weights(
     min_disagreement: float,
 ) -> Tensor:
     """Return the weights of the teacher's term: [R], or [R, T] for the variant token of atod."""
-    index, mask = signals.trajectory_index, signals.completion_mask
+    index, mask = batch.trajectory_index, batch.completion_mask
     variant, amount = parse_turn_weights(settings.turn_weights)
     chosen = method_of(settings.method).weights
     if chosen == "sod":
-        return sod_weights(disagreement, index, signals.turn_index)
+        return sod_weights(disagreement, index, batch.turn_index)
     if chosen == "uniform":
         return torch.ones_like(disagreement)
     if variant == "token":
-        return token_weights(
-            log_ratio, signals.old_logprobs, mask, min_disagreement=min_disagreement
-        )
+        return token_weights(log_ratio, student, mask, min_disagreement=min_disagreement)
     weights = turn_weights(
         disagreement,
         uncertainty,

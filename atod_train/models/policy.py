@@ -31,8 +31,8 @@ from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.models.fast.last_layer import at, can_be_chosen, can_take_trees, only_at
 from atod_train.models.fast.prefix_trees import Part, crossover_of, parts
 from atod_train.models.lora import merged_weights
-from atod_train.models.scores import MicroBatch, TokenScores, score_tokens
-from atod_train.records import Batch
+from atod_train.models.scores import MicroBatch, score_tokens
+from atod_train.records import Batch, TokenScores
 
 LOGITS_PER_CHUNK = 2**26
 """Logits that exist at once; 256 MiB in float32."""

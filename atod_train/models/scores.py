@@ -13,28 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from atod_train.records import TokenScores
+
 _LEAST_LOGPROB = -50.0
 """What a token counts for that is ruled out: finite, and nothing beside any other."""
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [m, width] to logits [m, vocabulary] in float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenScores:
-    """What a model says of the completion tokens of r turn rows; each [r, T] float32, nats.
-
-    0 on padding; None: not asked for.
-    """
-
-    logprobs: Tensor
-    """Of the sampled tokens, at temperature 1."""
-    entropies: Tensor | None = None
-    """Of the distributions that the tokens were drawn from."""
-    reference_logprobs: Tensor | None = None
-    """Of the sampled tokens under the reference; never differentiable."""
-    divergences: Tensor | None = None
-    """Reverse KL of the distributions from the reference's, see `reverse_kl`."""
 
 
 @dataclass(frozen=True, kw_only=True)

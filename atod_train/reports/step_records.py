@@ -13,8 +13,7 @@ from atod_gym.types import Message
 from atod_train.algorithm.atod import masked
 from atod_train.algorithm.methods import Advantages, solved_groups
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.scores import TokenScores
-from atod_train.records import Batch, Trajectory
+from atod_train.records import Batch, TokenScores, Trajectory
 from atod_train.reports.metrics import TrajectoryRecord, TurnDisplay
 
 _SHOWN_TRAJECTORIES = 2

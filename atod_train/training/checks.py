@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer
-from atod_train.algorithm.methods import Signals, compute_advantages, has_exact_signal
+from atod_train.algorithm.methods import compute_advantages, has_exact_signal
+from atod_train.batch import make_batch
 from atod_train.config import AlgorithmConfig, RunConfig
-from atod_train.models.scores import TokenScores
+from atod_train.records import TokenizedTurn, TokenScores, Trajectory, Turn
 from atod_train.training.checkpoint import CheckpointError, check_finite, model_tensors
 
 _AT_LEAST = {
@@ -73,23 +74,23 @@ def _check_number(name: str, value: float) -> None:
 def _try_algorithm(settings: AlgorithmConfig) -> None:
     """Compute the loss of two made-up trajectories: what raises now would raise in step 1."""
     logprobs = torch.tensor([[-0.5], [-1.0], [-0.2], [-2.0], [-0.1], [-0.7]])
-    mask = torch.ones(logprobs.shape, dtype=torch.bool)
-    index = torch.tensor([0, 0, 0, 1, 1, 1])
+    tokens = TokenizedTurn((0,), (0,), (0.0,), "stop", extends_previous=False)
+    turns = [
+        tuple(Turn(index, (), "", "", reward, True, tokens) for index, reward in enumerate(rewards))
+        for rewards in ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0))
+    ]
+    batch = make_batch(
+        [Trajectory(0, "", "", played, True, False, "terminated", True, 1.0) for played in turns], 0
+    )
+    mask = batch.completion_mask
     try:
-        signals = Signals(
-            old_logprobs=logprobs,
-            teacher_logprobs=logprobs - 0.3,
-            completion_mask=mask,
-            trajectory_index=index,
-            turn_index=torch.tensor([0, 1, 2, 0, 1, 2]),
-            turn_rewards=torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0]),
-            returns=torch.tensor([1.0, 0.0]),
-            group_index=torch.tensor([0, 0]),
+        scores = TokenScores(
+            logprobs=logprobs,
+            reference_logprobs=logprobs - 0.3,
             divergences=torch.full(logprobs.shape, 0.1) if has_exact_signal(settings) else None,
-            turn_penalties=torch.zeros(6),
         )
-        advantages = compute_advantages(signals, settings, 1)
-        normalizer = loss_normalizer(mask, settings.aggregation, index)
+        advantages = compute_advantages(batch, scores, settings, 1)
+        normalizer = loss_normalizer(mask, settings.aggregation, batch.trajectory_index)
         clipped_policy_loss(
             logprobs, logprobs, advantages.values, mask, clip_low=settings.clip[0],
             clip_high=settings.clip[1], dual_clip=settings.clip[2], normalizer=normalizer,

@@ -24,7 +24,6 @@ from atod_train.algorithm.atod import MIN_DISAGREEMENT
 from atod_train.algorithm.methods import (
     LOW_PRECISION_DISAGREEMENT,
     Advantages,
-    Signals,
     compute_advantages,
     is_adaptive,
     moved_on,
@@ -39,9 +38,8 @@ from atod_train.memory import give_back
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
-from atod_train.models.scores import TokenScores
 from atod_train.progress import PhaseTimes, progress
-from atod_train.records import Batch, Trajectory
+from atod_train.records import Batch, TokenScores, Trajectory
 from atod_train.reports.metrics import Evaluation, TrajectoryRecord
 from atod_train.reports.statistics import EvaluationMode
 from atod_train.reports.step_records import batch_metrics, rendering_drift, trajectories_to_show
@@ -212,7 +210,7 @@ class Trainer:
             return
         batch = make_batch(trajectories, self.student.pad_id)
         scores = self._score(batch, step)
-        advantages = self._advantages(batch, trajectories, scores, step)
+        advantages = self._advantages(batch, scores, step)
         update = self._update(batch, scores, advantages, step)
         row = {
             "step": step,
@@ -291,28 +289,12 @@ class Trainer:
         check_weights(self.student.model, step, saved_step)
         return update
 
-    def _advantages(
-        self,
-        batch: Batch,
-        trajectories: Sequence[Trajectory],
-        scores: TokenScores,
-        step: int,
-    ) -> Advantages:
-        signals = Signals(
-            old_logprobs=scores.logprobs,
-            teacher_logprobs=scores.reference_logprobs,
-            completion_mask=batch.completion_mask,
-            trajectory_index=batch.trajectory_index,
-            turn_index=batch.turn_index,
-            turn_rewards=batch.turn_rewards,
-            returns=batch.returns,
-            group_index=batch.group_index,
-            divergences=scores.divergences,
-            turn_penalties=torch.tensor([u.penalty for t in trajectories for u in t.turns]),
-        )
+    def _advantages(self, batch: Batch, scores: TokenScores, step: int) -> Advantages:
+        """Compute the method's advantages; what it refuses names the step."""
         try:
             return compute_advantages(
-                signals,
+                batch,
+                scores,
                 self.config.algorithm,
                 step,
                 self._record.done.anneal_progress,

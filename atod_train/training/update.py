@@ -34,9 +34,9 @@ from atod_train.config import AlgorithmConfig, RunConfig
 from atod_train.distributed import Processes
 from atod_train.models.fast.prefix_trees import divided, sequences_of
 from atod_train.models.policy import Computation, Policy, Reference
-from atod_train.models.scores import MicroBatch, TokenScores
+from atod_train.models.scores import MicroBatch
 from atod_train.progress import PhaseTimes
-from atod_train.records import Batch
+from atod_train.records import Batch, TokenScores
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.training.checkpoint import (
     divided_like,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_baselines import turn_rows
 
 from atod_train.algorithm.methods import (
     ADAPTIVE_RATE,
-    Signals,
     compute_advantages,
     moved_on,
     solved_groups,
@@ -23,7 +23,7 @@ from atod_train.config import (
     StartConfig,
     TrainConfig,
 )
-from atod_train.records import Trajectory
+from atod_train.records import TokenScores, Trajectory
 from atod_train.reports import step_records
 from atod_train.reports.metrics import read_metrics
 from atod_train.studies.study import run_study
@@ -71,20 +71,18 @@ def test_numbers_that_make_no_sense(numbers: tuple[float, float]) -> None:
 
 
 def test_progress_gives_the_coefficients() -> None:
-    signals = Signals(
-        old_logprobs=torch.zeros(2, 1),
-        teacher_logprobs=torch.ones(2, 1),
-        completion_mask=torch.ones(2, 1, dtype=torch.bool),
-        trajectory_index=torch.tensor([0, 1]),
-        turn_index=torch.tensor([0, 0]),
-        turn_rewards=torch.zeros(2),
-        returns=torch.zeros(2),
-        group_index=torch.tensor([0, 0]),
+    scores = TokenScores(logprobs=torch.zeros(2, 1), reference_logprobs=torch.ones(2, 1))
+    batch = turn_rows(
+        torch.ones(2, 1, dtype=torch.bool),
+        torch.tensor([0, 1]),
+        torch.tensor([0, 0]),
+        torch.zeros(2),
+        torch.tensor([0, 0]),
     )
     for progress, kappa, rho in ((0.0, 1.0, 1.0), (0.5, 0.55, 1.5), (1.0, 0.1, 2.0)):
-        found = compute_advantages(signals, ADAPTIVE, step=70, progress=progress)
+        found = compute_advantages(batch, scores, ADAPTIVE, step=70, progress=progress)
         assert (found.kappa, found.rho) == pytest.approx((kappa, rho))
-    linear = compute_advantages(signals, replace(ADAPTIVE, shape="linear"), 40, progress=1.0)
+    linear = compute_advantages(batch, scores, replace(ADAPTIVE, shape="linear"), 40, progress=1.0)
     assert linear.kappa == pytest.approx(0.55)
 
 

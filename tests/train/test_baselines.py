@@ -12,7 +12,6 @@ from atod_train.algorithm.atod import group_advantages, loss_normalizer, turn_we
 from atod_train.algorithm.methods import (
     LOW_PRECISION_DISAGREEMENT,
     Advantages,
-    Signals,
     auxiliary_loss,
     compute_advantages,
     needs_teacher,
@@ -20,11 +19,40 @@ from atod_train.algorithm.methods import (
 )
 from atod_train.algorithm.weights import sod_weights
 from atod_train.config import AlgorithmConfig
+from atod_train.records import Batch, TokenScores
 
 METHODS = ("atod", "opd", "grpo", "mix", "sod", "tcod", "sdar")
 
 
-def make_signals(seed: int = 0, *, tokens: int = 4, max_turns: int = 6, groups: int = 2) -> Signals:
+def turn_rows(
+    mask: torch.Tensor,
+    trajectory_index: torch.Tensor,
+    turn_index: torch.Tensor,
+    returns: torch.Tensor,
+    group_index: torch.Tensor,
+    turn_penalties: torch.Tensor | None = None,
+) -> Batch:
+    """A batch without what only models need."""
+    nothing = torch.zeros(0)
+    return Batch(
+        input_ids=nothing,
+        attention_mask=nothing,
+        completion_ids=nothing,
+        completion_mask=mask,
+        sampling_logprobs=nothing,
+        sequence_index=nothing,
+        start=nothing,
+        trajectory_index=trajectory_index,
+        turn_index=turn_index,
+        turn_penalties=torch.zeros(len(mask)) if turn_penalties is None else turn_penalties,
+        group_index=group_index,
+        returns=returns,
+    )
+
+
+def make_step(
+    seed: int = 0, *, tokens: int = 4, max_turns: int = 6, groups: int = 2
+) -> tuple[Batch, TokenScores]:
     """Two groups (by default) of three trajectories of 1 to max_turns turns, rows in any order."""
     generator = torch.Generator().manual_seed(seed)
     trajectories = 3 * groups
@@ -37,34 +65,35 @@ def make_signals(seed: int = 0, *, tokens: int = 4, max_turns: int = 6, groups: 
     lengths = torch.randint(1, tokens + 1, (rows,), generator=generator)
     rewards = 10.0 * torch.randint(0, 2, (rows,), generator=generator).double()
     penalties = 0.1 * torch.randint(0, 2, (rows,), generator=generator).double()
-    rewards = rewards - penalties
-    return Signals(
-        old_logprobs=-3.0 * torch.rand(rows, tokens, generator=generator, dtype=torch.float64),
-        teacher_logprobs=-3.0 * torch.rand(rows, tokens, generator=generator, dtype=torch.float64),
-        completion_mask=torch.arange(tokens) < lengths[:, None],
-        trajectory_index=index,
-        turn_index=turn_index,
-        turn_rewards=rewards,
-        returns=torch.zeros(trajectories, dtype=torch.float64).index_add(0, index, rewards),
-        group_index=torch.arange(trajectories) % groups + 5,
-        turn_penalties=penalties,
+    student, teacher = (
+        -3.0 * torch.rand(rows, tokens, generator=generator, dtype=torch.float64) for _ in range(2)
     )
+    returns = torch.zeros(trajectories, dtype=torch.float64)
+    batch = turn_rows(
+        torch.arange(tokens) < lengths[:, None],
+        index,
+        turn_index,
+        returns.index_add(0, index, rewards - penalties),
+        torch.arange(trajectories) % groups + 5,
+        penalties,
+    )
+    return batch, TokenScores(logprobs=student, reference_logprobs=teacher)
 
 
 def with_method(method: str, **options: object) -> AlgorithmConfig:
     return AlgorithmConfig(method=method, **options)  # type: ignore[arg-type]
 
 
-def delta(signals: Signals) -> torch.Tensor:
-    assert signals.teacher_logprobs is not None
-    difference = signals.teacher_logprobs - signals.old_logprobs
-    return torch.where(signals.completion_mask, difference, 0.0)
+def delta(batch: Batch, scores: TokenScores) -> torch.Tensor:
+    assert scores.reference_logprobs is not None
+    difference = scores.reference_logprobs - scores.logprobs
+    return torch.where(batch.completion_mask, difference, 0.0)
 
 
-def grpo_values(signals: Signals) -> torch.Tensor:
-    advantage = group_advantages(signals.returns, group_index=signals.group_index)
-    per_row = advantage[signals.trajectory_index].unsqueeze(-1)
-    return torch.where(signals.completion_mask, per_row, 0.0)
+def grpo_values(batch: Batch) -> torch.Tensor:
+    advantage = group_advantages(batch.returns, group_index=batch.group_index)
+    per_row = advantage[batch.trajectory_index].unsqueeze(-1)
+    return torch.where(batch.completion_mask, per_row, 0.0)
 
 
 def tensors_of(advantages: Advantages) -> list[torch.Tensor]:
@@ -76,40 +105,39 @@ def tensors_of(advantages: Advantages) -> list[torch.Tensor]:
 
 
 def test_grpo_shares_the_group_advantage_among_all_tokens() -> None:
-    signals = make_signals()
-    advantages = compute_advantages(signals, with_method("grpo"), 1)
-    assert torch.equal(advantages.values, grpo_values(signals))
+    batch, scores = make_step()
+    advantages = compute_advantages(batch, scores, with_method("grpo"), 1)
+    assert torch.equal(advantages.values, grpo_values(batch))
     assert not bool(advantages.opd_term.any())
     assert (advantages.kappa, advantages.rho) == (0.0, 1.0)
-    without_teacher = dataclasses.replace(signals, teacher_logprobs=None)
-    assert torch.equal(
-        compute_advantages(without_teacher, with_method("grpo"), 1).values, advantages.values
-    )
+    alone = compute_advantages(batch, TokenScores(logprobs=scores.logprobs), with_method("grpo"), 1)
+    assert torch.equal(alone.values, advantages.values)
 
 
 @pytest.mark.parametrize("step", [1, 40, 200])
 def test_atod_without_teacher_share_is_grpo_bit_for_bit(step: int) -> None:
-    signals = make_signals()
+    batch, scores = make_step()
     atod = with_method("atod", kappa=(0.0, 0.0), rho=(1.0, 1.0))
-    values = compute_advantages(signals, atod, step).values
-    assert torch.equal(values, compute_advantages(signals, with_method("grpo"), step).values)
+    values = compute_advantages(batch, scores, atod, step).values
+    assert torch.equal(values, compute_advantages(batch, scores, with_method("grpo"), step).values)
 
 
 @pytest.mark.parametrize("method", ["opd", "tcod"])
 @pytest.mark.parametrize("step", [1, 40, 200])
 def test_atod_without_reward_share_and_weights_is_opd_bit_for_bit(method: str, step: int) -> None:
-    signals = make_signals()
+    batch, scores = make_step()
     atod = with_method("atod", kappa=(1.0, 1.0), rho=(0.0, 0.0), turn_weights="uniform")
-    opd = compute_advantages(signals, with_method(method), step)
-    assert torch.equal(compute_advantages(signals, atod, step).values, opd.values)
-    assert torch.equal(opd.values, delta(signals))
+    opd = compute_advantages(batch, scores, with_method(method), step)
+    assert torch.equal(compute_advantages(batch, scores, atod, step).values, opd.values)
+    assert torch.equal(opd.values, delta(batch, scores))
     assert not bool(opd.rl_term.any())
 
 
 def test_mix_is_opd_plus_grpo() -> None:
-    signals = make_signals()
+    batch, scores = make_step()
     mix, opd, grpo = (
-        compute_advantages(signals, with_method(method), 1) for method in ("mix", "opd", "grpo")
+        compute_advantages(batch, scores, with_method(method), 1)
+        for method in ("mix", "opd", "grpo")
     )
     assert torch.equal(mix.values, opd.values + grpo.values)
     assert torch.equal(mix.opd_term, opd.values)
@@ -117,9 +145,9 @@ def test_mix_is_opd_plus_grpo() -> None:
 
 
 def test_sdar_has_the_advantages_of_grpo() -> None:
-    signals = make_signals()
-    sdar = compute_advantages(signals, with_method("sdar"), 1)
-    assert torch.equal(sdar.values, grpo_values(signals))
+    batch, scores = make_step()
+    sdar = compute_advantages(batch, scores, with_method("sdar"), 1)
+    assert torch.equal(sdar.values, grpo_values(batch))
     assert bool((sdar.disagreement > 0).all())
 
 
@@ -129,17 +157,15 @@ def test_atod_in_closed_form() -> None:
     h = torch.tensor([0.037, 0.025, 0.010, 0.006, 0.008], dtype=torch.float64)
     student = torch.cat([-h, torch.tensor([-1.0], dtype=torch.float64)])[:, None]
     teacher = student + torch.cat([-d, torch.tensor([0.5], dtype=torch.float64)])[:, None]
-    signals = Signals(
-        old_logprobs=student,
-        teacher_logprobs=teacher,
-        completion_mask=torch.ones(6, 1, dtype=torch.bool),
-        trajectory_index=torch.tensor([0, 0, 0, 0, 0, 1]),
-        turn_index=torch.tensor([0, 1, 2, 3, 4, 0]),
-        turn_rewards=torch.tensor([0.0, 0.0, 0.0, 0.0, 10.0, 0.0]),
-        returns=torch.tensor([10.0, 0.0], dtype=torch.float64),
-        group_index=torch.tensor([0, 0]),
+    batch = turn_rows(
+        torch.ones(6, 1, dtype=torch.bool),
+        torch.tensor([0, 0, 0, 0, 0, 1]),
+        torch.tensor([0, 1, 2, 3, 4, 0]),
+        torch.tensor([10.0, 0.0], dtype=torch.float64),
+        torch.tensor([0, 0]),
     )
-    advantages = compute_advantages(signals, AlgorithmConfig(), 40)
+    scores = TokenScores(logprobs=student, reference_logprobs=teacher)
+    advantages = compute_advantages(batch, scores, AlgorithmConfig(), 40)
     assert (advantages.kappa, advantages.rho) == pytest.approx((0.55, 1.5))
     assert advantages.disagreement.tolist() == pytest.approx([*d.tolist(), 0.5])
     assert advantages.uncertainty.tolist() == pytest.approx([*h.tolist(), 1.0])
@@ -153,12 +179,12 @@ def test_atod_in_closed_form() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_terms_add_up_and_everything_is_detached(method: str) -> None:
-    signals = make_signals(3)
-    signals.old_logprobs.requires_grad_()
-    advantages = compute_advantages(signals, with_method(method), 7)
+    batch, scores = make_step(3)
+    scores.logprobs.requires_grad_()
+    advantages = compute_advantages(batch, scores, with_method(method), 7)
     assert torch.equal(advantages.values, advantages.opd_term + advantages.rl_term)
     assert not any(tensor.requires_grad for tensor in tensors_of(advantages))
-    assert not bool(advantages.values[~signals.completion_mask].any())
+    assert not bool(advantages.values[~batch.completion_mask].any())
 
 
 # --- Turn weights ---
@@ -166,30 +192,32 @@ def test_terms_add_up_and_everything_is_detached(method: str) -> None:
 
 @pytest.mark.parametrize("variant", ["soft_or", "uniform", "disagreement", "uncertainty"])
 def test_atod_takes_the_chosen_turn_weights(variant: str) -> None:
-    signals = make_signals(1)
-    advantages = compute_advantages(signals, with_method("atod", turn_weights=variant), 1)
+    batch, scores = make_step(1)
+    advantages = compute_advantages(batch, scores, with_method("atod", turn_weights=variant), 1)
     expected = turn_weights(
         advantages.disagreement,
         advantages.uncertainty,
         variant=variant,  # type: ignore[arg-type]
-        trajectory_index=signals.trajectory_index,
+        trajectory_index=batch.trajectory_index,
     )
     assert torch.equal(advantages.turn_weights, expected)
-    term = advantages.kappa * expected.unsqueeze(-1) * delta(signals)
+    term = advantages.kappa * expected.unsqueeze(-1) * delta(batch, scores)
     assert torch.allclose(advantages.opd_term, term, atol=1e-15)
 
 
 def test_top_fraction_smoothing_and_mean_preserving_are_settings() -> None:
-    signals = make_signals(1)
+    batch, scores = make_step(1)
 
     def weights(name: str) -> torch.Tensor:
-        return compute_advantages(signals, with_method("atod", turn_weights=name), 1).turn_weights
+        return compute_advantages(
+            batch, scores, with_method("atod", turn_weights=name), 1
+        ).turn_weights
 
     assert set(weights("top:0.25").tolist()) == {0.0, 1.0}
     assert torch.allclose(weights("smooth:0.3"), 0.7 * weights("soft_or") + 0.3)
-    preserving, tokens = weights("mean_preserving"), signals.completion_mask.sum(-1)
+    preserving, tokens = weights("mean_preserving"), batch.completion_mask.sum(-1)
     for trajectory in range(6):
-        rows = signals.trajectory_index == trajectory
+        rows = batch.trajectory_index == trajectory
         mean = (preserving * tokens)[rows].sum() / tokens[rows].sum()
         assert float(mean) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="turn_weights is"):
@@ -198,29 +226,31 @@ def test_top_fraction_smoothing_and_mean_preserving_are_settings() -> None:
 
 def test_rounding_is_no_disagreement() -> None:
     """Two equal models, scored with 0.03 nats of noise, as low precision has it."""
-    signals = make_signals(1)
+    batch, scores = make_step(1)
     random = torch.Generator().manual_seed(0)
-    noise = 0.03 * torch.randn(signals.old_logprobs.shape, generator=random)
-    signals = dataclasses.replace(signals, teacher_logprobs=signals.old_logprobs + noise)
+    noise = 0.03 * torch.randn(scores.logprobs.shape, generator=random)
+    scores = dataclasses.replace(scores, reference_logprobs=scores.logprobs + noise)
     config = with_method("atod")
-    assert compute_advantages(signals, config, 1).turn_weights.min() < 0.5
-    guarded = compute_advantages(signals, config, 1, min_disagreement=LOW_PRECISION_DISAGREEMENT)
+    assert compute_advantages(batch, scores, config, 1).turn_weights.min() < 0.5
+    guarded = compute_advantages(
+        batch, scores, config, 1, min_disagreement=LOW_PRECISION_DISAGREEMENT
+    )
     assert guarded.turn_weights.tolist() == [1.0] * len(guarded.turn_weights)
 
 
 def test_token_level_weights_report_the_mean_of_each_turn() -> None:
-    signals = make_signals(1)
-    advantages = compute_advantages(signals, with_method("atod", turn_weights="token"), 1)
-    mask = signals.completion_mask
-    size = delta(signals).abs()
+    batch, scores = make_step(1)
+    advantages = compute_advantages(batch, scores, with_method("atod", turn_weights="token"), 1)
+    mask = batch.completion_mask
+    size = delta(batch, scores).abs()
     size_range = size[mask].min(), size[mask].max()
-    nll = -signals.old_logprobs
+    nll = -scores.logprobs
     bound = torch.quantile(nll[mask], 0.98)
     nll = nll.clamp(max=float(bound))
     scaled_d = (size - size_range[0]) / (size_range[1] - size_range[0])
     scaled_h = (nll - nll[mask].min()) / (bound - nll[mask].min())
     weights = torch.where(mask, 1 - (1 - scaled_d) * (1 - scaled_h), 0.0)
-    assert torch.allclose(advantages.opd_term, advantages.kappa * weights * delta(signals))
+    assert torch.allclose(advantages.opd_term, advantages.kappa * weights * delta(batch, scores))
     assert torch.allclose(advantages.turn_weights, weights.sum(-1) / mask.sum(-1))
 
 
@@ -241,10 +271,10 @@ def test_sod_weights_in_closed_form() -> None:
 
 
 def test_sod_adds_weighted_distillation_to_grpo() -> None:
-    signals = make_signals(2)
-    advantages = compute_advantages(signals, with_method("sod"), 1)
-    weights = sod_weights(advantages.disagreement, signals.trajectory_index, signals.turn_index)
-    expected = grpo_values(signals) + weights.unsqueeze(-1) * delta(signals)
+    batch, scores = make_step(2)
+    advantages = compute_advantages(batch, scores, with_method("sod"), 1)
+    weights = sod_weights(advantages.disagreement, batch.trajectory_index, batch.turn_index)
+    expected = grpo_values(batch) + weights.unsqueeze(-1) * delta(batch, scores)
     assert torch.allclose(advantages.values, expected, atol=1e-15)
     assert float(weights.max()) <= 1.2
 
@@ -255,34 +285,30 @@ def test_sod_adds_weighted_distillation_to_grpo() -> None:
 def test_normalising_over_turns_in_closed_form() -> None:
     # Trajectory 0 won (10) with one penalty; trajectory 1 lost with two. Rows: 10, 9.9, -0.1, -0.1
     penalties = torch.tensor([0.0, 0.1, 0.1, 0.1], dtype=torch.float64)
-    rewards = torch.tensor([0.0, 10.0, 0.0, 0.0], dtype=torch.float64) - penalties
-    logprobs = torch.full((4, 1), -1.0, dtype=torch.float64)
-    signals = Signals(
-        old_logprobs=logprobs,
-        teacher_logprobs=None,
-        completion_mask=torch.ones(4, 1, dtype=torch.bool),
-        trajectory_index=torch.tensor([0, 0, 1, 1]),
-        turn_index=torch.tensor([0, 1, 0, 1]),
-        turn_rewards=rewards,
-        returns=torch.tensor([9.9, -0.2], dtype=torch.float64),
-        group_index=torch.tensor([3, 3]),
-        turn_penalties=penalties,
+    scores = TokenScores(logprobs=torch.full((4, 1), -1.0, dtype=torch.float64))
+    batch = turn_rows(
+        torch.ones(4, 1, dtype=torch.bool),
+        torch.tensor([0, 0, 1, 1]),
+        torch.tensor([0, 1, 0, 1]),
+        torch.tensor([9.9, -0.2], dtype=torch.float64),
+        torch.tensor([3, 3]),
+        penalties,
     )
     over_turns = with_method("grpo", advantage_over="turns")
-    values = compute_advantages(signals, over_turns, 1).values.flatten()
+    values = compute_advantages(batch, scores, over_turns, 1).values.flatten()
     expected = group_advantages(torch.tensor([10.0, 9.9, -0.1, -0.1], dtype=torch.float64))
     assert values.tolist() == pytest.approx(expected.tolist(), rel=1e-9)
-    over_trajectories = compute_advantages(signals, with_method("grpo"), 1).values.flatten()
+    over_trajectories = compute_advantages(batch, scores, with_method("grpo"), 1).values.flatten()
     half = math.sqrt(0.5)
     assert over_trajectories.tolist() == pytest.approx([half, half, -half, -half])
-    with pytest.raises(ValueError, match="needs turn_penalties"):
-        compute_advantages(dataclasses.replace(signals, turn_penalties=None), over_turns, 1)
 
 
 def test_normalising_over_turns_keeps_groups_apart() -> None:
-    signals = make_signals(4)
-    values = compute_advantages(signals, with_method("grpo", advantage_over="turns"), 1).values
-    row_group = signals.group_index[signals.trajectory_index]
+    batch, scores = make_step(4)
+    values = compute_advantages(
+        batch, scores, with_method("grpo", advantage_over="turns"), 1
+    ).values
+    row_group = batch.group_index[batch.trajectory_index]
     for group in row_group.unique():
         # Every row has a first token; its advantages sum to 0 over the rows of the group.
         assert float(values[row_group == group, 0].sum()) == pytest.approx(0.0, abs=1e-9)
@@ -296,23 +322,24 @@ def test_needs_teacher() -> None:
     with pytest.raises(ValueError, match="unknown method 'ppo'; choose one of atod, grpo"):
         needs_teacher("ppo")
     with pytest.raises(ValueError, match="unknown method"):
-        compute_advantages(make_signals(), with_method("ppo"), 1)
+        compute_advantages(*make_step(), with_method("ppo"), 1)
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "grpo"])
 def test_a_missing_teacher_is_refused(method: str) -> None:
-    signals = dataclasses.replace(make_signals(), teacher_logprobs=None)
-    with pytest.raises(ValueError, match=f"method {method} needs teacher_logprobs"):
-        compute_advantages(signals, with_method(method), 1)
+    batch, scores = make_step()
+    scores = dataclasses.replace(scores, reference_logprobs=None)
+    with pytest.raises(ValueError, match=f"method {method} needs reference_logprobs"):
+        compute_advantages(batch, scores, with_method(method), 1)
 
 
 @pytest.mark.parametrize("value", [-math.inf, math.nan])
 def test_a_token_the_teacher_cannot_score_is_refused(value: float) -> None:
-    signals = make_signals()
-    assert signals.teacher_logprobs is not None
-    signals.teacher_logprobs[4, 0] = value
+    batch, scores = make_step()
+    assert scores.reference_logprobs is not None
+    scores.reference_logprobs[4, 0] = value
     with pytest.raises(ValueError, match=r"teacher_logprobs is not finite .*\[4\]"):
-        compute_advantages(signals, with_method("opd"), 1)
+        compute_advantages(batch, scores, with_method("opd"), 1)
 
 
 def test_tcod_lets_episodes_grow() -> None:
@@ -349,16 +376,16 @@ def test_auxiliary_loss_in_closed_form() -> None:
 
 
 def test_auxiliary_loss_adds_up_over_microbatches() -> None:
-    signals = make_signals()
-    teacher, mask = signals.teacher_logprobs, signals.completion_mask
+    batch, scores = make_step()
+    teacher, mask = scores.reference_logprobs, batch.completion_mask
     assert teacher is not None
-    whole = auxiliary_loss("sdar", signals.old_logprobs, teacher, mask)
+    whole = auxiliary_loss("sdar", scores.logprobs, teacher, mask)
     normalizer = loss_normalizer(mask)
     parts = 0.0
     for rows in torch.arange(len(mask)).chunk(3):
         part = auxiliary_loss(
             "sdar",
-            signals.old_logprobs[rows],
+            scores.logprobs[rows],
             teacher[rows],
             mask[rows],
             normalizer=normalizer[rows],
@@ -387,18 +414,18 @@ def test_only_sdar_has_an_auxiliary_loss() -> None:
     st.sampled_from([math.nan, math.inf, -math.inf, -1e30]),
 )
 def test_padding_never_influences_anything(seed, method, variant, junk) -> None:
-    signals = make_signals(seed)
-    assert signals.teacher_logprobs is not None
-    padding = ~signals.completion_mask
+    batch, scores = make_step(seed)
+    assert scores.reference_logprobs is not None
+    padding = ~batch.completion_mask
     dirty = dataclasses.replace(
-        signals,
-        old_logprobs=signals.old_logprobs.masked_fill(padding, junk),
-        teacher_logprobs=signals.teacher_logprobs.masked_fill(padding, junk),
+        scores,
+        logprobs=scores.logprobs.masked_fill(padding, junk),
+        reference_logprobs=scores.reference_logprobs.masked_fill(padding, junk),
     )
     config = with_method(method, turn_weights=variant)
     for clean, dirtied in zip(
-        tensors_of(compute_advantages(signals, config, 9)),
-        tensors_of(compute_advantages(dirty, config, 9)),
+        tensors_of(compute_advantages(batch, scores, config, 9)),
+        tensors_of(compute_advantages(batch, dirty, config, 9)),
         strict=True,
     ):
         assert torch.equal(clean, dirtied)
@@ -407,25 +434,25 @@ def test_padding_never_influences_anything(seed, method, variant, junk) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10_000), st.sampled_from(METHODS), st.sampled_from(["trajectories", "turns"]))
 def test_order_of_rows_does_not_matter(seed, method, advantage_over) -> None:
-    signals = make_signals(seed)
-    assert signals.teacher_logprobs is not None
-    assert signals.turn_penalties is not None
-    rows = len(signals.turn_index)
+    batch, scores = make_step(seed)
+    assert scores.reference_logprobs is not None
+    rows = len(batch.turn_index)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed + 1))
+    shuffled_scores = TokenScores(
+        logprobs=scores.logprobs[order],
+        reference_logprobs=scores.reference_logprobs[order],
+    )
     shuffled = dataclasses.replace(
-        signals,
-        old_logprobs=signals.old_logprobs[order],
-        teacher_logprobs=signals.teacher_logprobs[order],
-        completion_mask=signals.completion_mask[order],
-        trajectory_index=signals.trajectory_index[order],
-        turn_index=signals.turn_index[order],
-        turn_rewards=signals.turn_rewards[order],
-        turn_penalties=signals.turn_penalties[order],
+        batch,
+        completion_mask=batch.completion_mask[order],
+        trajectory_index=batch.trajectory_index[order],
+        turn_index=batch.turn_index[order],
+        turn_penalties=batch.turn_penalties[order],
     )
     config = with_method(method, advantage_over=advantage_over)
     for straight, permuted in zip(
-        tensors_of(compute_advantages(signals, config, 9)),
-        tensors_of(compute_advantages(shuffled, config, 9)),
+        tensors_of(compute_advantages(batch, scores, config, 9)),
+        tensors_of(compute_advantages(shuffled, shuffled_scores, config, 9)),
         strict=True,
     ):
         assert torch.allclose(straight[order], permuted, atol=1e-9)
@@ -433,7 +460,7 @@ def test_order_of_rows_does_not_matter(seed, method, advantage_over) -> None:
 
 def test_a_large_batch_takes_no_loops() -> None:
     # 128 groups of 3 trajectories of up to 50 turns: about 10,000 turn rows.
-    signals = make_signals(tokens=8, max_turns=50, groups=128)
+    batch, scores = make_step(tokens=8, max_turns=50, groups=128)
     for method in METHODS:
-        advantages = compute_advantages(signals, with_method(method), 10)
+        advantages = compute_advantages(batch, scores, with_method(method), 10)
         assert bool(torch.isfinite(advantages.values).all())

@@ -21,7 +21,12 @@ VOCABULARY = len(POLICY.tokenizer)
 
 
 def make_turn(
-    index: int, prompt: list[int], completion: list[int], extends: bool, reward: float = 0.0
+    index: int,
+    prompt: list[int],
+    completion: list[int],
+    extends: bool,
+    reward: float = 0.0,
+    penalty: float = 0.0,
 ) -> Turn:
     tokens = TokenizedTurn(
         prompt_ids=tuple(prompt),
@@ -30,7 +35,7 @@ def make_turn(
         finish_reason="stop",
         extends_previous=extends,
     )
-    return Turn(index, (), "", "", reward, True, tokens)
+    return Turn(index, (), "", "", reward, True, tokens, penalty)
 
 
 def make_trajectory(turns: list[Turn], group: int = 0) -> Trajectory:
@@ -59,7 +64,7 @@ def test_layout_in_closed_form() -> None:
         make_trajectory(
             [
                 make_turn(0, [11, 12], [21, 22], False, reward=1.0),
-                make_turn(1, [13], [23], True, reward=-0.5),
+                make_turn(1, [13], [23], True, reward=-0.5, penalty=0.5),
                 make_turn(2, [14], [24, 25], False),
             ],
             group=7,
@@ -74,7 +79,7 @@ def test_layout_in_closed_form() -> None:
     assert packed.sequence_index.tolist() == [0, 0, 1]
     assert packed.start.tolist() == [2, 5, 1]
     assert packed.turn_index.tolist() == [0, 1, 2]
-    assert packed.turn_rewards.tolist() == [1.0, -0.5, 0.0]
+    assert packed.turn_penalties.tolist() == [0.0, 0.5, 0.0]
     assert packed.group_index.tolist() == [7]
     assert packed.returns.tolist() == [0.5]
     unpacked = make_batch(records, PAD, pack=False)

@@ -10,14 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_baselines import METHODS, delta, grpo_values, make_signals, with_method
+from test_baselines import METHODS, delta, grpo_values, make_step, with_method
 from test_policy import make_policy, random_batch
 from torch import Tensor
 
 from atod_gym.errors import AtodError
 from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer, masked, turn_weights
 from atod_train.algorithm.methods import (
-    Signals,
     compute_advantages,
     divergence_loss,
     exact_top_k,
@@ -27,6 +26,7 @@ from atod_train.config import ModelConfig, RunConfig
 from atod_train.models import policy as policy_module
 from atod_train.models.policy import Reference
 from atod_train.models.scores import reverse_kl
+from atod_train.records import Batch, TokenScores
 from atod_train.studies.study import run_study
 
 LN2 = 0.6931471805599453
@@ -107,30 +107,30 @@ def test_gradient_is_the_mean_of_the_sampled_tokens() -> None:
 # -- advantages ----------------------------------------------------------------------------------
 
 
-def _signals(seed: int = 0) -> tuple[Signals, Tensor]:
-    signals = make_signals(seed)
+def _step(seed: int = 0) -> tuple[Batch, TokenScores, Tensor]:
+    batch, scores = make_step(seed)
     random = torch.Generator().manual_seed(seed + 1)
-    divergences = torch.rand(signals.completion_mask.shape, generator=random, dtype=torch.float64)
-    return replace(signals, divergences=divergences), divergences
+    divergences = torch.rand(batch.completion_mask.shape, generator=random, dtype=torch.float64)
+    return batch, replace(scores, divergences=divergences), divergences
 
 
 def test_divergences_take_the_place_of_the_log_ratio() -> None:
-    signals, divergences = _signals()
-    found = compute_advantages(signals, with_method("atod"), 40)
-    plain = compute_advantages(make_signals(), with_method("atod"), 40)
-    mask = make_signals().completion_mask
+    batch, scores, divergences = _step()
+    found = compute_advantages(batch, scores, with_method("atod"), 40)
+    plain = compute_advantages(*make_step(), with_method("atod"), 40)
+    mask = batch.completion_mask
     count = mask.sum(-1)
     d = masked(divergences, mask).sum(-1) / count
     torch.testing.assert_close(found.disagreement, d)
     torch.testing.assert_close(found.uncertainty, plain.uncertainty)
-    expected = turn_weights(d, plain.uncertainty, trajectory_index=make_signals().trajectory_index)
+    expected = turn_weights(d, plain.uncertainty, trajectory_index=batch.trajectory_index)
     torch.testing.assert_close(found.turn_weights, expected)
     # kappa(40) = 0.55, rho(40) = 1.5
     assert found.divergence_weights is not None
     torch.testing.assert_close(
         found.divergence_weights, (0.55 * expected)[:, None].expand(mask.shape)
     )
-    torch.testing.assert_close(found.values, 1.5 * grpo_values(make_signals()))
+    torch.testing.assert_close(found.values, 1.5 * grpo_values(batch))
     torch.testing.assert_close(
         found.opd_term, masked(-0.55 * expected[:, None] * divergences, mask)
     )
@@ -139,10 +139,10 @@ def test_divergences_take_the_place_of_the_log_ratio() -> None:
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("grpo", "sdar")])
 @pytest.mark.parametrize("variant", ["soft_or", "uniform", "disagreement", "token", "top:0.5"])
 def test_every_method_and_weight_takes_them(method: str, variant: str) -> None:
-    signals, divergences = _signals()
+    batch, scores, divergences = _step()
     settings = with_method(method, turn_weights=variant)
-    found = compute_advantages(signals, settings, 3)
-    mask = make_signals().completion_mask
+    found = compute_advantages(batch, scores, settings, 3)
+    mask = batch.completion_mask
     assert found.divergence_weights is not None
     torch.testing.assert_close(
         found.opd_term, masked(-found.divergence_weights * divergences, mask)
@@ -151,9 +151,11 @@ def test_every_method_and_weight_takes_them(method: str, variant: str) -> None:
 
 
 def test_a_divergence_of_minus_delta_weighs_turns_alike() -> None:
-    signals = make_signals()
-    found = compute_advantages(replace(signals, divergences=-delta(signals)), with_method("mix"), 1)
-    plain = compute_advantages(signals, with_method("mix"), 1)
+    batch, scores = make_step()
+    found = compute_advantages(
+        batch, replace(scores, divergences=-delta(batch, scores)), with_method("mix"), 1
+    )
+    plain = compute_advantages(batch, scores, with_method("mix"), 1)
     torch.testing.assert_close(found.opd_term, plain.opd_term)
     torch.testing.assert_close(found.disagreement, plain.disagreement)
 

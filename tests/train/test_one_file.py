@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atod_train.algorithm.methods import Signals, compute_advantages
+from atod_train.algorithm.methods import compute_advantages
 from atod_train.batch import make_batch
 from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig, TrainConfig
 from atod_train.distributed import Processes
@@ -104,13 +104,7 @@ def test_a_step_moves_the_weights_alike(pool: EnvPool, policy: Policy) -> None:
     batch = make_batch(trajectories, policy.pad_id)
     taught = LocalTeacher(teacher, policy)
     scores = score_batch(learner, taught, batch, config, PhaseTimes())
-    signals = Signals(
-        old_logprobs=scores.logprobs, teacher_logprobs=scores.reference_logprobs,
-        completion_mask=batch.completion_mask, trajectory_index=batch.trajectory_index,
-        turn_index=batch.turn_index, turn_rewards=batch.turn_rewards, returns=batch.returns,
-        group_index=batch.group_index,
-    )  # fmt: skip
-    advantages = compute_advantages(signals, config.algorithm, STEP)
+    advantages = compute_advantages(batch, scores, config.algorithm, STEP)
     update = update_policy(
         learner, taught, batch, scores, advantages, config, torch.Generator().manual_seed(0)
     )

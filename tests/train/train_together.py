@@ -12,7 +12,7 @@ import test_processes
 import torch
 from test_policy import make_policy, random_batch
 
-from atod_train.algorithm.methods import Signals, compute_advantages
+from atod_train.algorithm.methods import compute_advantages
 from atod_train.batch import split_minibatches
 from atod_train.config import AlgorithmConfig
 from atod_train.distributed import Processes, end_process, join_processes
@@ -48,11 +48,7 @@ def gradients_of_an_update(processes: Processes, signal: str) -> dict[str, torch
 
     learner._optimizer.step = record  # type: ignore[method-assign, assignment]
     scores = score_batch(learner, teacher, batch, config, PhaseTimes())
-    signals = Signals(
-        scores.logprobs, scores.reference_logprobs, batch.completion_mask, batch.trajectory_index,
-        batch.turn_index, batch.turn_rewards, batch.returns, batch.group_index, scores.divergences,
-    )  # fmt: skip
-    advantages = compute_advantages(signals, algorithm, 3)
+    advantages = compute_advantages(batch, scores, algorithm, 3)
     order = torch.Generator().manual_seed(5)
     stats = update_policy(learner, teacher, batch, scores, advantages, config, order)
     found["old"] = scores.logprobs
