@@ -131,13 +131,16 @@ def _resume(arguments: Sequence[str]) -> None:
 
 def _run(config: RunConfig, out: Path) -> None:
     from atod_train.distributed import is_main_process
-    from atod_train.reports.report_data import read_run
+    from atod_train.reports.results import results_of
+    from atod_train.reports.run_summary import read_run
+    from atod_train.reports.tables import all_tables, as_text
     from atod_train.studies.study import run_study
-    from atod_train.studies.study_tables import show_study
 
     report = run_study(config, out)
     if is_main_process():
-        show_study([read_run(path.parent) for path in sorted(out.glob("*/config.json"))], report)
+        runs = [read_run(path.parent) for path in sorted(out.glob("*/config.json"))]
+        print(as_text(all_tables(results_of(out.name, runs), by_split=True)))
+        print(f"report: {report}")
 
 
 def _guarded(again: str, work: Callable[..., None], *arguments: Any) -> int:

@@ -39,8 +39,6 @@ class EnvConfig:
     eval_splits: tuple[str, ...] = ("valid_seen", "valid_unseen")
     eval_tasks: int = 0
     """Evaluate on the first this many tasks of each split; 0: all of them."""
-    eval_samples: int = 1
-    """Plays of each task in a sampled evaluation (avg@k): success is the share that succeeds."""
     prompt_style: PromptStyle = "chat"
     """chat: append-only dialogue, one sequence per trajectory; window: one row per turn."""
     template_options: dict[str, bool | str] = field(default_factory=dict)

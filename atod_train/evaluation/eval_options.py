@@ -26,7 +26,7 @@ from atod_train.evaluation.chat import (
 )
 from atod_train.evaluation.local_model import PREFIX, SMOLLM2, LocalModel, find_model
 from atod_train.evaluation.rate_limiter import RateLimiter
-from atod_train.reports.statistics import EvaluationMode
+from atod_train.reports.evaluations import EvaluationMode
 
 AGENTS = ("random", "expert", "human", "chat", "model:FOLDER", SMOLLM2)
 

@@ -25,11 +25,11 @@ from atod_train.files import (
     without_infinities,
     write_json,
 )
+from atod_train.reports.evaluations import EvaluationMode, EvaluationResult, TaskResult
 from atod_train.reports.run_folder import (
     RunFolderError,
     package_versions,
 )
-from atod_train.reports.statistics import EvaluationMode, EvaluationResult, TaskResult
 
 SETTINGS_FILE = "settings.json"
 EPISODES_FILE = "episodes.jsonl"

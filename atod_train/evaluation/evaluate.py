@@ -1,11 +1,8 @@
-"""Evaluation: every task of a split, once greedily or some times sampled."""
+"""Evaluation: every task of a split, played once, greedily or sampled."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections import Counter
-from collections.abc import Sequence
 
 import torch
 
@@ -16,7 +13,7 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.records import Trajectory
-from atod_train.reports.statistics import EvaluationMode, EvaluationResult, TaskResult
+from atod_train.reports.evaluations import EvaluationMode, EvaluationResult, TaskResult
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, nothing_fits, seed_for
 
@@ -35,9 +32,7 @@ def evaluate(
     mode: EvaluationMode = "greedy",
     processes: Processes | None = None,
 ) -> EvaluationResult:
-    """Plays every task of the pool's split, or the first `env.eval_tasks` of them.
-
-    Once greedily, and sampled `env.eval_samples` times.
+    """Play every task of the pool's split, or the first `env.eval_tasks` of them, once.
 
     Args:
         policy: the model; it is not changed.
@@ -47,13 +42,12 @@ def evaluate(
         processes: share the tasks; each has the same policy.
 
     Returns:
-        One result per task, in manifest order, the mean of its plays.
+        One result per task, in manifest order.
 
     Raises:
         AtodError: no first prompt fits the model's context.
     """
     task_ids = pool.task_ids[: config.env.eval_tasks or None]
-    plays = config.env.eval_samples if mode == "sampled" else 1
     generator = Generator(
         policy,
         DialogueEncoder(policy.tokenizer, config.env.prompt_style, config.env.template_options),
@@ -65,8 +59,7 @@ def evaluate(
     )
     processes = processes or Processes()
     results: list[TaskResult] = []
-    at_once = episodes_at_once(policy, generator.max_context, processes.count)
-    at_once = max(1, at_once // plays) * processes.count
+    at_once = episodes_at_once(policy, generator.max_context, processes.count) * processes.count
     for start in range(0, len(task_ids), at_once):
         part = task_ids[start : start + at_once]
         share = processes.share(len(part))
@@ -74,16 +67,16 @@ def evaluate(
             pool,
             generator,
             part[share.start : share.stop],
-            group_size=plays,
+            group_size=1,
             turn_limit=config.env.max_turns,
-            first_episode=share.start * plays,
-            episodes_in_all=len(part) * plays,
+            first_episode=share.start,
+            episodes_in_all=len(part),
         )
         give_back()
-        results += processes.gather([_result(group.trajectories) for group in groups])
+        results += processes.gather([_result(group.trajectories[0]) for group in groups])
     if not any(result.turns for result in results):
         raise nothing_fits()
-    return EvaluationResult(pool.split, pool.data, mode, tuple(results), plays)
+    return EvaluationResult(pool.split, pool.data, mode, tuple(results))
 
 
 def episodes_at_once(policy: Policy, max_context: int, processes: int = 1) -> int:
@@ -109,17 +102,12 @@ def episodes_at_once(policy: Policy, max_context: int, processes: int = 1) -> in
     return max(1, min(_MOST_EPISODES, int(_CACHE_SHARE * memory) // per_episode))
 
 
-def _result(plays: Sequence[Trajectory]) -> TaskResult:
-    """The mean of the plays of a task."""
-    n = len(plays)
-    invalid = sum(not turn.is_action_valid for play in plays for turn in play.turns)
-    verbs = sum((play.verbs for play in plays), Counter())
+def _result(episode: Trajectory) -> TaskResult:
     return TaskResult(
-        task_id=plays[0].task_id,
-        task_type=plays[0].task_type,
-        success=sum(play.success for play in plays) / n,
-        score=math.fsum(play.score for play in plays) / n,
-        turns=sum(len(play.turns) for play in plays) / n,
-        invalid_turns=invalid / n,
-        actions=tuple((verb, count / n) for verb, count in sorted(verbs.items())),
+        task_id=episode.task_id,
+        task_type=episode.task_type,
+        success=episode.success,
+        score=episode.score,
+        turns=len(episode.turns),
+        invalid_turns=sum(not turn.is_action_valid for turn in episode.turns),
     )

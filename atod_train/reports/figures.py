@@ -1,25 +1,24 @@
-"""The figures of a report: matplotlib's object interface in, inline SVG text out.
+"""The figures of results, drawn by matplotlib's object interface as SVG or PNG files.
 
-No pyplot, no display, no global state but a scoped rc_context. Text and axes take the page's own
-colour (`currentColor`), so that a figure is readable on a light and on a dark page.
+No pyplot, no display, no global state but a scoped rc_context. Dark on white.
 """
 
 from __future__ import annotations
 
+import base64
 import io
-import re
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
-from atod_train.reports.metrics import Evaluation
-from atod_train.reports.report_data import Board, RunSummary, by_method, mean_curve, smooth
-from atod_train.reports.statistics import EvaluationResult
+from atod_train.reports.analysis import Selection, courses, mean_course, mean_metric, rate
+from atod_train.reports.results import REFERENCES, Results
 
 Paint = Callable[[Any], None]
 """Draws into an empty figure of matplotlib."""
 
-_TEXT, _GRID = "#123457", "#765432"  # stand-ins, replaced by the page's colours
 METHOD_COLOURS = {
     "atod": "#2f7ed8",
     "opd": "#e07b39",
@@ -29,29 +28,25 @@ METHOD_COLOURS = {
     "tcod": "#2aa7b5",
     "sdar": "#d6477f",
 }
-OTHER_COLOURS = ("#7f8fa6", "#c0564b", "#6b8e23", "#5f6caf")
-_PHASE_COLOURS = {
-    "environment": "#2a9d6f",
-    "generation": "#2f7ed8",
-    "teacher": "#e07b39",
-    "update": "#a463c9",
-    "other": "#8c96a3",
-}
+_OTHER_COLOURS = ("#7f8fa6", "#c0564b", "#6b8e23", "#5f6caf")
+_MARKERS = "os^DvPX<>*hp"
+_INK = "#1c2430"
+_REFERENCE_STYLES = {"start": ":", "teacher": "--"}
+_WINDOW = 5
 _SETTINGS: Any = {
-    "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "text.parse_math": False,
     "font.size": 10,
-    "text.color": _TEXT,
-    "axes.labelcolor": _TEXT,
-    "axes.edgecolor": _TEXT,
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _GRID,
+    "grid.color": "#e3e7ec",
     "grid.linewidth": 0.7,
     "legend.frameon": False,
     "legend.fontsize": 9,
@@ -60,7 +55,7 @@ _SETTINGS: Any = {
 
 
 @dataclass(frozen=True)
-class ReportFigure:
+class Figure:
     """A figure ready for the page."""
 
     title: str
@@ -68,78 +63,275 @@ class ReportFigure:
     """One sentence on how to read it."""
     alt: str
     """What a reader who cannot see it should know."""
-    svg: str
+    source: str
+    """The picture as a data URI."""
 
 
-def method_colour(method: str, index: int = 0) -> str:
-    """A method's own colour; others take turns by index."""
-    return METHOD_COLOURS.get(method, OTHER_COLOURS[index % len(OTHER_COLOURS)])
+@dataclass(frozen=True)
+class Panel:
+    """One metric over steps."""
+
+    metric: str
+    title: str
+    scale: float = 1.0
+    window: int = _WINDOW
 
 
-def method_label(method: str) -> str:
-    """A method's name as a figure can write it: short, with glyphs that every font has."""
-    return "".join(c if 32 <= ord(c) < 127 else "?" for c in method[:24])
+@dataclass(frozen=True)
+class Style:
+    """Colour and marker of a label."""
+
+    colour: str
+    marker: str
 
 
-def draw(key: str, paint: Paint, *, size: tuple[float, float] = (5.0, 3.2)) -> str:
-    """Runs `paint(figure)` and returns the figure as an SVG element without outside references."""
-    buffer = io.BytesIO()
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    _paint(paint, size, _SETTINGS, buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue().decode()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    # Identifiers must be unique in the whole page.
-    svg = re.sub(r'\bid="', f'id="{key}-', svg)
-    svg = svg.replace('href="#', f'href="#{key}-').replace("url(#", f"url(#{key}-")
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = svg.replace(_TEXT, "currentColor").replace(_GRID, "var(--grid)")
-    # Without a size of its own the figure takes the width that the page gives it.
-    svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
-    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
+COEFFICIENTS = (
+    Panel("kappa", "kappa, weight of the teacher", window=1),
+    Panel("rho", "rho, weight of the reward", window=1),
+)
+SIGNALS = (Panel("opd_signal", "|kappa w delta|, mean"), Panel("rl_signal", "|rho A|, mean"))
+_METRIC_FIGURES = (
+    ("Coefficients", "Weights of the teacher's signal and of the reward.", COEFFICIENTS),
+    (
+        "Size of the two signals",
+        "Mean over tokens of the absolute advantage from teacher and reward, which drives the "
+        "update; means of 5 steps.",
+        SIGNALS,
+    ),
+    (
+        "Turn weights",
+        "Mean weight of T-DUR; share of turns without a valid action. Means of 5 steps.",
+        (
+            Panel("turn_weight", "mean turn weight w"),
+            Panel("invalid_share", "invalid turns (%)", 100),
+        ),
+    ),
+    (
+        "Training",
+        "Sampled training episodes; means of 5 steps.",
+        (
+            Panel("train_success", "training success (%)", 100.0),
+            Panel("turns", "turns of an episode"),
+        ),
+    ),
+    (
+        "Distance to the teacher",
+        "Means over tokens, and of 5 steps. An entropy near zero means no exploration.",
+        (
+            Panel("disagreement", "mean |delta| to the teacher, nats"),
+            Panel("entropy", "entropy of the policy, nats"),
+        ),
+    ),
+)
 
 
-def draw_png(paint: Paint, *, size: tuple[float, float] = (5.0, 3.2)) -> bytes:
-    """Runs `paint(figure)` and returns the figure as a PNG file: dark on white, 130 dots an inch.
-
-    `paint` takes the colour of text from `ink`.
-    """
-    inks = {_TEXT: "#1c2430", _GRID: "#e3e7ec"}
-    settings = {
-        name: inks.get(value, value) if isinstance(value, str) else value
-        for name, value in _SETTINGS.items()
+def png_figures(results: Results) -> dict[str, bytes]:
+    """Return name of a file -> a PNG: success, and coefficients with the sizes of the signals."""
+    rows = list(zip(COEFFICIENTS, SIGNALS, strict=True))
+    return {
+        f"{results.name}-success.png": _png(_success_paint(results, None), (7.0, 3.4)),
+        f"{results.name}-signals.png": _png(_metrics_paint(results, rows), (7.0, 4.4)),
     }
-    from PIL import Image  # matplotlib cannot do without it
 
-    painted, small = io.BytesIO(), io.BytesIO()
-    _paint(paint, size, settings, painted, format="png", dpi=130, facecolor="white")
+
+def success_figure(results: Results, split: str | None = None) -> Figure:
+    """Return success over steps on a split, or on all of them together (None)."""
+    ends = [
+        f"{model}, {mode}: {100 * found.value:.1f} %"
+        for mode in results.modes
+        for model in (*REFERENCES, *results.labels)
+        if (found := rate(results, model, Selection(mode, split)))
+    ]
+    return Figure(
+        f"Success: {split or 'all splits together'}",
+        "Dotted: start; dashed: teacher. Thick lines: means over seeds; thin lines: seeds. Bars at "
+        "the last step: 95 % bootstrap intervals over seeds and tasks.",
+        f"Share of the tasks solved. At the end: {'; '.join(ends)}.",
+        _svg(_success_paint(results, split), (7.0, 3.4)),
+    )
+
+
+def metric_figures(results: Results) -> list[Figure]:
+    """Return the metrics over steps; figures without any data are left out."""
+    return [
+        Figure(
+            title,
+            note,
+            f"{title}: {' and '.join(panel.title for panel in panels)} over steps.",
+            _svg(_metrics_paint(results, [panels]), (7.0, 2.8)),
+        )
+        for title, note, panels in _METRIC_FIGURES
+        if any(mean_metric(results, label, p.metric) for p in panels for label in results.labels)
+    ]
+
+
+def styles(results: Results) -> dict[str, Style]:
+    """Return label -> a colour and a marker of its own; methods keep theirs in all figures."""
+    labels = results.labels
+    taken = {METHOD_COLOURS[label] for label in labels if label in METHOD_COLOURS}
+    palette = [*METHOD_COLOURS.values(), *_OTHER_COLOURS]
+    free = cycle([colour for colour in palette if colour not in taken] or palette)
+    return {
+        label: Style(METHOD_COLOURS.get(label) or next(free), _MARKERS[place % len(_MARKERS)])
+        for place, label in enumerate(labels)
+    }
+
+
+# -- success --------------------------------------------------------------------------------------
+
+
+def _success_paint(results: Results, split: str | None) -> Paint:
+    """Paint a panel for each mode: the course, or the last success where only that is known."""
+
+    def paint(figure: Any) -> None:
+        panels = figure.subplots(1, len(results.modes), squeeze=False)[0]
+        with_course: list[Any] = []
+        for mode, axes in zip(results.modes, panels, strict=True):
+            selection = Selection(mode, split)
+            found = [c for label in results.labels for c in courses(results, label, selection)]
+            if any(len(course) > 2 for course in found):
+                _paint_courses(axes, results, selection)
+                axes.set(ylabel="" if with_course else "tasks solved (%)")
+                with_course.append(axes)
+                axes.set_title(mode, fontsize=10)
+            else:
+                _paint_rates(axes, results, selection)
+                axes.set_title(f"{mode}, last step", fontsize=10)
+        if with_course:
+            _legend(with_course[0])
+
+    return paint
+
+
+def _paint_courses(axes: Any, results: Results, selection: Selection) -> None:
+    """Success over steps of every label, and start and teacher as lines."""
+    shown: list[float] = []
+    for model, line in _REFERENCE_STYLES.items():
+        if found := rate(results, model, selection):
+            shown.append(100 * found.value)
+            axes.axhline(shown[-1], color=_INK, linestyle=line, linewidth=1.3, label=model)
+    for label, style in styles(results).items():
+        seeds = courses(results, label, selection)
+        mean = mean_course(seeds)
+        if not mean:
+            continue
+        for course in seeds if len(seeds) > 1 else ():
+            heights = [100 * value for value in course.values()]
+            axes.plot(list(course), heights, color=style.colour, linewidth=0.6, alpha=0.35)
+            shown += heights
+        heights = [100 * value for value in mean.values()]
+        axes.plot(
+            list(mean), heights, color=style.colour, marker=style.marker, markersize=4.5,
+            label=_glyphs(label),
+        )  # fmt: skip
+        shown += heights
+        if found := rate(results, label, selection):
+            low, high = 100 * found.low, 100 * found.high
+            axes.plot([max(mean)] * 2, [low, high], color=style.colour, linewidth=3, alpha=0.4)
+            shown += [low, high]
+    bottom, top = min(shown, default=0.0) - 5, max(shown, default=100.0) + 5
+    axes.set(xlabel="step", ylim=(max(0.0, bottom), min(101.0, top)))
+
+
+def _paint_rates(axes: Any, results: Results, selection: Selection) -> None:
+    """Success of the last evaluation, a line with its interval for every model."""
+    looks = {**dict.fromkeys(REFERENCES, Style(_INK, "|")), **styles(results)}
+    rows = [(m, look, f) for m, look in looks.items() if (f := rate(results, m, selection))]
+    for place, (_, look, found) in enumerate(rows):
+        value, low, high = (100 * x for x in (found.value, found.low, found.high))
+        axes.plot([low, high], [place, place], color=look.colour, linewidth=1.6)
+        axes.plot([value], [place], color=look.colour, marker=look.marker, markersize=6)
+    axes.set_yticks(range(len(rows)), [_glyphs(model) for model, _, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="tasks solved (%)")
+
+
+# -- metrics --------------------------------------------------------------------------------------
+
+
+def _metrics_paint(results: Results, rows: Sequence[Sequence[Panel]]) -> Paint:
+    """Paint metrics over steps, mean over replicates: a grid with one line for each label."""
+
+    def paint(figure: Any) -> None:
+        grid = figure.subplots(len(rows), len(rows[0]), squeeze=False, sharex=True)
+        looks = styles(results)
+        for panels, line in zip(rows, grid, strict=True):
+            for panel, axes in zip(panels, line, strict=True):
+                for place, (label, look) in enumerate(looks.items()):
+                    course = mean_metric(results, label, panel.metric)
+                    if not course:
+                        continue
+                    values = [panel.scale * value for value in course.values()]
+                    # Lines that lie on each other have their markers at different steps.
+                    every = max(1, len(course) // 6)
+                    axes.plot(
+                        list(course),
+                        smooth(values, panel.window),
+                        color=look.colour,
+                        linewidth=1.5,
+                        marker=look.marker,
+                        markersize=4,
+                        markevery=(place * every // len(looks), every),
+                        label=_glyphs(label),
+                    )
+                axes.set_title(panel.title, fontsize=10)
+                axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        for axes in grid[-1]:
+            axes.set(xlabel="step")
+        _legend(grid[0][0])
+
+    return paint
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Return the mean over the last `window` values up to each position."""
+    return [
+        math.fsum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1)
+        for i in range(len(values))
+    ]
+
+
+# -- drawing --------------------------------------------------------------------------------------
+
+
+def _svg(paint: Paint, size: tuple[float, float]) -> str:
+    """Return a figure as the data URI of an SVG picture; equal figures give equal URIs."""
+    options = {"format": "svg", "metadata": {"Date": None}}
+    encoded = base64.b64encode(_draw(paint, size, options)).decode("ascii")
+    return f"data:image/svg+xml;base64,{encoded}"
+
+
+def _png(paint: Paint, size: tuple[float, float]) -> bytes:
+    """Return a figure as a PNG file of 130 dots an inch."""
+    from PIL import Image  # a dependency of matplotlib
+
+    small = io.BytesIO()
+    painted = io.BytesIO(_draw(paint, size, {"format": "png", "dpi": 130}))
     # A palette makes the file a third as large.
     Image.open(painted).convert("RGB").quantize(255).save(small, format="png", optimize=True)
     return small.getvalue()
 
 
-def _paint(
-    paint: Paint, size: tuple[float, float], settings: Any, buffer: io.BytesIO, **options: Any
-) -> None:
+def _draw(paint: Paint, size: tuple[float, float], options: Any) -> bytes:
     import matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=size, layout="constrained")
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Canvas(figsize=size, layout="constrained")
         paint(figure)
-        figure.savefig(buffer, **options)
+        figure.savefig(buffer, facecolor="white", **options)
+    return buffer.getvalue()
 
 
-def ink() -> str:
-    """The colour of text, while a figure is painted."""
-    import matplotlib
-
-    return str(matplotlib.rcParams["text.color"])
+def _glyphs(label: str) -> str:
+    """A label as a figure can write it: short, with glyphs that every font has."""
+    return "".join(c if 32 <= ord(c) < 127 else "?" for c in label[:24])
 
 
-def legend(axes: Any) -> None:
-    """A legend under the plot, where it hides nothing; as many columns as fit."""
+def _legend(axes: Any) -> None:
+    """Add a legend under the plot, where it hides nothing; as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         return
@@ -148,137 +340,3 @@ def legend(axes: Any) -> None:
     rows = -(-len(labels) // columns)
     axes.figure.set_size_inches(width, height + 0.18 * (rows - 1))  # the plot keeps its size
     axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-
-def _level(axes: Any, results: Sequence[EvaluationResult], label: str, style: str) -> None:
-    """A horizontal line for a model that does not train; with its interval if it is one model."""
-    if not results:
-        return
-    rates = [100 * result.success_rate for result in results]
-    mean = sum(rates) / len(rates)
-    axes.axhline(mean, color=_TEXT, linestyle=style, linewidth=1.3, label=label)
-    if len(set(rates)) == 1:
-        low, high = results[0].interval
-        axes.axhspan(100 * low, 100 * high, color=_TEXT, alpha=0.07, linewidth=0)
-
-
-def _paint_course(axes: Any, course: Sequence[Evaluation], label: str, colour: str) -> None:
-    """One run: its success with the band of the 95 % intervals over tasks."""
-    steps = [evaluation.step for evaluation in course]
-    low, high = zip(*(evaluation.result.interval for evaluation in course), strict=True)
-    axes.fill_between(
-        steps,
-        [100 * x for x in low],
-        [100 * x for x in high],
-        color=colour,
-        alpha=0.15,
-        linewidth=0,
-    )
-    rates = [100 * evaluation.result.success_rate for evaluation in course]
-    axes.plot(steps, rates, color=colour, marker="o", markersize=3.5, label=label)
-
-
-def _paint_seeds(
-    axes: Any, courses: Sequence[Sequence[Evaluation]], label: str, colour: str
-) -> None:
-    """Several seeds: a thin line each, and their mean where all of them were evaluated."""
-    rates = [{e.step: 100 * e.result.success_rate for e in course} for course in courses]
-    for course in rates:
-        axes.plot(list(course), list(course.values()), color=colour, linewidth=0.8, alpha=0.5)
-    common = sorted(set.intersection(*(set(course) for course in rates)))
-    means = [sum(course[step] for course in rates) / len(rates) for step in common]
-    axes.plot(common, means, color=colour, marker="o", markersize=3.5, label=label)
-
-
-def success_figure(key: str, runs: Sequence[RunSummary], board: Board) -> ReportFigure | None:
-    """Success over steps of every run on one board, against the teacher and the start."""
-    split, mode = board
-    if not any(run.course(board) for run in runs):
-        return None
-
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        _level(axes, [r for run in runs if (r := run.teacher(board))], "teacher", "--")
-        _level(axes, [r for run in runs if (r := run.start(board))], "start", ":")
-        for index, (method, seeds) in enumerate(by_method(runs).items()):
-            courses = [course for run in seeds if (course := run.course(board))]
-            colour = method_colour(method, index)
-            if len(courses) == 1:
-                _paint_course(axes, courses[0], method_label(method), colour)
-            elif courses:
-                _paint_seeds(axes, courses, method_label(method), colour)
-        axes.set(xlabel="step", ylabel="tasks solved (%)", ylim=(0, 100))
-        legend(axes)
-
-    lasts = [
-        f"{run.name} {100 * last.result.success_rate:.1f} % at step {last.step}"
-        for run in runs
-        if (last := run.last(board))
-    ]
-    return ReportFigure(
-        f"Success on {split} ({mode})",
-        "Dashed: teacher; dotted: start. Bands: 95 % intervals over tasks. With several seeds, "
-        "thin lines are seeds and the thick line is their mean.",
-        f"Share of the {split} tasks solved over steps. {'; '.join(lasts) or 'No run yet'}.",
-        draw(key, paint),
-    )
-
-
-def _phase_names(runs: Sequence[RunSummary]) -> list[str]:
-    found = {
-        name.removeprefix("seconds/")
-        for run in runs
-        for record in run.metrics
-        for name in record
-        if name.startswith("seconds/")
-    }
-    known = [name for name in _PHASE_COLOURS if name in found and name != "other"]
-    rest = sorted(found - set(known) - {"other"})
-    return known + rest + (["other"] if "other" in found else [])
-
-
-def time_figure(key: str, runs: Sequence[RunSummary]) -> ReportFigure | None:
-    """Seconds per step, stacked by phase: over steps for one run, as bars for several methods."""
-    names = _phase_names(runs)
-    if not names:
-        return None
-    groups = by_method(runs)
-    curves = {m: [mean_curve(seeds, f"seconds/{n}") for n in names] for m, seeds in groups.items()}
-    # A phase that most steps do not have, such as evaluation, counts as 0 in those.
-    means = {
-        m: [sum(v) / max(1, *(len(steps) for steps, _ in c)) for _, v in c]
-        for m, c in curves.items()
-    }
-    colours = [_PHASE_COLOURS.get(n, OTHER_COLOURS[i % 4]) for i, n in enumerate(names)]
-
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        if len(groups) == 1:
-            (course,) = curves.values()
-            steps = sorted({step for phase_steps, _ in course for step in phase_steps})
-            by_step = [dict(zip(s, v, strict=True)) for s, v in course]
-            layers = [smooth([layer.get(step, 0.0) for step in steps], 5) for layer in by_step]
-            axes.stackplot(steps, layers, labels=names, colors=colours, alpha=0.85)
-            axes.set(xlabel="step", ylabel="seconds per step")
-        else:
-            labels = [method_label(method) for method in groups]
-            left = [0.0] * len(groups)
-            for place, name in enumerate(names):
-                widths = [means[method][place] for method in groups]
-                axes.barh(labels, widths, left=left, color=colours[place], label=name)
-                left = [a + b for a, b in zip(left, widths, strict=True)]
-            axes.invert_yaxis()
-            axes.grid(visible=False, axis="y")
-            axes.set(xlabel="seconds per step")
-        legend(axes)
-
-    described = "; ".join(
-        f"{method}: " + ", ".join(f"{n} {x:.2f} s" for n, x in zip(names, values, strict=True))
-        for method, values in means.items()
-    )
-    return ReportFigure(
-        "Time per step",
-        "Wall time by phase; several seeds are averaged.",
-        f"Mean seconds per step by phase. {described}.",
-        draw(key, paint),
-    )

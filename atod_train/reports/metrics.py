@@ -42,36 +42,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from atod_gym.errors import MissingExtraError
 from atod_train.files import read_json_lines, without_infinities, write_text
+from atod_train.reports.evaluations import Evaluation, EvaluationResult
 from atod_train.reports.run_folder import (
     EVALUATIONS_FILE,
     METRICS_FILE,
     TRAJECTORIES_FILE,
     RunFolderError,
 )
-from atod_train.reports.statistics import EvaluationMode, EvaluationResult
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-EvaluatedModel = Literal["student", "teacher"]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One line of evaluations.jsonl. The start is the student at step 0."""
-
-    step: int
-    model: EvaluatedModel
-    result: EvaluationResult
-
-    @property
-    def board(self) -> tuple[EvaluatedModel, str, EvaluationMode]:
-        """What was evaluated on which split, and how completions were chosen."""
-        return self.model, self.result.split, self.result.mode
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,45 @@
-"""`report.html` of a run or a study: one file that needs nothing but a browser.
+"""`report.html` of runs or of a study: one file that needs nothing but a browser.
 
-It shows what was run, a table of results with 95 % intervals, the course of training, and a few
-trajectories turn by turn. What a run has not recorded is named as missing, never guessed.
+First the tables of all splits and one figure of each environment; then, folded, splits, task types,
+metrics over steps, cost, what was run, and a few trajectories turn by turn. The page loads nothing:
+no script, no font, no picture by address; a content policy in its head forbids it as well.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from atod_gym.errors import AtodError
-from atod_train.reports.curves import metric_figures
-from atod_train.reports.figures import success_figure
+from atod_train.files import write_text
+from atod_train.reports.figures import metric_figures, png_figures, success_figure
 from atod_train.reports.metrics import TrajectoryRecord
-from atod_train.reports.report_data import RunSummary, all_boards, by_method, read_run
-from atod_train.reports.report_page import (
-    definitions,
-    distinct,
-    escape,
-    figure,
-    page,
-    percent,
-    percent_range,
-    signed_points,
-    tiles,
-    trajectory,
+from atod_train.reports.results import Results
+from atod_train.reports.run_summary import RunSummary
+from atod_train.reports.tables import (
+    NOTHING,
+    claims_table,
+    describe,
+    difference_table,
+    first_pairs,
+    main_table,
+    phase_table,
+    type_table,
 )
-from atod_train.reports.statistics import mean_interval, paired_by_task
-from atod_train.reports.tables import results
-
-__all__ = ["RunSummary", "read_run", "write_report"]
 
 REPORT_FILE = "report.html"
+LONGEST_TEXT = 4000
+"""Characters of one observation or completion that are shown."""
+
+MOST_TRAJECTORIES = 6
+_MEASURES = (
+    ("disagreement", "d", "disagreement with the teacher, nats per token"),
+    ("uncertainty", "h", "student's uncertainty, nats per token"),
+    ("weight", "w", "turn weight of the teacher's signal"),
+)
+_CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127), "\ufffd")
 
 
 class ReportError(AtodError):
@@ -40,200 +47,178 @@ class ReportError(AtodError):
 
 
 def write_report(
-    run_dir: Path,
-    runs: Sequence[RunSummary] | None = None,
+    folder: Path,
+    environments: Sequence[Results],
+    runs: Mapping[str, Sequence[RunSummary]] | None = None,
     *,
-    title: str | None = None,
-    max_trajectories: int = 6,
+    pictures: bool = False,
 ) -> Path:
-    """Writes `run_dir/report.html`.
+    """Write `folder/report.html`.
 
     Args:
-        run_dir: the folder of a run, or of a study.
-        runs: the runs to compare; default: the one in `run_dir`.
-        title: heading; default: made from methods and environment.
-        max_trajectories: at most this many trajectories are shown, the latest of each run.
+        folder: made if absent.
+        environments: what was measured.
+        runs: name of an environment -> its runs as their folders have them, for trajectories and
+            command lines; environments need none.
+        pictures: also write two PNG files for each environment, for other documents.
 
     Returns:
         The path of the report.
 
     Raises:
-        ReportError: there is no run, or the file cannot be written.
-        RunFolderError: a file of the run is broken.
+        ReportError: there are no environments, or a file cannot be written.
     """
-    runs = [read_run(run_dir)] if runs is None else list(runs)
-    if not runs:
-        raise ReportError("a report needs at least one run")
-    heading = title or _title(runs)
-    missing = _missing(runs)
-    parts = [f"<h1>{escape(heading)}</h1>", _lead(runs), _key_figures(runs)]
-    parts += ["<h2>What was run</h2>", _facts(runs)]
-    if missing:
-        parts.append(f'<p class="note">Not recorded: {escape("; ".join(missing))}.</p>')
-    parts += ["<h2>Results</h2>", results(runs), "<h2>Course of training</h2>", _figures(runs)]
-    parts += ["<h2>Trajectories</h2>", _trajectories(runs, max_trajectories)]
-    path = run_dir / REPORT_FILE
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    if not environments:
+        raise ReportError("A report needs at least one run.")
+    here = Path(__file__).parent
+    # Everything that comes from outside the program is escaped, and loses control characters.
+    template = Environment(
+        loader=FileSystemLoader(here),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
+    ).get_template("report.html.j2")
+    names = ", ".join(results.name for results in environments)
+    text = template.render(
+        title=f"Results: {names}",
+        css=(here / "report.css").read_text(encoding="utf-8"),
+        claims=claims_table(environments) if len(environments) > 1 else None,
+        parts=[_part(results, (runs or {}).get(results.name, ())) for results in environments],
+        measures=_MEASURES,
+        longest_text=LONGEST_TEXT,
+    )
+    path = folder / REPORT_FILE
     try:
-        path.write_text(page(heading, "\n".join(parts)), encoding="utf-8")
+        write_text(path, text)
+        for results in environments if pictures else ():
+            for name, picture in png_figures(results).items():
+                (folder / name).write_bytes(picture)
     except OSError as error:
-        raise ReportError(f"{path} cannot be written ({error}); choose another folder") from error
+        raise ReportError(
+            f"{folder} cannot be written ({error}); choose another folder."
+        ) from error
     return path
 
 
-def _title(runs: Sequence[RunSummary]) -> str:
-    envs = {str(run.manifest["env_id"]) for run in runs if run.manifest.get("env_id")}
-    where = f" on {', '.join(sorted(envs))}" if envs else ""
-    return f"{', '.join(by_method(runs))}{where}"
+def _printable(value: Any) -> Any:
+    """Return text without control characters and lone surrogates."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return value.translate(_CONTROLS).encode("utf-8", "replace").decode("utf-8")
 
 
-def _lead(runs: Sequence[RunSummary]) -> str:
-    """One sentence per run with what it reached; nothing for a study, whose table says it."""
-    if len(runs) > 1 or not runs[0].boards:
-        return ""
-    (run,) = runs
-    sentences = []
-    for board in run.boards:
-        last, start = run.last(board), run.start(board)
-        if last is None:
-            continue
-        text = (
-            f"After step {last.step} the student solves {percent(last.result.success_rate)} of "
-            f"{escape(board[0])} (95 % interval {percent_range(last.result.interval)})"
-        )
-        change = start and paired_by_task(last.result, start)
-        if start and change:
-            points = signed_points(last.result.success_rate - start.success_rate)
-            text += f", {points} points against its start ({percent_range(change)})"
-        sentences.append(text + ".")
-    return f"<p>{' '.join(sentences)}</p>"
-
-
-def _key_figures(runs: Sequence[RunSummary]) -> str:
-    items = []
-    boards = all_boards(runs)
-    if boards:
-        board = boards[0]
-        teacher = next((r for run in runs if (r := run.teacher(board))), None)
-        start = next((r for run in runs if (r := run.start(board))), None)
-        for label, result in (("start", start), ("teacher", teacher)):
-            if result:
-                remark = f"{percent_range(result.interval)}, {escape(board[0])}"
-                items.append((label, percent(result.success_rate), remark))
-        for method, seeds in by_method(runs).items():
-            rates = [last.result.success_rate for run in seeds if (last := run.last(board))]
-            if not rates:
-                continue
-            last = next(found for run in seeds if (found := run.last(board)))
-            remark = f"{percent_range(last.result.interval)}, {escape(board[0])}"
-            if len(rates) > 1:
-                remark = f"{percent_range(mean_interval(rates))}, {len(rates)} seeds"
-            items.append((f"{escape(method)}, last", percent(sum(rates) / len(rates)), remark))
-    steps = max((record["step"] for run in runs for record in run.metrics[-1:]), default=0)
-    if steps:
-        items.append(("steps", str(steps), "of each run" if len(runs) > 1 else "done"))
-    minutes = [float(run.summary["minutes"]) for run in runs if run.summary.get("minutes")]
-    if minutes:
-        remark = "all runs together" if len(runs) > 1 else "in all"
-        items.append(("wall time", f"{sum(minutes):.1f} min", remark))
-    return tiles(items) if items else ""
-
-
-def _model_facts(runs: Sequence[RunSummary], role: str) -> str:
-    """Name and size of student or teacher; methods without a teacher do not name one."""
-    named, sizes = [], []
-    for run in runs:
-        size = run.manifest.get("parameters", {}).get(role)
-        if size:
-            sizes.append(f"{size:,} weights")
-        if size or not run.manifest:
-            named.append(run.config.get("model", {}).get(role))
-    return f"{distinct(named)}, {distinct(sizes)}" if sizes else distinct(named)
-
-
-def _facts(runs: Sequence[RunSummary]) -> str:
-    manifests = [run.manifest for run in runs]
-    data = [m.get("data", {}) for m in manifests]
-    algorithm = [run.config.get("algorithm", {}) for run in runs]
-    train = [run.config.get("train", {}) for run in runs]
-    batch = {f"{t['tasks_per_step']} x {t['group_size']}" for t in train if "group_size" in t}
-    anneal = {
-        "kappa {} to {}, rho {} to {} ".format(*a["kappa"], *a["rho"])
-        + (
-            "adaptive"
-            if a["shape"] == "adaptive"
-            else f"over {a['anneal_steps']} steps, {a['shape']}"
-        )
-        for a in algorithm
-        if {"kappa", "rho", "anneal_steps", "shape"} <= a.keys()
-    }
-    commands = [shlex.join(map(str, m["command"])) for m in manifests if m.get("command")]
-    packages = [
-        ", ".join(f"{name} {version}" for name, version in m["packages"].items())
-        for m in manifests
-        if m.get("packages")
-    ]
-    more = f" and {len(commands) - 1} more" if len(commands) > 1 else ""
-    resumed = sum(len(m.get("resumed", [])) for m in manifests)
-    return definitions(
-        [
-            ("methods", distinct([run.method for run in runs])),
-            ("seeds", distinct([run.seed for run in runs])),
-            ("environment", distinct([m.get("env_id") for m in manifests])),
-            ("data", distinct([d.get("name") for d in data])),
-            ("data hash", f"<code>{distinct([d.get('hash') for d in data])}</code>"),
-            ("student", _model_facts(runs, "student")),
-            ("teacher", _model_facts(runs, "teacher")),
-            ("tasks x group per step", distinct(sorted(batch))),
-            ("annealing", distinct(sorted(anneal))),
-            ("started", distinct([m.get("time") for m in manifests[:1]])),
-            ("resumed", f"{resumed} times"),
-            ("device", distinct([m.get("device") for m in manifests])),
-            ("platform", distinct([m.get("platform") for m in manifests])),
-            ("versions", distinct(packages)),
-            ("command", f"<code>{distinct(commands[:1])}</code>{more}"),
+def _part(results: Results, runs: Sequence[RunSummary]) -> dict[str, Any]:
+    """Return what the template shows of an environment."""
+    has_evaluations = bool(results.tasks)
+    splits = list(results.tasks) if len(results.tasks) > 1 else []
+    pairs = first_pairs(results)
+    types = [type_table(results, mode) for mode in results.modes]
+    return {
+        "name": results.name,
+        "description": describe(results),
+        "missing": _missing(results, runs),
+        "tables": [
+            main_table(results),
+            *([difference_table(results, pairs)] if pairs else []),
         ]
-    )
+        if has_evaluations
+        else [],
+        "figure": success_figure(results) if has_evaluations else None,
+        "details": [
+            (
+                "Splits",
+                [main_table(results, split) for split in splits],
+                [success_figure(results, split) for split in splits],
+            ),
+            ("Task types", [table for table in types if table], []),
+            ("Metrics over steps", [], metric_figures(results)),
+            ("Cost", [phase_table(results)], []),
+        ],
+        "facts": _facts(results, runs),
+        "trajectories": _latest_trajectories(runs),
+    }
 
 
-def _missing(runs: Sequence[RunSummary]) -> list[str]:
-    boards = all_boards(runs)
+def _missing(results: Results, runs: Sequence[RunSummary]) -> list[str]:
+    part = results.parts[0]
+    has_metrics = any(run.record["metrics"] for run in results.runs)
     checks = [
-        (any(run.metrics for run in runs), "metrics of the steps"),
-        (bool(boards), "evaluations"),
-        (any(run.start(board) for run in runs for board in boards), "an evaluation of the start"),
-        (any(run.teacher(b) for run in runs for b in boards), "an evaluation of the teacher"),
-        (any(run.trajectories for run in runs), "trajectories"),
-        (any(run.manifest for run in runs), "the manifest (data, seeds, versions)"),
-        (any(run.config for run in runs), "the config"),
-        (any(run.summary for run in runs), "the summary (the run may not have ended)"),
+        (has_metrics, "metrics of the steps"),
+        (bool(results.tasks), "evaluations"),
+        (any(part["start"].values()), "an evaluation of the start"),
+        (any(part["teacher"].values()), "an evaluation of the teacher"),
+        (not runs or any(run.trajectories for run in runs), "trajectories"),
+        (part.get("data") is not None, "the manifest (data, seeds, versions)"),
     ]
     return [name for present, name in checks if not present]
 
 
-def _figures(runs: Sequence[RunSummary]) -> str:
-    boards = all_boards(runs)
-    made = [success_figure(f"success{i}", runs, board) for i, board in enumerate(boards)]
-    figures = [item for item in made if item] + metric_figures(runs)
-    if not figures:
-        return "<p>No step has been recorded yet.</p>"
-    return f'<div class="figures">{"".join(figure(item) for item in figures)}</div>'
-
-
-def _trajectories(runs: Sequence[RunSummary], limit: int) -> str:
-    """The latest trajectories, run after run in turn, until the limit is reached."""
-    chosen: list[tuple[str, TrajectoryRecord]] = []
-    deepest = max((len(run.trajectories) for run in runs), default=0)
-    for depth in range(deepest):
-        for run in runs:
-            if depth < len(run.trajectories) and len(chosen) < limit:
-                chosen.append((run.name, run.trajectories[-1 - depth]))
-    if not chosen:
-        return "<p>No trajectory has been recorded.</p>"
-    intro = (
-        '<p class="note">Shaded: the turn weight w, and the disagreement d and uncertainty h it is '
-        "made of; d and h are shaded relative to the largest of the trajectory.</p>"
-    )
-    shown = [
-        trajectory(record, name, is_open=index == 0) for index, (name, record) in enumerate(chosen)
+def _facts(results: Results, runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
+    parts = results.parts
+    data = [part.get("data") or {} for part in parts]
+    models = [part.get("model") or {} for part in parts]
+    sizes = [part.get("parameters") or {} for part in parts]
+    algorithm = [run.record.get("algorithm") or {} for run in results.runs]
+    train = [run.record.get("train") or {} for run in results.runs]
+    packages = [
+        ", ".join(f"{name} {version}" for name, version in (part.get("packages") or {}).items())
+        for part in parts
     ]
-    return intro + "\n".join(shown)
+    commands = [shlex.join(map(str, run.manifest.get("command", ()))) for run in runs]
+    resumed = sum(len(run.manifest.get("resumed", ())) for run in runs)
+    return [
+        ("environment", _distinct(part.get("env_id") for part in parts)),
+        ("data", _distinct(found.get("name") for found in data)),
+        ("data hash", _distinct(found.get("hash") for found in data)),
+        *(
+            (
+                f"{role}, its weights",
+                f"{_distinct(model.get(role) for model in models)}, "
+                f"{_distinct(f'{size[role]:,}' for size in sizes if size.get(role))}",
+            )
+            for role in ("student", "teacher")
+        ),
+        ("methods", _distinct(settings.get("method") for settings in algorithm)),
+        ("seeds", _distinct(sorted({run.seed for run in results.runs}))),
+        ("steps", _distinct(settings.get("steps") for settings in train)),
+        *(
+            (f"{name} per step", _distinct(settings.get(key) for settings in train))
+            for name, key in (("tasks", "tasks_per_step"), ("episodes of a task", "group_size"))
+        ),
+        ("annealing", _distinct(map(_annealing, algorithm))),
+        ("started", _distinct(part.get("time") for part in parts)),
+        ("resumed", f"{resumed} times"),
+        ("device", _distinct(part.get("device") for part in parts)),
+        ("platform", _distinct(part.get("platform") for part in parts)),
+        ("versions", _distinct(packages)),
+        ("command", _distinct(commands)),
+    ]
+
+
+def _annealing(settings: Mapping[str, Any]) -> str:
+    if not {"kappa", "rho", "anneal_steps", "shape"} <= settings.keys():
+        return ""
+    steps = "" if settings["shape"] == "adaptive" else f" over {settings['anneal_steps']} steps"
+    return "kappa {} to {}, rho {} to {}".format(*settings["kappa"], *settings["rho"]) + (
+        f", {settings['shape']}{steps}"
+    )
+
+
+def _distinct(values: Iterable[object]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values if value not in (None, ""))) or (
+        NOTHING
+    )
+
+
+def _latest_trajectories(runs: Sequence[RunSummary]) -> list[tuple[str, TrajectoryRecord]]:
+    """Return the latest trajectories, run after run in turn, until there are enough."""
+    deepest = max((len(run.trajectories) for run in runs), default=0)
+    found = [
+        (f"{run.label}, seed {run.seed}", run.trajectories[-1 - depth])
+        for depth in range(deepest)
+        for run in runs
+        if depth < len(run.trajectories)
+    ]
+    return found[:MOST_TRAJECTORIES]

@@ -96,7 +96,7 @@ def check_same_settings(run_dir: Path, config: RunConfig) -> None:
         RunFolderError: config.json cannot be read.
     """
     saved = read_config(run_dir)
-    free = {"steps", "eval_every", "eval_samples", "save_every"}
+    free = {"steps", "eval_every", "save_every"}
     free |= {"device", "teacher_device", "tokens_per_microbatch", "gradient_checkpointing"}
     if is_url(saved.model.teacher) and is_url(config.model.teacher):
         free |= {"teacher", "teacher_api"}  # its server may have moved

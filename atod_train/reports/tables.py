@@ -1,177 +1,241 @@
-"""The tables of a report: success per model and task type, differences, and what was done."""
+"""The one table: rows of text cells, shown as aligned text, Markdown or HTML; and those of results.
+
+All intervals are those of `statistics`: a crossed bootstrap over seeds and tasks.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from atod_train.reports.report_data import Board, RunSummary, all_boards, by_method
-from atod_train.reports.report_page import (
-    NOTHING,
-    distinct,
-    escape,
-    percent,
-    percent_range,
-    signed_points,
-    table,
+from atod_train.reports.analysis import (
+    Selection,
+    cost,
+    difference,
+    mean_score,
+    rate,
+    verdict,
 )
-from atod_train.reports.statistics import EvaluationResult, mean_interval, paired_by_task
+from atod_train.reports.results import REFERENCES, Results
+from atod_train.reports.statistics import Estimate
+
+NOTHING = "\u2013"
+"""What a cell without a value shows."""
+
+_PHASES = ("environment", "generation", "teacher", "update")
 
 
-def _rate_cell(result: EvaluationResult, remark: str = "") -> str:
-    small = f"{percent_range(result.interval)}{remark}"
-    return f"{percent(result.success_rate)} <small>{small}</small>"
+@dataclass(frozen=True)
+class Table:
+    """A table of plain text; the first column names the rows."""
 
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
-def _conduct(result: EvaluationResult) -> list[str]:
-    return [percent(result.mean_score), f"{result.mean_turns:.1f}", percent(result.invalid_share)]
-
-
-def _still_models(runs: Sequence[RunSummary], board: Board) -> list[tuple[str, EvaluationResult]]:
-    """Start and teacher, each once if all runs share it, else once per run."""
-    found: list[tuple[str, EvaluationResult]] = []
-    for label, results in (
-        ("start", [(run, run.start(board)) for run in runs]),
-        ("teacher", [(run, run.teacher(board)) for run in runs]),
-    ):
-        present = [(run, result) for run, result in results if result]
-        distinct: dict[EvaluationResult, list[RunSummary]] = {}
-        for run, result in present:
-            distinct.setdefault(result, []).append(run)
-        for result, users in distinct.items():
-            suffix = "" if len(distinct) == 1 else f" of {', '.join(run.name for run in users)}"
-            found.append((label + suffix, result))
-    return found
-
-
-def _result_table(runs: Sequence[RunSummary], board: Board) -> str:
-    rows = [
-        [escape(label), str(len(r.tasks)), _rate_cell(r), NOTHING, NOTHING, *_conduct(r)]
-        for label, r in _still_models(runs, board)
-    ]
-    for method, seeds in by_method(runs).items():
-        rates, bests = [], []
-        for run in seeds:
-            last, best, start = run.last(board), run.best(board), run.start(board)
-            if last is None or best is None:
-                continue
-            rates.append(last.result.success_rate)
-            bests.append(best.result.success_rate)
-            change = paired_by_task(last.result, start) if start else None
-            points = last.result.success_rate - start.success_rate if start else 0.0
-            delta = NOTHING
-            if change:
-                delta = f"{signed_points(points)} <small>{percent_range(change)}</small>"
-            rows.append(
-                [
-                    escape(run.name),
-                    str(len(last.result.tasks)),
-                    _rate_cell(last.result),
-                    _rate_cell(best.result, f", step {best.step}"),
-                    delta,
-                    *_conduct(last.result),
-                ]
-            )
-        if len(rates) > 1:
-            cells = [
-                f"{percent(math.fsum(values) / len(values))} "
-                f"<small>{percent_range(mean_interval(values))}</small>"
-                for values in (rates, bests)
-            ]
-            name = f"<b>{escape(method)}, mean of {len(rates)} seeds</b>"
-            rows.append([name, NOTHING, *cells, *[NOTHING] * 4])
-    head = ["model", "tasks", "last success", "best success", "change from start, points"]
-    data = {e.result.data for run in runs for e in run.evaluations}
-    caption = f"{escape(board[0])}, {escape(board[1])} ({distinct(sorted(data))} data)"
-    return table(caption, [*head, "score", "turns", "invalid turns"], rows)
-
-
-def _type_table(runs: Sequence[RunSummary], board: Board) -> str:
-    """Success per task type; seeds of a method are pooled."""
-    columns: list[tuple[str, list[EvaluationResult]]] = [
-        (label, [result]) for label, result in _still_models(runs, board)
-    ]
-    for method, seeds in by_method(runs).items():
-        lasts = [last.result for run in seeds if (last := run.last(board))]
-        if lasts:
-            columns.append((f"{method}, last", lasts))
-    rows_of = [[{row.task_type: row for row in r.by_task_type()} for r in rs] for _, rs in columns]
-    types = sorted({name for column in rows_of for result in column for name in result})
-    rows = []
-    for name in types:
-        cells = [escape(name).replace("_", "_<wbr>")]
-        for column in rows_of:
-            here = [result[name] for result in column if name in result]
-            tasks, solved = sum(row.tasks for row in here), sum(row.successes for row in here)
-            small = f"{round(solved, 1):g}/{tasks}"
-            if len(here) == 1:
-                small += f", {percent_range(here[0].interval)}"
-            cells.append(f"{percent(solved / tasks)} <small>{small}</small>" if tasks else NOTHING)
-        rows.append(cells)
-    caption = f"Per task type: {escape(board[0])}, {escape(board[1])}"
-    return table(caption, ["task type", *(escape(label) for label, _ in columns)], rows)
-
-
-def _action_table(runs: Sequence[RunSummary], board: Board) -> str:
-    """Valid actions per episode by their first word; "" where none was recorded."""
-    models = _still_models(runs, board)
-    models += [(run.name, last.result) for run in runs if (last := run.last(board))]
-    means = [(label, result.actions_per_episode()) for label, result in models]
-    verbs = sorted({verb for _, used in means for verb in used})
-    if not verbs:
-        return ""
-    rows = [
-        [escape(label), *(f"{used[verb]:.2f}" if verb in used else NOTHING for verb in verbs)]
-        for label, used in means
-    ]
-    caption = f"Valid actions per episode: {escape(board[0])}, {escape(board[1])}"
-    return table(caption, ["model", *map(escape, verbs)], rows)
-
-
-def _comparison_table(runs: Sequence[RunSummary], board: Board) -> str:
-    """Last success of the first method minus that of each other one; "" with one method."""
-    groups = by_method(runs)
-    lasts = {
-        method: {run.seed: last.result for run in seeds if (last := run.last(board))}
-        for method, seeds in groups.items()
-    }
-    first, *others = groups
-    rows = []
-    for other in others:
-        seeds = sorted(lasts[first].keys() & lasts[other].keys())
-        pairs = [(lasts[first][seed], lasts[other][seed]) for seed in seeds]
-        if not pairs:
-            continue
-        differences = [a.success_rate - b.success_rate for a, b in pairs]
-        interval = mean_interval(differences) if len(pairs) > 1 else paired_by_task(*pairs[0])
-        rows.append(
-            [
-                f"{escape(first)} minus {escape(other)}",
-                str(len(pairs)),
-                signed_points(math.fsum(differences) / len(differences)),
-                percent_range(interval) if interval else NOTHING,
-            ]
+    @property
+    def text(self) -> str:
+        """The table, without its title, in aligned columns: the first left, the others right."""
+        lines = [self.head, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if place else cell.ljust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
         )
-    if not rows:
-        return ""
-    caption = f"Differences of the last success: {escape(board[0])}, {escape(board[1])}"
-    return table(caption, ["methods", "common seeds", "points", "95 % interval"], rows)
+
+    @property
+    def markdown(self) -> str:
+        """The table, without its title, in Markdown; ends with a line break."""
+        lines = [self.head, ("---",) * len(self.head), *self.rows]
+        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+        return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-def results(runs: Sequence[RunSummary]) -> str:
-    """The tables of all evaluations, or a sentence that there is none."""
-    boards = all_boards(runs)
-    if not boards:
-        return "<p>No evaluation has been recorded yet.</p>"
-    parts = [_result_table(runs, board) for board in boards]
-    parts += [_comparison_table(runs, board) for board in boards]
-    parts.append(
-        '<p class="note">Small numbers are 95 % intervals in per cent: Wilson over tasks, Tango '
-        "over the same tasks for changes and for methods with one seed, Student's t over seeds "
-        "for means and differences of several seeds. The best of several "
-        "evaluations is picked on the tasks it is reported on and is therefore flattering; the "
-        "last is not.</p>"
+def main_table(results: Results, split: str | None = None) -> Table:
+    """Return success, gain and cost of start, teacher and every label.
+
+    Where scores say more than success, as in WebShop, there is a column for their mean.
+
+    Args:
+        results: of one environment.
+        split: tasks of this split; None: all tasks together.
+    """
+    greedy, sampled = Selection("greedy", split), Selection("sampled", split)
+    models = (*REFERENCES, *results.labels)
+    scores = {model: mean_score(results, model, sampled) for model in models}
+    solved = {model: rate(results, model, sampled) for model in models}
+    is_scored = any(
+        found and not math.isclose(found.value, scores[model] or 0.0, abs_tol=1e-5)
+        for model, found in solved.items()
     )
-    for make in (_type_table, _action_table):
-        parts += [make(runs, board) for board in boards]
-    return "\n".join(parts)
+    rows = []
+    for model in models:
+        is_run = model not in REFERENCES
+        best = rate(results, model, Selection("greedy", split, "best")) if is_run else None
+        rates = [rate(results, model, greedy), best, solved[model]]
+        if not is_run and not any(rates):
+            continue
+        gain = None if model == "start" else difference(results, model, "start", sampled)
+        score = scores[model]
+        rows.append(
+            (
+                model,
+                str(len(results.of(model))) if is_run else NOTHING,
+                *map(rate_text, rates),
+                difference_text(gain),
+                *([NOTHING if score is None else f"{100 * score:.1f}"] if is_scored else []),
+                f"{cost(results, model).minutes:.1f}" if is_run else NOTHING,
+            )
+        )
+    head = (
+        "model",
+        "seeds",
+        "greedy, last",
+        "greedy, best",
+        "sampled, last",
+        "gain over start (sampled, last)",
+        *(["score (sampled, last)"] if is_scored else []),
+        "minutes",
+    )
+    return Table(f"{_where(split)}: tasks solved, % [95 % interval]", head, tuple(rows))
+
+
+def first_pairs(results: Results) -> list[tuple[str, str]]:
+    """Return the first label with each other one, and with the teacher."""
+    first, *others = results.labels
+    taught = any(any(part["teacher"].values()) for part in results.parts)
+    return [(first, other) for other in (*others, *(["teacher"] if taught else []))]
+
+
+def difference_table(
+    results: Results, pairs: Sequence[tuple[str, str]], split: str | None = None
+) -> Table:
+    """Return claims that the first of two models solves more than the second, with verdicts.
+
+    Args:
+        results: of one environment.
+        pairs: labels, `start` or `teacher`; a pair with nothing in common has no numbers.
+        split: of the tasks; None: all of them together.
+    """
+    rows = []
+    for first, second in pairs:
+        cells, common = [], 0
+        for mode in ("greedy", "sampled"):
+            found = difference(results, first, second, Selection(mode, split))
+            cells += [difference_text(found), verdict(found) if found else NOTHING]
+            common = max(common, found.replicates if found else 0)
+        rows.append((f"{first} > {second}", str(common), *cells))
+    head = ("claim", "common seeds", "greedy, last", "verdict", "sampled, last", "verdict")
+    return Table(f"{_where(split)}: differences, points", head, tuple(rows))
+
+
+def claims_table(environments: Sequence[Results], pairs: Sequence[tuple[str, str]] = ()) -> Table:
+    """Return claims at one glance: sampled success at the last step in every environment.
+
+    Args:
+        environments: of a study.
+        pairs: claims, as in `difference_table`; none: the `first_pairs` of all of them.
+    """
+    claims = dict.fromkeys(pairs or (pair for found in environments for pair in first_pairs(found)))
+    rows = []
+    for first, second in claims:
+        cells = []
+        for results in environments:
+            found = difference(results, first, second, Selection("sampled"))
+            cells.append(f"{difference_text(found)} {verdict(found)}" if found else NOTHING)
+        rows.append((f"{first} > {second}", *cells))
+    head = ("claim", *(results.name for results in environments))
+    return Table("Sampled, last: differences, points, and verdicts", head, tuple(rows))
+
+
+def type_table(results: Results, mode: str) -> Table | None:
+    """Return success per task type at the last step, or None where there is one type or none."""
+    types = sorted({name for found in results.task_types.values() for name in found})
+    if len(types) < 2:
+        return None
+    models = (*REFERENCES, *results.labels)
+    rows = [
+        (name, *(rate_text(rate(results, m, Selection(mode, task_type=name))) for m in models))
+        for name in types
+    ]
+    title = f"Per task type, {mode}, last: tasks solved, % [95 % interval]"
+    return Table(title, ("task type", *models), tuple(rows))
+
+
+def phase_table(results: Results) -> Table:
+    """Return minutes, episodes and tokens of a run, and the share of each phase."""
+    rows = []
+    for label in results.labels:
+        found = cost(results, label)
+        shares = [found.phases.get(phase, 0.0) for phase in _PHASES]
+        rest = sum(share for phase, share in found.phases.items() if phase not in _PHASES)
+        rows.append(
+            (
+                label,
+                f"{found.minutes:.1f}",
+                f"{found.episodes:.0f}",
+                f"{found.tokens / 1000:.0f}",
+                *(f"{share:.0f} %" for share in (*shares, rest)),
+            )
+        )
+    head = ("model", "minutes", "episodes", "thousand tokens", *_PHASES, "evaluation, other")
+    return Table("A run on average, and where its time goes", head, tuple(rows))
+
+
+def all_tables(
+    results: Results, pairs: Sequence[tuple[str, str]] = (), *, by_split: bool
+) -> list[Table]:
+    """Return all tables of an environment in order.
+
+    Args:
+        results: of one environment.
+        pairs: claims, as in `difference_table`; none: `first_pairs`.
+        by_split: success for each split too, where there are several.
+    """
+    splits = list(results.tasks) if by_split and len(results.tasks) > 1 else []
+    tables = [main_table(results, split) for split in (None, *splits)]
+    if chosen := pairs or first_pairs(results):
+        tables.append(difference_table(results, chosen))
+    return [*tables, phase_table(results)]
+
+
+def as_text(tables: Sequence[Table]) -> str:
+    """Return tables for a terminal, each under its title."""
+    return "\n\n".join(f"{table.title}\n{table.text}" for table in tables)
+
+
+def describe(results: Results) -> str:
+    """Return one sentence on what was evaluated."""
+    sizes = ", ".join(f"{split} {len(tasks)}" for split, tasks in results.tasks.items())
+    total = sum(map(len, results.tasks.values()))
+    parts = len(results.parts)
+    made = "one start and teacher" if parts == 1 else f"{parts} starts and teachers"
+    return f"{total} tasks ({sizes}); {len(results.runs)} runs from {made}."
+
+
+def rate_text(found: Estimate | None) -> str:
+    """Return a rate as "72.1 [64.2, 78.9]", in percent."""
+    if found is None:
+        return NOTHING
+    return f"{_points(found.value)} [{_points(found.low)}, {_points(found.high)}]"
+
+
+def difference_text(found: Estimate | None) -> str:
+    """Return a difference as "+4.3 [-1.0, +9.9]", in points."""
+    if found is None:
+        return NOTHING
+    low, high = (_points(bound, "+") for bound in (found.low, found.high))
+    return f"{_points(found.value, '+')} [{low}, {high}]"
+
+
+def _points(share: float, sign: str = "") -> str:
+    rounded = round(100 * share, 1) + 0.0  # no "-0.0"
+    return f"{rounded:{sign}.1f}"
+
+
+def _where(split: str | None) -> str:
+    return split or "all splits together"

@@ -31,8 +31,8 @@ from typing import Any
 from atod_gym.errors import InvalidSettingError
 from atod_train.config import RunConfig
 from atod_train.presets import PRESETS
+from atod_train.reports.results import FOLDER_NAME, REFERENCES
 from atod_train.studies.study import Run
-from atod_train.studies.study_results import FOLDER_NAME, STILL
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -144,7 +144,7 @@ def _tables(content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
             raise InvalidSettingError(f"{key}.{name} must be a table: [{key}.{name}].")
         if not FOLDER_NAME.fullmatch(name):
             raise InvalidSettingError(f"{key}: {name!r} cannot be the name of a folder.")
-        if key == "runs" and name in STILL:
+        if key == "runs" and name in REFERENCES:
             raise InvalidSettingError(
                 f"a run cannot be called {name!r}: tables have a line of that name already."
             )

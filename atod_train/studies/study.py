@@ -19,22 +19,22 @@ from filelock import FileLock, Timeout
 from atod_gym.errors import AtodError
 from atod_train.algorithm.methods import has_exact_signal, needs_teacher
 from atod_train.config import RunConfig, is_url
-from atod_train.distributed import Processes, join_processes
+from atod_train.distributed import Processes, is_main_process, join_processes
 from atod_train.models.checks import check_config
 from atod_train.models.policy import MODEL_SHAPES, Policy, llama_config
 from atod_train.models.pretrained import has_word_vocabulary, read_shape
 from atod_train.progress import no_lines, plain_lines
-from atod_train.reports.metrics import EvaluatedModel, Evaluation
+from atod_train.reports.evaluations import EvaluatedModel, Evaluation
 from atod_train.reports.report import REPORT_FILE, write_report
-from atod_train.reports.report_data import read_run
+from atod_train.reports.results import results_of
 from atod_train.reports.run_folder import (
     ANOTHER_FOLDER,
     CONFIG_FILE,
     check_same_settings,
     is_finished,
 )
+from atod_train.reports.run_summary import read_run
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.studies.study_results import MOST_PLAYS
 from atod_train.teachers.describe import connect, describe
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher
@@ -74,19 +74,20 @@ def run_study(config: RunConfig, out: Path) -> Path:
         for seed in config.study.seeds or (config.train.seed,)
         for method in config.study.methods or (config.algorithm.method,)
     ]
-    return make_runs(config, runs, out)
+    make_runs(config, runs, out)
+    if is_main_process():
+        summaries = [read_run(run.folder) for run in runs]
+        write_report(out, [results_of(out.name, summaries)], {out.name: summaries})
+    return out / REPORT_FILE
 
 
-def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> Path:
-    """Makes the start and the teacher, then some runs, and writes the report.
+def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> None:
+    """Makes the start and the teacher, then some runs.
 
     Args:
         config: what all runs share: environment, models, and how many at the same time.
         runs: they differ in algorithm, budget and seed only.
         out: folder of the study.
-
-    Returns:
-        Path of report.html.
 
     Raises:
         AtodError, StoppedByUser: as `run_study`.
@@ -112,11 +113,7 @@ def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> Path:
         if left:
             wants_teacher = any(needs_teacher(run.config.algorithm.method) for run in runs)
             _make_runs(config, wants_teacher, left, out, processes)
-        report = out / REPORT_FILE
-        if processes.is_main:
-            report = write_report(out, [read_run(run.folder) for run in runs])
         processes.wait()
-    return report
 
 
 def _make_runs(
@@ -279,10 +276,6 @@ def _check_settings(config: RunConfig) -> None:
     if config.study.jobs < 1:
         raise AtodError(f"study.jobs must be at least 1, not {config.study.jobs}.")
     check_settings(config)
-    if not 1 <= config.env.eval_samples <= MOST_PLAYS:
-        raise AtodError(
-            f"env.eval_samples must be 1 to {MOST_PLAYS}, not {config.env.eval_samples}."
-        )
     if config.model.dtype == "bfloat16" and not config.model.lora_rank:
         raise AtodError(
             "model.dtype=bfloat16 rounds away the small updates of a student whose weights are "

@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atod_gym.errors import AtodError
-from atod_train.studies.study_markdown import all_tables, claims_table, describe
-from atod_train.studies.study_pieces import ResultsError, StudyEnvironment, read_results
-from atod_train.studies.study_results import RESULTS_FILE, STILL, finished_runs, write_results
+from atod_train.reports.report import write_report
+from atod_train.reports.results import (
+    REFERENCES,
+    RESULTS_FILE,
+    Results,
+    ResultsError,
+    finished_runs,
+    read_results,
+    results_of,
+    write_results,
+)
+from atod_train.reports.run_summary import RunSummary
+from atod_train.reports.tables import all_tables, as_text, claims_table, describe
 
 if TYPE_CHECKING:
     from atod_train.studies.file import ParseArguments, StudyPart
@@ -39,9 +49,11 @@ def study(arguments: Sequence[str], parse: ParseArguments) -> None:
         _train(parts, out)
     if not is_main_process():
         return
-    if not _write_results(parts, out):
+    finished = _write_results(parts, out)
+    if not finished:
         raise AtodError(f"No run of {options.file} in {out} has finished; there are no results.")
-    report = _write_report(out, read_results([out / RESULTS_FILE]))
+    environments = [results_of(name, runs) for name, runs in finished.items()]
+    report = write_report(out, environments, finished, pictures=True)
     print(f"results: {out / RESULTS_FILE}\nreport of the study: {report}")
 
 
@@ -72,38 +84,32 @@ def _study_parser() -> argparse.ArgumentParser:
 def _train(parts: Sequence[StudyPart], out: Path) -> None:
     """Makes the selected runs; results of those that finish are written in any case."""
     from atod_train.distributed import is_main_process
-    from atod_train.reports.report_data import read_run
     from atod_train.studies.study import make_runs
-    from atod_train.studies.study_tables import show_study
 
     for part in parts:
         if not part.runs:
             continue
         try:
-            report = make_runs(part.config, part.runs, part.folder)
+            make_runs(part.config, part.runs, part.folder)
         finally:
             if is_main_process():
-                _write_results(parts, out)
+                finished = _write_results(parts, out)
         if is_main_process():
-            print(f"\n{part.name}")
-            show_study([read_run(run.folder) for run in part.runs], report)
+            results = results_of(part.name, finished[part.name])
+            print(f"\n{part.name}\n{as_text(all_tables(results, by_split=True))}")
 
 
-def _write_results(parts: Sequence[StudyPart], out: Path) -> bool:
-    """Writes results.json from all finished runs in the folder; False if there is none."""
+def _write_results(parts: Sequence[StudyPart], out: Path) -> dict[str, list[RunSummary]]:
+    """Write results.json from all finished runs in the folder; return them by environment."""
     finished = {}
     for part in parts:
-        finished[part.name], left_out = finished_runs(part.folder, part.settings)
+        runs, left_out = finished_runs(part.folder, part.settings)
+        if runs:
+            finished[part.name] = runs
         for line in left_out:
             print(f"not in the results: {line}", file=sys.stderr)
     write_results(out / RESULTS_FILE, finished)
-    return any(finished.values())
-
-
-def _write_report(out: Path, environments: Sequence[StudyEnvironment]) -> Path:
-    from atod_train.studies.study_report import write_study_report
-
-    return write_study_report(out, environments)
+    return finished
 
 
 def results(arguments: Sequence[str]) -> int:
@@ -111,7 +117,7 @@ def results(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="atod-train results",
         description="Print the tables of a study as Markdown, from the results.json of all its "
-        "pieces. Each (file, seed) is one replicate; intervals are 95 % bootstrap intervals over "
+        "parts. Each (file, seed) is one replicate; intervals are 95 % bootstrap intervals over "
         "replicates and tasks.",
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="results files")
@@ -139,18 +145,16 @@ def results(arguments: Sequence[str]) -> int:
             claims = claims_table(environments, pairs)
             print(f"## All environments\n\n{claims.title}:\n\n{claims.markdown}")
         if options.out:
-            print(f"report: {_write_report(options.out, environments)}")
+            print(f"report: {write_report(options.out, environments, pictures=True)}")
     except (AtodError, OSError) as error:
         print(f"atod-train: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _check_pairs(
-    pairs: Sequence[tuple[str, str]], environments: Sequence[StudyEnvironment]
-) -> None:
+def _check_pairs(pairs: Sequence[tuple[str, str]], environments: Sequence[Results]) -> None:
     known = dict.fromkeys(label for environment in environments for label in environment.labels)
-    names = (*known, *STILL)
+    names = (*known, *REFERENCES)
     for name in (name for pair in pairs for name in pair):
         if name not in names:
             raise ResultsError(f"--pair: there is no {name!r}; known: {', '.join(names)}.")

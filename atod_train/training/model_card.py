@@ -11,8 +11,9 @@ from pathlib import Path
 from atod_train.algorithm.methods import needs_teacher
 from atod_train.config import RunConfig, is_url
 from atod_train.files import read_json, without_infinities
-from atod_train.reports.metrics import Evaluation
+from atod_train.reports.evaluations import Evaluation
 from atod_train.reports.run_folder import MANIFEST_FILE, SECTIONS
+from atod_train.reports.tables import Table, rate_text
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _TEXT = """\
@@ -30,8 +31,8 @@ _TEXT = """\
 
 {results}
 
-Success in percent of the tasks of a split, with 95 % intervals over tasks. The run has one seed
-({seed}), whose luck is not in the intervals.
+Success in percent of the tasks of a split, with 95 % bootstrap intervals over tasks. The run has
+one seed ({seed}); the spread between seeds is not in the intervals.
 
 ## Use
 
@@ -115,17 +116,14 @@ def _results(step: int, evaluations: Sequence[Evaluation]) -> str:
     """A table with a line for the model, the start and the teacher, for each split and mode."""
     names = {("student", step): "this model", ("student", 0): "start", ("teacher", 0): "teacher"}
     found = {
-        (*e.board[1:], names[e.model, e.step]): e.result
+        (e.result.split, e.result.mode, names[e.model, e.step]): e.result
         for e in evaluations
         if (e.model, e.step) in names
     }
     if not found:
         return "It was not evaluated."
-    lines = ["| split | decoding | model | tasks | success | interval |", "|---" * 6 + "|"]
+    rows = []
     for (split, mode, name), result in sorted(found.items()):
-        low, high = (100 * bound for bound in result.interval)
-        lines.append(
-            f"| {split} | {mode} | {name} | {len(result.tasks)} | {100 * result.success_rate:.1f} "
-            f"| {low:.1f} to {high:.1f} |"
-        )
-    return "\n".join(lines)
+        rows.append((split, mode, name, str(len(result.tasks)), rate_text(result.success)))
+    head = ("split", "decoding", "model", "tasks", "success, % [95 % interval]")
+    return Table("", head, tuple(rows)).markdown

@@ -19,9 +19,8 @@ from atod_train.config import RunConfig
 from atod_train.distributed import Processes
 from atod_train.files import read_json, without_infinities
 from atod_train.models.policy import Policy
+from atod_train.reports.evaluations import EvaluatedModel, Evaluation, EvaluationMode
 from atod_train.reports.metrics import (
-    EvaluatedModel,
-    Evaluation,
     MetricsWriter,
     TrajectoryRecord,
     read_evaluations,
@@ -37,7 +36,6 @@ from atod_train.reports.run_folder import (
     write_manifest,
     write_summary,
 )
-from atod_train.reports.statistics import EvaluationMode
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.training.checkpoint import (
     Checkpoint,

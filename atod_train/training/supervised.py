@@ -47,9 +47,14 @@ from atod_train.models.pretrained import (
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.progress import progress
 from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
-from atod_train.reports.metrics import EvaluatedModel, Evaluation
+from atod_train.reports.evaluations import (
+    EvaluatedModel,
+    Evaluation,
+    EvaluationMode,
+    EvaluationResult,
+)
 from atod_train.reports.run_folder import RunFolderError
-from atod_train.reports.statistics import EvaluationMode, EvaluationResult, InvalidCountsError
+from atod_train.reports.statistics import InvalidCountsError
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import seed_for, tasks_for_step
 from atod_train.training.bookkeeping import memory_errors

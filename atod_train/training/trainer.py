@@ -40,8 +40,8 @@ from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.progress import PhaseTimes, progress
 from atod_train.records import Batch, TokenScores, Trajectory
-from atod_train.reports.metrics import Evaluation, TrajectoryRecord
-from atod_train.reports.statistics import EvaluationMode
+from atod_train.reports.evaluations import Evaluation, EvaluationMode
+from atod_train.reports.metrics import TrajectoryRecord
 from atod_train.reports.step_records import batch_metrics, rendering_drift, trajectories_to_show
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, nothing_fits, seed_for, tasks_for_step

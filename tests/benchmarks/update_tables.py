@@ -12,15 +12,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from atod_train.studies.study_markdown import (
-    TextTable,
+from atod_train.reports.results import Results, read_results
+from atod_train.reports.tables import (
+    Table,
     claims_table,
     difference_table,
     first_pairs,
     main_table,
     phase_table,
 )
-from atod_train.studies.study_pieces import StudyEnvironment, read_results
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "tests/benchmarks/results"
@@ -29,8 +29,8 @@ SECTIONS = {"Official ALFWorld games": "alfworld-official"}
 
 
 def made_anew(
-    first_row: str, found: dict[str, StudyEnvironment], section: str, split: str | None
-) -> TextTable | None:
+    first_row: str, found: dict[str, Results], section: str, split: str | None
+) -> Table | None:
     """The table that begins with a row, or nothing if it is no table of results."""
     columns = [cell.strip() for cell in first_row.strip("|\n ").split("|")]
     if columns[0] == "claim" and all(name in found for name in columns[1:]):
@@ -47,7 +47,7 @@ def made_anew(
     return None
 
 
-def rewritten(text: str, found: dict[str, StudyEnvironment]) -> str:
+def rewritten(text: str, found: dict[str, Results]) -> str:
     """A text with all its tables of results made anew."""
     section, split = "", None
     parts = []

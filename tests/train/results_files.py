@@ -9,7 +9,7 @@ from typing import Any
 
 MODES = ("greedy", "sampled")
 SETTINGS = {
-    "env": {"max_turns": 30, "data": "generated", "eval_samples": 1},
+    "env": {"max_turns": 30, "data": "generated"},
     "model": {"student": "tiny"},
 }
 

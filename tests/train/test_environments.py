@@ -22,9 +22,9 @@ from atod_train.studies.study import run_study
 
 # Env id -> settings of a small generated world, a split to evaluate on, and a verb of its actions.
 WORLDS = {
-    "atod/ALFWorld-v0": ({"house_size": "tiny"}, "valid_unseen", "go"),
-    "atod/WebShop-v0": ({"products": 30}, "test", "search"),
-    "atod/SearchQA-v0": ({"entities": 60}, "test", "search"),
+    "atod/ALFWorld-v0": ({"house_size": "tiny"}, "valid_unseen"),
+    "atod/WebShop-v0": ({"products": 30}, "test"),
+    "atod/SearchQA-v0": ({"entities": 60}, "test"),
 }
 
 
@@ -37,7 +37,7 @@ def test_demonstrations_steps_evaluation_and_report(
     env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
-    options, split, verb = WORLDS[env_id]
+    options, split = WORLDS[env_id]
     config = RunConfig(
         env=EnvConfig(
             id=env_id,
@@ -65,7 +65,7 @@ def test_demonstrations_steps_evaluation_and_report(
         ),
     )
     report = run_study(config, tmp_path / "study")
-    assert "Valid actions per episode" in report.read_text(encoding="utf-8")
+    assert "tasks solved" in report.read_text(encoding="utf-8")
     [run_folder] = [path.parent for path in (tmp_path / "study").glob("*/metrics.jsonl")]
     steps = read_metrics(run_folder)
     assert [step["step"] for step in steps] == [1, 2]
@@ -73,9 +73,8 @@ def test_demonstrations_steps_evaluation_and_report(
     evaluations = read_evaluations(run_folder)
     assert {evaluation.result.split for evaluation in evaluations} == {split}
     assert {evaluation.result.data for evaluation in evaluations} == {"generated"}
-    # Whoever has seen some dozens of demonstrations knows at least how to begin.
-    used = [evaluation.result.actions_per_episode() for evaluation in evaluations]
-    assert any(verb in actions for actions in used)
+    # Some dozens of demonstrations teach at least how to begin.
+    assert any(evaluation.result.invalid_share < 1 for evaluation in evaluations)
 
 
 def test_a_script_that_closes_nothing_ends_silently() -> None:
@@ -83,7 +82,7 @@ def test_a_script_that_closes_nothing_ends_silently() -> None:
     made = "\n".join(
         f"envs.append(gymnasium.make({env_id!r}, data='generated', **{options!r}))\n"
         "envs[-1].reset(seed=0)"
-        for env_id, (options, _, _) in WORLDS.items()
+        for env_id, (options, _) in WORLDS.items()
     )
     script = f"import torch, gymnasium, atod_gym\nenvs = []\n{made}\n"
     ended = subprocess.run(

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
 from echo_env import TASK_IDS, EchoEnv
 
 from atod_train.evaluation.eval_cli import main
 from atod_train.evaluation.eval_options import chosen_agent, parser, result_folder
-from atod_train.reports.statistics import paired_difference_interval
+from atod_train.reports.statistics import paired_difference
+from atod_train.reports.tables import difference_text
 
 ENV_ID = "tests/CliEcho-v0"
 
@@ -262,11 +264,9 @@ def test_comparing_pairs_the_tasks(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     shown = capsys.readouterr().out.splitlines()
     a, b = ([t["success"] for t in read(tmp_path / name)["tasks"]] for name in "ab")
-    low, high = (100 * bound for bound in paired_difference_interval(a, b))
-    points = 100 * (sum(a) - sum(b)) / 30
+    found = paired_difference(np.array([a], dtype=float), np.array([b], dtype=float))
     assert shown[-1] == (
-        f"A - B: {points:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}], "
-        "paired over 30 tasks"
+        f"A - B, points [95 % interval]: {difference_text(found)}, paired over 30 tasks"
     )
     assert shown[3].startswith("A: expert")
     assert shown[4].startswith("B: random")

@@ -16,8 +16,8 @@ import pytest
 from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig
 from atod_train.files import FileError, read_json
 from atod_train.progress import PhaseTimes, progress
+from atod_train.reports.evaluations import Evaluation, EvaluationResult, TaskResult
 from atod_train.reports.metrics import (
-    Evaluation,
     MetricsWriter,
     TrajectoryRecord,
     TurnDisplay,
@@ -34,7 +34,6 @@ from atod_train.reports.run_folder import (
     write_manifest,
     write_summary,
 )
-from atod_train.reports.statistics import EvaluationResult, TaskResult
 
 
 def make_evaluation(step: int) -> Evaluation:

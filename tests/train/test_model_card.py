@@ -13,6 +13,7 @@ from test_failures import CONFIG
 
 from atod_train.files import read_json
 from atod_train.reports.metrics import read_evaluations
+from atod_train.reports.tables import rate_text
 from atod_train.studies.study import run_study
 from atod_train.training.model_card import model_card
 
@@ -43,9 +44,8 @@ def test_the_card_of_a_model_says_what_it_is(run: Path) -> None:
         result = evaluation.result
         name = "this model" if evaluation.step == 4 else "start"
         name = "teacher" if evaluation.model == "teacher" else name
-        low, high = (100 * bound for bound in result.interval)
         line = f"| {result.split} | {result.mode} | {name} | {len(result.tasks)} | "
-        line += f"{100 * result.success_rate:.1f} | {low:.1f} to {high:.1f} |"
+        line += f"{rate_text(result.success)} |"
         if evaluation.step != 3:
             assert line in last.text
     best = ModelCard.load(run / "models" / "best" / "README.md")

@@ -29,7 +29,6 @@ HERE = Path(__file__).parent
 # Three groups for two processes.
 CONFIG = replace(
     SINGLE,
-    env=replace(SINGLE.env, eval_samples=2),
     train=replace(SINGLE.train, tasks_per_step=3, steps=4, eval_every=2),
 )
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

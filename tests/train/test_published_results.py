@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from atod_train.cli import _parsed
-from atod_train.studies.file import read_study
-from atod_train.studies.study_markdown import (
-    TextTable,
+from atod_train.reports.results import Results, read_results
+from atod_train.reports.tables import (
+    Table,
     claims_table,
     difference_table,
     first_pairs,
     main_table,
     phase_table,
 )
-from atod_train.studies.study_pieces import StudyEnvironment, read_results
+from atod_train.studies.file import read_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "tests/benchmarks/results"
@@ -38,16 +38,16 @@ AT_A_GLANCE = (
 STUDIES = sorted((REPOSITORY / "tests/benchmarks/studies").glob("*.toml"))
 
 
-def glance() -> TextTable:
+def glance() -> Table:
     return claims_table([found for found in ENVIRONMENTS if found.name in AT_A_GLANCE])
 
 
-def tables(environment: StudyEnvironment) -> list[TextTable]:
+def tables(environment: Results) -> list[Table]:
     return [main_table(environment), difference_table(environment, first_pairs(environment))]
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda found: found.name)
-def test_the_texts_say_what_was_measured(environment: StudyEnvironment) -> None:
+def test_the_texts_say_what_was_measured(environment: Results) -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in TEXTS)
     for table in tables(environment):
         assert table.markdown in text
@@ -80,9 +80,7 @@ def test_every_table_of_results_is_of_the_raw_numbers() -> None:
     [found for found in ENVIRONMENTS if found.name != "alfworld-constrained"],
     ids=lambda found: found.name,
 )
-def test_results_are_those_of_the_study_files(
-    environment: StudyEnvironment, tmp_path: Path
-) -> None:
+def test_results_are_those_of_the_study_files(environment: Results, tmp_path: Path) -> None:
     """Each run has the settings that its study file gives it today."""
     parts = [
         part
@@ -102,8 +100,8 @@ def test_results_are_those_of_the_study_files(
                 recorded = {**recorded, "turn_weights": "mean_preserving"}
             for name in ("method", "shape", "anneal_steps", "turn_weights", "steps", "lr"):
                 assert recorded.get(name) == wanted.get(name)
-    for piece in environment.pieces:
+    for part in environment.parts:
         for name in ("student", "teacher"):
-            assert piece["model"][name] == getattr(parts[0].config.model, name)
-        recorded = (piece["model"]["student_epochs"], piece["model"]["teacher_epochs"])
+            assert part["model"][name] == getattr(parts[0].config.model, name)
+        recorded = (part["model"]["student_epochs"], part["model"]["teacher_epochs"])
         assert recorded == parts[0].config.start.epochs

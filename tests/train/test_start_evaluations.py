@@ -18,7 +18,7 @@ from atod_train.config import (
 )
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
-from atod_train.reports.metrics import Evaluation
+from atod_train.reports.evaluations import Evaluation
 from atod_train.reports.run_folder import FileError
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.training import supervised
@@ -31,7 +31,6 @@ CONFIG = RunConfig(
         max_turns=12,
         eval_splits=("valid_seen",),
         eval_tasks=3,
-        eval_samples=2,
     ),
     model=ModelConfig(student="mini", teacher="mini"),
     start=StartConfig(demonstrations=8, epochs=(0.5, 0.5)),
@@ -65,7 +64,6 @@ def test_what_is_kept_is_not_made_again(made: list[str], tmp_path: Path) -> None
         (0, "student", "greedy"), (0, "student", "sampled")
     ]  # fmt: skip
     assert len(first[0].result.tasks) == 3
-    assert first[1].result.plays == 2
     # Another method has the same start, and a teacher's server may move.
     other = replace(
         CONFIG,
@@ -87,7 +85,6 @@ def test_a_kill_between_two_evaluations_loses_one(made: list[str], tmp_path: Pat
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param({"env": replace(CONFIG.env, eval_samples=1)}, id="plays"),
         pytest.param({"train": replace(CONFIG.train, max_completion_tokens=6)}, id="tokens"),
         pytest.param({"start": replace(CONFIG.start, epochs=(0.6, 0.5))}, id="start"),
         pytest.param({"study": StudyConfig(resume=False)}, id="anew"),

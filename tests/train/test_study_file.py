@@ -15,8 +15,8 @@ from atod_gym.errors import InvalidSettingError
 from atod_train.cli import _parsed, main
 from atod_train.files import read_json
 from atod_train.reports.metrics import read_evaluations, read_metrics
+from atod_train.reports.results import read_results
 from atod_train.studies.file import Selection, read_study
-from atod_train.studies.study_pieces import read_results
 
 STUDY = """
 seeds = [0, 1]
@@ -189,11 +189,11 @@ def test_a_killed_study_goes_on_and_writes_its_results(
         command, env=variables, capture_output=True, text=True, check=False, timeout=200
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
-    assert "adaptive, mean of 2 seeds" in finished.stdout
+    assert re.search(r"^adaptive +2 ", finished.stdout, re.MULTILINE)
     # The killed run had written down how start and teacher do.
     assert "adaptive" in finished.stderr
     assert "evaluating the" not in finished.stderr
-    assert (out / "houses" / "report.html").is_file()
+    assert (out / "report.html").is_file()
 
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     houses: dict[str, Any] = results["houses"]
@@ -223,7 +223,7 @@ def test_a_killed_study_goes_on_and_writes_its_results(
     [environment] = read_results([out / "results.json"])
     assert environment.labels == ("atod", "adaptive")
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert 'href="houses/report.html"' in page
+    assert "step 2" in page  # of a trajectory
     assert {path.name for path in out.glob("*.png")} == {
         "houses-success.png", "houses-signals.png"
     }  # fmt: skip

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from atod_train.cli import main
-from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig, TrainConfig
-from atod_train.reports.metrics import EvaluatedModel, Evaluation, MetricsWriter
+from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
+from atod_train.reports.evaluations import EvaluatedModel, Evaluation, EvaluationResult, TaskResult
+from atod_train.reports.metrics import MetricsWriter
+from atod_train.reports.results import RESULTS_FILE, finished_runs, record_of, write_results
 from atod_train.reports.run_folder import write_config, write_manifest, write_summary
-from atod_train.reports.statistics import EvaluationResult, TaskResult
 from atod_train.studies import study
-from atod_train.studies.study_results import RESULTS_FILE, finished_runs, results_of, write_results
 from atod_train.training.trainer import StoppedByUser
 
 STUDY = """
@@ -100,33 +99,16 @@ def test_a_run_is_kept_in_one_line(tmp_path: Path) -> None:
     assert record["env"]["max_turns"] == 30
     assert record["model"]["student"] == "tiny"
     assert record["tasks"] == {"seen": ["t0", "t1", "t2"]}
+    assert record["task_types"] == {"seen": ["pick"] * 3}
     assert (record["start"]["seen/greedy"]["success"], record["data"]["hash"]) == ("001", "c0ffee")
-
-
-def test_successes_of_several_plays_are_counted(tmp_path: Path) -> None:
-    make_run(tmp_path / "atod-seed0")
-    tasks = tuple(
-        TaskResult(f"t{number}", "pick", share, share, 4.5, 0)
-        for number, share in enumerate((0.0, 1 / 7, 1.0))
-    )
-    result = EvaluationResult("seen", "generated", "sampled", tasks, plays=7)
-    with MetricsWriter(tmp_path / "atod-seed0", resume_step=4, tensorboard=False) as writer:
-        writer.write_evaluation(Evaluation(4, "student", result))
-    [run] = results_of(finished_runs(tmp_path, {"atod": settings_of("atod")})[0])["runs"]
-    last = run["last"]["seen/sampled"]
-    assert (last["success"], last["plays"], last["success_rate"]) == ("017", 7, 0.380952)
-    assert run["last"]["seen/greedy"]["plays"] == 1
-    # It is the same run, however often the tasks of the next evaluation are played.
-    often = replace(settings_of("atod"), env=EnvConfig(eval_samples=4))
-    assert len(finished_runs(tmp_path, {"atod": often})[0]) == 1
 
 
 def test_the_teacher_is_described_by_a_run_that_has_one(tmp_path: Path) -> None:
     for method in ("grpo", "atod"):
         make_run(tmp_path / f"{method}-seed0", method=method)
     runs, _ = finished_runs(tmp_path, {label: settings_of(label) for label in ("grpo", "atod")})
-    assert results_of(runs)["parameters"] == {"student": 1000, "teacher": 5000}
-    assert results_of(runs[:1])["parameters"] == {"student": 1000, "teacher": None}
+    assert record_of(runs)["parameters"] == {"student": 1000, "teacher": 5000}
+    assert record_of(runs[:1])["parameters"] == {"student": 1000, "teacher": None}
 
 
 def test_finished_runs_are_found_whatever_their_seed(tmp_path: Path) -> None:
@@ -134,7 +116,7 @@ def test_finished_runs_are_found_whatever_their_seed(tmp_path: Path) -> None:
         make_run(tmp_path / f"{label}-seed{seed}", seed=seed, finished=label != "c")
     settings = {label: settings_of("atod") for label in ("b", "a", "c")}
     found, left_out = finished_runs(tmp_path, settings)
-    assert [(run.method, run.seed) for run in found] == [("b", 2), ("a", 2), ("a", 10)]
+    assert [(run.label, run.seed) for run in found] == [("b", 2), ("a", 2), ("a", 10)]
     assert left_out == []
     assert finished_runs(tmp_path / "none", settings) == ([], [])
 
@@ -149,7 +131,7 @@ def test_runs_of_other_settings_are_left_out(tmp_path: Path) -> None:
         "mix": settings_of("mix", steps=5),
     }
     found, [grpo, opd] = finished_runs(tmp_path, settings)
-    assert [run.method for run in found] == ["atod"]
+    assert [run.label for run in found] == ["atod"]
     assert "grpo-seed0 was run with algorithm.method='grpo', not 'sod'" in grpo
     assert "opd-seed0 has 4 steps, more than train.steps=3" in opd
 

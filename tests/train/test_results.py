@@ -1,4 +1,4 @@
-"""Pieces of a study are read from files, or refused with a reason."""
+"""Parts of a study are read from files, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import results_files as files
 
-from atod_train.studies.study_pieces import ResultsError, read_results
+from atod_gym.errors import AtodError
+from atod_train.reports.results import ResultsError, read_results
 
 
 def sound(seed: int = 0, **more: Any) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def run_with(**more: Any) -> dict[str, Any]:
 def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(ResultsError, match=re.escape(str(path))):
+    with pytest.raises(AtodError, match=re.escape(str(path))):
         read_results([path])
 
 
@@ -140,7 +141,7 @@ def change_option(record: dict[str, Any]) -> None:
         pytest.param(change_option, id="setting-of-one-alone"),
     ],
 )
-def test_pieces_may_be_made_in_different_places(
+def test_parts_may_be_made_in_different_places(
     change: Callable[[dict[str, Any]], None], tmp_path: Path
 ) -> None:
     second = sound(1)
@@ -150,5 +151,5 @@ def test_pieces_may_be_made_in_different_places(
         files.write(tmp_path / "2.json", houses=second, shop=sound()),
     ]
     houses, shop = read_results(paths)
-    assert [(run.piece, run.seed) for run in houses.runs] == [(0, 0), (1, 1)]
-    assert [(run.piece, run.seed) for run in shop.runs] == [(0, 0)]
+    assert [(run.part, run.seed) for run in houses.runs] == [(0, 0), (1, 1)]
+    assert [(run.part, run.seed) for run in shop.runs] == [(0, 0)]

@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 import results_files as files
 
-from atod_train.reports.statistics import bootstrap_interval, mean_interval, wilson_interval
-from atod_train.studies.study_analysis import (
-    Estimate,
+from atod_train.reports.analysis import (
+    Selection,
     cost,
-    course_band,
-    crossed_estimate,
-    crossed_means,
+    courses,
     difference,
+    mean_course,
     mean_metric,
     rate,
-    seed_courses,
     verdict,
 )
-from atod_train.studies.study_markdown import (
+from atod_train.reports.results import Results, read_results
+from atod_train.reports.statistics import Estimate, estimate, paired_difference
+from atod_train.reports.tables import (
     describe,
     difference_table,
     difference_text,
@@ -29,18 +28,20 @@ from atod_train.studies.study_markdown import (
     main_table,
     phase_table,
     rate_text,
+    type_table,
 )
-from atod_train.studies.study_pieces import StudyEnvironment, read_results
+
+GREEDY, SAMPLED = Selection("greedy"), Selection("sampled")
 
 
-def one(*paths: Path) -> StudyEnvironment:
+def one(*paths: Path) -> Results:
     [environment] = read_results(paths)
     return environment
 
 
 @pytest.fixture
-def merged(tmp_path: Path) -> StudyEnvironment:
-    """Two pieces with starts as far apart as can be; `b` lacks seed 2, `c` is in the second."""
+def merged(tmp_path: Path) -> Results:
+    """Two parts with starts as far apart as can be; `b` lacks seed 2, `c` is in the second."""
     first = files.environment(
         [files.run("a", 0, {"s": "1111"}), files.run("b", 0, {"s": "1011"})],
         start={"s": "1111"},
@@ -70,41 +71,11 @@ def test_several_plays_of_a_task_count_by_their_share(tmp_path: Path) -> None:
     for board in record["teacher"].values():
         board["plays"] = 2
     environment = one(files.write(tmp_path / "1.json", houses=record))
-    assert rate(environment, "a", "greedy") == crossed_estimate(np.array([[0, 0.25, 0.75, 1]]))
-    gap = difference(environment, "a", "teacher", "greedy")
-    assert gap == crossed_estimate(np.array([[0, -0.75, -0.25, 0]]))
-
-
-# -- the bootstrap --------------------------------------------------------------------------------
-
-
-def test_a_matrix_without_spread_has_an_interval_without_width() -> None:
-    assert crossed_estimate(np.ones((3, 7))) == Estimate(1.0, 1.0, 1.0, 3, 7)
-
-
-def test_one_replicate_has_the_interval_of_a_bootstrap_over_tasks() -> None:
-    solved = [1.0] * 30 + [0.0] * 70
-    found = crossed_estimate(np.array([solved]))
-    low, high = bootstrap_interval(solved)
-    assert found.value == 0.3
-    # A percentile moves by about a hundredth of the task's weight; one task is 0.01.
-    assert found.low == pytest.approx(low, abs=0.0101)
-    assert found.high == pytest.approx(high, abs=0.0101)
-    assert found.high - found.low > 0.15
-
-
-def test_an_effect_of_replicates_varies_as_if_only_they_were_drawn() -> None:
-    effects = np.array([0.1, 0.4, 0.5, 0.9])
-    means = crossed_means(np.repeat(effects[:, None], 50, axis=1))
-    # The variance of a mean of n values drawn with replacement.
-    assert means.var() == pytest.approx(effects.var() / 4, rel=0.08)
-
-
-def test_replicates_and_tasks_are_drawn_independently() -> None:
-    # As many replicates as tasks: the same draws for both would double the variance.
-    effects = np.array([0.0, 0.0, 1.0, 1.0, 1.0, 0.0])
-    means = crossed_means(effects[:, None] + effects[None, :])
-    assert means.var() == pytest.approx(2 * effects.var() / 6, rel=0.08)
+    assert rate(environment, "a", GREEDY) == estimate(np.array([[0, 0.25, 0.75, 1]]))
+    gap = difference(environment, "a", "teacher", GREEDY)
+    assert gap == paired_difference(
+        np.array([[0, 0.25, 0.75, 1]]), np.array([[0.0, 1.0, 1.0, 1.0]])
+    )
 
 
 # -- estimates ------------------------------------------------------------------------------------
@@ -117,46 +88,51 @@ def test_all_against_none_is_a_hundred_points(tmp_path: Path) -> None:
         teacher={"s": "111", "t": "11"},
     )
     environment = one(files.write(tmp_path / "r.json", houses=record))
-    found = difference(environment, "a", "b", "greedy")
-    assert found == Estimate(1.0, 1.0, 1.0, 1, 5)
-    assert difference_text(found) == "+100.0 [+100.0, +100.0]"
-    assert difference(environment, "b", "teacher", "sampled", "t") == Estimate(
-        -1.0, -1.0, -1.0, 1, 2
+    found = difference(environment, "a", "b", GREEDY)
+    # Five tasks that all differ leave this open: 1 - z^2 / (5 + z^2).
+    assert found == Estimate(1.0, pytest.approx(0.5655, abs=1e-4), 1.0, 1, 5)
+    assert difference_text(found) == "+100.0 [+56.6, +100.0]"
+    [of_t, of_all] = (
+        difference(environment, "b", "teacher", Selection("sampled", "t")),
+        difference(environment, "start", "teacher", SAMPLED),
     )
-    assert difference(environment, "start", "teacher", "sampled") == Estimate(
-        -1.0, -1.0, -1.0, 1, 5
-    )
+    assert of_t == Estimate(-1.0, -1.0, pytest.approx(-0.3424, abs=1e-4), 1, 2)
+    assert of_all == Estimate(-1.0, -1.0, pytest.approx(-0.5655, abs=1e-4), 1, 5)
 
 
-def test_replicates_are_seeds_of_pieces(merged: StudyEnvironment) -> None:
-    found = rate(merged, "a", "greedy")
+def test_replicates_are_seeds_of_parts(merged: Results) -> None:
+    found = rate(merged, "a", GREEDY)
     assert found is not None
     assert (found.value, found.replicates, found.tasks) == (pytest.approx(1 / 3), 3, 4)
-    start = rate(merged, "start", "greedy")
+    start = rate(merged, "start", GREEDY)
     assert start is not None
     assert (start.value, start.replicates) == (0.5, 2)
     assert (start.low, start.high) == (0.0, 1.0)
 
 
-def test_a_label_is_compared_with_the_start_of_its_piece(merged: StudyEnvironment) -> None:
-    assert difference(merged, "a", "start", "sampled") == Estimate(0.0, 0.0, 0.0, 3, 4)
-    found = difference(merged, "start", "b", "sampled")
+def test_a_label_is_compared_with_the_start_of_its_part(merged: Results) -> None:
+    found = difference(merged, "a", "start", SAMPLED)
+    assert found is not None
+    assert (found.value, found.replicates, found.tasks) == (0.0, 3, 4)
+    found = difference(merged, "start", "b", SAMPLED)
     assert found is not None
     assert (found.value, found.replicates) == ((1 / 4 - 1) / 2, 2)
 
 
-def test_labels_are_compared_where_both_are(merged: StudyEnvironment) -> None:
-    found = difference(merged, "b", "a", "greedy")
+def test_labels_are_compared_where_both_are(merged: Results) -> None:
+    found = difference(merged, "b", "a", GREEDY)
     assert found is not None
     assert (found.value, found.replicates) == ((-1 / 4 + 1) / 2, 2)
-    assert difference(merged, "a", "c", "greedy") is None
+    assert difference(merged, "a", "c", GREEDY) is None
 
 
 def test_the_best_is_that_of_each_split(tmp_path: Path) -> None:
     run = files.run("a", 0, last={"s": "00", "t": "00"}, best={"s": "11", "t": "01"})
     record = files.environment([run], start={"s": "00", "t": "00"}, teacher={"s": "11", "t": "11"})
     environment = one(files.write(tmp_path / "r.json", houses=record))
-    best, last = (rate(environment, "a", "greedy", which=which) for which in ("best", "last"))
+    best, last = (
+        rate(environment, "a", Selection("greedy", which=which)) for which in ("best", "last")
+    )
     assert best is not None
     assert last is not None
     assert (best.value, last.value) == (0.75, 0.0)
@@ -168,8 +144,8 @@ def test_what_was_not_evaluated_has_no_numbers(tmp_path: Path) -> None:
     )
     record["teacher"] = {"s/greedy": None, "s/sampled": None}
     environment = one(files.write(tmp_path / "r.json", houses=record))
-    assert rate(environment, "teacher", "greedy") is None
-    assert difference(environment, "a", "teacher", "greedy") is None
+    assert rate(environment, "teacher", GREEDY) is None
+    assert difference(environment, "a", "teacher", GREEDY) is None
     assert [row[0] for row in main_table(environment).rows] == ["start", "a"]
 
 
@@ -190,7 +166,7 @@ def test_verdicts(low: float, high: float, expected: str) -> None:
 # -- courses, metrics, cost -----------------------------------------------------------------------
 
 
-def with_courses(tmp_path: Path, rates: list[float]) -> StudyEnvironment:
+def with_courses(tmp_path: Path, rates: list[float]) -> Results:
     """Runs that solve these shares of s (10 tasks) at step 3, and half of t (2 tasks)."""
     runs = [
         files.run(
@@ -206,35 +182,19 @@ def with_courses(tmp_path: Path, rates: list[float]) -> StudyEnvironment:
     return one(files.write(tmp_path / "r.json", houses=record))
 
 
-def test_the_course_of_one_seed_has_intervals_over_tasks(tmp_path: Path) -> None:
-    band = course_band(with_courses(tmp_path, [0.8]), "a", "greedy")
-    assert band is not None
+def test_a_course_over_several_splits_has_the_steps_of_all(tmp_path: Path) -> None:
+    [course] = courses(with_courses(tmp_path, [0.8]), "a", GREEDY)
     # Step 2 was not evaluated on t. Tasks count alike, in whatever split they are.
-    assert band.steps == (0, 3)
-    assert band.means == pytest.approx((5 / 12, 9 / 12))
-    assert (band.lows[1], band.highs[1]) == pytest.approx(wilson_interval(9, 12))
+    assert course == pytest.approx({0: 5 / 12, 3: 9 / 12})
 
 
-def test_a_course_begins_at_the_start_of_its_piece(merged: StudyEnvironment) -> None:
-    courses = seed_courses(merged, "b", "greedy")
-    assert courses == [{0: 1.0, 3: 0.75}, {0: 0.0, 3: 1.0}]
+def test_a_course_begins_at_the_start_of_its_part(merged: Results) -> None:
+    assert courses(merged, "b", GREEDY) == [{0: 1.0, 3: 0.75}, {0: 0.0, 3: 1.0}]
 
 
-def test_the_course_of_three_seeds_has_intervals_over_seeds(tmp_path: Path) -> None:
-    band = course_band(with_courses(tmp_path, [0.4, 0.5, 0.6]), "a", "greedy", "s")
-    assert band is not None
-    assert band.steps == (0, 2, 3)
-    assert band.means == pytest.approx((0.5, 0.9, 0.5))
-    assert (band.lows[2], band.highs[2]) == pytest.approx(mean_interval([0.4, 0.5, 0.6]))
-    assert (band.lows[1], band.highs[1]) == pytest.approx((0.9, 0.9))
-
-
-def test_two_seeds_have_no_interval(tmp_path: Path) -> None:
-    environment = with_courses(tmp_path, [0.4, 0.6])
-    band = course_band(environment, "a", "greedy", "s")
-    assert band is not None
-    assert band.lows == band.highs == band.means == pytest.approx((0.5, 0.9, 0.5))
-    assert [course[3] for course in seed_courses(environment, "a", "greedy", "s")] == [0.4, 0.6]
+def test_the_mean_course_has_the_steps_of_all_seeds() -> None:
+    assert mean_course([{0: 0.5, 2: 0.9, 3: 0.4}, {0: 0.5, 3: 0.6}]) == {0: 0.5, 3: 0.5}
+    assert mean_course([]) == {}
 
 
 def test_metrics_are_averaged_where_they_were_measured(tmp_path: Path) -> None:
@@ -245,11 +205,11 @@ def test_metrics_are_averaged_where_they_were_measured(tmp_path: Path) -> None:
     ]
     record = files.environment(runs, start={"s": "01"}, teacher={"s": "01"})
     environment = one(files.write(tmp_path / "r.json", houses=record))
-    assert mean_metric(environment, "a", "rho") == ([1, 2, 4], [2.0, 5.0, 4.0])
-    assert mean_metric(environment, "b", "rho") == ([], [])
+    assert mean_metric(environment, "a", "rho") == {1: 2.0, 2: 5.0, 4: 4.0}
+    assert mean_metric(environment, "b", "rho") == {}
 
 
-def test_cost_is_that_of_a_run(merged: StudyEnvironment) -> None:
+def test_cost_is_that_of_a_run(merged: Results) -> None:
     found = cost(merged, "a")
     assert (found.minutes, found.episodes, found.tokens) == (4.0, 48.0, 4000.0)
     assert found.phases == {"environment": 10.0, "generation": 60.0, "update": 20.0, "other": 10.0}
@@ -258,7 +218,7 @@ def test_cost_is_that_of_a_run(merged: StudyEnvironment) -> None:
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def test_tables_as_markdown(merged: StudyEnvironment) -> None:
+def test_tables_as_markdown(merged: Results) -> None:
     assert describe(merged) == "4 tasks (s 4); 6 runs from 2 starts and teachers."
     table = main_table(merged)
     assert [row[0] for row in table.rows] == ["start", "teacher", "a", "b", "c"]
@@ -268,15 +228,15 @@ def test_tables_as_markdown(merged: StudyEnvironment) -> None:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     assert table.markdown.splitlines()[-1] == (
-        "| c | 1 | 100.0 [100.0, 100.0] | 100.0 [100.0, 100.0] | 100.0 [100.0, 100.0] "
-        "| +100.0 [+100.0, +100.0] | 2.0 |"
+        "| c | 1 | 100.0 [51.0, 100.0] | 100.0 [51.0, 100.0] | 100.0 [51.0, 100.0] "
+        "| +100.0 [+51.0, +100.0] | 2.0 |"
     )
     assert first_pairs(merged) == [("a", "b"), ("a", "c"), ("a", "teacher")]
     claims = difference_table(merged, [("c", "start"), ("start", "c"), ("a", "start"), ("a", "c")])
     assert [row[:4] for row in claims.rows] == [
-        ("c > start", "1", "+100.0 [+100.0, +100.0]", "one seed"),
-        ("start > c", "1", "-100.0 [-100.0, -100.0]", "one seed"),
-        ("a > start", "3", "+0.0 [+0.0, +0.0]", "undecided"),
+        ("c > start", "1", "+100.0 [+51.0, +100.0]", "one seed"),
+        ("start > c", "1", "-100.0 [-100.0, -51.0]", "one seed"),
+        ("a > start", "3", "+0.0 [-49.0, +49.0]", "undecided"),
         ("a > c", "0", "–", "–"),  # noqa: RUF001
     ]
     assert phase_table(merged).markdown.splitlines()[2] == (
@@ -301,3 +261,18 @@ def test_scores_are_shown_where_they_say_more_than_success(tmp_path: Path) -> No
     # The mean of (3 * 0.8 + 1) / 4 and 3 / 4 of two seeds.
     assert [row[place] for row in table.rows] == ["75.0", "75.0", "80.0"]
     assert all(len(row) == len(table.head) for row in table.rows)
+
+
+def test_task_types_have_a_table_where_there_are_several(tmp_path: Path) -> None:
+    runs = [files.run("a", seed, {"s": bits}) for seed, bits in enumerate(("0111", "0101"))]
+    record = files.environment(runs, start={"s": "0000"}, teacher={"s": "1111"})
+    assert type_table(one(files.write(tmp_path / "old.json", houses=record)), "greedy") is None
+    record["task_types"] = {"s": ["pick", "pick", "cool", "pick"]}
+    environment = one(files.write(tmp_path / "r.json", houses=record))
+    table = type_table(environment, "greedy")
+    assert table is not None
+    assert table.head == ("task type", "start", "teacher", "a")
+    assert [row[0] for row in table.rows] == ["cool", "pick"]
+    # Two of three tasks in both seeds; one task in one of two.
+    assert [row[3].partition(" ")[0] for row in table.rows] == ["50.0", "66.7"]
+    assert table.text.splitlines()[0].startswith("task type  ")

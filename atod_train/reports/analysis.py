@@ -1,0 +1,215 @@
+"""What results say: success and differences with intervals, courses, metrics and cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atod_train.reports.results import REFERENCES, Results, RunResult
+from atod_train.reports.statistics import Estimate, estimate, paired_difference
+
+Which = Literal["last", "best"]
+"""The last evaluation, or the best of a run: of each split and mode its own best."""
+
+Verdict = Literal["holds", "does not hold", "undecided", "one seed"]
+
+_Replicate = tuple[int, "int | None"]
+"""(part, seed); no seed for a model that does not train."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which evaluations and tasks a number is about."""
+
+    mode: str
+    """How completions were chosen: `greedy` or `sampled`."""
+    split: str | None = None
+    """Tasks of this split; None: those of all splits together."""
+    which: Which = "last"
+    """Of a label, the last evaluation or the best. Over several splits, the best is made of each
+    split's own best, which may come from different steps."""
+    task_type: str | None = None
+    """Tasks of this type; None: all."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run of a label takes on average."""
+
+    minutes: float
+    episodes: float
+    tokens: float
+    """Completion tokens sampled."""
+    phases: dict[str, float]
+    """Phase of a step -> its share of the time of all of them, in percent."""
+
+
+def rate(results: Results, model: str, selection: Selection) -> Estimate | None:
+    """Return success of a model: mean over replicates and tasks.
+
+    Args:
+        results: of one environment.
+        model: a label, `start` or `teacher`. Replicates of the last two are the parts.
+        selection: which evaluations and tasks.
+
+    Returns:
+        None where there is no such evaluation.
+    """
+    rows = _rows(results, model, selection)
+    return estimate(np.stack(list(rows.values()))) if rows else None
+
+
+def difference(results: Results, first: str, second: str, selection: Selection) -> Estimate | None:
+    """Return success of one model minus that of another, paired by replicate and task.
+
+    Two labels are paired where both have the same seed in the same part; other replicates are left
+    out. A label is paired with the start or teacher of its own part, whose one evaluation counts
+    for each of its replicates.
+
+    Args:
+        results: of one environment.
+        first: a label, `start` or `teacher`.
+        second: the same.
+        selection: which evaluations and tasks.
+
+    Returns:
+        None where nothing can be paired.
+    """
+    a, b = (_rows(results, model, selection) for model in (first, second))
+    pairs = []
+    for key in b if first in REFERENCES else a:
+        mine, theirs = (rows.get(key, rows.get((key[0], None))) for rows in (a, b))
+        if mine is not None and theirs is not None:
+            pairs.append((mine, theirs))
+    if not pairs:
+        return None
+    return paired_difference(*(np.stack(rows) for rows in zip(*pairs, strict=True)))
+
+
+def verdict(found: Estimate) -> Verdict:
+    """Return whether a difference is above 0, below 0, or either within its interval.
+
+    Of one seed there is no verdict: its interval does not contain the spread between seeds.
+    """
+    if found.replicates == 1:
+        return "one seed"
+    if found.low > 0:
+        return "holds"
+    return "does not hold" if found.high < 0 else "undecided"
+
+
+def mean_score(results: Results, model: str, selection: Selection) -> float | None:
+    """Return the mean score in [0, 1] over replicates and tasks, or None."""
+    sizes = [len(results.tasks[split]) for split in _splits(results, selection)]
+    means = [
+        np.average([evaluation["score"] for evaluation in evaluations], weights=sizes)
+        for evaluations in _evaluations(results, model, selection).values()
+    ]
+    return float(np.mean(means)) if means else None
+
+
+def _splits(results: Results, selection: Selection) -> list[str]:
+    return list(results.tasks) if selection.split is None else [selection.split]
+
+
+def _evaluations(
+    results: Results, model: str, selection: Selection
+) -> dict[_Replicate, list[dict[str, Any]]]:
+    """Replicate -> its evaluation on each wanted split, where all of them were played."""
+    found: dict[_Replicate, dict[str, Any]]
+    if model in REFERENCES:
+        found = {(number, None): part[model] for number, part in enumerate(results.parts)}
+    else:
+        found = {(run.part, run.seed): run.record[selection.which] for run in results.of(model)}
+    wanted = [f"{split}/{selection.mode}" for split in _splits(results, selection)]
+    return {
+        key: [evaluations[name] for name in wanted]
+        for key, evaluations in found.items()
+        if all(evaluations.get(name) for name in wanted)
+    }
+
+
+def _rows(
+    results: Results, model: str, selection: Selection
+) -> dict[_Replicate, NDArray[np.float64]]:
+    """Replicate -> success task by task, where every wanted split was evaluated."""
+    splits = _splits(results, selection)
+    chosen: Any = slice(None)
+    if selection.task_type is not None:
+        types = [name for split in splits for name in results.task_types[split]]
+        chosen = [place for place, name in enumerate(types) if name == selection.task_type]
+        if not chosen:
+            return {}
+    return {
+        key: np.concatenate([_successes(evaluation) for evaluation in evaluations])[chosen]
+        for key, evaluations in _evaluations(results, model, selection).items()
+    }
+
+
+def _successes(evaluation: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Success task by task; of several plays, the share that succeeded."""
+    return np.array([int(digit) for digit in evaluation["success"]]) / evaluation.get("plays", 1)
+
+
+# -- over steps -----------------------------------------------------------------------------------
+
+
+def courses(results: Results, label: str, selection: Selection) -> list[dict[int, float]]:
+    """Return step -> success of each replicate, from the start at step 0.
+
+    Over several splits, the steps at which all of them were evaluated.
+    """
+    found = [_course(results, run, selection) for run in results.of(label)]
+    return [course for course in found if course]
+
+
+def mean_course(found: list[dict[int, float]]) -> dict[int, float]:
+    """Return step -> mean success, at the steps that all replicates have."""
+    common = sorted(set.intersection(*map(set, found))) if found else []
+    return {step: math.fsum(course[step] for course in found) / len(found) for step in common}
+
+
+def _course(results: Results, run: RunResult, selection: Selection) -> dict[int, float]:
+    start = results.parts[run.part]["start"]
+    splits = _splits(results, selection)
+    weighted = []
+    for split in splits:
+        key = f"{split}/{selection.mode}"
+        course = {int(step): float(value) for step, value in run.record["course"].get(key, ())}
+        if start.get(key):
+            course[0] = float(_successes(start[key]).mean())
+        weighted.append({step: value * len(results.tasks[split]) for step, value in course.items()})
+    total = sum(len(results.tasks[split]) for split in splits)
+    common = sorted(set.intersection(*map(set, weighted)))
+    return {step: sum(course[step] for course in weighted) / total for step in common}
+
+
+def mean_metric(results: Results, label: str, name: str) -> dict[int, float]:
+    """Return step -> mean over replicates of a metric, at the steps where any of them has it."""
+    values: dict[int, list[float]] = {}
+    for run in results.of(label):
+        for step, value in enumerate(run.record["metrics"].get(name, ()), start=1):
+            if value is not None:
+                values.setdefault(step, []).append(value)
+    return {step: math.fsum(here) / len(here) for step, here in sorted(values.items())}
+
+
+def cost(results: Results, label: str) -> Cost:
+    """Return what a run of a label takes, mean over its replicates."""
+    records = [run.record for run in results.of(label)]
+    seconds: dict[str, float] = {}
+    for record in records:
+        for phase, value in record["seconds"].items():
+            seconds[phase] = seconds.get(phase, 0.0) + value
+    total = math.fsum(seconds.values())
+    minutes, episodes, tokens = (
+        math.fsum(float(record[key] or 0) for record in records) / len(records)
+        for key in ("minutes", "episodes", "tokens")
+    )
+    phases = {phase: 100 * value / total for phase, value in seconds.items()} if total else {}
+    return Cost(minutes, episodes, tokens, phases)
