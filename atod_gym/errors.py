@@ -44,11 +44,15 @@ class ServerError(AtodError):
     The message names the URL and the command to run.
     """
 
-    def __init__(self, message: str, *, status: int = 0, code: str = "") -> None:
-        """Keep the HTTP status (0: no usable answer came) and the server's own error code.
+    def __init__(
+        self, message: str, *, status: int = 0, code: str = "", retry_after: float = 0.0
+    ) -> None:
+        """Keep the HTTP status (0: no answer came) and the server's own error code.
 
         The code is `timeout` if the server accepts connections and does not answer in time.
+        `retry_after` is the number of seconds that the server asks to wait, 0 if it does not.
         """
         super().__init__(message)
         self.status = status
         self.code = code
+        self.retry_after = retry_after

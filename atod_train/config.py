@@ -11,9 +11,6 @@ Method = Literal["atod", "opd", "grpo", "mix", "sod", "tcod", "sdar"]
 Shape = Literal["linear", "cosine", "constant", "adaptive"]
 Aggregation = Literal["token-mean", "trajectory-mean"]
 PromptStyle = Literal["chat", "window"]
-TeacherApi = Literal["completions", "sglang"]
-"""The dialect of a teacher's server: that of vLLM, or that of SGLang."""
-
 Precision = Literal["auto", "float32", "bfloat16", "mixed"]
 
 
@@ -64,9 +61,8 @@ class ModelConfig:
     """A preset (mini, tiny, small) trained from scratch on demonstrations; or a folder or hub name
     of a causal language model; or smollm2, whose weights are a Python package."""
     teacher: str = "small"
-    """As student; or the URL of a server that scores tokens, such as http://10.0.0.2:8000."""
-    teacher_api: TeacherApi = "completions"
-    """What a teacher's server speaks: vLLM's completions with prompt_logprobs, or SGLang's own."""
+    """As student; or the URL of a server that scores tokens, such as http://10.0.0.2:8000: one of
+    atod-train serve-teacher, vLLM or SGLang."""
     device: str = "auto"
     """A torch device; auto: a GPU if there is one."""
     teacher_device: str = ""

@@ -26,6 +26,7 @@ from atod_gym.errors import AtodError
 from atod_train.config import is_url
 from atod_train.models.policy import MODEL_SHAPES
 from atod_train.models.pretrained import computes_bfloat16, read_shape
+from atod_train.teachers.remote import connect, describe
 
 GIGABYTE = 1e9
 
@@ -148,7 +149,11 @@ def reach(url: str) -> Finding:
 def model_finding(role: str, name: str, max_context: int) -> Finding:
     """Return whether a model can be used, by its configuration alone."""
     if is_url(name):
-        return reach(name)
+        try:
+            served = describe(connect(name, _SECONDS))
+        except AtodError as error:
+            return Finding("problem", f"{role}: {error}")
+        return Finding("ok", f"{role} {name}: {served.name}")
     if name in MODEL_SHAPES:
         return Finding("ok", f"{role} {name}: trained from scratch")
     try:

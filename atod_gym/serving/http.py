@@ -19,6 +19,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
+    InvalidHeader,
     LocationParseError,
     MaxRetryError,
     ProtocolError,
@@ -143,11 +144,13 @@ class JsonClient:
         if len(answer) > MAX_ANSWER_BYTES:
             response.close()
             raise ServerError(
-                f"{where}: the answer has more than {MAX_ANSWER_BYTES} bytes. {self.advice}"
+                f"{where}: the answer has more than {MAX_ANSWER_BYTES} bytes. {self.advice}",
+                status=response.status_code,
             )
-        return self._read(where, response.status_code, answer)
+        return self._read(where, response, answer)
 
-    def _read(self, where: str, status: int, answer: bytes) -> dict[str, Any]:
+    def _read(self, where: str, response: requests.Response, answer: bytes) -> dict[str, Any]:
+        status = response.status_code
         try:
             data = json.loads(answer)
         except (ValueError, RecursionError):
@@ -160,13 +163,17 @@ class JsonClient:
         if isinstance(error, dict):
             code, message = str(error.get("code", "")), str(error.get("message", ""))
             raise ServerError(
-                f"{where}: {message or code} (HTTP {status})", status=status, code=code
+                f"{where}: {message or code} (HTTP {status})",
+                status=status,
+                code=code,
+                retry_after=_retry_after(response),
             )
         shown = answer[:_SHOWN].decode("utf-8", "replace")
         raise ServerError(
             f"{where}: HTTP {status} without the expected JSON object: {shown!r}. Is this the "
             f"right URL? {self.advice}",
             status=status,
+            retry_after=_retry_after(response),
         )
 
     def _failed(self, where: str, error: Exception) -> ServerError:
@@ -190,6 +197,14 @@ class JsonClient:
             f"{where} failed (tried {times}): {reason}. {self.advice}",
             code=TIMEOUT_CODE if isinstance(error, requests.ConnectTimeout) else "",
         )
+
+
+def _retry_after(response: requests.Response) -> float:
+    """Return the seconds that a server asks to wait, 0 if it names none."""
+    try:
+        return Retry().get_retry_after(response.raw) or 0.0
+    except (InvalidHeader, ValueError, OverflowError):
+        return 0.0
 
 
 def _adapter(url: str, attempts: int) -> HTTPAdapter:

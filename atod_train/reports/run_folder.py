@@ -99,7 +99,7 @@ def check_same_settings(run_dir: Path, config: RunConfig) -> None:
     free = {"steps", "eval_every", "save_every"}
     free |= {"device", "teacher_device", "tokens_per_microbatch", "gradient_checkpointing"}
     if is_url(saved.model.teacher) and is_url(config.model.teacher):
-        free |= {"teacher", "teacher_api"}  # its server may have moved
+        free |= {"teacher"}  # its server may have moved
     for part in SECTIONS:
         # As JSON has them: no infinity, which is none of a value that is not finite.
         old, new = (

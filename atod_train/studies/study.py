@@ -35,9 +35,8 @@ from atod_train.reports.run_folder import (
 )
 from atod_train.reports.run_summary import read_run
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.teachers.describe import connect, describe
 from atod_train.teachers.local import LocalTeacher, Teacher
-from atod_train.teachers.remote import RemoteTeacher
+from atod_train.teachers.remote import RemoteTeacher, connect, describe
 from atod_train.training.bookkeeping import interruptible
 from atod_train.training.checks import check_settings
 from atod_train.training.supervised import Starts, evaluate_start
@@ -179,12 +178,7 @@ def _teacher(config: RunConfig, starts: Starts, student: Policy) -> Teacher:
     """The teacher, in this process or behind a URL."""
     model = config.model
     if is_url(model.teacher):
-        return RemoteTeacher(
-            model.teacher,
-            student,
-            api=model.teacher_api,
-            max_context=model.max_context,
-        )
+        return RemoteTeacher(model.teacher, student, max_context=model.max_context)
     return LocalTeacher(
         starts.policy("teacher"),
         student,
@@ -299,7 +293,7 @@ def _find_models(config: RunConfig, wants_teacher: bool) -> None:
     presets = names & set(MODEL_SHAPES)
     saved = names - servers - presets
     for name in sorted(servers):
-        describe(connect(name, model.teacher_api), model.teacher_api)
+        describe(connect(name))
     for name in sorted(presets):
         check_config(llama_config(MODEL_SHAPES[name], vocabulary=1), name, model.max_context)
     for name in sorted(saved):

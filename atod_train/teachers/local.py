@@ -1,8 +1,8 @@
-"""The teacher: a frozen model that scores the student's own tokens."""
+"""Teachers, and the one in this process: a frozen model that scores the student's tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -13,17 +13,17 @@ from atod_train.records import Batch
 
 
 class Teacher(Protocol):
-    """What scores tokens, wherever it runs."""
+    """A model that scores tokens, in this process or elsewhere."""
 
     def score(self, batch: Batch) -> Tensor:
-        """Log-probs [R, T] of the completion tokens at temperature 1, 0 on padding."""
+        """Return the log-probs [R, T] of the completion tokens at temperature 1, 0 on padding."""
 
 
 class LocalTeacher:
     """A teacher in this process; its parameters are frozen.
 
-    Token-level distillation compares the two models on the same ids, so both must give every id
-    the same meaning. Embeddings padded beyond the vocabulary do not matter.
+    Distillation compares the two models on the same ids, so every token of the student must have
+    the same id at the teacher. Further tokens of the teacher and padded embeddings do not matter.
 
     Args:
         policy: The teacher.
@@ -31,7 +31,7 @@ class LocalTeacher:
         tokens_per_microbatch: Padded tokens that go through the model at once.
 
     Raises:
-        AtodError: The tokenizers disagree.
+        AtodError: A token of the student has another id or none.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LocalTeacher:
         policy.model.eval()
 
     def score(self, batch: Batch) -> Tensor:
-        """Log-probs of the completion tokens under the teacher at temperature 1.
+        """Return the log-probs of the completion tokens under the teacher at temperature 1.
 
         Args:
             batch: The student's batch, packed or not.
@@ -59,7 +59,9 @@ class LocalTeacher:
 def require_same_vocabulary(
     ours: Mapping[str, int], theirs: Mapping[str, int], student: str, teacher: str
 ) -> None:
-    """Checks that two tokenizers give every id the same meaning.
+    """Check that every token of the student has the same id at the teacher.
+
+    The teacher may have more tokens, since the student samples none of them.
 
     Args:
         ours: token -> id of the student.
@@ -68,18 +70,35 @@ def require_same_vocabulary(
         teacher: its name, for the message.
 
     Raises:
-        AtodError: They differ; names a token.
+        AtodError: a token has another id or none.
     """
-    if ours == theirs:
-        return
-    different = sorted(
-        token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)
-    )
-    example = different[0]
-    raise AtodError(
-        f"Teacher {teacher} and student {student} do not share a vocabulary: {len(theirs)} and "
-        f"{len(ours)} tokens, {len(different)} of them differ (for example {example!r} is "
-        f"{theirs.get(example)} for the teacher and {ours.get(example)} for the student). Use a "
+    token_of = {token_id: token for token, token_id in theirs.items()}
+    different = [
+        (token_id, token, token_of.get(token_id))
+        for token, token_id in ours.items()
+        if theirs.get(token) != token_id
+    ]
+    if different:
+        raise vocabulary_error(different, len(ours), student, teacher)
+
+
+def vocabulary_error(
+    different: Sequence[tuple[int, str, str | None]], compared: int, student: str, teacher: str
+) -> AtodError:
+    """Return the error for two vocabularies that are not the same.
+
+    Args:
+        different: id, the student's token and the teacher's (None: it has none), at least one.
+        compared: number of tokens that were compared.
+        student: its name.
+        teacher: its name.
+    """
+    token_id, ours, theirs = min(different, key=lambda entry: entry[0])
+    other = "none" if theirs is None else repr(theirs)
+    return AtodError(
+        f"Teacher {teacher} and student {student} do not share a vocabulary: {len(different)} of "
+        f"{compared} tokens of the student that were compared are others at the teacher (for "
+        f"example id {token_id} is {ours!r} for the student and {other} for the teacher). Use a "
         "teacher of the same model family, or train both on one tokenizer."
     )
 

@@ -1,112 +1,170 @@
 """A teacher behind a URL: a server scores the student's own tokens.
 
-Two dialects, as they are published: the completions of vLLM with `prompt_logprobs`, and the native
-`/generate` of SGLang with `return_logprob`. `atod-train serve-teacher` speaks both.
+Two dialects are spoken, as published: the completions of vLLM with `prompt_logprobs`, which
+`atod-train serve-teacher` answers too, and the `/generate` of SGLang with `return_logprob`. Which
+one a server has, it says at `/v1/models`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
+import os
+import sys
+import time
 import warnings
-from array import array
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from atod_gym.errors import AtodError, ServerError
-from atod_train.config import TeacherApi
+from atod_gym.serving.http import JsonClient
 from atod_train.models.policy import Policy
 from atod_train.records import Batch
-from atod_train.teachers.describe import REMEDY, connect, describe
+from atod_train.teachers.local import require_same_vocabulary, vocabulary_error
 
-_TOKENS_PER_REQUEST = 16384
+TOKEN_VARIABLE = "ATOD_TEACHER_TOKEN"
+"""Environment variable with the bearer token of servers that require one."""
+
+PATIENCE = 600.0
+"""Seconds that a server may be away before the run ends."""
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds between two tries: the pause doubles from the first to the longest."""
+
+_REQUESTS_AT_ONCE = 8
 _PROMPTS_PER_REQUEST = 32
-_CACHED_TOKENS = 2**24
-_PROBED = 256
-"""Ids that are compared beside the added tokens."""
-
+_TOKENS_PER_REQUEST = 16384
+_DECODED = 1024
+"""Ids that the server decodes in one request."""
+_ALONE = 4096
+"""Ids that it decodes alone, beside added tokens."""
 _LOWEST = -9999.0
-"""What stands for the logarithm of 0, as in vLLM's answers."""
-
+"""Stands for the logarithm of 0, as in vLLM's answers."""
 _ROUNDING = 1e-2
-"""Log-probs may be above 0 by as much."""
+"""Nats by which a log-prob may be above 0."""
+_ADVICE = (
+    "A teacher's server is atod-train serve-teacher, vLLM (/v1/completions with prompt_logprobs) "
+    "or SGLang (/generate with return_logprob)."
+)
+_I = TypeVar("_I")
+_O = TypeVar("_O")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a server says of its model."""
+
+    name: str
+    longest: int | None
+    """Longest sequence that is scored, in tokens; None: not known."""
+    server: str
+    """Name of the software: atod, vllm or sglang; others have the dialect of vLLM."""
+
+
+def connect(url: str, timeout: float = 600.0) -> JsonClient:
+    """Return a client of a teacher's server; it connects at the first request.
+
+    Args:
+        url: where the server listens, such as http://10.0.0.2:8000.
+        timeout: seconds to wait for an answer.
+
+    Raises:
+        InvalidSettingError: the URL is not one of http or https.
+    """
+    return JsonClient(url, advice=_ADVICE, token=os.environ.get(TOKEN_VARIABLE), timeout=timeout)
+
+
+def describe(client: JsonClient) -> ServedModel:
+    """Ask a server for its (first) model and its software.
+
+    Raises:
+        ServerError: the server does not answer.
+        AtodError: it lists no model.
+    """
+    listed = client.get("/v1/models").get("data")
+    entries = listed if isinstance(listed, list) else []
+    models = [entry for entry in entries if isinstance(entry, dict) and "id" in entry]
+    if not models:
+        raise AtodError(f"The server at {client.url} lists no model at /v1/models. {_ADVICE}")
+    # Adapters are listed without a length; it is their base model's.
+    lengths = [entry["max_model_len"] for entry in models if entry.get("max_model_len")]
+    longest = next((length for length in lengths if isinstance(length, int)), None)
+    # Servers refuse a prompt that leaves no room for one more token.
+    return ServedModel(
+        name=str(models[0]["id"]),
+        longest=None if longest is None else longest - 1,
+        server=str(models[0].get("owned_by", "")),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """A sequence of ids, and from where on its log-probs are wanted (at least 1)."""
+    """A sequence of ids, and the first position whose log-prob is asked for (at least 1)."""
 
-    ids: tuple[int, ...]
+    ids: list[int]
     first: int
-
-    @property
-    def key(self) -> bytes:
-        content = array("q", (self.first, *self.ids)).tobytes()
-        return hashlib.sha256(content).digest()
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """What a server said of the tokens from `first` on."""
-
-    logprobs: array[float]
-    texts: tuple[Any, ...]
 
 
 class RemoteTeacher:
     """Scores the student's tokens with a model that a server holds.
 
-    Sequences that were scored before are not asked for again, so a repeated step costs nothing.
+    A server that is away (it refuses connections, does not answer in time, or answers 408, 429 or
+    5xx) is tried again for `PATIENCE` seconds after its last answer.
+
+    Every token of the student must have the same id at the teacher, as with `LocalTeacher`. How
+    strictly that is checked depends on the server:
+
+    - `atod-train serve-teacher` lists its vocabulary: all tokens are compared.
+    - vLLM and SGLang decode ids (`/detokenize`): the texts of all tokens are compared, a thousand
+      at a time. Where they differ, the text of each token decides (of every n-th one if there are
+      more than some thousand, and of all added ones); parts of characters have none.
+    - Nothing is compared, with a warning, if the server has neither.
+
+    vLLM and SGLang count rows that are padded beyond the vocabulary into the distribution, this
+    trainer does not. For trained models that makes no difference.
 
     Args:
         url: Where the server listens, such as http://10.0.0.2:8000.
         student: The student whose tokens are to be scored.
-        api: The dialect.
-        model: Name of the model at the server; empty: the first that it lists.
         max_context: Longest sequence that will be scored, in tokens; None: not known.
-        requests_at_once: Requests under way at the same time.
         timeout: Seconds to wait for an answer.
 
     Raises:
-        ServerError: The server does not answer, or gives no log-probs of prompt tokens.
+        ServerError: The server is away, or gives no log-probs of prompt tokens.
         AtodError: Another vocabulary, or too short a context.
     """
 
     def __init__(
-        self,
-        url: str,
-        student: Policy,
-        *,
-        api: TeacherApi = "completions",
-        model: str = "",
-        max_context: int | None = None,
-        requests_at_once: int = 8,
-        timeout: float = 600.0,
+        self, url: str, student: Policy, *, max_context: int | None = None, timeout: float = 600.0
     ) -> None:
-        self._api = api
-        self._client = connect(url, api, timeout)
+        self._client = connect(url, timeout)
+        self._threads = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         self.url = self._client.url
-        self._threads = ThreadPoolExecutor(requests_at_once)
-        self._known: OrderedDict[bytes, array[float]] = OrderedDict()
-        self._known_tokens = 0
-        self.name, limit = describe(self._client, api, model)
-        if limit is not None and max_context is not None and max_context > limit:
+        [self._served] = self._call(lambda _: describe(self._client), [None])
+        self.name = self._served.name
+        longest = self._served.longest
+        if longest is not None and max_context is not None and max_context > longest:
             raise AtodError(
-                f"Teacher {self.name} at {self.url} takes sequences of at most {limit} tokens, "
-                f"the student's can have {max_context}. Use --model.max-context {limit}, or start "
-                "the server with a longer context."
+                f"Teacher {self.name} at {self.url} takes sequences of at most {longest} tokens, "
+                f"the student's can have {max_context}. Use --model.max-context {longest}, or "
+                "start the server with a longer context."
             )
-        self._check_vocabulary(student, limit)
+        ours = student.tokenizer.get_vocab()
+        # A server that cannot score is refused now, not after the first rollout.
+        self._logprobs([_Prompt([min(ours.values())] * 2, 1)])
+        if self._served.server == "atod":
+            [answer] = self._call(lambda _: self._client.get("/vocabulary"), [None])
+            require_same_vocabulary(ours, answer["ids"], student.name, self._label)
+        else:
+            self._compare_texts(student)
 
     def score(self, batch: Batch) -> Tensor:
-        """Log-probs of the completion tokens under the teacher at temperature 1.
+        """Return the log-probs of the completion tokens under the teacher at temperature 1.
 
         Args:
             batch: The student's batch, packed or not.
@@ -115,158 +173,198 @@ class RemoteTeacher:
             [R, T] float32, 0 on padding, on the batch's device.
 
         Raises:
-            AtodError: The server fails, or its answer is malformed.
+            ServerError: The server is away, refuses a request, or its answer is malformed.
         """
         prompts = _prompts(batch)
-        self._fetch([prompt for prompt in prompts if prompt is not None])
+        logprobs = dict(zip(prompts, self._logprobs(list(prompts.values())), strict=True))
         scores = torch.zeros(batch.completion_ids.shape, dtype=torch.float32)
         lengths = batch.completion_mask.sum(dim=1).tolist()
         rows = zip(batch.sequence_index.tolist(), batch.start.tolist(), lengths, strict=True)
         for row, (sequence, start, length) in enumerate(rows):
-            prompt = prompts[sequence]
-            if prompt is None or not length:
-                continue
-            known = self._known[prompt.key]
-            begin = start - prompt.first
-            scores[row, :length] = torch.tensor(known[begin : begin + length])
-        self._forget()
+            if length:
+                begin = start - prompts[sequence].first
+                scores[row, :length] = torch.tensor(logprobs[sequence][begin : begin + length])
         return scores.to(batch.completion_ids.device)
 
-    # -- what is known already ---------------------------------------------------------------------
+    @property
+    def _label(self) -> str:
+        return f"{self.name} at {self.url}"
 
-    def _fetch(self, prompts: Sequence[_Prompt]) -> None:
-        """Asks for what is not known yet, each once, several requests at a time."""
-        missing: dict[bytes, _Prompt] = {}
-        for prompt in prompts:
-            if prompt.key in self._known:
-                self._known.move_to_end(prompt.key)
-            else:
-                missing[prompt.key] = prompt
-        requests = list(self._requests(list(missing.values())))
-        futures = [self._threads.submit(self._ask, request) for request in requests]
-        # A failure ends the step, but what came is kept for its repetition.
+    # -- requests ----------------------------------------------------------------------------------
+
+    def _call(self, ask: Callable[[_I], _O], items: Sequence[_I]) -> list[_O]:
+        """Call `ask` for each item, several at a time; repeat those that find the server away.
+
+        Raises:
+            ServerError: the server refuses, or is away for longer than `PATIENCE`.
+        """
+        answers: dict[int, _O] = {}
+        patience = _Patience()
+        while len(answers) < len(items):
+            errors: list[ServerError] = []
+
+            def call(index: int, errors: list[ServerError] = errors) -> None:
+                if errors:  # one is enough to pause, or to end, all of them
+                    return
+                try:
+                    answers[index] = ask(items[index])
+                except ServerError as error:
+                    errors.append(error)
+
+            known = len(answers)
+            list(self._threads.map(call, [i for i in range(len(items)) if i not in answers]))
+            for failure in errors:
+                if not _is_away(failure):
+                    raise failure
+            if len(answers) > known:
+                patience.renew()
+            if errors:
+                patience.wait(errors[-1])
+        return [answers[index] for index in range(len(items))]
+
+    def _logprobs(self, prompts: Sequence[_Prompt]) -> list[list[float]]:
+        """Return the log-probs of each prompt's tokens from its position `first` on."""
+        if self._served.server == "sglang":
+            # It schedules single prompts as well as several.
+            return self._call(self._ask_sglang, prompts)
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].ids))
+        requests = list(_requests([prompts[index] for index in order]))
+        answers = [row for rows in self._call(self._ask_vllm, requests) for row in rows]
+        return [row for _, row in sorted(zip(order, answers, strict=True))]
+
+    def _ask_vllm(self, prompts: Sequence[_Prompt]) -> list[list[float]]:
+        answer = self._client.post(
+            "/v1/completions",
+            {
+                "model": self.name,
+                "prompt": [prompt.ids for prompt in prompts],
+                "max_tokens": 1,
+                "temperature": 1.0,
+                "prompt_logprobs": 0,
+            },
+        )
+        with self._reading("/v1/completions"):
+            choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+            if [choice["index"] for choice in choices] != list(range(len(prompts))):
+                raise ValueError(f"{len(choices)} choices for {len(prompts)} prompts")
+            return [
+                _vllm_logprobs(prompt, choice)
+                for prompt, choice in zip(prompts, choices, strict=True)
+            ]
+
+    def _ask_sglang(self, prompt: _Prompt) -> list[float]:
+        answer = self._client.post(
+            "/generate",
+            {
+                "input_ids": prompt.ids,
+                "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+                "return_logprob": True,
+                # The first entry that comes has no log-prob.
+                "logprob_start_len": prompt.first - 1,
+            },
+        )
+        with self._reading("/generate"):
+            return _sglang_logprobs(prompt, answer)
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        """Turn what a malformed answer raises into an error that names the server."""
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            for future in futures:
-                future.cancel()
-        for request, future in zip(requests, futures, strict=True):
-            if future.cancelled() or future.exception() is not None:
-                continue
-            for prompt, scored in zip(request, future.result(), strict=True):
-                self._known[prompt.key] = scored.logprobs
-                self._known_tokens += len(scored.logprobs)
-        for future in futures:
-            if not future.cancelled():
-                future.result()
-
-    def _forget(self) -> None:
-        """Drops what was longest out of use."""
-        while self._known_tokens > _CACHED_TOKENS and len(self._known) > 1:
-            _, dropped = self._known.popitem(last=False)
-            self._known_tokens -= len(dropped)
-
-    def _requests(self, prompts: Sequence[_Prompt]) -> Iterator[list[_Prompt]]:
-        """Prompts that go in one request: SGLang schedules single ones just as well."""
-        part, tokens = list[_Prompt](), 0
-        most = _PROMPTS_PER_REQUEST if self._api == "completions" else 1
-        for prompt in prompts:
-            if part and (len(part) == most or tokens + len(prompt.ids) > _TOKENS_PER_REQUEST):
-                yield part
-                part, tokens = [], 0
-            part.append(prompt)
-            tokens += len(prompt.ids)
-        if part:
-            yield part
-
-    # -- the two dialects --------------------------------------------------------------------------
-
-    def _ask(self, prompts: Sequence[_Prompt], with_texts: bool = False) -> list[_Scored]:
-        """Scores prompts in one request; texts come from vLLM always, from SGLang if asked for."""
-        path = "/v1/completions" if self._api == "completions" else "/generate"
-        try:
-            if self._api == "completions":
-                return self._ask_completions(prompts)
-            return [self._ask_sglang(prompt, with_texts) for prompt in prompts]
+            yield
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ServerError(
                 f"POST {self.url}{path}: the answer gives no usable log-probs of the prompt's "
-                f"tokens ({what}). {REMEDY[self._api]}."
+                f"tokens ({what}). {_ADVICE}",
+                status=200,
             ) from error
-
-    def _ask_completions(self, prompts: Sequence[_Prompt]) -> list[_Scored]:
-        ids = [prompt.ids for prompt in prompts]
-        body = {"model": self.name, "prompt": ids, "max_tokens": 1, "temperature": 1.0}
-        answer = self._client.post("/v1/completions", {**body, "prompt_logprobs": 0})
-        choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
-        if [choice["index"] for choice in choices] != list(range(len(prompts))):
-            raise ValueError(f"{len(choices)} choices for {len(prompts)} prompts")
-        return [
-            _scored(prompt, _completions_entries(prompt, choice))
-            for prompt, choice in zip(prompts, choices, strict=True)
-        ]
-
-    def _ask_sglang(self, prompt: _Prompt, with_texts: bool) -> _Scored:
-        body = {
-            "input_ids": prompt.ids,
-            "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
-            "return_logprob": True,
-            # The first entry that comes has no log-prob.
-            "logprob_start_len": prompt.first - 1,
-            "return_text_in_logprobs": with_texts,
-        }
-        answer = self._client.post("/generate", body)
-        return _scored(prompt, _sglang_entries(prompt, answer))
 
     # -- the vocabulary ----------------------------------------------------------------------------
 
-    def _check_vocabulary(self, student: Policy, limit: int | None) -> None:
-        """Compares the texts of ids at the server with those of the student's tokenizer."""
+    def _compare_texts(self, student: Policy) -> None:
+        """Compare the texts of all ids at the server with those of the student's tokenizer."""
         tokenizer = student.tokenizer
-        ids = _probe_ids(tokenizer)
-        size = max(1, min(_PROBED, limit or _PROBED) - 1)
-        # Before an entry with a log-prob there must be a token.
-        prompts = [
-            _Prompt((ids[0], *ids[begin : begin + size]), 1) for begin in range(0, len(ids), size)
-        ]
-        requests = self._requests(prompts)
+        ids = sorted(tokenizer.get_vocab().values())
+        parts = [ids[begin : begin + _DECODED] for begin in range(0, len(ids), _DECODED)]
         try:
-            answers = [answer for request in requests for answer in self._ask(request, True)]
+            texts = self._call(self._text, parts)
+            # Versions of tokenizers may differ in how they join tokens: each one alone decides.
+            found = zip(parts, texts, strict=True)
+            unlike = [i for part, text in found if text != tokenizer.decode(part) for i in part]
+            step, added = 1 + len(unlike) // _ALONE, tokenizer.added_tokens_decoder
+            left_out = [i for n, i in enumerate(unlike) if n % step and i not in added]
+            unlike = sorted(set(unlike).difference(left_out))
+            alone = self._call(lambda token_id: self._text([token_id]), unlike)
         except ServerError as error:
-            if error.status not in (400, 422):
+            if error.status not in (404, 405):
                 raise
-            raise AtodError(
-                f"Teacher {self.name} at {self.url} refuses ids of the student's vocabulary "
-                f"({error}). Use a teacher of the same model family."
-            ) from error
-        told = {
-            token_id: text
-            for prompt, answer in zip(prompts, answers, strict=True)
-            for token_id, text in zip(prompt.ids[1:], answer.texts, strict=True)
-            if isinstance(text, str)
-        }
-        if not any(told.values()):
             warnings.warn(
-                f"The server at {self.url} gives no texts of tokens, so its vocabulary could not "
-                "be compared with the student's; make sure that they are the same.",
+                f"The server at {self.url} has no /detokenize, so its vocabulary could not be "
+                "compared with the student's; make sure that they are the same.",
                 stacklevel=3,
             )
-        elif different := _different(tokenizer, told):
-            shown = ", ".join(
-                f"{token_id} is {told[token_id]!r} for the teacher and "
-                f"{tokenizer.convert_ids_to_tokens(token_id)!r} for the student"
-                for token_id in different[:3]
-            )
-            raise AtodError(
-                f"Teacher {self.name} at {self.url} and student {student.name} do not share a "
-                f"vocabulary: {len(different)} of {len(told)} ids that were compared differ (for "
-                f"example {shown}). Use a teacher of the same model family."
-            )
+            return
+        different = [
+            (token_id, str(tokenizer.convert_ids_to_tokens(token_id)), text or None)
+            for token_id, text in zip(unlike, alone, strict=True)
+            if not _is_text_of(tokenizer, token_id, text)
+        ]
+        if different:
+            compared = len(ids) - len(left_out)
+            raise vocabulary_error(different, compared, student.name, self._label)
+
+    def _text(self, ids: list[int]) -> str:
+        """Return the text of some ids at the server."""
+        body = {"model": self.name, "tokens": ids, "skip_special_tokens": False}
+        answer = self._client.post("/detokenize", body)
+        # vLLM has the first name, SGLang the second.
+        return str(answer.get("prompt", answer.get("text")))
 
 
-def _prompts(batch: Batch) -> list[_Prompt | None]:
-    """One prompt for each sequence of a batch; None for one without sampled tokens."""
+class _Patience:
+    """Pauses while a server is away, and an end to them."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew: the server has answered."""
+        self._until = math.inf
+        self._pause = FIRST_PAUSE
+        self._is_reported = False
+
+    def wait(self, error: ServerError) -> None:
+        """Pause before the next try; report the first pause of an outage that is not short.
+
+        Raises:
+            ServerError: the server is away for longer than `PATIENCE`, or asks for a longer pause.
+        """
+        now = time.monotonic()
+        self._until = min(self._until, now + PATIENCE)
+        left = self._until - now
+        if left <= 0 or error.retry_after > left:
+            raise ServerError(
+                f"The teacher's server was away for too long (more than {PATIENCE:.0f} s). {error}",
+                status=error.status,
+                code=error.code,
+            ) from error
+        pause = max(self._pause, error.retry_after)
+        if pause > FIRST_PAUSE and not self._is_reported:
+            clock = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
+            line = f"waiting until {clock} for the teacher's server: {error}"
+            print(line, file=sys.stderr, flush=True)
+            self._is_reported = True
+        time.sleep(min(left, pause))
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+
+def _is_away(error: ServerError) -> bool:
+    """Return whether the same request may be answered later: 0 is a failed connection."""
+    return error.status in (0, 408, 429) or error.status >= 500
+
+
+def _prompts(batch: Batch) -> dict[int, _Prompt]:
+    """One prompt for each sequence that has sampled tokens."""
     has_tokens = batch.completion_mask.any(dim=1)
     count, longest = batch.input_ids.shape
     first = torch.full((count,), longest, dtype=torch.int64, device=batch.start.device)
@@ -275,14 +373,25 @@ def _prompts(batch: Batch) -> list[_Prompt | None]:
     )
     lengths = batch.attention_mask.sum(dim=1).tolist()
     rows = zip(batch.input_ids.tolist(), lengths, first.tolist(), strict=True)
-    return [
-        _Prompt(tuple(ids[:length]), begin) if begin < length else None
-        for ids, length, begin in rows
-    ]
+    return {
+        sequence: _Prompt(ids[:length], begin)
+        for sequence, (ids, length, begin) in enumerate(rows)
+        if begin < length
+    }
 
 
-def _completions_entries(prompt: _Prompt, choice: dict[str, Any]) -> list[tuple[Any, str | None]]:
-    """vLLM: one entry per position, a mapping from ids to what is known of them."""
+def _requests(prompts: Sequence[_Prompt]) -> Iterator[list[_Prompt]]:
+    """Divide prompts, longest first, into requests with a limit of padded tokens."""
+    begin = 0
+    while begin < len(prompts):
+        fitting = _TOKENS_PER_REQUEST // len(prompts[begin].ids)
+        end = begin + max(1, min(_PROMPTS_PER_REQUEST, fitting))
+        yield list(prompts[begin:end])
+        begin = end
+
+
+def _vllm_logprobs(prompt: _Prompt, choice: dict[str, Any]) -> list[float]:
+    """Read the answer of vLLM: one entry per position, a mapping from ids."""
     entries = choice.get("prompt_logprobs")
     if entries is None:
         raise ValueError("there are no prompt_logprobs")
@@ -290,68 +399,42 @@ def _completions_entries(prompt: _Prompt, choice: dict[str, Any]) -> list[tuple[
         raise ValueError(f"{len(entries)} entries for {len(prompt.ids)} tokens")
     found = []
     for position in range(prompt.first, len(prompt.ids)):
-        entry = entries[position] or {}
-        token = entry.get(str(prompt.ids[position]))
+        token = (entries[position] or {}).get(str(prompt.ids[position]))
         if token is None:
             raise ValueError(f"id {prompt.ids[position]} is missing at position {position}")
-        found.append((token["logprob"], token.get("decoded_token")))
+        found.append(_checked(token["logprob"], position))
     return found
 
 
-def _sglang_entries(prompt: _Prompt, answer: dict[str, Any]) -> list[tuple[Any, str | None]]:
-    """SGLang: (log-prob, id, text), aligned at the end; versions differ in where they begin."""
+def _sglang_logprobs(prompt: _Prompt, answer: dict[str, Any]) -> list[float]:
+    """Read the answer of SGLang: (log-prob, id, ..) of some positions up to the last one."""
     entries = answer["meta_info"].get("input_token_logprobs")
     if entries is None:
         raise ValueError("there are no input_token_logprobs")
-    wanted = len(prompt.ids) - prompt.first
-    if len(entries) < wanted:
-        raise ValueError(f"{len(entries)} entries for {wanted} tokens")
+    count = len(prompt.ids) - prompt.first
+    if len(entries) < count:
+        raise ValueError(f"{len(entries)} entries for {count} tokens")
     found = []
-    for position, entry in enumerate(entries[len(entries) - wanted :], start=prompt.first):
+    for position, entry in enumerate(entries[len(entries) - count :], start=prompt.first):
         if entry[1] != prompt.ids[position]:
             raise ValueError(f"id {entry[1]} at position {position}, not {prompt.ids[position]}")
-        found.append((entry[0], entry[2] if len(entry) > 2 else None))
+        found.append(_checked(entry[0], position))
     return found
 
 
-def _scored(prompt: _Prompt, entries: Sequence[tuple[Any, Any]]) -> _Scored:
-    """Checks (log-prob, text) of each position from `first` on."""
-    for position, (logprob, _) in enumerate(entries, start=prompt.first):
-        if isinstance(logprob, bool) or not isinstance(logprob, int | float):
-            raise ValueError(f"no log-prob at position {position}: {logprob!r}")
-        if math.isnan(logprob) or logprob > _ROUNDING:
-            raise ValueError(f"log-prob {logprob} at position {position}")
-    return _Scored(array("f", [max(e[0], _LOWEST) for e in entries]), tuple(e[1] for e in entries))
-
-
-def _probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All added tokens, and ids from all over the vocabulary."""
-    everything = sorted(tokenizer.get_vocab().values())
-    spread = everything[:: max(1, len(everything) // _PROBED)]
-    added = (i for i in tokenizer.added_tokens_decoder if i <= everything[-1])
-    return sorted({*added, *spread, everything[-1]})
-
-
-def _different(tokenizer: PreTrainedTokenizerBase, told: dict[int, str]) -> list[int]:
-    """Ids that have another text at the server, or none, as those beyond its vocabulary have."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    # Some servers leave special tokens out of every text.
-    shows_special = any(told.get(token_id) for token_id in special)
-    return [
-        token_id
-        for token_id, text in told.items()
-        if not _is_text_of(tokenizer, token_id, text)
-        and (text or shows_special or token_id not in special)
-    ]
+def _checked(logprob: Any, position: int) -> float:
+    """Return a log-prob, the logarithm of 0 as a finite number."""
+    if isinstance(logprob, bool) or not isinstance(logprob, int | float):
+        raise ValueError(f"no log-prob at position {position}: {logprob!r}")
+    if math.isnan(logprob) or logprob > _ROUNDING:
+        raise ValueError(f"log-prob {logprob} at position {position}")
+    return max(float(logprob), _LOWEST)
 
 
 def _is_text_of(tokenizer: PreTrainedTokenizerBase, token_id: int, text: str) -> bool:
-    """Whether a server may call a token this; servers differ in how they show one alone."""
-    decoded = tokenizer.decode([token_id])
-    token = tokenizer.convert_ids_to_tokens(token_id)
-    assert isinstance(decoded, str)
-    assert isinstance(token, str)
+    """Return whether a text is that of a token, perhaps without spaces around it."""
+    decoded = str(tokenizer.decode([token_id]))
     # A part of a character has no text of its own.
-    if "\ufffd" in text or "\ufffd" in decoded:
+    if text == decoded or "\ufffd" in text or "\ufffd" in decoded:
         return True
-    return text.strip() in {decoded.strip(), token.strip(), token.strip("\u2581\u0120 ")}
+    return bool(text.strip()) and text.strip() == decoded.strip()

@@ -1,102 +1,112 @@
-"""`atod-train serve-teacher MODEL`: scores prompts for students on other machines.
+"""`atod-train serve-teacher MODEL`: score prompts for students on other machines.
 
-It answers in the dialects that `remote_teacher` speaks: vLLM's completions with `prompt_logprobs`
-and SGLang's `/generate` with `return_logprob`. Only prompts are scored; nothing is generated beyond
-the one token that vLLM's contract asks for, and that one is left out of the answer's text.
+The server answers in the dialect of vLLM: completions with `prompt_logprobs`, prompts as token ids.
+It only scores: nothing is generated.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from typing import Annotated, Literal
 
 import msgspec
 import torch
-from prometheus_client.metrics_core import Metric
 from starlette.applications import Starlette
 from starlette.requests import Request
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from atod_gym.errors import AtodError
-from atod_train.batch import length_buckets
-from atod_train.models.policy import LOGITS_PER_CHUNK, Policy
+from atod_train.batch import make_batch
+from atod_train.models.policy import Policy
 from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.records import TokenizedTurn, Trajectory, Turn
 from env_servers import process
 from env_servers.endpoints import About, Endpoint, build_application
 from env_servers.options import ServiceOptions, add_options
-from env_servers.service import ErrorResponder, ServiceError, counter, program_version
+from env_servers.service import ErrorResponder, ServiceError, program_version
 
-Ranked = dict[int, tuple[float, int]]
-"""Log-probs and ranks (the most likely token has 1) of tokens at one position, by id."""
-
-_MAX_PROMPTS = 1024
-_MAX_TOP = 20
+MOST_TOKENS = 2**16
+"""Padded tokens of the prompts of a request; a single prompt may be as long as the model takes."""
+_MAX_BODY = 8 * 2**20
 _LOWEST = -9999.0
 """Stands for the logarithm of 0, which JSON cannot hold, as in vLLM's answers."""
-_MAX_BODY = 64 * 2**20
 _ABOUT = About(
     "teacher",
-    "Scores prompts with a language model, in the dialects of vLLM (/v1/completions with"
-    " prompt_logprobs) and SGLang (/generate with return_logprob).",
+    "Scores prompts with a language model, in the dialect of vLLM (/v1/completions with"
+    " prompt_logprobs).",
 )
 
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Prompt = Annotated[list[TokenId], msgspec.Meta(min_length=1)]
 
-class CompletionRequest(msgspec.Struct):
-    """What vLLM's clients send; fields that are not named here do not count.
 
-    Fields of type Any change the result in vLLM and are refused unless they are empty.
-    """
+class CompletionRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The part of vLLM's request that scores prompts."""
 
-    prompt: str | list[int | str | list[int]]
-    """One or several prompts, each a text or a list of token ids."""
-    prompt_logprobs: int | None = None
-    """How many of the most likely tokens to give beside the prompt's own, 0 to 20."""
-    max_tokens: int | None = 16
-    """0 or 1."""
+    prompt: Annotated[list[Prompt], msgspec.Meta(min_length=1, max_length=1024)]
+    """Prompts as lists of token ids."""
+    prompt_logprobs: Literal[0]
+    """0: the log-probs of the prompts' own tokens alone."""
+    max_tokens: Literal[0, 1]
+    """vLLM asks for at least 1; nothing is generated in either case."""
     model: str | None = None
-    n: int | None = 1
-    stream: Any = None
-    echo: Any = None
-    logprobs: Any = None
-    suffix: Any = None
-    truncate_prompt_tokens: Any = None
-    prompt_embeds: Any = None
+    temperature: float | None = None
+    """Has no effect: log-probs are those at temperature 1, as in vLLM."""
 
 
-_REFUSED = ("stream", "echo", "logprobs", "suffix", "truncate_prompt_tokens", "prompt_embeds")
+class TokenLogprob(msgspec.Struct):
+    """The log-prob of a token, in nats."""
+
+    logprob: float
 
 
-class SamplingParams(msgspec.Struct):
-    """SGLang's settings of generation, as far as they count."""
+class Choice(msgspec.Struct):
+    """One scored prompt."""
 
-    max_new_tokens: int | None = 128
-    """0 or 1."""
+    index: int
+    prompt_logprobs: list[dict[str, TokenLogprob] | None]
+    """One entry per token: a mapping from its id. The first token has no log-prob."""
+    text: str = ""
+    finish_reason: str = "length"
 
 
-class GenerateRequest(msgspec.Struct):
-    """What SGLang's clients send; fields that are not named here do not count."""
+class Completion(msgspec.Struct):
+    """The scored prompts, in the order of the request."""
 
-    input_ids: list[int | list[int]] | None = None
-    text: str | list[str] | None = None
-    """Used where there are no `input_ids`."""
-    sampling_params: SamplingParams | None = None
-    return_logprob: bool | None = None
-    """Must be true."""
-    logprob_start_len: int | list[int] | None = None
-    """First position with a log-prob, of all prompts or one each; -1: the last."""
-    top_logprobs_num: int | None = 0
-    token_ids_logprob: Any = None
-    return_text_in_logprobs: bool | None = None
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[Choice]
+
+
+class Model(msgspec.Struct):
+    """The model."""
+
+    id: str
+    max_model_len: int
+    """Longest prompt, and the one token of which vLLM keeps room behind it."""
+    object: str = "model"
+    owned_by: str = "atod"
+
+
+class Models(msgspec.Struct):
+    """The one model."""
+
+    data: list[Model]
+    object: str = "list"
+
+
+class Vocabulary(msgspec.Struct):
+    """The ids of all tokens."""
+
+    ids: dict[str, int]
 
 
 class Health(msgspec.Struct):
@@ -113,7 +123,7 @@ class Health(msgspec.Struct):
 
 @dataclass(frozen=True)
 class ServedTeacher:
-    """What is served.
+    """A model and its limits.
 
     Attributes:
         policy: the model.
@@ -140,145 +150,50 @@ def create_app(
         allowed_hosts: further host names of the server.
         max_body: bytes that a request may have.
     """
-    api = TeacherApi(teacher)
+    handlers = _Handlers(teacher)
     return build_application(
         _ABOUT,
-        api.endpoints(),
+        [
+            Endpoint(
+                "POST", "/v1/completions", handlers.completions,
+                "Score prompts, in the dialect of vLLM.", Completion, CompletionRequest,
+                errors=(404,),
+            ),
+            Endpoint("GET", "/v1/models", handlers.models, "Name the model.", Models),
+            Endpoint("GET", "/vocabulary", handlers.vocabulary, "List all tokens.", Vocabulary),
+            Endpoint("GET", "/health", handlers.health, "Report what is served.", Health),
+        ],
         errors=ErrorResponder(),
-        metrics=api.metrics,
+        metrics=list,
         max_body=max_body,
         token=token,
         allowed_hosts=allowed_hosts,
-    )
+    )  # fmt: skip
 
 
-class TeacherApi:
+class _Handlers:
     """The handlers. One request after the other goes through the model, in a thread."""
 
     def __init__(self, teacher: ServedTeacher) -> None:
         self._teacher = teacher
         self._thread = ThreadPoolExecutor(1)
-        self._requests = self._prompts = self._tokens = 0
-        self._seconds = 0.0
-        self._known_texts: dict[int, str] = {}
 
-    def endpoints(self) -> list[Endpoint]:
-        """Return the table of the API."""
-        answer = dict[str, Any]
-        return [
-            Endpoint(
-                "POST", "/v1/completions", self.completions,
-                "Score prompts, in the dialect of vLLM.", answer, CompletionRequest,
-                errors=(404, 500),
-            ),
-            Endpoint(
-                "GET", "/v1/models", self.models, "Name the one model, as vLLM does.", answer
-            ),
-            Endpoint(
-                "POST", "/generate", self.generate, "Score prompts, in the dialect of SGLang.",
-                answer | list[answer], GenerateRequest, errors=(500,),
-            ),
-            Endpoint(
-                "GET", "/get_model_info", self.model_info, "Name the model, as SGLang does.", answer
-            ),
-            Endpoint("GET", "/health", self.health, "Report what is served.", Health),
-        ]  # fmt: skip
-
-    async def completions(self, request: Request, body: CompletionRequest) -> dict[str, Any]:
-        """Answer POST /v1/completions."""
+    async def completions(self, request: Request, body: CompletionRequest) -> Completion:
         name = self._teacher.policy.name
         if body.model not in (None, name):
             raise ServiceError(404, "no_such_model", f"This server has the model {name!r} only.")
-        top = -1 if body.prompt_logprobs is None else body.prompt_logprobs
-        if not 0 <= top <= _MAX_TOP:
-            raise ServiceError(
-                422,
-                "no_prompt_logprobs",
-                f"Send prompt_logprobs 0 to {_MAX_TOP}: only prompts are scored.",
-            )
-        if body.max_tokens not in (0, 1) or body.n not in (None, 1):
-            raise ServiceError(422, "no_generation", "Send max_tokens 0 or 1, and n 1.")
-        for option in _REFUSED:
-            if getattr(body, option):
-                raise ServiceError(
-                    422, "not_offered", f"{option} is not offered; prompt_logprobs has the scores."
-                )
-        prompts = self._checked_prompts(body.prompt)
-        scored = await self._score(prompts, top)
-        choices = [
-            {
-                "index": index,
-                "text": "",
-                "logprobs": None,
-                "finish_reason": "length",
-                "stop_reason": None,
-                "prompt_logprobs": [None, *map(self._position, positions)],
-            }
-            for index, positions in enumerate(scored)
-        ]
-        count = sum(map(len, prompts))
-        return {
-            "id": f"cmpl-{self._requests}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": name,
-            "choices": choices,
-            "usage": {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count},
-        }
+        self._check(body.prompt)
+        loop = asyncio.get_running_loop()
+        choices = await loop.run_in_executor(self._thread, self._score, body.prompt)
+        return Completion("cmpl", "text_completion", int(time.time()), name, choices)
 
-    async def generate(
-        self, request: Request, body: GenerateRequest
-    ) -> dict[str, Any] | list[dict[str, Any]]:
-        """Answer POST /generate."""
-        if (body.sampling_params or SamplingParams()).max_new_tokens not in (0, 1):
-            raise ServiceError(422, "no_generation", "Send sampling_params.max_new_tokens 0 or 1.")
-        if not body.return_logprob:
-            raise ServiceError(422, "no_logprobs", "Send return_logprob: only prompts are scored.")
-        for option in ("top_logprobs_num", "token_ids_logprob"):
-            if getattr(body, option):
-                raise ServiceError(422, "not_offered", f"{option} is not offered.")
-        given: str | list[Any] | None = body.text if body.input_ids is None else body.input_ids
-        is_single = isinstance(given, str) or (given and isinstance(given[0], int))
-        prompts = self._checked_prompts(given)
-        starts = body.logprob_start_len
-        if not isinstance(starts, list):
-            starts = [-1 if starts is None else starts] * len(prompts)
-        if len(starts) != len(prompts):
-            raise ServiceError(422, "invalid_body", "logprob_start_len: one number, or one each.")
-        scored = await self._score(prompts)
-        with_texts = bool(body.return_text_in_logprobs)
-        answers = [
-            {
-                "text": "",
-                "meta_info": {
-                    "prompt_tokens": len(ids),
-                    "completion_tokens": 0,
-                    "finish_reason": {"type": "length", "length": 0},
-                    "input_token_logprobs": self._entries(ids, positions, start, with_texts),
-                    "output_token_logprobs": [],
-                },
-            }
-            for ids, positions, start in zip(prompts, scored, starts, strict=True)
-        ]
-        return answers[0] if is_single else answers
+    async def models(self, request: Request) -> Models:
+        return Models([Model(self._teacher.policy.name, self._teacher.max_context + 1)])
 
-    async def models(self, request: Request) -> dict[str, Any]:
-        """Answer GET /v1/models."""
-        model = {
-            "id": self._teacher.policy.name,
-            "object": "model",
-            "owned_by": "atod",
-            # As elsewhere, the one token that vLLM's contract asks for has its place in it.
-            "max_model_len": self._teacher.max_context + 1,
-        }
-        return {"object": "list", "data": [model]}
-
-    async def model_info(self, request: Request) -> dict[str, Any]:
-        """Answer GET /get_model_info."""
-        return {"model_path": self._teacher.policy.name, "is_generation": True}
+    async def vocabulary(self, request: Request) -> Vocabulary:
+        return Vocabulary(self._teacher.policy.tokenizer.get_vocab())
 
     async def health(self, request: Request) -> Health:
-        """Answer GET /health."""
         policy = self._teacher.policy
         return Health(
             status="ok",
@@ -290,148 +205,85 @@ class TeacherApi:
             max_context=self._teacher.max_context,
         )
 
-    def metrics(self) -> list[Metric]:
-        """Return the current metrics of the scoring."""
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        limit, vocabulary = self._teacher.max_context, self._teacher.policy.vocabulary
+        longest, highest = max(map(len, prompts)), max(map(max, prompts))
+        if longest > limit:
+            raise ServiceError(
+                422, "prompt_too_long", f"A prompt of {longest} tokens; at most {limit}."
+            )
+        if len(prompts) > 1 and len(prompts) * longest > MOST_TOKENS:
+            raise ServiceError(
+                413,
+                "too_many_tokens",
+                f"{len(prompts)} prompts, padded to {longest} tokens, are more than {MOST_TOKENS} "
+                "tokens in one request. Send fewer at once.",
+            )
+        if highest >= vocabulary:
+            raise ServiceError(
+                422,
+                "unknown_token",
+                f"Token id {highest} is out of vocabulary, which has {vocabulary} ids.",
+            )
+
+    def _score(self, prompts: Sequence[Sequence[int]]) -> list[Choice]:
+        try:
+            scored = prompt_logprobs(
+                self._teacher.policy, prompts, self._teacher.tokens_per_microbatch
+            )
+        except torch.OutOfMemoryError as error:
+            raise ServiceError(
+                413,
+                "out_of_memory",
+                "The model ran out of memory. Send fewer tokens, or start the server with a "
+                f"smaller --tokens-per-microbatch (now {self._teacher.tokens_per_microbatch}).",
+            ) from error
+        if any(value != value for logprobs in scored for value in logprobs):
+            raise ServiceError(422, "not_a_number", "The model gives NaN for these prompts.")
         return [
-            counter("teacher_requests_total", "Requests scored.", self._requests),
-            counter("teacher_prompts_total", "Prompts in them.", self._prompts),
-            counter("teacher_tokens_total", "Tokens in those.", self._tokens),
-            counter("teacher_scoring_seconds_total", "Spent on them.", self._seconds),
+            Choice(
+                index,
+                [
+                    None,
+                    *(
+                        {str(token): TokenLogprob(max(value, _LOWEST))}
+                        for token, value in zip(ids[1:], logprobs, strict=True)
+                    ),
+                ],
+            )
+            for index, (ids, logprobs) in enumerate(zip(prompts, scored, strict=True))
         ]
 
-    async def _score(self, prompts: Sequence[Sequence[int]], top: int = 0) -> list[list[Ranked]]:
-        loop = asyncio.get_running_loop()
-        scored, seconds = await loop.run_in_executor(self._thread, self._score_now, prompts, top)
-        self._requests += 1
-        self._prompts += len(prompts)
-        self._tokens += sum(map(len, prompts))
-        self._seconds += seconds
-        return scored
 
-    def _score_now(
-        self, prompts: Sequence[Sequence[int]], top: int
-    ) -> tuple[list[list[Ranked]], float]:
-        begun = time.perf_counter()
-        scored = prompt_logprobs(
-            self._teacher.policy, prompts, self._teacher.tokens_per_microbatch, top=top
-        )
-        if any(math.isnan(entry[0]) for p in scored for at in p for entry in at.values()):
-            raise ServiceError(500, "not_a_number", "The model gives NaN for these prompts.")
-        return scored, time.perf_counter() - begun
-
-    def _checked_prompts(self, given: str | list[Any] | None) -> list[list[int]]:
-        """One or several prompts, each a text or a list of ids."""
-        tokenizer, limit = self._teacher.policy.tokenizer, self._teacher.max_context
-        several = given if isinstance(given, list) else [given]
-        if several and isinstance(several[0], int):
-            several = [several]
-        if not 0 < len(several) <= _MAX_PROMPTS:
-            raise ServiceError(422, "invalid_prompt", f"Send 1 to {_MAX_PROMPTS} prompts.")
-        prompts = []
-        for prompt in several:
-            ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
-                raise ServiceError(
-                    422, "invalid_prompt", "A prompt is a text or a list of token ids, not empty."
-                )
-            wrong = next((i for i in ids if not 0 <= i < self._teacher.policy.vocabulary), None)
-            if wrong is not None:
-                raise ServiceError(422, "unknown_token", f"Token id {wrong} is out of vocabulary.")
-            if len(ids) > limit:
-                raise ServiceError(
-                    422, "prompt_too_long", f"A prompt of {len(ids)} tokens; at most {limit}."
-                )
-            prompts.append(ids)
-        return prompts
-
-    def _position(self, ranked: Ranked) -> dict[str, dict[str, Any]]:
-        """Return the form of vLLM: the prompt's own token first."""
-        return {
-            str(i): {"logprob": logprob, "rank": rank, "decoded_token": self._text(i)}
-            for i, (logprob, rank) in ranked.items()
-        }
-
-    def _entries(
-        self, ids: Sequence[int], positions: Sequence[Ranked], start: int, with_texts: bool
-    ) -> list[Any]:
-        """Return the form of SGLang: positions from `start`, the first without a log-prob."""
-        begin = min(start if start >= 0 else len(ids) - 1, len(ids) - 1)
-        known = [None, *(next(iter(ranked.values()))[0] for ranked in positions[begin:])]
-        return [
-            [logprob, i, self._text(i) if with_texts else None]
-            for logprob, i in zip(known, ids[begin:], strict=True)
-        ]
-
-    def _text(self, token_id: int) -> str:
-        if token_id not in self._known_texts:
-            self._known_texts[token_id] = str(self._teacher.policy.tokenizer.decode([token_id]))
-        return self._known_texts[token_id]
-
-
-@torch.no_grad()
 def prompt_logprobs(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    tokens_per_microbatch: int = 16384,
-    *,
-    top: int = 0,
-) -> list[list[Ranked]]:
-    """Log-probs of all tokens of each prompt but its first, at temperature 1.
+    policy: Policy, prompts: Sequence[Sequence[int]], tokens_per_microbatch: int = 16384
+) -> list[list[float]]:
+    """Compute the log-probs of all tokens of each prompt but its first, at temperature 1.
 
     Args:
         policy: the model.
         prompts: token ids, at least one each.
         tokens_per_microbatch: padded tokens that go through the model at once.
-        top: how many of the most likely tokens to give beside the prompt's own, which comes first.
 
     Returns:
-        For each prompt one position less than it has tokens.
+        For each prompt one number less than it has tokens, in nats.
     """
-    lengths = torch.tensor([len(ids) for ids in prompts])
-    at_once = max(1, LOGITS_PER_CHUNK // policy.vocabulary)
-    found: list[list[Ranked]] = [[] for _ in prompts]
-    for bucket in length_buckets(lengths, tokens_per_microbatch):
-        rows = [torch.tensor(prompts[i]) for i in bucket.tolist()]
-        ids = pad_sequence(rows, batch_first=True, padding_value=policy.pad_id).to(policy.device)
-        is_scored = (torch.arange(1, ids.shape[1]) < lengths[bucket][:, None]).to(policy.device)
-        hidden = policy.hidden_states(ids)[:, :-1][is_scored].split(at_once)
-        targets = ids[:, 1:][is_scored].split(at_once)
-        ranked = iter(
-            entry
-            for states, own in zip(hidden, targets, strict=True)
-            for entry in _ranked(policy.logits(states), own, top)
-        )
-        for i in bucket.tolist():
-            found[i] = list(islice(ranked, len(prompts[i]) - 1))
-    return found
-
-
-def _ranked(logits: Tensor, ids: Tensor, top: int) -> list[Ranked]:
-    """Of logits [m, vocabulary] the tokens `ids` [m] and the `top` most likely ones."""
-    own = logits.gather(-1, ids[:, None])
-    best = logits.topk(min(top, logits.shape[-1]), dim=-1)
-    values = torch.cat([own, best.values], dim=-1) - logits.logsumexp(dim=-1, keepdim=True)
-    columns = (
-        torch.cat([ids[:, None], best.indices], dim=-1).tolist(),
-        values.clamp(min=_LOWEST).tolist(),
-        ((logits > own).sum(dim=-1) + 1).tolist(),
-    )
-    # The prompt's own token may be among the likely ones: the first entry of an id counts.
-    return [
-        {
-            tokens[k]: (logprobs[k], k or rank)
-            for k in range(len(tokens))
-            if not (k and tokens[k] == tokens[0])
-        }
-        for tokens, logprobs, rank in zip(*columns, strict=True)
-    ]
+    records = []
+    for ids in prompts:
+        scored = tuple(ids[1:])
+        tokens = TokenizedTurn((ids[0],), scored, (0.0,) * len(scored), "stop", False)
+        turn = Turn(0, (), "", "", 0.0, True, tokens)
+        records.append(Trajectory(0, "", "", (turn,), True, False, "terminated", True, 0.0))
+    batch = make_batch(records, policy.pad_id)
+    scores = policy.completion_logprobs(batch, tokens_per_microbatch).tolist()
+    return [row[: len(ids) - 1] for row, ids in zip(scores, prompts, strict=True)]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Serve until SIGTERM or Ctrl-C; 2 with one line on standard error if it cannot start."""
     parser = argparse.ArgumentParser(
         prog="atod-train serve-teacher",
-        description="Scores prompts for students on other machines (--model.teacher URL).",
+        description="Score prompts for students on other machines (--model.teacher URL).",
     )
     parser.add_argument("model", help="a folder, a hub name or smollm2, as model.teacher")
     add_options(parser, ServiceOptions, port=8000, max_body=_MAX_BODY)

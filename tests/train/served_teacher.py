@@ -19,12 +19,12 @@ from quiet_server import QuietServer
 
 @contextmanager
 def served(
-    folder: Path, *options: str, **environment: str
+    folder: Path, *options: str, port: int = 0, **environment: str
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The URL of a server for the model in a folder, and its process."""
     command = [sys.executable, "-m", "atod_train.cli", "serve-teacher", str(folder)]
     process = subprocess.Popen(
-        [*command, "--port", "0", "--threads", "1", *options],
+        [*command, "--port", str(port), "--threads", "1", *options],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -44,10 +44,10 @@ class FakeTeacher:
     def __init__(self, answer: Callable[[str, Any], Any], models: Any = None) -> None:
         self.answer = answer
         self.models = models
-        self.info: Any = None
-        """What stands at /get_model_info."""
         self.mishaps: deque[int] = deque()
         """Statuses of the next answers; 200 for one without mishap."""
+        self.retry_after = ""
+        """Sent with a mishap."""
         self.posts: list[tuple[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         handler = type("Handler", (_Handler,), {"fake": self})
@@ -68,9 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        if self.path == "/get_model_info" and self.fake.info is not None:
-            self._send(200, self.fake.info)
-        elif self.fake.models is None:
+        if self.fake.models is None:
             self._send(404, {"detail": "Not Found"})
         else:
             self._send(200, {"object": "list", "data": self.fake.models})
@@ -92,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if status != 200 and self.fake.retry_after:
+            self.send_header("Retry-After", self.fake.retry_after)
         self.end_headers()
         self.wfile.write(data)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,10 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openapi_fuzz import fuzz_api
 from served_teacher import served
+from starlette.testclient import TestClient
 from test_policy import make_policy
 from test_trainer import CONFIG
 from test_trainer import _numbers as numbers
 
+from atod_gym.errors import ServerError
 from atod_train import doctor
 from atod_train.cli import main
 from atod_train.config import StartConfig, StudyConfig
@@ -33,7 +36,9 @@ from atod_train.models.policy import build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.study import run_study
+from atod_train.teachers import remote, server
 from atod_train.teachers.server import ServedTeacher, create_app
+from atod_train.training.checkpoint import load_latest
 from atod_train.training.supervised import demonstrate, demonstration_texts
 
 TEACHER = make_policy(1)
@@ -59,44 +64,13 @@ def _complete(url: str, **body: Any) -> requests.Response:
 
 
 def test_completions(url: str) -> None:
-    prompts = [[8, 9, 10], [11], [12, 9, 8, 10, 30]]
-    answer = _complete(url, prompt=prompts, model="teacher").json()
-    assert answer["usage"]["prompt_tokens"] == 9
+    prompts = [[8, 9, 10], [11], [12, 9, 8, 10, 30], [8, 9, 10]]
+    answer = _complete(url, prompt=prompts, model="teacher", temperature=1.0).json()
     for ids, choice in zip(prompts, answer["choices"], strict=True):
         first, *others = choice["prompt_logprobs"]
         assert first is None
         for token, logprob, entry in zip(ids[1:], _expected(ids), others, strict=True):
-            assert list(entry) == [str(token)]
-            assert entry[str(token)]["logprob"] == pytest.approx(logprob, abs=1e-5)
-            text = TEACHER.tokenizer.decode([token])
-            assert entry[str(token)]["decoded_token"] == text
-    [one] = _complete(url, prompt=prompts[0]).json()["choices"]
-    for alone, among in zip(
-        one["prompt_logprobs"][1:], answer["choices"][0]["prompt_logprobs"][1:], strict=True
-    ):
-        assert list(alone) == list(among)
-        for token, entry in alone.items():
-            # What else is in a batch may change the last digit.
-            assert entry == {**among[token], "logprob": pytest.approx(among[token]["logprob"])}
-    text = _complete(url, prompt="take mug").json()["choices"][0]["prompt_logprobs"]
-    assert [next(iter(e.values()))["decoded_token"] for e in text[1:]] == ["mug"]
-
-
-@pytest.mark.parametrize("top", [0, 1, 5, 20])
-def test_likely_tokens_beside_the_prompts_own(top: int, url: str) -> None:
-    prompts = [[8, 9, 10], [11], [12, 9, 8, 10, 30] * 18]
-    answer = _complete(url, prompt=prompts, prompt_logprobs=top).json()
-    for ids, choice in zip(prompts, answer["choices"], strict=True):
-        with torch.no_grad():
-            logits = TEACHER.model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        for own, scores, entry in zip(ids[1:], logits, choice["prompt_logprobs"][1:], strict=True):
-            best = scores.topk(top)
-            assert next(iter(entry)) == str(own)
-            assert entry.keys() == {str(own), *map(str, best.indices.tolist())}
-            for token, said in entry.items():
-                assert said["logprob"] == pytest.approx(float(scores[int(token)]), abs=1e-5)
-                assert said["rank"] == 1 + int((scores > scores[int(token)]).sum())
-                assert said["decoded_token"] == TEACHER.tokenizer.decode([int(token)])
+            assert entry == {str(token): {"logprob": pytest.approx(logprob, abs=1e-5)}}
 
 
 def test_prompts_of_one_token(url: str) -> None:
@@ -104,31 +78,13 @@ def test_prompts_of_one_token(url: str) -> None:
     assert [choice["prompt_logprobs"] for choice in choices] == [[None], [None]]
 
 
-@pytest.mark.parametrize("start", [-1, 0, 2, 4, 50])
-def test_generate(start: int, url: str) -> None:
-    ids = [12, 9, 8, 10, 30]
-    body = {"input_ids": ids, "return_logprob": True, "logprob_start_len": start,
-            "sampling_params": {"max_new_tokens": 0}}  # fmt: skip
-    one = requests.post(f"{url}/generate", json=body, timeout=60).json()
-    begin = 4 if start in (-1, 50) else start
-    first, *others = one["meta_info"]["input_token_logprobs"]
-    assert first == [None, ids[begin], None]
-    assert [entry[1] for entry in others] == ids[begin + 1 :]
-    assert [entry[0] for entry in others] == pytest.approx(_expected(ids)[begin:], abs=1e-5)
-    two = requests.post(f"{url}/generate", json={**body, "input_ids": [ids, ids]}, timeout=60)
-    assert two.json() == [one, one]
-    each = {**body, "input_ids": [ids, ids], "logprob_start_len": [3, start]}
-    first, second = requests.post(f"{url}/generate", json=each, timeout=60).json()
-    assert [entry[1] for entry in first["meta_info"]["input_token_logprobs"]] == ids[3:]
-    assert second == one
-
-
 def test_who_it_is(url: str) -> None:
     [model] = requests.get(f"{url}/v1/models", timeout=60).json()["data"]
     # A prompt of 100 tokens and the one that could follow it.
     assert (model["id"], model["max_model_len"]) == ("teacher", 101)
-    assert _complete(url, prompt=[8] * 100).status_code == 200
-    assert requests.get(f"{url}/get_model_info", timeout=60).json()["model_path"] == "teacher"
+    assert _complete(url, prompt=[[8] * 100]).status_code == 200
+    vocabulary = requests.get(f"{url}/vocabulary", timeout=60).json()["ids"]
+    assert vocabulary == TEACHER.tokenizer.get_vocab()
     assert doctor.reach(url) == doctor.Finding("ok", f"{url}: teacher")
 
 
@@ -140,7 +96,7 @@ def test_doctor_takes_a_url_as_teacher(url: str, capsys: pytest.CaptureFixture[s
 def test_many_clients_at_once(url: str) -> None:
     prompts = [[8 + i % 7, 9, 10 + i % 5, 30] for i in range(40)]
     with ThreadPoolExecutor(8) as threads:
-        answers = list(threads.map(lambda ids: _complete(url, prompt=ids).json(), prompts))
+        answers = list(threads.map(lambda ids: _complete(url, prompt=[ids]).json(), prompts))
     for ids, answer in zip(prompts, answers, strict=True):
         entries = answer["choices"][0]["prompt_logprobs"][1:]
         found = [entry[str(i)]["logprob"] for i, entry in zip(ids[1:], entries, strict=True)]
@@ -150,30 +106,30 @@ def test_many_clients_at_once(url: str) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        ({"prompt": [1], "model": "gpt"}, 404, "has the model 'teacher' only"),
-        ({"prompt": [1], "prompt_logprobs": None}, 422, "prompt_logprobs 0 to 20"),
-        ({"prompt": [1], "prompt_logprobs": 21}, 422, "prompt_logprobs 0 to 20"),
-        ({"prompt": [1], "prompt_logprobs": -1}, 422, "prompt_logprobs 0 to 20"),
-        ({"prompt": [1], "prompt_logprobs": True}, 422, "$.prompt_logprobs"),
-        ({"prompt": [1], "max_tokens": -5}, 422, "max_tokens 0 or 1"),
-        ({"prompt": [1], "n": 2}, 422, "n 1"),
-        ({"prompt": [1], "echo": True}, 422, "echo is not offered"),
-        ({"prompt": [1], "logprobs": 3}, 422, "logprobs is not offered"),
-        ({"prompt": [1], "max_tokens": 5}, 422, "max_tokens 0 or 1"),
-        ({"prompt": [1], "max_tokens": None}, 422, "max_tokens 0 or 1"),
-        ({"prompt": [1], "max_tokens": "1"}, 422, "$.max_tokens"),
-        ({"prompt": [1], "stream": True}, 422, "stream is not offered"),
+        ({"prompt": [[1]], "model": "gpt"}, 404, "has the model 'teacher' only"),
+        ({"prompt": [[1]], "prompt_logprobs": None}, 422, "$.prompt_logprobs"),
+        ({"prompt": [[1]], "prompt_logprobs": 1}, 422, "$.prompt_logprobs"),
+        ({"prompt": [[1]], "prompt_logprobs": True}, 422, "$.prompt_logprobs"),
+        ({"prompt": [[1]], "max_tokens": 5}, 422, "$.max_tokens"),
+        ({"prompt": [[1]], "max_tokens": None}, 422, "$.max_tokens"),
+        ({"prompt": [[1]], "max_tokens": "1"}, 422, "$.max_tokens"),
+        ({"prompt": [[1]], "n": 2}, 422, "`n`"),
+        ({"prompt": [[1]], "echo": True}, 422, "`echo`"),
+        ({"prompt": [[1]], "stream": True}, 422, "`stream`"),
+        ({"prompt": [[1]], "truncate_prompt_tokens": 1}, 422, "`truncate_prompt_tokens`"),
         ({}, 422, "`prompt`"),
-        ({"prompt": []}, 422, "1 to 1024"),
-        ({"prompt": [[]]}, 422, "not empty"),
+        ({"prompt": "take mug"}, 422, "$.prompt"),
+        ({"prompt": []}, 422, "length >= 1"),
+        ({"prompt": [[1]] * 1025}, 422, "length <= 1024"),
+        ({"prompt": [[]]}, 422, "$.prompt[0]"),
         ({"prompt": [[1], [1.5]]}, 422, "$.prompt[1][0]"),
-        ({"prompt": [True]}, 422, "$.prompt[0]"),
-        ({"prompt": [1, "x"]}, 422, "text or a list"),
-        ({"prompt": [1], "truncate_prompt_tokens": 1}, 422, "truncate_prompt_tokens is not"),
-        ({"prompt": [[1, 10_000]]}, 422, "10000 is out of vocabulary"),
-        ({"prompt": [-1]}, 422, "out of vocabulary"),
-        ({"prompt": [1] * 101}, 422, "101 tokens; at most 100"),
-        ({"prompt": ""}, 422, "not empty"),
+        ({"prompt": [[True]]}, 422, "$.prompt[0][0]"),
+        ({"prompt": [1]}, 422, "$.prompt[0]"),
+        ({"prompt": [[-1]]}, 422, "$.prompt[0][0]"),
+        ({"prompt": [[10**30]]}, 422, "$.prompt[0][0]"),
+        ({"prompt": [[1, 10_000], [2]]}, 422, "10000 is out of vocabulary, which has 109 ids"),
+        ({"prompt": [[1] * 101]}, 422, "101 tokens; at most 100"),
+        ({"prompt": [[1] * 100, *[[1]] * 1000]}, 413, "1001 prompts, padded to 100 tokens"),
     ],
 )
 def test_what_is_refused(body: dict[str, Any], status: int, message: str, url: str) -> None:
@@ -182,24 +138,40 @@ def test_what_is_refused(body: dict[str, Any], status: int, message: str, url: s
     assert message in answer.json()["error"]["message"]
 
 
-SCORED = {"input_ids": [1], "return_logprob": True, "sampling_params": {"max_new_tokens": 0}}
-
-
-def test_what_generate_refuses(url: str) -> None:
-    for body, message in (
-        ({"input_ids": [1], "return_logprob": True}, "max_new_tokens 0 or 1"),
-        ({"input_ids": [1], "sampling_params": {"max_new_tokens": 0}}, "Send return_logprob"),
-        ({"sampling_params": 3}, "$.sampling_params"),
-        ({**SCORED, "sampling_params": {"max_new_tokens": -1}}, "max_new_tokens 0 or 1"),
-        ({**SCORED, "top_logprobs_num": 2}, "top_logprobs_num is not offered"),
-        ({**SCORED, "logprob_start_len": [0, 0]}, "one number, or one each"),
-        ({**SCORED, "logprob_start_len": [0.5]}, "$.logprob_start_len[0]"),
-    ):
-        answer = requests.post(f"{url}/generate", json=body, timeout=60)
-        assert answer.status_code == 422
-        assert message in answer.json()["error"]["message"]
-    assert requests.post(f"{url}/generate", data=b"{", timeout=60).status_code == 422
+def test_bodies_that_are_too_large_or_no_json_are_refused(url: str) -> None:
+    where = f"{url}/v1/completions"
+    assert requests.post(where, data=b"{", timeout=60).status_code == 422
+    assert requests.post(where, data=b"[" * 100_000, timeout=60).status_code == 422
+    huge = b'{"prompt": [[' + b"1," * 8 * 2**20
+    answer = requests.post(where, data=huge, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+    long = b'{"prompt_logprobs": 0, "max_tokens": 1, "prompt": [[' + b"1," * 3_000_000 + b"1]]}"
+    answer = requests.post(where, data=long, timeout=60)
+    assert "3000001 tokens; at most 100" in answer.json()["error"]["message"]
     assert requests.get(f"{url}/v1/nothing", timeout=60).status_code == 404
+    foreign = {"Host": "evil.example"}
+    assert requests.get(f"{url}/v1/models", headers=foreign, timeout=60).status_code == 403
+    foreign = {"Origin": "http://evil.example"}
+    assert requests.post(where, headers=foreign, data=b"{}", timeout=60).status_code == 403
+
+
+def test_a_model_that_fails_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = TestClient(create_app(ServedTeacher(TEACHER, 100, 64)), base_url="http://localhost")
+    body = {"prompt": [[8, 9]], "prompt_logprobs": 0, "max_tokens": 1}
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for scores, status, code in (
+        (out_of_memory, 413, "out_of_memory"),
+        (lambda *_: [[float("nan")]], 422, "not_a_number"),
+    ):
+        monkeypatch.setattr(server, "prompt_logprobs", scores)
+        answer = client.post("/v1/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    monkeypatch.setattr(server, "prompt_logprobs", lambda *_: [[-math.inf]])
+    [choice] = client.post("/v1/completions", json=body).json()["choices"]
+    assert choice["prompt_logprobs"] == [None, {"9": {"logprob": -9999.0}}]
 
 
 JSON = st.recursive(
@@ -207,44 +179,36 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-NAMES = ("prompt", "model", "max_tokens", "prompt_logprobs", "n", "stream", "input_ids", "text",
-         "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "echo",
-         "logprobs")  # fmt: skip
+NAMES = ("prompt", "model", "max_tokens", "prompt_logprobs", "temperature", "n")
 
 
 @settings(max_examples=150, deadline=None)
-@given(path=st.sampled_from(["v1/completions", "generate"]), data=st.data())
-def test_no_body_breaks_it(path: str, data: st.DataObject, url: str) -> None:
-    valid: dict[str, Any] = {"prompt": [8, 9], "max_tokens": 1, "prompt_logprobs": 0,
-                             "input_ids": [8, 9], "return_logprob": True,
-                             "sampling_params": {"max_new_tokens": 0}}  # fmt: skip
+@given(data=st.data())
+def test_no_body_breaks_it(data: st.DataObject, url: str) -> None:
+    valid: dict[str, Any] = {"prompt": [[8, 9]], "max_tokens": 1, "prompt_logprobs": 0}
     changes = data.draw(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3))
     body = data.draw(st.just({**valid, **changes}) | JSON)
     # `requests` itself would refuse to send infinite numbers.
     content = json.dumps(body).encode("ascii")
-    assert requests.post(f"{url}/{path}", data=content, timeout=60).status_code in (200, 404, 422)
+    answer = requests.post(f"{url}/v1/completions", data=content, timeout=60)
+    assert answer.status_code in (200, 404, 422)
 
 
 def test_it_answers_as_it_says() -> None:
-    scored = {
-        "POST /v1/completions": {"prompt": [[8, 9, 10], [11]], "max_tokens": 1},
-        "POST /generate": {**SCORED, "input_ids": [8, 9]},
-    }
     places = cycle(range(2))
 
     def prepare(case: Any) -> None:
         """Makes every second request one that can be scored."""
-        wanted = scored.get(case.operation.label)
-        if wanted is not None and next(places):
-            case.body = {**wanted, "prompt_logprobs": 2}
+        if case.operation.label == label and next(places):
+            case.body = {"prompt": [[8, 9, 10], [11]], "max_tokens": 1, "prompt_logprobs": 0}
 
+    label = "POST /v1/completions"
     app = create_app(ServedTeacher(TEACHER, 100, 64))
     # What only the model can refuse is no part of the schema, such as ids out of its vocabulary.
     seen = fuzz_api(app, 15, prepare, are_schemas_exact=False)
-    for label in scored:
-        statuses = {status for found, status in seen if found == label}
-        assert {200, 422} <= statuses <= {200, 404, 422}
-    assert seen["GET /v1/models", 200] == seen["GET /health", 200] == 1
+    statuses = {status for found, status in seen if found == label}
+    assert {200, 422} <= statuses <= {200, 404, 422}
+    assert seen["GET /v1/models", 200] == seen["GET /vocabulary", 200] == 1
 
 
 def test_the_guide_names_the_endpoints_and_its_calls_work(url: str) -> None:
@@ -276,33 +240,59 @@ def test_missing_libraries_are_named() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("api", ["completions", "sglang"])
-def test_a_run_is_that_of_the_same_teacher_here(api: str, tmp_path: Path) -> None:
-    os.environ["ATOD_CACHE"] = str(tmp_path / "cache")
+def _kill_after(step: int, run: Path, process: subprocess.Popen[str]) -> None:
+    """Kills a server once a run has made some steps."""
+    while not (run / "metrics.jsonl").exists() or len(numbers(run)) < step:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+
+
+def test_a_run_is_that_of_the_same_teacher_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.1)
+    monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
     pool = EnvPool(CONFIG.env, "train")
     tokenizer = build_word_tokenizer(demonstration_texts(demonstrate(pool, 10, 0.0, 0)))
     for seed, role in enumerate(("student", "teacher")):
         build_policy("micro", tokenizer, seed).save(tmp_path / role)
-    model = replace(CONFIG.model, student=str(tmp_path / "student"), teacher_api=api)  # type: ignore[arg-type]
-    train = replace(CONFIG.train, steps=2, eval_every=0)
+    model = replace(CONFIG.model, student=str(tmp_path / "student"))
+    train = replace(CONFIG.train, steps=3, eval_every=0)
     teacher = replace(model, teacher=str(tmp_path / "teacher"))
     here = replace(CONFIG, model=teacher, start=StartConfig(), train=train)
     run_study(here, tmp_path / "here")
-    with served(tmp_path / "teacher") as (address, _):
+    run = tmp_path / "there" / "atod-seed0"
+    with ThreadPoolExecutor(1) as thread, served(tmp_path / "teacher") as (address, process):
+
+        def restart() -> None:
+            _kill_after(1, run, process)
+            with served(tmp_path / "teacher", port=int(address.rpartition(":")[2])):
+                _kill_after(3, run, process)
+
+        restarting = thread.submit(restart)
         run_study(replace(here, model=replace(model, teacher=address)), tmp_path / "there")
-    found, expected = (numbers(tmp_path / name / "atod-seed0") for name in ("there", "here"))
-    for row, wanted in zip(found, expected, strict=True):
+        restarting.result()
+    assert "for the teacher's server" in capsys.readouterr().err
+    expected = numbers(tmp_path / "here" / "atod-seed0")
+    for row, wanted in zip(numbers(run), expected, strict=True):
         assert row.keys() == wanted.keys()
         for name, value in row.items():
             assert value == pytest.approx(wanted[name], rel=1e-3, abs=1e-6), name
-    # A server that comes back at another address goes on with the run.
-    summary = tmp_path / "there" / "atod-seed0" / "summary.json"
-    summary.unlink()
-    with served(tmp_path / "teacher") as (moved, _):
+    # A run continues with a server that comes back at another address; if that one stays away, the
+    # last finished step is saved.
+    (run / "summary.json").unlink()
+    monkeypatch.setattr(remote, "PATIENCE", 1.0)
+    with ThreadPoolExecutor(1) as thread, served(tmp_path / "teacher") as (moved, process):
         assert moved != address
         model = replace(model, teacher=moved)
-        longer = replace(here, model=model, train=replace(train, steps=3))
-        run_study(replace(longer, study=StudyConfig(resume=True)), tmp_path / "there")
-    assert len(numbers(tmp_path / "there" / "atod-seed0")) == 3
-    manifest = read_json(tmp_path / "there" / "atod-seed0" / "manifest.json")
+        longer = replace(here, model=model, train=replace(train, steps=500, save_every=500))
+        killing = thread.submit(_kill_after, 5, run, process)
+        with pytest.raises(ServerError, match="away for too long"):
+            run_study(replace(longer, study=StudyConfig(resume=True)), tmp_path / "there")
+        killing.result()
+    saved, _ = load_latest(run)
+    assert saved is not None
+    assert 5 <= saved.metadata["progress"]["step"] == len(numbers(run)) < 500
+    manifest = read_json(run / "manifest.json")
     assert manifest["parameters"]["teacher"] is None
