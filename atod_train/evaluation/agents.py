@@ -1,4 +1,4 @@
-"""Agents that play by messages: random, scripted expert, a person, or one's own; no torch.
+"""Agents that answer prompts with completions: random, expert, human, or one's own; no torch.
 
 An agent plays one episode at a time; for several at once there are several agents. Its
 completion goes through the same wrappers as that of a model, see `atod_gym.wrappers.agent_env`.
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from atod_gym import play
-from atod_gym.errors import AtodError, InvalidSettingError
+from atod_gym.errors import InvalidSettingError
 from atod_gym.parsing import ACTION_TAGS, action_tags
 from atod_gym.types import TurnObservation
 
-_BLANK = re.compile(r"<\w+>")
-"""Stands in an admissible action for words of the agent's own."""
+_PLACEHOLDER = re.compile(r"<\w+>")
+"""Part of an admissible action that the agent replaces by words of its own."""
 
 _MOST_WORDS = 3
 
@@ -35,20 +35,20 @@ class Completion:
     text: str
     prompt_tokens: int | None = 0
     completion_tokens: int | None = 0
-    """With those of the reasoning, if there is any."""
+    """Including those of the reasoning."""
     reasoning_tokens: int | None = 0
     reasoning: str = ""
-    """Thoughts that a server gives beside the text."""
+    """Thoughts that a server returns next to the text."""
     is_cut: bool = False
-    """The text ends where the limit of tokens was reached."""
+    """The text ends where the token limit was reached."""
     turns_left_out: int = 0
-    """Past turns that the prompt left out for want of room."""
+    """Past turns that the prompt left out, because they would not fit the context."""
     instead: str = ""
-    """What was answered instead of a text, such as tool calls; empty if there is a text."""
+    """What the answer holds instead of a text, such as tool calls; empty if there is a text."""
 
 
 class EpisodeStopped(Exception):
-    """An agent cannot continue an episode, which then counts as failed; others can be played."""
+    """The agent cannot continue an episode, which counts as failed; others can be played."""
 
     def __init__(self, reason: Literal["context_limit", "refused"], message: str) -> None:
         super().__init__(message)
@@ -62,9 +62,9 @@ class Agent(Protocol):
         """Start an episode.
 
         Args:
-            env: what `atod_gym.wrappers.agent_env` makes, already reset.
-            observation: the first one, as the environment itself gives it.
-            info: that of the reset.
+            env: made by `atod_gym.wrappers.agent_env`, already reset.
+            observation: of the unwrapped environment.
+            info: of the reset.
         """
 
     async def act(
@@ -77,8 +77,8 @@ class Agent(Protocol):
 
         Args:
             messages: the prompt, each with `role` and `content`.
-            observation: what the prompt was made of.
-            info: that of the last reset or step; `info["action"]` was executed last.
+            observation: that the prompt shows.
+            info: of the last reset or step; `info["action"]` was executed last.
 
         Raises:
             EpisodeStopped: the episode cannot be continued.
@@ -87,9 +87,9 @@ class Agent(Protocol):
 
 
 class RandomAgent:
-    """Plays any admissible action; where there is no list, words of what it reads.
+    """Play a random admissible action; where none are listed, random words of the observation.
 
-    What it plays depends on seed and task only, whatever is played beside it.
+    Actions depend on the seed and the task alone, not on other episodes.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -112,14 +112,14 @@ class RandomAgent:
         del messages, info
         actions = observation["admissible_actions"]
         if actions:
-            action = _BLANK.sub(lambda _: self._words(observation), self._one_of(actions))
+            action = _PLACEHOLDER.sub(lambda _: self._words(observation), self._one_of(actions))
         else:
             tag, words = self._one_of(self._tags), self._words(observation)
             action = words if (tag,) == ACTION_TAGS else f"{tag}[{words}]"
         return Completion(self._format(action))
 
     def _words(self, observation: TurnObservation) -> str:
-        """A few words in a row."""
+        """Return one to three consecutive words of the observation."""
         words = re.findall(r"\w+", f"{observation['instruction']} {observation['text']}")
         first = self._below(len(words)) if words else 0
         return " ".join(words[first : first + 1 + self._below(_MOST_WORDS)])
@@ -128,12 +128,12 @@ class RandomAgent:
         return choices[self._below(len(choices))]
 
     def _below(self, count: int) -> int:
-        # Of all methods of a generator only this one gives the same in all versions of Python.
+        # random() is the only method that is the same in all versions of Python.
         return int(self._random.random() * count)
 
 
 class ExpertAgent:
-    """Plays as the environment's scripted expert does, which sees no more than a model."""
+    """Play the actions of the environment's scripted expert, which sees no more than a model."""
 
     def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
         """Start an episode.
@@ -167,7 +167,7 @@ class HumanAgent:
     """Ask a person in the terminal."""
 
     def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
-        """Shows the task."""
+        """Show the task."""
         self._format: Callable[[str], str] = env.get_wrapper_attr("completion_format").format
         tags = action_tags(env.unwrapped.metadata)
         print(f"\nTask {info['task_id']}\nGoal: {observation['instruction']}\n\n{play.HELP}")
@@ -183,14 +183,17 @@ class HumanAgent:
         """Ask for an action.
 
         Raises:
-            KeyboardInterrupt: the person wants to leave.
+            KeyboardInterrupt: the person entered `q`, or the end of the input.
         """
         del messages
         print(f"\n{play.page(observation, info)}")
         while True:
-            # A person plays one episode at a time, so that blocking is harmless.
-            with _ctrl_c_at_once():
-                action = _asked(observation)
+            # Blocking the event loop is harmless: a person plays one episode at a time.
+            try:
+                with _ctrl_c_at_once():
+                    action = play.ask(observation)
+            except EOFError:
+                action = None
             if action is None:
                 raise KeyboardInterrupt
             try:
@@ -200,12 +203,11 @@ class HumanAgent:
 
 
 def load_agent(name: str) -> Callable[[], Agent]:
-    """What makes an agent of the user's own.
+    """Import a function or class that makes an agent.
 
     Args:
-        name: `module:attribute`; the attribute, such as a class, is called without arguments for
-            each episode that is played at the same time. Modules are also looked for in the
-            current folder.
+        name: `module:attribute`. The attribute is called without arguments, once for each episode
+            that is played at the same time. The current folder is searched for the module too.
 
     Raises:
         InvalidSettingError: there is no such module or attribute.
@@ -226,30 +228,9 @@ def load_agent(name: str) -> Callable[[], Agent]:
     return made
 
 
-def checked(completion: object) -> Completion:
-    """The completion, if it is one.
-
-    Raises:
-        AtodError: an agent gave something else.
-    """
-    if isinstance(completion, Completion) and isinstance(completion.text, str):
-        return completion
-    raise AtodError(
-        "An agent's act must return an atod_train.evaluation.agents.Completion,"
-        f" not {type(completion).__name__}"
-    )
-
-
-def _asked(observation: TurnObservation) -> str | None:
-    try:
-        return play.ask(observation)
-    except EOFError:
-        return None
-
-
 @contextmanager
 def _ctrl_c_at_once() -> Iterator[None]:
-    """Ctrl-C interrupts what waits for input; an event loop would only take note of it."""
+    """Let Ctrl-C interrupt waiting for input; the event loop would handle it only afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

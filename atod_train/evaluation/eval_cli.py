@@ -1,197 +1,289 @@
-"""`atod-eval`: any agent plays the tasks of a split and gets a table with intervals; no torch.
+"""`atod-eval`: any agent plays the tasks of a split and gets a table with intervals.
 
-`atod-eval compare A B` puts two results side by side.
+`atod-eval compare A B` compares two results. torch is imported for local models only.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
+import hashlib
 import importlib.util
 import os
+import re
+import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
 from atod_gym import play
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train import progress
-from atod_train.evaluation import eval_options as chosen
-from atod_train.evaluation.agent_evaluation import EnvThread, PlayedEnv, play_tasks
-from atod_train.evaluation.eval_records import (
-    EpisodeRecord,
-    Evaluated,
-    EvaluationFolder,
-    command_to_resume,
-    read_evaluated,
-)
+from atod_train.evaluation.agents import Agent, ExpertAgent, HumanAgent, RandomAgent, load_agent
+from atod_train.evaluation.chat import ChatAgent, ChatEndpoint
+from atod_train.evaluation.eval_records import EpisodeRecord, EvaluationFolder, read_evaluated
 from atod_train.evaluation.eval_tables import comparison, result_table
-from atod_train.evaluation.local_model import LocalModel
+from atod_train.evaluation.local_model import PREFIX, SMOLLM2, LocalModel, find_model
+from atod_train.evaluation.play import PlayedEnv, play_tasks
+from atod_train.reports.evaluations import EvaluationMode
+
+if TYPE_CHECKING:
+    from atod_train.evaluation.eval_options import CompareOptions, EvalOptions
+
+_AGENTS = ("random", "expert", "human", "chat", f"{PREFIX}FOLDER", SMOLLM2)
+_CHAT_EPISODES_AT_ONCE = 8
+_NEEDED = ("task_ids", "manifest", "data", "observation", "max_turns")
+"""Attributes of an environment that can be evaluated."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Plays, or compares.
+    """Evaluate an agent, or compare two results.
 
     Args:
         arguments: command line without the program's name; None: that of the process.
 
     Returns:
-        Exit status: 0; 2 for a mistake of the user or a failing endpoint, which is named in one
-        line on standard error; 130 when stopped by Ctrl-C.
+        Exit status: 0; 2 for a mistake of the user or a failing endpoint, reported in one line on
+        standard error; 130 when stopped by Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     play.accept_any_text()
     try:
+        from atod_train.evaluation.eval_options import CompareOptions, EvalOptions, read_options
+    except ImportError as error:
+        _report(f"atod-eval needs the package {error.name}: pip install 'atod-gym[eval]'")
+        return 2
+    try:
         if words[:1] == ["compare"]:
-            return _compare(words[1:])
-        return _evaluate(words)
+            _compare(read_options(CompareOptions, "atod-eval compare", words[1:]))
+            return 0
+        return _evaluate(read_options(EvalOptions, "atod-eval", words), words)
     except BrokenPipeError:
-        # Whoever read the output has left; keep the interpreter from complaining at exit.
+        # The reader of the output has gone; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (AtodError, gymnasium.error.Error, OSError) as error:
-        _tell(str(error))
+        _report(str(error))
         return 2
     except KeyboardInterrupt:
-        _tell("Stopped.")
+        _report("Stopped.")
         return 130
 
 
-def _compare(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="atod-eval compare",
-        description="Compare two results: success rates with 95 % intervals and their difference.",
-    )
-    parser.add_argument("first", type=Path, help="result folder")
-    parser.add_argument("second", type=Path, help="result folder")
-    options = parser.parse_args(words)
+def _compare(options: CompareOptions) -> None:
     first, second = read_evaluated(options.first), read_evaluated(options.second)
     names = (first.agent, second.agent)
     if names[0] == names[1]:
         names = (f"{options.first}, {names[0]}", f"{options.second}, {names[1]}")
     print(comparison(first, second, names))
-    return 0
 
 
-def _evaluate(words: Sequence[str]) -> int:
-    options = chosen.parser().parse_args(words)
-    prices, concurrency = chosen.prices(options), chosen.episodes_at_once(options)
-    agent = chosen.chosen_agent(options)
-    trained = agent.model.found.trained if agent.model is not None else None
-    played = chosen.played_env(options, trained.env if trained is not None else None)
-    thread = EnvThread(played)
-    try:
-        unwrapped = thread.env.unwrapped
-        for name in ("task_ids", "manifest", "data", "observation", "max_turns"):
-            if not hasattr(type(unwrapped), name) and not hasattr(unwrapped, name):
-                raise InvalidSettingError(f"{played.id} has no {name}, so it cannot be evaluated.")
-        task_ids = chosen.chosen_tasks(unwrapped, options)
-        settings = agent.settings
-        if agent.model is not None:
-            settings = agent.model.load()
-            _tell(_described(agent.model, played))
-        folder = EvaluationFolder(
-            chosen.result_folder(options, agent, played.id),
-            chosen.result_settings(played, unwrapped, settings, task_ids),
-            resume=options.resume,
-            about={"concurrency": concurrency, "arguments": list(words), **agent.about},
+@dataclass(frozen=True)
+class AgentPlayer:
+    """Agents that play one episode each at a time; a `LocalModel` plays many in one batch."""
+
+    label: str
+    """For tables and folders."""
+    mode: EvaluationMode
+    make: Callable[[], Agent]
+    settings: Mapping[str, Any]
+    """What results depend on."""
+    concurrency: int = 1
+    """Usual number of episodes at the same time."""
+    close: Callable[[], Awaitable[None]] | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What results do not depend on."""
+
+
+def chosen_agent(options: EvalOptions) -> AgentPlayer | LocalModel:
+    """Return the agent that `--agent` names.
+
+    Raises:
+        AtodError: there is no such agent, it does not take an option, or a setting or package for
+            it is missing.
+    """
+    name = options.agent
+    is_model = name == SMOLLM2 or name.startswith(PREFIX)
+    if name != "chat":
+        if not is_model:
+            options.refuse(
+                f"chat and --agent {PREFIX}FOLDER", "sampling.temperature", "sampling.max_tokens"
+            )
+        options.refuse("chat", "chat")
+    if not is_model:
+        options.refuse(f"{PREFIX}FOLDER", "local")
+    if name == "chat":
+        endpoint = ChatEndpoint(options.chat, options.sampling)
+        return AgentPlayer(
+            label=str(options.chat.model),
+            mode="greedy" if options.sampling.temperature == 0 else "sampled",
+            make=lambda: ChatAgent(endpoint),
+            settings={"kind": "chat", **endpoint.of_results},
+            concurrency=_CHAT_EPISODES_AT_ONCE,
+            close=endpoint.close,
+            about={"url": endpoint.url},
         )
-        status = _play(folder, agent, played, thread, task_ids, concurrency, options, words)
-        if status:
-            return status
-    finally:
-        thread.close()
-    evaluated: Evaluated = folder.finish(
-        agent=agent.label, mode=agent.mode, task_ids=task_ids, prices=prices
+    if is_model:
+        if options.env.template is not None:
+            raise InvalidSettingError(
+                "--template is not for local models, which are played with the prompts of training."
+            )
+        found = find_model(name.removeprefix(PREFIX))
+        return LocalModel(found, options.sampling, options.local.max_context, options.local.device)
+    seed = options.sampling.seed
+    if name == "random":
+        settings = {"kind": name, "seed": seed or 0}
+        return AgentPlayer(name, "sampled", lambda: RandomAgent(seed or 0), settings)
+    if seed is not None:
+        raise InvalidSettingError(f"--seed is for --agent random, chat and {PREFIX}FOLDER.")
+    if name == "human" and options.concurrency not in (None, 1):
+        raise InvalidSettingError("A person plays one episode at a time: --concurrency 1.")
+    makers: dict[str, Callable[[], Agent]] = {"expert": ExpertAgent, "human": HumanAgent}
+    if name not in makers and ":" not in name:
+        raise InvalidSettingError(f"No agent {name!r}: {', '.join(_AGENTS)}, or module:Class.")
+    mode: EvaluationMode = "greedy" if name == "expert" else "sampled"
+    return AgentPlayer(name, mode, makers.get(name) or load_agent(name), {"kind": name})
+
+
+def result_folder(options: EvalOptions, label: str, env_id: str) -> Path:
+    """Return the folder of the results."""
+    if options.out is not None:
+        return options.out
+    parts = ("eval", env_id.rpartition("/")[2], options.split, label)
+    return Path("runs") / "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts)
+
+
+def _evaluate(options: EvalOptions, words: Sequence[str]) -> int:
+    """Play what is left to play and show the result; return the exit status."""
+    options.check()
+    agent = chosen_agent(options)
+    trained = agent.found.trained if isinstance(agent, LocalModel) else None
+    played = options.played_env(trained.env if trained is not None else None)
+    folder = EvaluationFolder(
+        result_folder(options, agent.label, played.config.id),
+        resume=options.resume,
+        transcripts=options.transcripts,
     )
-    print(f"\n{result_table(evaluated)}\n\nresults: {folder.path}")
-    return 0
+    env: Any = played.make()
+    try:
+        unwrapped = env.unwrapped
+        for name in _NEEDED:
+            if not hasattr(type(unwrapped), name) and not hasattr(unwrapped, name):
+                raise InvalidSettingError(
+                    f"{played.config.id} has no {name}, so it cannot be evaluated."
+                )
+        turns = played.config.max_turns or unwrapped.max_turns
+        played = replace(played, config=replace(played.config, max_turns=turns))
+        task_ids = _chosen_tasks(unwrapped.task_ids, options)
+        if isinstance(agent, LocalModel):
+            settings = agent.load()
+            _report(agent.described(played))
+        else:
+            settings = dict(agent.settings)
+        folder.begin(
+            _settings(played, unwrapped, settings, task_ids),
+            {"concurrency": options.concurrency, "arguments": list(words), **agent.about},
+        )
+        status = _play(folder, agent, played, env, task_ids, options, words)
+    finally:
+        env.close()
+    if status == 0:
+        evaluated = folder.finish(
+            agent=agent.label, mode=agent.mode, task_ids=task_ids, prices=options.chat.prices
+        )
+        print(f"\n{result_table(evaluated)}\n\nresults: {folder.path}")
+    return status
 
 
 def _play(
     folder: EvaluationFolder,
-    agent: chosen.ChosenAgent,
+    agent: AgentPlayer | LocalModel,
     played: PlayedEnv,
-    thread: EnvThread,
+    env: Any,
     task_ids: Sequence[str],
-    concurrency: int,
-    options: argparse.Namespace,
+    options: EvalOptions,
     words: Sequence[str],
 ) -> int:
-    """Plays what is left to play; gives an exit status."""
+    """Play what is left to play; return the exit status."""
     finished = {record.task_id for record in folder.records}
     left = [task_id for task_id in task_ids if task_id not in finished]
     began = time.monotonic()
+    is_human = options.agent == "human"
     if importlib.util.find_spec("rich") is None:
         progress.plain_lines()
-    bar: Any = nullcontext(_no_progress)
-    if options.agent != "human":
-        bar = progress.progress(len(left), "playing")
-
-    def play_all() -> None:
-        if agent.model is None:
-            asyncio.run(run())
-            return
-        agent.model.play(
-            played, played.max_turns or thread.env.unwrapped.max_turns, left,
-            already=len(finished), on_record=keep, keep_transcripts=options.transcripts,
-        )  # fmt: skip
-
-    async def run() -> None:
-        try:
-            await play_tasks(
-                played, thread, agent.make, left,
-                concurrency=concurrency, on_record=keep, keep_transcripts=options.transcripts,
-            )  # fmt: skip
-        finally:
-            if agent.close is not None:
-                await agent.close()
-
+    bar: Any = nullcontext() if is_human else progress.progress(len(left), "playing")
     try:
         with bar as advance:
 
             def keep(record: EpisodeRecord) -> None:
                 folder.add(record, time.monotonic() - began)
-                solved = sum(kept.success for kept in folder.records)
-                advance(note=f"{solved} of {len(folder.records)} solved")
-                if options.agent == "human":
+                if is_human:
                     end = "Solved" if record.success else "Not solved"
                     print(f"\n{end} after {record.turns} turns (score {record.score:g}).")
+                else:
+                    solved = sum(kept.success for kept in folder.records)
+                    advance(note=f"{solved} of {len(folder.records)} solved")
 
-            play_all()
+            if isinstance(agent, LocalModel):
+                agent.play(
+                    played, left, already=len(finished), concurrency=options.concurrency,
+                    on_record=keep,
+                )  # fmt: skip
+            else:
+                play_tasks(
+                    played, env, agent.make, left, on_record=keep, close=agent.close,
+                    concurrency=options.concurrency or agent.concurrency,
+                )  # fmt: skip
     except (KeyboardInterrupt, AtodError, OSError) as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        what = "Stopped." if stopped else str(error)
+        message = "Stopped." if stopped else str(error)
         if folder.records:
-            what += (
+            again = [word for word in words if word != "--resume"]
+            message += (
                 f" {len(folder.records)} of {len(task_ids)} tasks are kept in {folder.path}; "
-                f"to continue: {command_to_resume(words)}"
+                f"to continue: {shlex.join(['atod-eval', *again, '--resume'])}"
             )
-        _tell(what)
+        _report(message)
         return 130 if stopped else 2
     return 0
 
 
-def _described(model: LocalModel, played: PlayedEnv) -> str:
-    """Return the line that names the model and its prompts."""
-    source = "its run" if model.found.trained is not None else "defaults and command line"
-    return (
-        f"model {model.found.source}; prompts of {source}: {played.prompt_style} style, profile "
-        f"{played.parse_profile}, at most {model.max_completion_tokens} tokens a completion and "
-        f"{model.max_context} a sequence, temperature {model.temperature:g}"
-    )
+def _chosen_tasks(known: Sequence[str], options: EvalOptions) -> tuple[str, ...]:
+    """Return the tasks to play, in manifest order or in that of `--task-ids`."""
+    missing = sorted(set(options.task_ids) - set(known))
+    if missing:
+        raise InvalidSettingError(
+            f"No task {missing[0]!r} among the {len(known)} of split {options.split!r}; "
+            f"an example: {known[0]}."
+        )
+    return tuple(dict.fromkeys(options.task_ids)) or tuple(known)[: options.tasks or None]
 
 
-def _no_progress(amount: int = 1, note: str = "") -> None:
-    """Show no bar: a person sees the episode."""
+def _settings(
+    played: PlayedEnv, unwrapped: Any, agent: Mapping[str, Any], task_ids: Sequence[str]
+) -> dict[str, Any]:
+    """Return all that results depend on, as JSON values."""
+    config = asdict(played.config)
+    names = ("options", "max_turns", "prompt_style", "parse_profile", "history_window")
+    template = None if played.template is None else played.template.read_bytes()
+    return {
+        "env_id": played.config.id,
+        "split": played.split,
+        **{name: config[name] for name in (*names, "show_admissible")},
+        "data": unwrapped.data,
+        "data_hash": unwrapped.manifest.content_hash,
+        "template": None if template is None else hashlib.sha256(template).hexdigest(),
+        "agent": dict(agent),
+        "tasks": len(task_ids),
+        "tasks_hash": hashlib.sha256("\n".join(task_ids).encode()).hexdigest(),
+    }
 
 
-def _tell(message: str) -> None:
+def _report(message: str) -> None:
     print(f"atod-eval: {' '.join(message.split())}", file=sys.stderr)
 
 

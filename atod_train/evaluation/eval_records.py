@@ -1,6 +1,6 @@
-"""The folder of an evaluation: records of episodes, resuming, and the result.
+"""Records of episodes and the folder of an evaluation, which can be resumed.
 
-settings.json   what results depend on, and each time that the program ran
+settings.json   what results depend on, and the sessions: each time that the program ran
 episodes.jsonl  one `EpisodeRecord` per episode, written as soon as it has ended
 result.json     the `EvaluationResult` and totals, written at the end
 """
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atod_gym.errors import AtodError, InvalidSettingError
+from atod_gym.parsing import EMPTY_REPLY, action_verb, invalid_reason
+from atod_gym.types import Message
+from atod_train.evaluation.agents import Completion
 from atod_train.files import (
     end_last_line,
     read_json,
@@ -26,16 +28,23 @@ from atod_train.files import (
     write_json,
 )
 from atod_train.reports.evaluations import EvaluationMode, EvaluationResult, TaskResult
-from atod_train.reports.run_folder import (
-    RunFolderError,
-    package_versions,
-)
+from atod_train.reports.run_folder import RunFolderError, package_versions
 
 SETTINGS_FILE = "settings.json"
 EPISODES_FILE = "episodes.jsonl"
 RESULT_FILE = "result.json"
 _PACKAGES = ("atod-gym", "gymnasium", "numpy", "openai")
-TOKEN_COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens")
+_TOKEN_COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens")
+
+
+class AgentTurn(NamedTuple):
+    """One turn of an agent."""
+
+    prompt: Sequence[Message]
+    """The messages that are new in this turn; in window style all of them."""
+    completion: Completion
+    info: Mapping[str, Any]
+    """Of the step: `action`, `is_action_valid` and `parse_error`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +65,69 @@ class EpisodeRecord:
     """What the endpoint said in the last two cases."""
     prompt_tokens: int | None
     completion_tokens: int | None
-    """With those of the reasoning."""
+    """Including those of the reasoning."""
     reasoning_tokens: int | None
     cut_completions: int
-    """Completions that reached the limit of tokens."""
+    """Completions that reached the token limit."""
     turns_left_out: int
-    """Past turns that prompts left out for want of room, summed over prompts."""
+    """Past turns that prompts left out, because they would not fit, summed over prompts."""
     seconds: float
     transcript: tuple[dict[str, Any], ...] = ()
     invalid_reasons: dict[str, int] = field(default_factory=dict)
     """Why turns were not valid, and how many; records of version 0.1 have none."""
 
+    @classmethod
+    def of(
+        cls,
+        turns: Sequence[AgentTurn],
+        info: Mapping[str, Any],
+        stop_reason: str,
+        seconds: float,
+        stop_message: str = "",
+    ) -> EpisodeRecord:
+        """Record an episode.
+
+        Args:
+            turns: all turns.
+            info: `task_id`, `task_type`, `success` and `score` after the last turn.
+            stop_reason: see the attribute.
+            seconds: wall time of the episode.
+            stop_message: see the attribute.
+        """
+        said = [turn.completion for turn in turns]
+        verbs: Counter[str] = Counter()
+        reasons: Counter[str] = Counter()
+        for turn in turns:
+            reason = invalid_reason(turn.info)
+            if not reason:
+                verbs[action_verb(turn.info["action"])] += 1
+            else:
+                reasons[_empty_reply(turn.completion) or reason] += 1
+        return cls(
+            task_id=str(info["task_id"]),
+            task_type=str(info["task_type"]),
+            success=bool(info["success"]) and stop_reason in ("terminated", "turn_limit"),
+            score=float(info["score"]),
+            turns=len(turns),
+            invalid_turns=reasons.total(),
+            invalid_reasons=dict(sorted(reasons.items())),
+            actions=tuple(sorted(verbs.items())),
+            stop_reason=stop_reason,
+            stop_message=stop_message,
+            **_token_sums(said),
+            cut_completions=sum(completion.is_cut for completion in said),
+            turns_left_out=sum(completion.turns_left_out for completion in said),
+            seconds=round(seconds, 3),
+            transcript=tuple(_transcribed(turn) for turn in turns),
+        )
+
     def task_result(self) -> TaskResult:
-        """What tables and intervals are made of."""
+        """Return the part that tables and intervals are made of."""
         names = [part.name for part in fields(TaskResult)]
         return TaskResult(**{name: getattr(self, name) for name in names})
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; without a transcript that is not there."""
+        """Return JSON values; an empty transcript is left out."""
         record = asdict(self)
         if not self.transcript:
             del record["transcript"]
@@ -82,15 +136,15 @@ class EpisodeRecord:
 
 @dataclass(frozen=True)
 class Totals:
-    """What all episodes took together; None: not known."""
+    """Sums over all episodes; None: not known."""
 
     prompt_tokens: int | None
     completion_tokens: int | None
     reasoning_tokens: int | None
     cost: float | None
-    """In the unit of the prices; None without prices, unless no tokens were taken."""
+    """In the unit of the prices; 0 where no tokens were taken; None without prices."""
     seconds: float
-    """Wall time while episodes were played, over all times that the program ran."""
+    """Wall time while episodes were played, over all sessions."""
     cut_completions: int
     stop_reasons: dict[str, int]
     invalid_reasons: dict[str, int] = field(default_factory=dict)
@@ -103,17 +157,14 @@ class Totals:
         seconds: float,
         prices: tuple[float, float] | None,
     ) -> Totals:
-        """The totals of episodes.
+        """Sum up episodes.
 
         Args:
             records: the episodes.
             seconds: wall time.
             prices: of a million tokens of prompts and of completions.
         """
-        counts: dict[str, int | None] = {}
-        for name in TOKEN_COUNTS:
-            values = [getattr(record, name) for record in records]
-            counts[name] = None if None in values else sum(values)
+        counts = _token_sums(records)
         reasons: Counter[str] = Counter()
         for record in records:
             reasons.update(record.invalid_reasons)
@@ -133,7 +184,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A result with what it is the result of."""
+    """A result, and the environment, agent and data that it belongs to."""
 
     env_id: str
     agent: str
@@ -146,64 +197,77 @@ class EvaluationFolder:
     """Write an evaluation episode by episode.
 
     Args:
-        path: the folder; it is made if need be.
-        settings: what results depend on, as JSON values.
-        resume: continue with the episodes that are there.
-        about: further facts of this time, such as the URL of an endpoint.
+        path: the folder; `begin` creates it where it does not exist.
+        resume: continue with the episodes that it holds.
+        transcripts: keep prompts and completions.
+
+    Attributes:
+        records: of all episodes, those of earlier sessions too.
 
     Raises:
-        InvalidSettingError: episodes are there and `resume` is off, or they were played with other
-            settings.
+        InvalidSettingError: the folder holds episodes and `resume` is off.
         RunFolderError: a file cannot be read.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        settings: Mapping[str, Any],
-        *,
-        resume: bool,
-        about: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, path: Path, *, resume: bool, transcripts: bool = False) -> None:
         self.path = path
-        self.settings = json.loads(json.dumps(without_infinities(settings)))
-        before = read_json(path / SETTINGS_FILE)
-        if before and resume:
-            _check_same(before.get("settings", {}), self.settings, path)
+        self._keeps_transcripts = transcripts
+        self._before = read_json(path / SETTINGS_FILE) if resume else {}
         lines = list(read_json_lines(path / EPISODES_FILE))
         if lines and not resume:
             raise InvalidSettingError(
                 f"{path} holds {len(lines)} episodes already: continue with --resume, or choose "
                 "another folder with --out."
             )
-        if lines and not before:
+        if lines and not self._before:
             raise RunFolderError(
                 f"{path} has episodes but no {SETTINGS_FILE}; choose another --out"
             )
         self.records = [_record(line, path) for line in lines]
-        self._earlier = _seconds_by_session(lines)
-        self._sessions: list[Any] = list(before.get("sessions", ())) if resume else []
-        self._sessions.append(
-            {
-                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                "packages": package_versions(_PACKAGES),
-                **(about or {}),
-            }
-        )
-        self._write_settings()
-        self._seconds = 0.0
+        self._earlier = self._seconds = max((float(line.get("at", 0)) for line in lines), default=0)
+
+    def begin(self, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Begin a session.
+
+        Args:
+            settings: what results depend on, as JSON values.
+            about: further facts of this session, such as the URL of an endpoint.
+
+        Raises:
+            InvalidSettingError: the episodes of the folder were played with other settings.
+            RunFolderError: the folder cannot be written to.
+        """
+        self.settings: dict[str, Any] = json.loads(json.dumps(without_infinities(settings)))
+        if self._before:
+            _check_same(self._before.get("settings", {}), self.settings, self.path)
+        session = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": package_versions(_PACKAGES),
+            **about,
+        }
+        self._sessions = [*self._before.get("sessions", ()), session]
+        try:
+            write_json(
+                self.path / SETTINGS_FILE, {"settings": self.settings, "sessions": self._sessions}
+            )
+            end_last_line(self.path / EPISODES_FILE)
+            # The result of an earlier session does not cover the episodes of this one.
+            (self.path / RESULT_FILE).unlink(missing_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"Cannot write to {self.path}: {error}") from error
 
     def add(self, record: EpisodeRecord, seconds: float) -> None:
         """Append an episode that ended some seconds after the start of this session."""
-        self._seconds = round(seconds, 3)
+        if not self._keeps_transcripts:
+            record = replace(record, transcript=())
+        self._seconds = round(self._earlier + seconds, 3)
         line = {**record.to_json(), "session": len(self._sessions), "at": self._seconds}
         text = json.dumps(without_infinities(line), ensure_ascii=False)
-        with (self.path / EPISODES_FILE).open(
-            "a", encoding="utf-8", errors="backslashreplace"
-        ) as f:
-            f.write(text + "\n")
+        path = self.path / EPISODES_FILE
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text + "\n")
         self.records.append(record)
 
     def finish(
@@ -214,7 +278,13 @@ class EvaluationFolder:
         task_ids: Sequence[str],
         prices: tuple[float, float] | None,
     ) -> Evaluated:
-        """Writes the result of tasks that have all been played.
+        """Write the result of tasks that have all been played.
+
+        Args:
+            agent: for tables.
+            mode: how completions were chosen.
+            task_ids: the tasks, in the order of the result.
+            prices: of a million tokens of prompts and of completions; None: not known.
 
         Raises:
             AtodError: no episode had a single turn, so that there is nothing to evaluate.
@@ -234,8 +304,7 @@ class EvaluationFolder:
             mode=mode,
             tasks=tuple(record.task_result() for record in records),
         )
-        seconds = round(sum(self._earlier.values()) + self._seconds, 3)
-        totals = Totals.of(records, seconds, prices)
+        totals = Totals.of(records, self._seconds, prices)
         evaluated = Evaluated(settings["env_id"], agent, settings["data_hash"], result, totals)
         value = {
             "env_id": evaluated.env_id,
@@ -253,20 +322,9 @@ class EvaluationFolder:
         write_json(self.path / RESULT_FILE, value)
         return evaluated
 
-    def _write_settings(self) -> None:
-        try:
-            write_json(
-                self.path / SETTINGS_FILE, {"settings": self.settings, "sessions": self._sessions}
-            )
-            end_last_line(self.path / EPISODES_FILE)
-            # An earlier result does not hold for the episodes that are played now.
-            (self.path / RESULT_FILE).unlink(missing_ok=True)
-        except OSError as error:
-            raise RunFolderError(f"Cannot write to {self.path}: {error}") from error
-
 
 def read_evaluated(path: Path) -> Evaluated:
-    """Reads the result of an evaluation's folder.
+    """Read the result of an evaluation's folder.
 
     Raises:
         RunFolderError: there is none.
@@ -286,12 +344,6 @@ def read_evaluated(path: Path) -> Evaluated:
         raise RunFolderError(f"{path / RESULT_FILE} is not of this version: {error}") from error
 
 
-def command_to_resume(arguments: Sequence[str]) -> str:
-    """Return the command that continues an evaluation."""
-    chosen = [argument for argument in arguments if argument != "--resume"]
-    return shlex.join(["atod-eval", *chosen, "--resume"])
-
-
 def _record(line: Mapping[str, Any], path: Path) -> EpisodeRecord:
     names = {part.name for part in fields(EpisodeRecord)}
     chosen = {name: value for name, value in line.items() if name in names}
@@ -302,16 +354,35 @@ def _record(line: Mapping[str, Any], path: Path) -> EpisodeRecord:
         raise RunFolderError(f"{path / EPISODES_FILE} is not of this version: {error}") from error
 
 
-def _seconds_by_session(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    seconds: dict[int, float] = {}
-    for line in lines:
-        session = int(line.get("session", 1))
-        seconds[session] = max(seconds.get(session, 0.0), float(line.get("at", 0.0)))
-    return seconds
+def _token_sums(parts: Sequence[Completion] | Sequence[EpisodeRecord]) -> dict[str, int | None]:
+    """Sum each count of tokens; a sum with an unknown part is unknown."""
+    sums: dict[str, int | None] = {}
+    for name in _TOKEN_COUNTS:
+        values = [getattr(part, name) for part in parts]
+        sums[name] = None if None in values else sum(values)
+    return sums
+
+
+def _empty_reply(said: Completion) -> str:
+    """Name what an agent answered instead of a text; empty if it gave one."""
+    if said.instead:
+        return f"{EMPTY_REPLY} ({said.instead})"
+    return "" if said.text.strip() else EMPTY_REPLY
+
+
+def _transcribed(turn: AgentTurn) -> dict[str, Any]:
+    return {
+        "messages": [asdict(message) for message in turn.prompt],
+        "completion": turn.completion.text,
+        "reasoning": turn.completion.reasoning,
+        "action": turn.info["action"],
+        "is_action_valid": bool(turn.info["is_action_valid"]),
+        "parse_error": turn.info["parse_error"],
+    }
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Raises `InvalidSettingError` where results of both would not belong together."""
+    """Refuse to mix episodes of different settings."""
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atod_gym.errors import InvalidSettingError, MissingExtraError
-from atod_train.config import EnvConfig, RunConfig
-from atod_train.evaluation.agent_evaluation import EpisodeTally, PlayedEnv
+from atod_train.config import RunConfig
 from atod_train.evaluation.agents import Completion
-from atod_train.evaluation.eval_records import EpisodeRecord
+from atod_train.evaluation.eval_records import AgentTurn, EpisodeRecord
+from atod_train.evaluation.play import PlayedEnv
 from atod_train.files import read_json
+from atod_train.reports.evaluations import EvaluationMode
 from atod_train.reports.run_folder import CONFIG_FILE, SECTIONS, read_config
 
 if TYPE_CHECKING:
-    from atod_train.models.policy import Policy
-    from atod_train.records import Trajectory
+    from atod_train.evaluation.eval_options import Sampling
+    from atod_train.records import Trajectory, Turn
 
 PREFIX = "model:"
 SMOLLM2 = "smollm2"
@@ -34,7 +35,6 @@ _COMPLETION_TOKENS = 512
 _MAX_CONTEXT = 8192
 """Defaults for models that no run of the trainer describes."""
 _DIGESTED = 2**20
-_OF_TRAJECTORY = ("task_id", "task_type", "success", "score")
 
 
 @dataclass(frozen=True)
@@ -92,43 +92,42 @@ def _of_run(run: Path, folder: Path) -> ModelFolder:
     return ModelFolder(str(folder), f"{run.name}/{folder.name}", read_config(run))
 
 
-@dataclass
 class LocalModel:
-    """A local model that plays greedily or sampled.
+    """A local model that plays greedily or sampled, as evaluations in training do.
 
-    Attributes:
+    Args:
         found: the model.
-        temperature: of sampling; 0: greedy.
-        max_completion_tokens: longest completion; None: as trained, else 512, at most half the
-            context.
+        sampling: how completions are sampled.
         max_context: longest sequence in tokens; None: as trained, else 8192, at most the model's
             positions.
-        seed: of sampling.
-        device: a torch device; auto: a GPU if there is one.
-        episodes_at_once: None: as many as a fifth of the memory holds, at most 128.
+        device: a torch device; None: a GPU if there is one.
+
+    Attributes:
+        label: for tables and the names of folders.
+        mode: how completions are chosen.
+        about: what results do not depend on.
+
+    Raises:
+        InvalidSettingError: a seed is given without a temperature.
     """
 
-    found: ModelFolder
-    temperature: float = 0.0
-    max_completion_tokens: int | None = None
-    max_context: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    episodes_at_once: int | None = None
-    template_options: Mapping[str, bool | str] = field(default_factory=dict)
-    _policy: Policy | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise InvalidSettingError(f"--temperature must be >= 0, not {self.temperature}.")
-        for name, value in (
-            ("max-tokens", self.max_completion_tokens),
-            ("max-context", self.max_context),
-        ):
-            if value is not None and value < 1:
-                raise InvalidSettingError(f"--{name} must be >= 1, not {value}.")
-        if self.found.trained is not None:
-            self.template_options = dict(self.found.trained.env.template_options)
+    def __init__(
+        self,
+        found: ModelFolder,
+        sampling: Sampling,
+        max_context: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.found = found
+        self.label = found.label
+        self.temperature = sampling.temperature or 0.0
+        self.mode: EvaluationMode = "sampled" if self.temperature else "greedy"
+        self.about = {"source": found.source}
+        if sampling.seed is not None and not self.temperature:
+            raise InvalidSettingError("--seed of a local model needs --temperature above 0.")
+        self._sampling = sampling
+        self._max_context = max_context
+        self._device = device or "auto"
 
     def load(self) -> dict[str, Any]:
         """Load the model and resolve the settings that depend on it.
@@ -141,60 +140,77 @@ class LocalModel:
             AtodError: the model cannot be loaded, or a setting does not fit it.
         """
         try:
+            import transformers
+
             from atod_train.models.pretrained import LoadOptions, load_policy
         except ImportError as error:
             raise MissingExtraError(
                 f"A local model needs {error.name}: pip install 'atod-gym[train]'"
             ) from error
-        source = self.found.source
-        policy = self._policy = load_policy(source, LoadOptions(device=self.device))
-        trained = self.found.trained
-        if self.max_context is None:
-            usual = trained.model.max_context if trained else _MAX_CONTEXT
-            self.max_context = min(usual, policy.max_positions)
-        if self.max_context > policy.max_positions:
+        transformers.utils.logging.disable_progress_bar()
+        source, trained = self.found.source, self.found.trained
+        policy = self._policy = load_policy(source, LoadOptions(device=self._device))
+        usual = trained.model.max_context if trained else _MAX_CONTEXT
+        context = self._max_context or min(usual, policy.max_positions)
+        if context > policy.max_positions:
             raise InvalidSettingError(
-                f"--max-context {self.max_context} is more than the {policy.max_positions} "
-                f"positions of model {policy.name}. Lower it."
+                f"--max-context {context} is more than the {policy.max_positions} positions of "
+                f"model {policy.name}. Lower it."
             )
-        if self.max_completion_tokens is None:
-            usual = min(_COMPLETION_TOKENS, max(1, self.max_context // 2))
-            self.max_completion_tokens = trained.train.max_completion_tokens if trained else usual
-        if self.max_completion_tokens >= self.max_context:
+        usual = min(_COMPLETION_TOKENS, max(1, context // 2))
+        longest = trained.train.max_completion_tokens if trained else usual
+        longest = self._sampling.max_tokens or longest
+        if longest >= context:
             raise InvalidSettingError(
-                f"--max-tokens {self.max_completion_tokens} leaves no room for a prompt in a "
-                f"context of {self.max_context} tokens. Lower it, or raise --max-context."
+                f"--max-tokens {longest} leaves no room for a prompt in a context of {context} "
+                "tokens. Lower it, or raise --max-context."
             )
+        config = trained or RunConfig()
+        self._config = replace(
+            config,
+            model=replace(config.model, max_context=context),
+            train=replace(
+                config.train, max_completion_tokens=longest, seed=self._sampling.seed or 0
+            ),
+        )
         return {
             "kind": "model",
-            "model": self.found.label,
+            "model": self.label,
             "weights": _digest(Path(source)) if Path(source).is_dir() else source,
             "temperature": self.temperature,
-            "max_completion_tokens": self.max_completion_tokens,
-            "max_context": self.max_context,
-            "template_options": dict(self.template_options),
-            **({"seed": self.seed} if self.temperature else {}),
+            "max_completion_tokens": longest,
+            "max_context": context,
+            "template_options": dict(config.env.template_options),
+            **({"seed": self._sampling.seed or 0} if self.temperature else {}),
         }
+
+    def described(self, played: PlayedEnv) -> str:
+        """Return one line about the loaded model and its prompts."""
+        source = "its run" if self.found.trained is not None else "defaults and command line"
+        train, env = self._config.train, played.config
+        return (
+            f"model {self.found.source}; prompts of {source}: {env.prompt_style} style, profile "
+            f"{env.parse_profile}, at most {train.max_completion_tokens} tokens a completion and "
+            f"{self._config.model.max_context} a sequence, temperature {self.temperature:g}"
+        )
 
     def play(
         self,
         played: PlayedEnv,
-        max_turns: int,
         task_ids: Sequence[str],
         *,
         already: int,
+        concurrency: int | None,
         on_record: Callable[[EpisodeRecord], None],
-        keep_transcripts: bool = False,
     ) -> None:
-        """Play each task once, as evaluations in training do.
+        """Play each task once with the loaded model.
 
         Args:
-            played: the environment.
-            max_turns: turn limit of an episode.
+            played: the environment; its `max_turns` is set.
             task_ids: the tasks, each once.
-            already: episodes that an earlier call played; sampling then draws other numbers.
-            on_record: takes each record when its episode has ended.
-            keep_transcripts: whether records hold prompts and completions.
+            already: episodes of earlier sessions; sampling then draws other numbers.
+            concurrency: episodes at the same time; None: as many as memory holds, at most 128.
+            on_record: receives each record when its episode has ended.
 
         Raises:
             AtodError: an environment fails, or the tokenizer's chat template cannot be used.
@@ -208,57 +224,48 @@ class LocalModel:
         from atod_train.rollout.env_pool import EnvPool
         from atod_train.rollout.rollout import collect, seed_for
 
-        policy = self._policy
-        assert policy is not None
-        assert self.max_context is not None
-        assert self.max_completion_tokens is not None
-        config = EnvConfig(
-            id=played.id,
-            data=played.data,
-            options={name: value for name, value in played.options.items() if name != "max_turns"},
-            max_turns=max_turns,
-            prompt_style=played.prompt_style,
-            history_window=played.history_window,
-            show_admissible=played.show_admissible,
-            parse_profile=played.parse_profile,
-        )
-        pool = EnvPool(config, played.split)
+        config, policy = self._config, self._policy
+        pool = EnvPool(played.config, played.split)
         try:
             generator = Generator(
                 policy,
-                DialogueEncoder(policy.tokenizer, played.prompt_style, self.template_options),
+                DialogueEncoder(
+                    policy.tokenizer, played.config.prompt_style, config.env.template_options
+                ),
                 temperature=self.temperature,
-                max_completion_tokens=self.max_completion_tokens,
+                max_completion_tokens=config.train.max_completion_tokens,
                 completion_format=pool.completion_format,
-                max_context=self.max_context,
-                generator=torch.Generator().manual_seed(seed_for(self.seed, already, "evaluation")),
+                max_context=config.model.max_context,
+                generator=torch.Generator().manual_seed(
+                    seed_for(config.train.seed, already, "evaluation")
+                ),
             )
-            at_once = self.episodes_at_once or episodes_at_once(policy, self.max_context)
+            at_once = concurrency or episodes_at_once(policy, config.model.max_context)
             for start in range(0, len(task_ids), at_once):
                 part = task_ids[start : start + at_once]
                 began = time.monotonic()
 
                 def keep(trajectory: Trajectory, began: float = began) -> None:
-                    seconds = time.monotonic() - began
-                    on_record(_record(trajectory, seconds, keep_transcripts))
+                    on_record(_record(trajectory, time.monotonic() - began))
 
                 collect(
                     pool, generator, part,
-                    group_size=1, turn_limit=max_turns, episodes_in_all=len(part), on_end=keep,
+                    group_size=1, turn_limit=played.config.max_turns, episodes_in_all=len(part),
+                    on_end=keep,
                 )  # fmt: skip
                 give_back()
         finally:
             pool.close()
 
 
-def _record(trajectory: Trajectory, seconds: float, keep_transcript: bool) -> EpisodeRecord:
-    """Return what is kept of an episode; prompt tokens are those of each turn's whole prompt."""
-    tally = EpisodeTally(keep_transcript)
+def _record(trajectory: Trajectory, seconds: float) -> EpisodeRecord:
+    """Return the record of an episode; prompt tokens are those of each turn's whole prompt."""
+    turns: list[AgentTurn] = []
     context = 0
     for turn in trajectory.turns:
         tokens = turn.tokens
         context = len(tokens.prompt_ids) + (context if tokens.extends_previous else 0)
-        said = Completion(
+        completion = Completion(
             turn.completion,
             prompt_tokens=context,
             completion_tokens=len(tokens.completion_ids),
@@ -266,17 +273,22 @@ def _record(trajectory: Trajectory, seconds: float, keep_transcript: bool) -> Ep
             turns_left_out=turn.turns_left_out,
         )
         context += len(tokens.completion_ids)
-        is_parsed = turn.invalid_reason in ("", "not admissible")
-        info = {
-            "action": turn.action,
-            "is_action_valid": turn.is_action_valid,
-            "parse_error": "" if is_parsed else turn.invalid_reason,
-        }
-        tally.add(turn.prompt, said, info)
+        turns.append(AgentTurn(turn.prompt, completion, _info(turn)))
     does_not_fit = trajectory.stop_reason == "context_limit"
     message = "The prompt does not fit --max-context." if does_not_fit else ""
-    ended = {name: getattr(trajectory, name) for name in _OF_TRAJECTORY}
-    return tally.record(ended, trajectory.stop_reason, message, seconds)
+    names = ("task_id", "task_type", "success", "score")
+    ended = {name: getattr(trajectory, name) for name in names}
+    return EpisodeRecord.of(turns, ended, trajectory.stop_reason, seconds, message)
+
+
+def _info(turn: Turn) -> dict[str, Any]:
+    """Return what `info` held after a turn."""
+    is_parsed = turn.invalid_reason in ("", "not admissible")
+    return {
+        "action": turn.action,
+        "is_action_valid": turn.is_action_valid,
+        "parse_error": "" if is_parsed else turn.invalid_reason,
+    }
 
 
 def _digest(folder: Path) -> str:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from atod_gym.errors import InvalidSettingError
-
 _WINDOW = 60.0
-_ROUNDING = 1e-6
-_LONGEST_SLEEP = 1.0
-"""Seconds after which a waiting request is checked again: `settle` may have freed tokens."""
+_POLL = 0.05
+"""Seconds after which a waiting request is checked again."""
 
 
 @dataclass(slots=True)
 class Admission:
-    """An admitted request: when, and with how many tokens."""
+    """An admitted request; set `tokens` once the answer says how many it took."""
 
     time: float
     tokens: int
@@ -27,72 +24,42 @@ class Admission:
 class RateLimiter:
     """Admit requests in order of arrival, so that no 60 seconds hold more than the limits.
 
+    Kept by hand: aiolimiter admits twice the limit in its first minute and never corrects the
+    estimates of tokens.
+
     Args:
         requests_per_minute: None: any number.
         tokens_per_minute: of prompts and completions; None: any number. A larger request is
             admitted alone.
-        clock: gives seconds.
-        sleep: waits for seconds.
-
-    Raises:
-        InvalidSettingError: a limit is below 1.
     """
 
     def __init__(
-        self,
-        requests_per_minute: int | None = None,
-        tokens_per_minute: int | None = None,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        self, requests_per_minute: int | None = None, tokens_per_minute: int | None = None
     ) -> None:
-        for name, limit in (("requests", requests_per_minute), ("tokens", tokens_per_minute)):
-            if limit is not None and limit < 1:
-                raise InvalidSettingError(f"--{name}-per-minute must be >= 1, not {limit}.")
-        self._requests = requests_per_minute
-        self._tokens = tokens_per_minute
-        self._clock = clock
-        self._sleep = sleep
+        self._requests = math.inf if requests_per_minute is None else requests_per_minute
+        self._tokens = math.inf if tokens_per_minute is None else tokens_per_minute
         self._recent: deque[Admission] = deque()
         self._queue = asyncio.Lock()
-        self._held_until = -_WINDOW
+        self._held_until = -math.inf
 
     async def admit(self, tokens: int) -> Admission:
-        """Wait until a request may be sent.
-
-        Args:
-            tokens: estimate for prompt and completion; see `settle`.
-        """
+        """Wait until a request of about this many tokens, with its answer, may be sent."""
         # The lock is granted in order of arrival and held while waiting.
         async with self._queue:
-            while (seconds := self._seconds_to_wait(tokens)) > 0:
-                await self._sleep(min(seconds, _LONGEST_SLEEP))
-            admission = Admission(self._clock(), tokens)
-            if self._requests is not None or self._tokens is not None:
-                self._recent.append(admission)
+            while not self._is_free(tokens):
+                await asyncio.sleep(_POLL)
+            admission = Admission(time.monotonic(), tokens)
+            self._recent.append(admission)
             return admission
 
-    def settle(self, admission: Admission, tokens: int) -> None:
-        """Replace the estimate of a request by its tokens."""
-        admission.tokens = tokens
-
     def hold(self, seconds: float) -> None:
-        """Admit no request for some seconds, as the endpoint requests."""
-        self._held_until = max(self._held_until, self._clock() + seconds)
+        """Admit no request for some seconds."""
+        self._held_until = max(self._held_until, time.monotonic() + seconds)
 
-    def _seconds_to_wait(self, tokens: int) -> float:
-        now = self._clock()
-        while self._recent and self._recent[0].time + _WINDOW <= now + _ROUNDING:
+    def _is_free(self, tokens: int) -> bool:
+        now = time.monotonic()
+        while self._recent and self._recent[0].time + _WINDOW <= now:
             self._recent.popleft()
-        free = self._held_until
-        if self._requests is not None and len(self._recent) >= self._requests:
-            free = max(free, self._recent[-self._requests].time + _WINDOW)
-        if self._tokens is not None:
-            used = sum(admission.tokens for admission in self._recent)
-            for admission in self._recent:
-                if used + tokens <= self._tokens:
-                    break
-                used -= admission.tokens
-                free = max(free, admission.time + _WINDOW)
-        wait = free - now
-        return wait if wait > _ROUNDING else 0.0
+        used = sum(admission.tokens for admission in self._recent)
+        fits = not self._recent or used + tokens <= self._tokens
+        return now >= self._held_until and len(self._recent) < self._requests and fits

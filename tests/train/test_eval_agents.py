@@ -8,9 +8,9 @@ import json
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,36 @@ import pytest
 from echo_env import TASK_IDS, EchoEnv
 
 from atod_gym.errors import AtodError, InvalidSettingError
-from atod_train.evaluation.agent_evaluation import EnvThread, PlayedEnv, play_tasks
+from atod_train.config import EnvConfig
 from atod_train.evaluation.agents import (
     Agent,
     Completion,
     ExpertAgent,
     HumanAgent,
     RandomAgent,
-    checked,
     load_agent,
 )
 from atod_train.evaluation.eval_records import EpisodeRecord
+from atod_train.evaluation.play import PlayedEnv, play_tasks
 
 ECHO_ID = "tests/AgentsEcho-v0"
-ECHO = PlayedEnv(ECHO_ID, "test")
+
+
+def env_of(env_id: str, split: str, **options: Any) -> PlayedEnv:
+    """An environment with the prompts of models that reason."""
+    data = "generated" if options else "auto"
+    config = EnvConfig(
+        env_id, data, options, max_turns=0, parse_profile="tags", show_admissible=True
+    )
+    return PlayedEnv(config, split)
+
+
+ECHO = env_of(ECHO_ID, "test")
 GENERATED: dict[str, PlayedEnv] = {
-    "homes": PlayedEnv(
-        "atod/ALFWorld-v0", "valid_unseen", "generated", options={"house_size": "tiny"}
-    ),
-    "shop": PlayedEnv("atod/WebShop-v0", "test", "generated", options={"products": 60}),
-    "questions": PlayedEnv("atod/SearchQA-v0", "test", "generated", options={"entities": 60}),
-}  # fmt: skip
+    "homes": env_of("atod/ALFWorld-v0", "valid_unseen", house_size="tiny"),
+    "shop": env_of("atod/WebShop-v0", "test", products=60),
+    "questions": env_of("atod/SearchQA-v0", "test", entities=60),
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,21 +64,17 @@ def played(
     *,
     tasks: int | Sequence[str] = 8,
     concurrency: int = 1,
-    transcripts: bool = False,
 ) -> list[EpisodeRecord]:
     """The records of the first tasks, sorted by task."""
-    thread = EnvThread(env)
+    first: Any = env.make()
     records: list[EpisodeRecord] = []
-    task_ids = thread.env.unwrapped.task_ids[:tasks] if isinstance(tasks, int) else tasks
+    task_ids = first.unwrapped.task_ids[:tasks] if isinstance(tasks, int) else tasks
     try:
-        asyncio.run(
-            play_tasks(
-                env, thread, make_agent, task_ids,
-                concurrency=concurrency, on_record=records.append, keep_transcripts=transcripts,
-            )
-        )  # fmt: skip
+        play_tasks(
+            env, first, make_agent, task_ids, concurrency=concurrency, on_record=records.append
+        )
     finally:
-        thread.close()
+        first.close()
     assert sorted(record.task_id for record in records) == sorted(task_ids)
     return sorted(records, key=lambda record: record.task_id)
 
@@ -81,9 +86,9 @@ def untimed(records: Sequence[EpisodeRecord]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", GENERATED)
 def test_random_play_does_not_depend_on_concurrency(name: str) -> None:
     env = GENERATED[name]
-    one = played(env, lambda: RandomAgent(3), transcripts=True)
-    many = played(env, lambda: RandomAgent(3), concurrency=4, transcripts=True)
-    other = played(env, lambda: RandomAgent(4), transcripts=True)
+    one = played(env, lambda: RandomAgent(3))
+    many = played(env, lambda: RandomAgent(3), concurrency=4)
+    other = played(env, lambda: RandomAgent(4))
     assert untimed(one) == untimed(many)
     assert untimed(one) != untimed(other)
     assert all(not turn["parse_error"] for record in one for turn in record.transcript)
@@ -92,7 +97,7 @@ def test_random_play_does_not_depend_on_concurrency(name: str) -> None:
 @pytest.mark.parametrize("name", GENERATED)
 @pytest.mark.parametrize("style", ["chat", "window"])
 def test_the_expert_solves_generated_tasks(name: str, style: Any) -> None:
-    env = PlayedEnv(**{**vars(GENERATED[name]), "prompt_style": style})
+    env = replace(GENERATED[name], config=replace(GENERATED[name].config, prompt_style=style))
     records = played(env, ExpertAgent, tasks=12, concurrency=3)
     assert sum(record.success for record in records) >= 11
     assert sum(record.invalid_turns for record in records) == 0
@@ -100,7 +105,7 @@ def test_the_expert_solves_generated_tasks(name: str, style: Any) -> None:
 
 
 def test_random_words_where_there_is_no_list() -> None:
-    records = played(GENERATED["questions"], RandomAgent, tasks=20, transcripts=True)
+    records = played(GENERATED["questions"], RandomAgent, tasks=20)
     turns = [turn for record in records for turn in record.transcript]
     for turn in turns:
         tag, _, words = turn["action"].rstrip("]").partition("[")
@@ -148,13 +153,13 @@ class _Failing(_Slow):
 
 def test_an_error_ends_all_and_closes_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[int] = []
-    monkeypatch.setattr(EchoEnv, "close", lambda self: closed.append(threading.get_ident()))
+    monkeypatch.setattr(EchoEnv, "close", lambda self: closed.append(id(self)))
     with pytest.raises(AtodError, match="broken"):
         played(ECHO, _Failing, tasks=20, concurrency=3)
     assert len(closed) == len(set(closed)) == 3
 
 
-def test_a_cancelled_step_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_waited_for_where_an_agent_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     step = EchoEnv.step
 
@@ -166,21 +171,23 @@ def test_a_cancelled_step_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(EchoEnv, "step", slow)
     monkeypatch.setattr(EchoEnv, "close", lambda self: events.append("close"))
+    turns: list[Any] = []
 
-    async def run() -> None:
-        thread = EnvThread(ECHO)
-        agent = ExpertAgent
-        task = asyncio.create_task(
-            play_tasks(ECHO, thread, agent, TASK_IDS, concurrency=1, on_record=print)
-        )
-        await asyncio.sleep(0.1)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        thread.close()
+    class Second(ExpertAgent):
+        async def act(self, messages: Any, observation: Any, info: Any) -> Completion:
+            turns.append(info)
+            if len(turns) == 1:
+                return await super().act(messages, observation, info)
+            await asyncio.sleep(0.1)
+            raise AtodError("broken")
 
-    asyncio.run(run())
-    assert events == ["begin", "end", "close"]
+    with pytest.raises(AtodError, match="broken"):
+        played(ECHO, Second, tasks=2, concurrency=2)
+    assert events == ["begin", "end", "close", "close"]
+
+
+async def _text(*_: Any) -> str:
+    return "look"
 
 
 def test_an_agent_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,8 +207,9 @@ def test_an_agent_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(InvalidSettingError, match="There is no agent"):
             load_agent(name)
     words = r"must return an atod_train\.evaluation\.agents\.Completion, not str"
+    monkeypatch.setattr(make, "act", _text)
     with pytest.raises(AtodError, match=words):
-        checked("look")
+        played(ECHO, make, tasks=1)
 
 
 def test_a_person_plays(
@@ -247,7 +255,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "status = main(['--agent', 'random', '--split', 'train', '--data', 'generated',"
         " '--option', 'house_size=tiny', '--tasks', '2', '--out', sys.argv[1]])\n"
-        "heavy = {'torch', 'transformers', 'tokenizers', 'matplotlib', 'tyro', 'openai'}\n"
+        "heavy = {'torch', 'transformers', 'tokenizers', 'matplotlib', 'openai'}\n"
         "print(status, sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run(

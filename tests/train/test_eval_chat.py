@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
 import pytest
 from echo_env import EchoEnv
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served_chat import FakeChat, first_action
 
@@ -24,8 +25,9 @@ from atod_gym.errors import InvalidSettingError, MissingExtraError, ServerError
 from atod_train.evaluation import chat as chat_agent
 from atod_train.evaluation import rate_limiter
 from atod_train.evaluation.agents import Completion, EpisodeStopped
-from atod_train.evaluation.chat import ChatEndpoint, ChatSettings
+from atod_train.evaluation.chat import ChatEndpoint
 from atod_train.evaluation.eval_cli import main
+from atod_train.evaluation.eval_options import ChatSettings, Sampling
 from atod_train.evaluation.eval_records import EPISODES_FILE, read_evaluated
 from atod_train.evaluation.rate_limiter import RateLimiter
 
@@ -47,10 +49,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_agent, "_LONGEST_WAIT", 0.02)
 
 
-def ask(chat: FakeChat, *, limiter: RateLimiter | None = None, **changes: Any) -> Completion:
+def ask(chat: FakeChat, **changes: Any) -> Completion:
+    names = ("temperature", "max_tokens", "seed")
+    sampling = Sampling(**{name: changes.pop(name) for name in names if name in changes})
+    chosen = ChatSettings(**{"model": "toy", "base_url": chat.url, **changes})
+
     async def run() -> Completion:
-        chosen = ChatSettings("toy", **{"base_url": chat.url, **changes})
-        endpoint = ChatEndpoint(chosen, limiter)
+        endpoint = ChatEndpoint(chosen, sampling)
         try:
             return await endpoint.complete(MESSAGES)
         finally:
@@ -62,8 +67,8 @@ def ask(chat: FakeChat, *, limiter: RateLimiter | None = None, **changes: Any) -
 def test_what_is_asked_and_what_comes_back(chat: FakeChat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
     completion = ask(
-        chat, key_variable="MY_KEY", temperature=0.5, top_p=0.9, max_tokens=7, seed=3,
-        extra_body={"top_k": 4},
+        chat, api_key_env="MY_KEY", temperature=0.5, top_p=0.9, max_tokens=7, seed=3,
+        extra_body='{"top_k": 4}',
     )  # fmt: skip
     assert completion == Completion("<think>the first</think><action>look</action>", 36, 2, 0)
     assert chat.posts == [
@@ -136,7 +141,7 @@ def test_mistakes_in_the_program_are_not_retried(
         def broken(*_: Any, mistake: type[Exception] = mistake) -> Completion:
             raise mistake("a mistake")
 
-        monkeypatch.setattr(chat_agent, "_completion", broken)
+        monkeypatch.setattr(ChatEndpoint, "_read", broken)
         before = len(chat.posts)
         with pytest.raises(mistake, match="a mistake"):
             ask(chat)
@@ -152,8 +157,7 @@ def test_a_key_that_no_header_can_hold(chat: FakeChat, monkeypatch: pytest.Monke
 def test_it_waits_as_long_as_it_is_told(chat: FakeChat) -> None:
     chat.mishaps.append(429)
     chat.retry_after = "1"
-    limiter = RateLimiter()
-    ask(chat, limiter=limiter)
+    ask(chat)
     assert chat.times[1] - chat.times[0] >= 0.99
 
 
@@ -217,11 +221,9 @@ def test_an_endpoint_that_is_not_there(chat: FakeChat, quick: None) -> None:
     ("changes", "message"),
     [
         ({"base_url": "localhost:8000"}, "--base-url must be a URL"),
-        ({"key_variable": "NOT_SET"}, "The environment variable NOT_SET holds no key"),
+        ({"api_key_env": "NOT_SET"}, "The environment variable NOT_SET holds no key"),
         ({"base_url": None}, "The environment variable OPENAI_API_KEY holds no key"),
-        ({"temperature": -1.0}, "--temperature must be >= 0"),
-        ({"timeout": 0.0}, "--timeout must be > 0"),
-        ({"max_tokens": 0}, "--max-tokens must be >= 1"),
+        ({"extra_body": "[]"}, "--extra-body must be a JSON object"),
     ],
 )
 def test_settings_without_meaning(chat: FakeChat, changes: dict[str, Any], message: str) -> None:
@@ -232,7 +234,7 @@ def test_settings_without_meaning(chat: FakeChat, changes: dict[str, Any], messa
 def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'atod-gym\[eval\]'"):
-        ChatEndpoint(ChatSettings("toy", base_url="http://127.0.0.1:1/v1"))
+        ChatEndpoint(ChatSettings("toy", "http://127.0.0.1:1/v1"), Sampling())
 
 
 # -- whole evaluations -----------------------------------------------------------------------------
@@ -415,32 +417,47 @@ def test_a_dying_endpoint_loses_nothing(
 
 
 class Clock:
-    """Time that passes only where somebody waits."""
+    """Time that passes only while a request waits."""
 
     def __init__(self) -> None:
         self.now = 1000.0
 
-    def __call__(self) -> float:
+    def monotonic(self) -> float:
         return self.now
 
-    async def sleep(self, seconds: float) -> None:
-        assert seconds > 0
-        self.now += seconds
-        await asyncio.sleep(0)
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    sleep = asyncio.sleep
+
+    async def pass_time(seconds: float) -> None:
+        clock.now += seconds
+        await sleep(0)
+
+    monkeypatch.setattr(rate_limiter, "_POLL", 1.0)
+    monkeypatch.setattr(rate_limiter, "time", clock)
+    monkeypatch.setattr(
+        rate_limiter, "asyncio", SimpleNamespace(sleep=pass_time, Lock=asyncio.Lock)
+    )
+    return clock
 
 
-@settings(max_examples=40, deadline=None)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.integers(1, 5), st.integers(1, 100), st.lists(st.integers(1, 120), min_size=1, max_size=25)
 )
-def test_no_minute_sees_more_than_allowed(most: int, tokens: int, sizes: list[int]) -> None:
-    clock = Clock()
-    limiter = RateLimiter(most, tokens, clock=clock, sleep=clock.sleep)
+def test_no_minute_has_more_than_allowed(
+    clock: Clock, most: int, tokens: int, sizes: list[int]
+) -> None:
+    limiter = RateLimiter(most, tokens)
     admitted: list[tuple[float, int, int]] = []
 
     async def one(number: int, size: int) -> None:
         await limiter.admit(size)
-        admitted.append((clock(), size, number))
+        admitted.append((clock.now, size, number))
 
     async def run() -> None:
         await asyncio.gather(*(one(number, size) for number, size in enumerate(sizes)))
@@ -453,35 +470,32 @@ def test_no_minute_sees_more_than_allowed(most: int, tokens: int, sizes: list[in
         assert sum(minute) <= tokens or len(minute) == 1
 
 
-def test_without_limits_nobody_waits_and_after_a_hold_all_do() -> None:
-    clock = Clock()
-    limiter = RateLimiter(clock=clock, sleep=clock.sleep)
+def test_requests_wait_after_a_hold_only(clock: Clock) -> None:
+    limiter = RateLimiter()
     asyncio.run(limiter.admit(10**9))
-    assert clock() == 1000
+    assert clock.now == 1000
     limiter.hold(5)
     limiter.hold(2)
     asyncio.run(limiter.admit(1))
-    assert clock() == pytest.approx(1005)
+    assert clock.now == 1005
 
 
-def test_what_an_answer_did_not_take_is_free_at_once() -> None:
-    clock = Clock()
-    limiter = RateLimiter(None, 100, clock=clock, sleep=clock.sleep)
+def test_tokens_that_an_answer_did_not_take_are_free_at_once(clock: Clock) -> None:
+    limiter = RateLimiter(None, 100)
 
     async def run() -> None:
         admission = await limiter.admit(90)
         waiting = asyncio.create_task(limiter.admit(80))
         await asyncio.sleep(0)
-        limiter.settle(admission, 10)
+        admission.tokens = 10
         await waiting
 
     asyncio.run(run())
-    assert clock() - 1000 <= 2 * rate_limiter._LONGEST_SLEEP
+    assert clock.now <= 1002
 
 
-def test_one_who_gives_up_does_not_block_the_others() -> None:
-    clock = Clock()
-    limiter = RateLimiter(1, None, clock=clock, sleep=clock.sleep)
+def test_a_cancelled_request_does_not_block_the_others(clock: Clock) -> None:
+    limiter = RateLimiter(1)
 
     async def run() -> None:
         await limiter.admit(1)
@@ -491,10 +505,4 @@ def test_one_who_gives_up_does_not_block_the_others() -> None:
         await waiting[1]
 
     asyncio.run(run())
-    assert clock() == pytest.approx(1060)
-
-
-@pytest.mark.parametrize("limits", [(0, None), (None, 0)])
-def test_limits_below_one_are_refused(limits: tuple[Any, Any]) -> None:
-    with pytest.raises(InvalidSettingError, match="per-minute must be >= 1"):
-        RateLimiter(*limits)
+    assert clock.now == 1060

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from echo_env import TASK_IDS, EchoEnv
 
-from atod_train.evaluation.eval_cli import main
-from atod_train.evaluation.eval_options import chosen_agent, parser, result_folder
+from atod_train.evaluation.eval_cli import chosen_agent, main, result_folder
+from atod_train.evaluation.eval_options import EvalOptions
 from atod_train.reports.statistics import paired_difference
 from atod_train.reports.tables import difference_text
 
@@ -91,7 +91,9 @@ def test_going_on_plays_what_is_left(tmp_path: Path) -> None:
     assert lines(tmp_path)[:7] == whole[:7]
     assert sorted(json.loads(line)["task_id"] for line in lines(tmp_path)) == list(TASK_IDS)
     assert [json.loads(line)["session"] for line in lines(tmp_path)] == [1] * 7 + [2] * 23
-    assert again["totals"]["seconds"] > 0
+    at = [json.loads(line)["at"] for line in lines(tmp_path)]
+    assert at == sorted(at)
+    assert again["totals"]["seconds"] == at[-1] > 0
 
 
 @pytest.mark.parametrize(
@@ -143,8 +145,10 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("--agent", "random", "--model", "m"), "--model is for --agent chat."),
         (("--agent", "random", "--keep-reasoning"), "--keep-reasoning is for --agent chat."),
         (("--agent", "expert", "--seed", "1"), "--seed is for --agent random"),
+        (("--agent", "random", "--concurrency", "1025"), "--concurrency must be <= 1024"),
         (("--agent", "human", "--concurrency", "2"), "A person plays one episode at a time"),
-        (("--agent", "random", "--concurrency", "0"), "--concurrency must lie between 1 and"),
+        (("--agent", "random", "--concurrency", "0"), "--concurrency must be >= 1, not 0"),
+        (("--agent", "random", "--max-turns", "0"), "--max-turns must be >= 1, not 0"),
         (("--agent", "random", "--tasks", "-1"), "--tasks must be >= 0"),
         (("--agent", "random", "--task-ids", "x"), "No task 'x' among the 30 of split 'test'"),
         (("--agent", "random", "--task-ids", "x", "--tasks", "1"), "not both"),
@@ -157,6 +161,9 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("--agent", "chat", "--model", "m", "--extra-body", "[]"), "must be a JSON object"),
         (("--agent", "chat", "--model", "m", "--price-in", "1"), "both --price-in and --price-out"),
         (("--agent", "chat", "--requests-per-minute", "0", "--model", "m"), "must be >= 1, not 0"),
+        (("--agent", "chat", "--tokens-per-minute", "0", "--model", "m"), "must be >= 1, not 0"),
+        (("--agent", "chat", "--timeout", "0", "--model", "m"), "--timeout must be >= 0.001"),
+        (("--agent", "chat", "--temperature", "nan"), "--temperature must be >= 0, not nan"),
         (("nothing/Here-v0", "--agent", "random"), "nothing/Here-v0"),
         (("no_module:Here-v0", "--agent", "random"), "no_module"),
         (("CartPole-v1", "--agent", "random"), "CartPole-v1 does not take these settings"),
@@ -185,9 +192,29 @@ def test_a_folder_that_cannot_be_written(
     assert str(tmp_path / "file") in error_of(capsys)
 
 
+def test_the_missing_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "atod_train.evaluation.eval_options")
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["--agent", "random", "--split", "test"]) == 2
+    assert "atod-eval needs the package tyro: pip install 'atod-gym[eval]'" in error_of(capsys)
+
+
+def test_help_and_unknown_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, status in ((["--help"], 0), (["compare", "--help"], 0), (["--agnet", "x"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == status
+    shown = capsys.readouterr()
+    assert "{None}" not in shown.out
+    assert "default: None" not in shown.out
+    assert "--agnet" in shown.err
+
+
 def test_the_default_folder_tells_what_it_holds() -> None:
-    options = parser().parse_args(["--agent", "random", "--split", "nq/dev"])
-    assert str(result_folder(options, chosen_agent(options), "atod/ALFWorld-v0")) == (
+    options = EvalOptions("random", "nq/dev")
+    assert str(result_folder(options, chosen_agent(options).label, "atod/ALFWorld-v0")) == (
         "runs/eval-ALFWorld-v0-nq-dev-random"
     )
 

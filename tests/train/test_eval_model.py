@@ -191,9 +191,19 @@ def test_mistakes_are_one_line(
     out = tmp_path / "out"
     assert play(out, named, *options) == 2
     shown = capsys.readouterr().err.splitlines()
-    [line] = [line for line in shown if line and not line.startswith("Loading weights")]
+    [line] = shown
     assert message in line
     assert not out.exists()
+
+
+def test_a_second_start_is_refused_before_the_model_is_loaded(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert play(tmp_path, run, "--tasks", "2") == 0
+    capsys.readouterr()
+    monkeypatch.setattr(local_model.LocalModel, "load", None)
+    assert play(tmp_path, run, "--tasks", "2") == 2
+    assert "holds 2 episodes already: continue with --resume" in capsys.readouterr().err
 
 
 def test_names_of_models_are_those_of_the_loader() -> None:

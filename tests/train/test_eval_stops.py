@@ -15,8 +15,9 @@ from served_chat import FakeChat
 
 from atod_gym.parsing import CompletionFormat
 from atod_train.evaluation.agents import Completion
-from atod_train.evaluation.chat import ChatEndpoint, ChatSettings
+from atod_train.evaluation.chat import ChatEndpoint
 from atod_train.evaluation.eval_cli import main
+from atod_train.evaluation.eval_options import ChatSettings, Sampling
 
 ENV_ID = "tests/StopsEcho-v0"
 MESSAGES = [{"role": "user", "content": "hm"}]
@@ -38,7 +39,7 @@ def ask(
     chat.answer = lambda _: text
 
     async def run() -> Completion:
-        endpoint = ChatEndpoint(ChatSettings("toy", base_url=chat.url, **settings))
+        endpoint = ChatEndpoint(ChatSettings("toy", chat.url, **settings), Sampling())
         try:
             for _ in range(times):
                 completion = await endpoint.complete(MESSAGES, form)
@@ -85,7 +86,7 @@ def test_it_can_be_switched_off(chat: FakeChat) -> None:
     assert ask(chat, text, TAGS, stop_at_action=False).text == text
     assert "stop" not in chat.posts[-1]
     # The user's own stop strings are left alone.
-    assert ask(chat, text, TAGS, extra_body={"stop": ["</act"]}).text == "<action>a"
+    assert ask(chat, text, TAGS, extra_body='{"stop": ["</act"]}').text == "<action>a"
     assert chat.posts[-1]["stop"] == ["</act"]
 
 
@@ -123,7 +124,7 @@ def ask_with(chat: FakeChat, answer: Any) -> Completion:
     chat.answer = answer
 
     async def run() -> Completion:
-        endpoint = ChatEndpoint(ChatSettings("toy", base_url=chat.url))
+        endpoint = ChatEndpoint(ChatSettings("toy", chat.url), Sampling())
         try:
             return await endpoint.complete(MESSAGES, TAGS)
         finally:
