@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -262,7 +263,8 @@ class Policy:
             card: text of its README.md; empty: none.
 
         Raises:
-            AtodError: a weight is NaN or infinite; nothing is written.
+            AtodError: a weight is NaN or infinite, or the weights cannot be written; what was
+                there stays.
         """
         weights = merged_weights(self.model)
         for name, weight in (weights or self.model.state_dict()).items():
@@ -281,6 +283,11 @@ class Policy:
             if card:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             _put_in_place(partial, target)
+        except SafetensorError as error:
+            raise AtodError(
+                f"The model {target} could not be written ({error}). Free disk space; what was "
+                "saved before is untouched."
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

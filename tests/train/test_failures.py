@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_policy import make_policy
 from test_trainer import CONFIG as WHOLE
 from test_trainer import _numbers, _resuming, _wait_for_step, _with
 
@@ -277,3 +278,28 @@ def test_resuming_needs_no_settings_that_change_nothing(tmp_path: Path) -> None:
 
     run_study(other(_with(CONFIG, steps=2)), tmp_path)
     assert len(read_metrics(tmp_path / "atod-seed0")) == 2
+
+
+_FULL_DISK = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+from test_policy import make_policy
+policy = make_policy()
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+policy.save(sys.argv[1])
+"""
+
+
+def test_a_disk_that_is_full_when_a_model_is_saved_is_one_line(tmp_path: Path) -> None:
+    make_policy(1).save(tmp_path / "best")
+    kept = (tmp_path / "best" / "model.safetensors").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL_DISK, str(tmp_path / "best"), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "AtodError: The model" in done.stderr.splitlines()[-1]
+    assert "Free disk space" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "best" / "model.safetensors").read_bytes() == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
