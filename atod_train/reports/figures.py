@@ -35,6 +35,7 @@ _REFERENCE_STYLES = {"start": ":", "teacher": "--"}
 _WINDOW = 5
 _SETTINGS: Any = {
     "svg.hashsalt": "report",
+    "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 10,
     "text.color": _INK,
@@ -144,8 +145,8 @@ def success_figure(results: Results, split: str | None = None) -> Figure:
     ]
     return Figure(
         f"Success: {split or 'all splits together'}",
-        "Dotted: start; dashed: teacher. Thick lines: means over seeds; thin lines: seeds. Bars at "
-        "the last step: 95 % bootstrap intervals over seeds and tasks.",
+        "Dotted: start; dashed: teacher. Thick lines: means over seeds; thin lines: seeds. Bars on "
+        "the right: 95 % bootstrap intervals over seeds and tasks.",
         f"Share of the tasks solved. At the end: {'; '.join(ends)}.",
         _svg(_success_paint(results, split), (7.0, 3.4)),
     )
@@ -210,7 +211,7 @@ def _paint_courses(axes: Any, results: Results, selection: Selection) -> None:
         if found := rate(results, model, selection):
             shown.append(100 * found.value)
             axes.axhline(shown[-1], color=_INK, linestyle=line, linewidth=1.3, label=model)
-    for label, style in styles(results).items():
+    for place, (label, style) in enumerate(styles(results).items(), start=1):
         seeds = courses(results, label, selection)
         mean = mean_course(seeds)
         if not mean:
@@ -227,7 +228,8 @@ def _paint_courses(axes: Any, results: Results, selection: Selection) -> None:
         shown += heights
         if found := rate(results, label, selection):
             low, high = 100 * found.low, 100 * found.high
-            axes.plot([max(mean)] * 2, [low, high], color=style.colour, linewidth=3, alpha=0.4)
+            beside = max(mean) * (1 + 0.025 * place)  # the next label's bar stands next to it
+            axes.plot([beside] * 2, [low, high], color=style.colour, linewidth=2, alpha=0.7)
             shown += [low, high]
     bottom, top = min(shown, default=0.0) - 5, max(shown, default=100.0) + 5
     axes.set(xlabel="step", ylim=(max(0.0, bottom), min(101.0, top)))

@@ -1,6 +1,6 @@
-"""What a run writes down while it trains: one JSON line per step, evaluations, time per phase.
+"""The records a run writes while it trains: metrics per step, evaluations, trajectories.
 
-Keys of metrics.jsonl. Only `step` is required; what a method does not have is left out, and a
+Keys of metrics.jsonl. Only `step` is required. A method without a quantity leaves it out; a
 number that is not finite is written as null. Shares and rates are 0..1.
 
     step                  1-based optimiser cycle
@@ -19,12 +19,12 @@ number that is not finite is written as null. Shares and rates are 0..1.
     invalid_share         share of turns whose action was not valid
     invalid/<reason>      how many turns were not valid for that reason; the most frequent ones
     completions_cut       share of turns whose completion reached train.max_completion_tokens
-    skipped_updates       updates of the step whose gradient was not finite: they moved nothing
+    skipped_updates       updates of the step that were skipped: their gradient was not finite
     actions/<verb>        mean valid actions of a trajectory that begin with that word
     rollout/logprob_drift      mean |sampling_logprobs - old_logprobs| per token, in nats
-    rollout/truncated_prompts  share of turns whose prompt lacks earlier turns for want of room
-    rollout/rendering_drift    share of the dialogues looked at whose text, encoded anew, gives
-                          other ids than were fed and sampled (`step_records.rendering_drift`)
+    rollout/truncated_prompts  share of turns whose prompt leaves out earlier turns to fit
+    rollout/rendering_drift    share of sampled dialogues whose text, encoded again, gives other
+                          ids than were sampled (`step_records.rendering_drift`)
     entropy               mean entropy of the policy per token before the update, in nats
     clip_fraction         share of tokens whose ratio was clipped
     loss, grad_norm       of the policy update, mean over its minibatches
@@ -60,10 +60,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TurnDisplay:
-    """One turn of a trajectory as the report shows it; None: not measured."""
+    """One turn of a trajectory as reports show it; None: not measured."""
 
     text: str
-    """What the environment had said."""
+    """The observation that the model answered."""
     completion: str
     action: str
     valid: bool
@@ -89,7 +89,7 @@ def _read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The steps of a run in order; keys as in the module's docstring, null as None.
+    """Return the steps of a run in order; keys as in the module's docstring, null as None.
 
     Returns:
         One dict per step; empty if the run has written nothing yet.
@@ -101,7 +101,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_evaluations(run_dir: Path) -> list[Evaluation]:
-    """The evaluations of a run in the order written; empty if there is none."""
+    """Return the evaluations of a run in the order written; empty if there is none."""
     return [
         Evaluation(
             record["step"], record.get("model", "student"), EvaluationResult.from_json(record)
@@ -111,7 +111,7 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
 
 
 def read_trajectories(run_dir: Path) -> list[TrajectoryRecord]:
-    """The trajectories kept for people, in the order written; empty if there is none."""
+    """Return the recorded trajectories in the order written; empty if there is none."""
     path = run_dir / TRAJECTORIES_FILE
     try:
         return [
@@ -128,10 +128,10 @@ def read_trajectories(run_dir: Path) -> list[TrajectoryRecord]:
 
 
 class MetricsWriter:
-    """Appends to the JSON-lines files of a run, and mirrors metrics as TensorBoard events.
+    """Append to the JSON-lines files of a run, and write metrics as TensorBoard events.
 
-    On resume every record after the resumed step is removed first, so that no step is there
-    twice. Each line is flushed to the system: a killed process loses at most the line it writes.
+    On resume every record after the resumed step is removed first, so that no step occurs
+    twice. Each line is flushed: a killed process loses at most the line it writes.
 
     Args:
         run_dir: the run folder; made if absent.
@@ -162,7 +162,7 @@ class MetricsWriter:
         self._events = _open_events(run_dir, resume_step) if tensorboard else None
 
     def write(self, metrics: Mapping[str, float | int | str | bool | None]) -> None:
-        """Appends the numbers of one step; `step` must be larger than the last.
+        """Append the metrics of one step; `step` must be larger than the last.
 
         Raises:
             RunFolderError: `step` is missing or not larger than the last one written.
@@ -180,7 +180,7 @@ class MetricsWriter:
                         self._events.add_scalar(key, float(value), step)
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
-        """Appends an evaluation, with the result of every task."""
+        """Append an evaluation, with the result of every task."""
         result = evaluation.result
         record = {"step": evaluation.step, "model": evaluation.model, **result.to_json()}
         with _naming(self.run_dir):
@@ -190,12 +190,12 @@ class MetricsWriter:
                 self._events.add_scalar(tag, result.success_rate, evaluation.step)
 
     def write_trajectory(self, trajectory: TrajectoryRecord) -> None:
-        """Appends a trajectory for people to read."""
+        """Append a trajectory."""
         with _naming(self.run_dir):
             _append_line(self.run_dir / TRAJECTORIES_FILE, asdict(trajectory))
 
     def close(self) -> None:
-        """Closes the files; may be called twice."""
+        """Close the files; may be called twice."""
         with _naming(self.run_dir):
             self._file.close()
             if self._events is not None:
@@ -216,7 +216,7 @@ class MetricsWriter:
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Adds the folder to an error that names no file, such as that of a full disk."""
+    """Add the folder to an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -231,7 +231,7 @@ def _append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _truncate_after(path: Path, last_step: int) -> None:
-    """Rewrites a JSON-lines file without records after `last_step` and without a torn line."""
+    """Rewrite a JSON-lines file without records after `last_step` and without a torn line."""
     if not path.is_file():
         return
     kept = [record for record in _read_steps(path) if record["step"] <= last_step]
@@ -247,14 +247,14 @@ def _open_events(run_dir: Path, resume_step: int | None) -> SummaryWriter:
             "or switch them off"
         ) from error
     _silence_event_threads()
-    # purge_step hides events of the steps that are about to be played again.
+    # purge_step hides events of the steps that are repeated.
     purge = None if resume_step is None else resume_step + 1
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
 
 
 @functools.cache
 def _silence_event_threads() -> None:
-    """Keeps threads that write events from printing a traceback where they cannot.
+    """Keep TensorBoard's writer threads from printing tracebacks of OSErrors.
 
     TensorBoard raises the error again in the next call of the writer, where it is handled.
     """

@@ -5,21 +5,21 @@ A row is one episode. Its keys are those of `Trajectory`, and
     format                "atod-trajectory/1"
     episode_return        sum of the turns' rewards
     sequences             what a model is trained on, one or more per episode, each with
-      input_ids           token ids, prompts and completions in order, never encoded anew
-      completion_mask     1 exactly on sampled tokens, 0 on prompts and what the environment said
+      input_ids           token ids, prompts and completions in order, as sampled
+      completion_mask     1 exactly on sampled tokens, 0 on prompts and observations
       sampling_logprobs   of each token, at the sampling temperature; 0.0 where the mask is 0
     turns                 in order, each with
       index, prompt, completion, action, reward, penalty, is_action_valid, turns_left_out,
       invalid_reason, finish_reason  as in `Turn`; prompt is a list of {role, content}
       sequence            number of its sequence
-      prompt_start        where what is new in this turn begins there
+      prompt_start        where the new tokens of this turn begin in it
       start, end          its completion is input_ids[start:end]
       disagreement, uncertainty, weight
                           d and h in nats per token and w of T-DUR (Eq. 13-16), or null
 
-In chat style an episode is one sequence, in window style every turn is one; a dialogue that began
-anew for want of room has several. A causal model predicts input_ids[t] from those before t.
-All keys are there in every row and always have the same type, as data sets need it.
+In chat style an episode is one sequence, in window style every turn is one; a dialogue that was
+restarted to fit has several. A causal model predicts input_ids[t] from those before t.
+Every row has all keys, always of the same type, as data sets require.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SAME_IN_TURN = (
 
 
 class TurnStatistics(NamedTuple):
-    """What the teacher said about a turn."""
+    """Statistics of a turn under the teacher."""
 
     disagreement: float
     uncertainty: float
@@ -56,7 +56,7 @@ class TurnStatistics(NamedTuple):
 def to_row(
     trajectory: Trajectory, statistics: Sequence[TurnStatistics] | None = None
 ) -> dict[str, Any]:
-    """The row of a trajectory, of JSON values only.
+    """Return the row of a trajectory, of JSON values only.
 
     Args:
         trajectory: one episode.
@@ -104,7 +104,7 @@ def to_row(
 
 
 def from_row(row: Mapping[str, Any]) -> tuple[Trajectory, tuple[TurnStatistics, ...] | None]:
-    """The trajectory and statistics that a row was made of; further keys are ignored.
+    """Return the trajectory and statistics that a row was made of; further keys are ignored.
 
     Raises:
         AtodError: it is no such row, or its parts do not fit together.
@@ -115,7 +115,7 @@ def from_row(row: Mapping[str, Any]) -> tuple[Trajectory, tuple[TurnStatistics, 
         turns = tuple(_turn(turn, row["sequences"]) for turn in row["turns"])
         record = Trajectory(**{name: row[name] for name in _SAME}, turns=turns)
         found = [tuple(turn[name] for name in TurnStatistics._fields) for turn in row["turns"]]
-        # What is not stored explicitly must be what the parts say, or the row was changed by hand.
+        # The row must equal the one of the trajectory it describes, or it was changed by hand.
         again = to_row(record)
         if again["sequences"] != [dict(part) for part in row["sequences"]]:
             raise ValueError("the turns do not cover the sequences")
@@ -144,7 +144,7 @@ def _turn(row: Mapping[str, Any], sequences: Sequence[Mapping[str, Any]]) -> Tur
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one row a line; the file is there whole or not at all.
+    """Write one row a line, atomically.
 
     Returns:
         The number of rows.
@@ -173,9 +173,9 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> Any:
-    """A Hugging Face `datasets.Dataset` of rows, with fixed types.
+    """Return a Hugging Face `datasets.Dataset` of rows, with fixed types.
 
-    `from_row` takes its rows as they come; so does `write_rows`, which keeps every digit, while
+    `from_row` and `write_rows` accept its rows; `write_rows` keeps every digit, while
     `Dataset.to_json` writes ten.
 
     Raises:

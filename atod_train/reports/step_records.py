@@ -1,4 +1,4 @@
-"""What is told about a step: its numbers, and a few trajectories for people to read."""
+"""The metrics of a step, and a few of its trajectories."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from atod_train.reports.metrics import TrajectoryRecord, TurnDisplay
 _SHOWN_TRAJECTORIES = 2
 _RENDERED_TRAJECTORIES = 16
 _SHOWN_REASONS = 5
-"""Why turns were not valid: the most frequent reasons of a step."""
+"""Most frequent reasons of invalid turns in a step."""
 
 
 def batch_metrics(
     batch: Batch, trajectories: Sequence[Trajectory], scores: TokenScores, advantages: Advantages
 ) -> dict[str, float]:
-    """The numbers of a step that follow from its rollout and advantages; keys as in `metrics`."""
+    """Return the metrics that follow from rollout and advantages; keys as in `metrics`."""
     mask = batch.completion_mask
     tokens = mask.sum().clamp(min=1)
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
@@ -67,22 +67,22 @@ def rendering_drift(
     dialogue: DialogueEncoder,
     limit: int = _RENDERED_TRAJECTORIES,
 ) -> float | None:
-    """How many dialogues would be trained on other ids if their text were encoded anew.
+    """Return the share of dialogues that would be trained on other ids if encoded from text.
 
-    The chat template's own rendering of the whole dialogue, encoded anew, is compared with the ids
-    that were fed and sampled. Training takes the latter, so a difference does no harm here; it
-    says how far off the data of trainers would be that keep text and encode it again, and so train
-    on ids that were not sampled (huggingface/trl #5224; #6250 mends such dialogues afterwards).
-    Differences come from completions that were not sampled in the tokenizer's own segmentation,
-    from completions that are no valid UTF-8, and from templates that strip thoughts or spaces.
+    The chat template's rendering of the whole dialogue, encoded again, is compared with the ids
+    that were sampled. This trainer uses the sampled ids, so a difference does no harm here. It
+    measures the error of trainers that keep text and encode it again (huggingface/trl #5224;
+    #6250 repairs such dialogues afterwards). Differences come from completions sampled in another
+    segmentation than the tokenizer's, from completions that are no valid UTF-8, and from templates
+    that strip thoughts or spaces.
 
     Args:
-        trajectories: of a step; one that left out turns is no whole dialogue and is passed over.
+        trajectories: of a step; those that left out turns are skipped.
         dialogue: encodes in chat style.
-        limit: look at no more than this many, spread over all of them.
+        limit: number of trajectories to compare, spread over all of them.
 
     Returns:
-        Share of the dialogues looked at; None if there was none, as always in window style.
+        None if there was no dialogue to compare, as always in window style.
 
     Raises:
         InvalidSettingError: a limit below 1.
@@ -104,15 +104,14 @@ def rendering_drift(
 
 
 def _is_rendered_alike(record: Trajectory, dialogue: DialogueEncoder) -> bool:
-    """Whether the dialogue, rendered from text, begins with what the model was fed and sampled."""
+    """Return whether the dialogue, rendered from text, begins with the sampled ids."""
     messages: list[Message] = []
     seen: list[int] = []
     for turn in record.turns:
         completion = dialogue.decode(turn.tokens.completion_ids)
         messages += [*turn.prompt, Message("assistant", completion)]
         seen += [*turn.tokens.prompt_ids, *turn.tokens.completion_ids]
-    # What the template writes at the end is not compared: the end of a turn that was cut, and a
-    # line break that may follow.
+    # The template's end is not compared: the end of a turn that was cut, and a line break.
     return dialogue.finished(messages)[: len(seen)] == seen
 
 
@@ -123,7 +122,7 @@ def trajectories_to_show(
     advantages: Advantages,
     has_teacher: bool,
 ) -> list[TrajectoryRecord]:
-    """A solved and a failed trajectory, if there are both, for people to read."""
+    """Return a solved and a failed trajectory, if there are both."""
     solved = [i for i, t in enumerate(trajectories) if t.success]
     failed = [i for i, t in enumerate(trajectories) if not t.success]
     records = []
