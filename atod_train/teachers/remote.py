@@ -36,6 +36,9 @@ PATIENCE = 600.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds between two tries: the pause doubles from the first to the longest."""
 
+_LONGEST_SLEEP = 0.5
+"""Seconds after which a signal is noticed."""
+
 _REQUESTS_AT_ONCE = 8
 _PROMPTS_PER_REQUEST = 32
 _TOKENS_PER_REQUEST = 16384
@@ -145,6 +148,8 @@ class RemoteTeacher:
         self._client = connect(url, timeout)
         self._threads = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         self.url = self._client.url
+        self.interrupted: Sequence[object] = ()
+        """While it holds something, a server that is away is not waited for."""
         [self._served] = self._call(lambda _: describe(self._client), [None])
         self.name = self._served.name
         longest = self._served.longest
@@ -219,7 +224,7 @@ class RemoteTeacher:
             if len(answers) > known:
                 patience.renew()
             if errors:
-                patience.wait(errors[-1])
+                patience.wait(errors[-1], self.interrupted)
         return [answers[index] for index in range(len(items))]
 
     def _logprobs(self, prompts: Sequence[_Prompt]) -> list[list[float]]:
@@ -296,7 +301,7 @@ class RemoteTeacher:
             unlike = sorted(set(unlike).difference(left_out))
             alone = self._call(lambda token_id: self._text([token_id]), unlike)
         except ServerError as error:
-            if error.status not in (404, 405):
+            if error.status not in (404, 405, 501):
                 raise
             warnings.warn(
                 f"The server at {self.url} has no /detokenize, so its vocabulary could not be "
@@ -318,7 +323,10 @@ class RemoteTeacher:
         body = {"model": self.name, "tokens": ids, "skip_special_tokens": False}
         answer = self._client.post("/detokenize", body)
         # vLLM has the first name, SGLang the second.
-        return str(answer.get("prompt", answer.get("text")))
+        text = answer.get("prompt", answer.get("text"))
+        if not isinstance(text, str):
+            raise ServerError(f"POST {self.url}/detokenize: no text in the answer", status=501)
+        return text
 
 
 class _Patience:
@@ -333,11 +341,12 @@ class _Patience:
         self._pause = FIRST_PAUSE
         self._is_reported = False
 
-    def wait(self, error: ServerError) -> None:
+    def wait(self, error: ServerError, interrupted: Sequence[object]) -> None:
         """Pause before the next try; report the first pause of an outage that is not short.
 
         Raises:
-            ServerError: the server is away for longer than `PATIENCE`, or asks for a longer pause.
+            ServerError: the server is away for longer than `PATIENCE`, or asks for a longer pause;
+                or `interrupted` holds something.
         """
         now = time.monotonic()
         self._until = min(self._until, now + PATIENCE)
@@ -354,13 +363,21 @@ class _Patience:
             line = f"waiting until {clock} for the teacher's server: {error}"
             print(line, file=sys.stderr, flush=True)
             self._is_reported = True
-        time.sleep(min(left, pause))
+        end = now + min(left, pause)
+        while (left := end - time.monotonic()) > 0 and not interrupted:
+            time.sleep(min(left, _LONGEST_SLEEP))
+        if interrupted:
+            raise ServerError(
+                f"The run was stopped while the teacher's server was away. {error}",
+                status=error.status,
+                code=error.code,
+            ) from error
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
 
 def _is_away(error: ServerError) -> bool:
     """Return whether the same request may be answered later: 0 is a failed connection."""
-    return error.status in (0, 408, 429) or error.status >= 500
+    return error.status in (0, 408, 429) or (error.status >= 500 and error.status != 501)
 
 
 def _prompts(batch: Batch) -> dict[int, _Prompt]:

@@ -21,14 +21,15 @@ import torch
 from starlette.applications import Starlette
 from starlette.requests import Request
 
-from atod_gym.errors import AtodError
+from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.batch import make_batch
+from atod_train.memory import OutOfMemory, memory_errors
 from atod_train.models.policy import Policy
 from atod_train.models.pretrained import LoadOptions, load_policy
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from env_servers import process
 from env_servers.endpoints import About, Endpoint, build_application
-from env_servers.options import ServiceOptions, add_options
+from env_servers.options import ServiceOptions, add_options, read_options
 from env_servers.service import ErrorResponder, ServiceError, program_version
 
 MOST_TOKENS = 2**16
@@ -227,17 +228,16 @@ class _Handlers:
             )
 
     def _score(self, prompts: Sequence[Sequence[int]]) -> list[Choice]:
+        budget = self._teacher.tokens_per_microbatch
+        advice = (
+            "Send fewer tokens, or start the server with a smaller --tokens-per-microbatch (now "
+            f"{budget})."
+        )
         try:
-            scored = prompt_logprobs(
-                self._teacher.policy, prompts, self._teacher.tokens_per_microbatch
-            )
-        except torch.OutOfMemoryError as error:
-            raise ServiceError(
-                413,
-                "out_of_memory",
-                "The model ran out of memory. Send fewer tokens, or start the server with a "
-                f"smaller --tokens-per-microbatch (now {self._teacher.tokens_per_microbatch}).",
-            ) from error
+            with memory_errors("scoring prompts", advice):
+                scored = prompt_logprobs(self._teacher.policy, prompts, budget)
+        except OutOfMemory as error:
+            raise ServiceError(413, "out_of_memory", str(error)) from error
         if any(value != value for logprobs in scored for value in logprobs):
             raise ServiceError(422, "not_a_number", "The model gives NaN for these prompts.")
         return [
@@ -279,8 +279,48 @@ def prompt_logprobs(
     return [row[: len(ids) - 1] for row, ids in zip(scores, prompts, strict=True)]
 
 
+def serve(
+    model: str,
+    service: ServiceOptions,
+    *,
+    load: LoadOptions,
+    max_context: int,
+    tokens_per_microbatch: int,
+) -> None:
+    """Load a model and serve it until SIGTERM or Ctrl-C.
+
+    Args:
+        model: a folder, a hub name or smollm2.
+        service: address, token and limits of the server.
+        load: device and precision.
+        max_context: longest prompt, in tokens; 0: that of the model, at most `MOST_TOKENS`.
+        tokens_per_microbatch: padded tokens that go through the model at once.
+
+    Raises:
+        AtodError: the model cannot be loaded, or an option is out of range.
+        StartError: the server cannot listen.
+    """
+    process.exit_on_signals()
+    if service.parent is not None:
+        process.watch_parent(service.parent)
+    if max_context < 0:
+        raise InvalidSettingError(f"--max-context must be 0 or more, not {max_context}.")
+    if tokens_per_microbatch < 1:
+        raise InvalidSettingError(
+            f"--tokens-per-microbatch must be at least 1, not {tokens_per_microbatch}."
+        )
+    token = process.read_token(service.token_env)
+    policy = load_policy(model, load, samples=False)
+    longest = min(max_context or MOST_TOKENS, policy.max_positions)
+    teacher = ServedTeacher(policy, longest, tokens_per_microbatch)
+    listener = process.open_socket(service.host, service.port, has_token=token is not None)
+    app = create_app(teacher, token, service.allowed_host, service.max_body)
+    with listener:
+        process.serve(app, listener, service="teacher")
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Serve until SIGTERM or Ctrl-C; 2 with one line on standard error if it cannot start."""
+    """Read the options and serve; 2 with one line on standard error if it cannot start."""
     parser = argparse.ArgumentParser(
         prog="atod-train serve-teacher",
         description="Score prompts for students on other machines (--model.teacher URL).",
@@ -289,28 +329,26 @@ def main(arguments: Sequence[str]) -> int:
     add_options(parser, ServiceOptions, port=8000, max_body=_MAX_BODY)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--max-context", type=int, default=0, help="longest prompt in tokens")
+    parser.add_argument(
+        "--max-context",
+        type=int,
+        default=0,
+        help=f"longest prompt in tokens; 0: that of the model, at most {MOST_TOKENS}",
+    )
     parser.add_argument("--tokens-per-microbatch", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=0, help="of the processor; 0: all")
     chosen = parser.parse_args(arguments)
-    process.exit_on_signals()
-    if chosen.parent is not None:
-        process.watch_parent(chosen.parent)
-    if chosen.threads:
+    if chosen.threads > 0:
         torch.set_num_threads(chosen.threads)
     try:
-        token = process.read_token(chosen.token_env)
-        options = LoadOptions(device=chosen.device, dtype=chosen.dtype)
-        policy = load_policy(chosen.model, options, samples=False)
-        most = policy.max_positions
-        teacher = ServedTeacher(
-            policy, min(chosen.max_context or most, most), max(1, chosen.tokens_per_microbatch)
+        serve(
+            chosen.model,
+            read_options(ServiceOptions, chosen),
+            load=LoadOptions(device=chosen.device, dtype=chosen.dtype),
+            max_context=chosen.max_context,
+            tokens_per_microbatch=chosen.tokens_per_microbatch,
         )
-        listener = process.open_socket(chosen.host, chosen.port, has_token=token is not None)
     except (AtodError, process.StartError) as error:
         print(f"atod-train: error: {error}", file=sys.stderr)
         return 2
-    app = create_app(teacher, token, chosen.allowed_host, chosen.max_body)
-    with listener:
-        process.serve(app, listener, service="teacher")
     return 0

@@ -1,4 +1,4 @@
-"""Signals that stop a run after its step, and memory that runs out."""
+"""Signals that stop a run after its step."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-import torch
-
-from atod_gym.errors import AtodError
 
 _ECHO_SECONDS = 1.0
 """Launchers repeat a signal to processes that have received it already."""
@@ -53,31 +49,3 @@ def interruptible(
     finally:
         for number, handler in previous:
             signal.signal(number, handler)
-
-
-class OutOfMemory(AtodError):
-    """Memory of the device or the processor ran out; the message says what needs less."""
-
-
-@contextmanager
-def memory_errors(doing: str, advice: str) -> Iterator[None]:
-    """Turn an error of an allocator into one line.
-
-    Args:
-        doing: what was being done, such as `making the update`.
-        advice: which settings to change.
-
-    Raises:
-        OutOfMemory: an allocation failed within.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-            part in text for part in ("allocate memory", "out of memory", "ALLOC_FAILED")
-        )
-        if not is_memory:
-            raise
-        cause = text.partition("\n")[0].partition(". ")[0]
-        raise OutOfMemory(f"Memory ran out while {doing} ({cause}). {advice}") from error

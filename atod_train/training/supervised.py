@@ -35,6 +35,7 @@ from atod_train.config import Precision, RunConfig
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.files import read_json, write_json
+from atod_train.memory import memory_errors
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.policy import MODEL_SHAPES, Policy, build_policy
 from atod_train.models.pretrained import (
@@ -57,7 +58,6 @@ from atod_train.reports.run_folder import RunFolderError
 from atod_train.reports.statistics import InvalidCountsError
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import seed_for, tasks_for_step
-from atod_train.training.bookkeeping import memory_errors
 from atod_train.training.checks import DivergedError
 from atod_train.training.muon import Muon
 

@@ -34,7 +34,7 @@ from atod_train.batch import make_batch
 from atod_train.config import RunConfig
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
-from atod_train.memory import give_back
+from atod_train.memory import give_back, memory_errors
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
@@ -46,7 +46,8 @@ from atod_train.reports.step_records import batch_metrics, rendering_drift, traj
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, nothing_fits, seed_for, tasks_for_step
 from atod_train.teachers.local import LocalTeacher, Teacher
-from atod_train.training.bookkeeping import interruptible, memory_errors
+from atod_train.teachers.remote import RemoteTeacher
+from atod_train.training.bookkeeping import interruptible
 from atod_train.training.checks import check_scores, check_skipped, check_weights
 from atod_train.training.inputs import HiddenInputs
 from atod_train.training.run_record import RunRecord
@@ -130,6 +131,8 @@ class Trainer:
             progress(settings.steps, f"{name}, seed {settings.seed}") as advance,
             record.saving_if_it_fails(),
         ):
+            if isinstance(self.teacher, RemoteTeacher):
+                self.teacher.interrupted = interrupted
             advance(record.done.step)
             self._evaluate_if_due()
             while record.done.step < settings.steps:

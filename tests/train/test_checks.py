@@ -21,6 +21,7 @@ from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train import cli
 from atod_train.config import RunConfig
 from atod_train.files import read_json
+from atod_train.memory import OutOfMemory, memory_errors
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.pretrained import load_policy
 from atod_train.presets import PRESETS
@@ -30,7 +31,6 @@ from atod_train.reports.run_folder import RunFolderError
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.study import run_study
 from atod_train.training import supervised, trainer
-from atod_train.training.bookkeeping import OutOfMemory, memory_errors
 from atod_train.training.checkpoint import saved_checkpoints
 from atod_train.training.checks import check_settings
 from atod_train.training.inputs import HiddenInputs, fingerprint

@@ -238,7 +238,15 @@ def test_a_server_that_refuses_is_not_asked_again(status: int) -> None:
 
 def test_what_a_server_asks_to_wait_is_waited(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(remote_teacher.time, "sleep", pauses.append)
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        pauses.append(seconds)
+
+    monkeypatch.setattr(remote_teacher.time, "sleep", sleep)
+    monkeypatch.setattr(remote_teacher.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(remote_teacher, "_LONGEST_SLEEP", 1e9)
     with FakeTeacher(_vllm, VLLM_MODELS) as fake:
         remote = RemoteTeacher(fake.url, STUDENT)
         fake.mishaps.extend([429] * 9)
@@ -259,6 +267,20 @@ def test_what_a_server_asks_to_wait_is_waited(monkeypatch: pytest.MonkeyPatch) -
             fake.retry_after = unusable
             fake.mishaps.append(429)
             remote.score(random_batch())
+
+
+def test_a_signal_ends_the_waiting() -> None:
+    with FakeTeacher(_vllm, VLLM_MODELS) as fake:
+        remote = RemoteTeacher(fake.url, STUDENT)
+        fake.mishaps.extend([500] * 100)
+        remote.interrupted = interrupted = list[object]()
+        with ThreadPoolExecutor(1) as thread:
+            scores = thread.submit(remote.score, random_batch())
+            while len(fake.mishaps) == 100:
+                time.sleep(0.01)
+            interrupted.append("SIGTERM")
+            with pytest.raises(ServerError, match=r"stopped while .* was away.*500"):
+                scores.result(timeout=5)
 
 
 # -- answers as vLLM and SGLang publish them -----------------------------------------------------
@@ -389,9 +411,10 @@ def test_an_endpoint_without_logprobs_is_refused(models: Any) -> None:
         RemoteTeacher(fake.url, STUDENT)
 
 
-def test_an_endpoint_without_texts_gives_a_warning() -> None:
+@pytest.mark.parametrize("absent", [(404, {"detail": "Not Found"}), (501, {}), {"tokens": []}])
+def test_an_endpoint_without_texts_gives_a_warning(absent: Any) -> None:
     def wordless(path: str, body: Any) -> Any:
-        return (404, {"detail": "Not Found"}) if path == "/detokenize" else _sglang(path, body)
+        return absent if path == "/detokenize" else _sglang(path, body)
 
     with (
         FakeTeacher(wordless, SGLANG_MODELS) as fake,

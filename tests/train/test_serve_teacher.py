@@ -224,6 +224,9 @@ def test_what_cannot_be_served_is_one_line(
     assert main(["serve-teacher", str(tmp_path / "absent")]) == 2
     assert "Cannot load a causal language model" in capsys.readouterr().err
     TEACHER.save(tmp_path / "t")
+    for option, value in (("--max-context", "-1"), ("--tokens-per-microbatch", "0")):
+        assert main(["serve-teacher", str(tmp_path / "t"), option, value]) == 2
+        assert f"{option} must be" in capsys.readouterr().err
     port = url.rpartition(":")[2]
     assert main(["serve-teacher", str(tmp_path / "t"), "--port", port]) == 2
     assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
