@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from atod_gym.errors import AtodError
-from atod_train.models.fast.kv_cache import SlotCache
-from atod_train.models.fast.packed import Feed, can_be_packed, last_states
-from atod_train.models.fast.padded import padded_logits, padded_prefill
+from atod_train.models.decoding import Feed, new_cache, padded_logits
+from atod_train.models.fast.packed import can_be_packed, packed_logits
 from atod_train.models.fast.prefix_trees import laid_out
 from atod_train.models.policy import Policy, max_positions
 
@@ -136,26 +135,14 @@ def _check_model(policy: Policy, samples: bool) -> None:
 
 
 def _sampled(policy: Policy, feeds: list[list[int]], tokens: list[int]) -> Tensor:
-    """Return [2 k, vocabulary]: after each row's feed, then after its next token."""
-    ends = [len(feed) for feed in feeds]
-    following = [[tokens[end]] for end in ends]
-    is_packed = can_be_packed(policy)
-    layers = policy.model.config.num_hidden_layers
-    cache = SlotCache(layers, len(feeds), policy.device, is_masked=not is_packed)
-    cache.reserve(2 * max(ends))
+    """Return [2 k, vocabulary]: logits after each row's feed, then after its next token."""
+    cache = new_cache(policy, len(feeds))
+    cache.reserve(len(tokens))
+    next_logits = packed_logits if can_be_packed(policy) else padded_logits
+    first = [Feed(row, 0, ids) for row, ids in enumerate(feeds)]
+    second = [Feed(feed.row, feed.end, [tokens[feed.end]]) for feed in first]
     with policy.precision():
-        if is_packed:
-            states = [
-                last_states(policy.model, cache, [Feed(i, s, f) for i, (s, f) in enumerate(rows)])
-                for rows in (zip([0] * len(feeds), feeds, strict=True),
-                             zip(ends, following, strict=True))
-            ]  # fmt: skip
-            return policy.logits(torch.cat(states))
-        first = padded_prefill(policy, cache, [0] * len(feeds), feeds)
-        ids = torch.tensor(following, device=policy.device)
-        positions = torch.tensor(ends, device=policy.device)[:, None]
-        second = padded_logits(policy, cache, 0, ids, positions, max(ends) + 1)
-    return torch.cat([first, second])
+        return torch.cat([next_logits(policy, cache, part) for part in (first, second)])
 
 
 def _distance(logits: Tensor, logprobs: Tensor) -> float:

@@ -1,10 +1,9 @@
-"""Batched sampling for many episodes at once, with a cache that outlives the turn.
+"""Sample the completions of many episodes at once, with a cache that outlives the turn.
 
-In chat style each turn feeds only what is new: the tokens that follow the last completion. In
-window style every turn starts afresh with its full prompt, of which only what follows the part in
-common with the last one is computed. What several episodes are fed after the same context, as those
-of a group are until they part, is computed once. Each episode draws from a random stream of its
-own, so what it samples does not depend on which other episodes are active.
+Each turn feeds only what the cache does not hold. In chat style that is what follows the last
+completion; in window style, the part of the new prompt behind what it has in common with the last
+sequence. Episodes with the same tokens, as those of a group until they differ, are computed once.
+Each episode draws from a random stream of its own, so its samples do not depend on the others.
 """
 
 from __future__ import annotations
@@ -18,16 +17,12 @@ from torch import Tensor
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.parsing import CompletionFormat
 from atod_train.models.checks import check_config
+from atod_train.models.decoding import Feed, new_cache, padded_logits
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.fast.kv_cache import SlotCache
-from atod_train.models.fast.packed import Feed, can_be_packed, last_states
-from atod_train.models.fast.padded import padded_logits, padded_prefill
+from atod_train.models.fast.packed import can_be_packed, packed_logits
 from atod_train.models.fast.prefix_trees import common_prefix
 from atod_train.models.policy import Policy
 from atod_train.records import FinishReason
-
-_PACKED_TOKENS = 2**14
-"""New tokens that go through the model at once where they are packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +38,31 @@ class Completion:
 
 
 class _Episode:
-    """Where one episode stands in the cache."""
+    """The tokens of one episode, and how many of them the cache holds."""
 
-    __slots__ = ("held", "is_fresh", "pending", "slot", "stream")
+    __slots__ = ("cached", "ids", "is_fresh", "row", "stream")
 
-    def __init__(self, slot: int, seed: int) -> None:
-        self.slot = slot
-        self.held: list[int] = []  # tokens whose keys and values are in the cache
-        self.is_fresh = True  # the next feed is a whole prompt
-        self.pending: list[int] = []  # sampled last and not yet fed
+    def __init__(self, row: int, seed: int) -> None:
+        self.row = row  # of the cache
+        self.ids: list[int] = []  # prompts and completions
+        self.cached = 0  # first ones of `ids` whose keys and values are in the cache
+        self.is_fresh = True  # the next prompt is a whole one
         self.stream = torch.Generator().manual_seed(seed)
 
-    @property
-    def context_length(self) -> int:
-        return 0 if self.is_fresh else len(self.held) + len(self.pending)
+    def extend(self, prompt: Sequence[int]) -> None:
+        """Add a prompt: what follows the last completion, or a whole one."""
+        if not self.is_fresh:
+            self.ids += prompt
+            return
+        # At least one token is fed, to have logits after it.
+        self.cached = min(self.cached, common_prefix(self.ids, prompt), len(prompt) - 1)
+        self.ids = list(prompt)
+        self.is_fresh = False
 
-    def take(self, ids: Sequence[int]) -> list[int]:
-        """What must be computed to feed new tokens; forgets what the cache holds beyond them."""
-        feed = [*self.pending, *ids]
-        if self.is_fresh:
-            # At least one token is fed, to have logits after it.
-            common = common_prefix(self.held, feed[:-1])
-            del self.held[common:]
-            feed = feed[common:]
-            self.is_fresh = False
-        self.pending = []
+    def feed(self) -> Feed:
+        """Return the tokens that the cache lacks; afterwards it holds all."""
+        feed = Feed(self.row, self.cached, self.ids[self.cached :])
+        self.cached = len(self.ids)
         return feed
 
 
@@ -151,9 +146,9 @@ class Generator:
         self._stop_rule = StopRule(dialogue, completion_format)
         self.max_context = max_context or policy.max_positions
         self._generator = generator or torch.Generator().manual_seed(0)
-        self._is_packed = can_be_packed(policy)
+        self._next_logits = packed_logits if can_be_packed(policy) else padded_logits
         self._episodes: list[_Episode] = []
-        self._cache = self._new_cache(0)
+        self._cache = new_cache(policy, 0)
 
     def start(self, episodes: int, *, before: int = 0, after: int = 0) -> None:
         """Forget everything and begin `episodes` new episodes, the rows 0 .. episodes - 1.
@@ -164,8 +159,8 @@ class Generator:
         count = before + episodes + after
         seeds = torch.randint(2**62, (count,), generator=self._generator).tolist()
         own = seeds[before : before + episodes]
-        self._episodes = [_Episode(slot, seed) for slot, seed in enumerate(own)]
-        self._cache = self._new_cache(episodes)
+        self._episodes = [_Episode(row, seed) for row, seed in enumerate(own)]
+        self._cache = new_cache(self.policy, episodes)
 
     def restart(self, row: int) -> None:
         """Forget what an episode was fed: its next feed is a whole prompt; its stream goes on.
@@ -173,7 +168,7 @@ class Generator:
         Args:
             row: Number of the episode; its `context_length` is 0 from now on.
         """
-        self._episodes[row].is_fresh, self._episodes[row].pending = True, []
+        self._episodes[row].is_fresh = True
 
     def fits(self, row: int, new_ids: Sequence[int]) -> bool:
         """Whether an episode's new tokens and its longest completion fit `max_context`.
@@ -190,7 +185,8 @@ class Generator:
 
     def context_length(self, row: int) -> int:
         """Tokens of prompts and completions that an episode holds so far."""
-        return self._episodes[row].context_length
+        episode = self._episodes[row]
+        return 0 if episode.is_fresh else len(episode.ids)
 
     def prompt(
         self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]
@@ -218,164 +214,94 @@ class Generator:
     def _prompt(
         self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]
     ) -> list[Completion | None]:
-        fitting = [
-            index
-            for index, (row, ids) in enumerate(zip(rows, new_ids, strict=True))
-            if self.fits(row, ids)
-        ]
-        completions: list[Completion | None] = [None] * len(rows)
-        if self.dialogue.style == "window":
-            for index in fitting:
-                self.restart(rows[index])
-        if fitting:
-            feeds = {index: self._episodes[rows[index]].take(new_ids[index]) for index in fitting}
-            leaders = self._arrange({rows[index]: feed for index, feed in feeds.items()})
-            fitting.sort(key=lambda i: (rows[i] in leaders, self._episodes[rows[i]].slot))
-            episodes = [self._episodes[rows[index]] for index in fitting]
-            places = {rows[index]: place for place, index in enumerate(fitting)}
-            copies = [places[leaders[rows[i]]] for i in fitting if rows[i] in leaders]
-            done = self._complete(episodes, [feeds[index] for index in fitting], copies)
-            for index, completion in zip(fitting, done, strict=True):
-                completions[index] = completion
-        return completions
+        fitting = []
+        for row, ids in zip(rows, new_ids, strict=True):
+            if self.fits(row, ids):
+                if self.dialogue.style == "window":
+                    self.restart(row)
+                self._episodes[row].extend(ids)
+                fitting.append(self._episodes[row])
+        completions = self._complete(fitting) if fitting else {}
+        return [completions.get(self._episodes[row]) for row in rows]
 
-    def _arrange(self, feeds: dict[int, list[int]]) -> dict[int, int]:
-        """Finds episodes that hold, and are fed, what another one holds and is fed.
-
-        Without packing the episodes get the first slots, these ones the last of them.
-
-        Returns:
-            For each of these rows the other one's.
-        """
-        alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-        leaders: dict[int, int] = {}
-        for row, feed in feeds.items():
-            held = self._episodes[row].held
-            others = alike.setdefault((len(held), tuple(feed)), [])
-            leader = next((other for other in others if self._episodes[other].held == held), None)
-            if leader is None:
-                others.append(row)
-            else:
-                leaders[row] = leader
-        if not self._is_packed:  # packed rows may have any slots
-            self._gather([self._episodes[row] for row in feeds if row not in leaders])
-            self._gather([self._episodes[row] for row in feeds])
-        return leaders
-
-    def _new_cache(self, slots: int) -> SlotCache:
-        layers = self.policy.model.config.num_hidden_layers
-        return SlotCache(layers, slots, self.policy.device, is_masked=not self._is_packed)
-
-    def _gather(self, episodes: list[_Episode]) -> None:
-        """Give `episodes` the first slots; whoever is in the way changes places with them."""
-        count = len(episodes)
-        wanted = {id(episode) for episode in episodes}
-        outside = [episode for episode in episodes if episode.slot >= count]
-        in_the_way = [e for e in self._episodes if e.slot < count and id(e) not in wanted]
-        pairs = list(zip(outside, in_the_way, strict=True))
-        sources = [e.slot for pair in pairs for e in pair]
-        targets = [e.slot for first, second in pairs for e in (second, first)]
-        longest = max((len(e.held) for pair in pairs for e in pair), default=0)
-        self._cache.move(sources, targets, longest)
-        for first, second in pairs:
-            first.slot, second.slot = second.slot, first.slot
-
-    def _complete(
-        self, episodes: list[_Episode], feeds: list[list[int]], copies: list[int]
-    ) -> list[Completion]:
-        """Prefill and decode the episodes.
-
-        Args:
-            episodes: without packing they hold the slots 0 .. k - 1 in this order.
-            feeds: the new tokens of each.
-            copies: for each of the last episodes the place among `episodes` of one that holds and
-                is fed the same.
-        """
-        device = self.policy.device
-        ends = [len(e.held) + len(feed) for e, feed in zip(episodes, feeds, strict=True)]
-        room = max(ends)
-        if not self._is_packed:
-            # Rows are padded to the widest feed, also those that hold the most already.
-            room = max(map(len, feeds)) + max(len(e.held) for e in episodes)
-        self._cache.reserve(room + self.max_completion_tokens)
-        alone = len(episodes) - len(copies)
-        logits = self._prefill(episodes[:alone], feeds[:alone])
-        if copies:
-            sources = [episodes[place].slot for place in copies]
-            self._cache.move(sources, [episode.slot for episode in episodes[alone:]], max(ends))
-            logits = torch.cat([logits, logits[copies]])
-        for episode, feed in zip(episodes, feeds, strict=True):
-            episode.held += feed
+    def _complete(self, episodes: list[_Episode]) -> dict[_Episode, Completion]:
+        """Sample one completion for each episode, whose last tokens are a prompt."""
+        longest = max(len(episode.ids) for episode in episodes)
+        self._cache.reserve(longest + self.max_completion_tokens)
+        self._compact(episodes)
+        episodes = sorted(episodes, key=lambda episode: episode.row)
+        logits = self._prefill(episodes)
         uniforms = self._uniforms(episodes)
         sampled: list[list[int]] = [[] for _ in episodes]
         scores: list[list[float]] = [[] for _ in episodes]
-        alive = list(range(len(episodes)))
-        positions = torch.tensor(ends, device=device)
+        reasons: list[FinishReason] = ["length"] * len(episodes)
+        active = list(range(len(episodes)))
         for step in range(self.max_completion_tokens):
-            ids, logprobs = self._sample(logits, uniforms[alive, step])
-            for row, token, score in zip(alive, ids.tolist(), logprobs.tolist(), strict=True):
-                sampled[row].append(token)
-                scores[row].append(score)
-            alive = [row for row in alive if self._stop_rule.reason(sampled[row]) is None]
-            if not alive or step + 1 == self.max_completion_tokens:
+            if step:
+                feeds = [episodes[i].feed() for i in active]
+                logits = self._next_logits(self.policy, self._cache, feeds)
+            drawn = self._sample(logits, uniforms[active, step])
+            # The host waits for the device here alone, once for each token.
+            tokens, logprobs = torch.stack([part.double() for part in drawn]).tolist()
+            still = []
+            for i, token, logprob in zip(active, tokens, logprobs, strict=True):
+                sampled[i].append(int(token))
+                scores[i].append(logprob)
+                episodes[i].ids.append(int(token))
+                if reason := self._stop_rule.reason(sampled[i]):
+                    reasons[i] = reason
+                else:
+                    still.append(i)
+            active = still
+            if not active:
                 break
-            if self._is_packed:
-                logits = self._feed(
-                    [Feed(episodes[row].slot, ends[row] + step, sampled[row][-1:]) for row in alive]
-                )
-                continue
-            # Finished rows between the others are computed too, which costs less than moving the
-            # cache; what they write lies beyond their context and is overwritten next turn.
-            count = alive[-1] + 1
-            visible = max(ends[row] for row in alive) + step + 1
-            latest = torch.tensor([ids[-1:] for ids in sampled[:count]], device=device)
-            logits = padded_logits(
-                self.policy, self._cache, 0, latest, positions[:count, None] + step, visible
-            )[alive]
-        return [
-            self._finish(episode, ids, values)
-            for episode, ids, values in zip(episodes, sampled, scores, strict=True)
-        ]
+        return {
+            episode: Completion(tuple(sampled[i]), tuple(scores[i]), reasons[i])
+            for i, episode in enumerate(episodes)
+        }
 
-    def _finish(self, episode: _Episode, ids: list[int], logprobs: list[float]) -> Completion:
-        # The last token was sampled but not fed: it goes first in the next turn.
-        episode.held += ids[:-1]
-        episode.pending = [ids[-1]]
-        reason = self._stop_rule.reason(ids) or "length"
-        return Completion(tuple(ids), tuple(logprobs), reason)
+    def _compact(self, episodes: list[_Episode]) -> None:
+        """Give the episodes the first rows of the cache, so that attention reads them in place.
 
-    def _prefill(self, episodes: list[_Episode], feeds: list[list[int]]) -> Tensor:
-        """Feed the new tokens; logits [k, vocabulary] after the last of each row."""
-        held = [len(episode.held) for episode in episodes]
-        if not self._is_packed:
-            return padded_prefill(self.policy, self._cache, held, feeds)
-        return self._feed(
-            [
-                Feed(e.slot, start, feed)
-                for e, start, feed in zip(episodes, held, feeds, strict=True)
-            ]
-        )
+        Others that had these rows are no longer cached: their tokens would be fed again.
+        """
+        count = len(episodes)
+        taken = {episode.row for episode in episodes}
+        evicted = [e for e in self._episodes if e.row < count and e.row not in taken]
+        movers = [episode for episode in episodes if episode.row >= count]
+        sources, targets = [e.row for e in movers], [e.row for e in evicted]
+        self._cache.copy(sources, targets, max((e.cached for e in movers), default=0))
+        for mover, other in zip(movers, evicted, strict=True):
+            mover.row, other.row, other.cached = other.row, mover.row, 0
 
-    def _feed(self, feeds: Sequence[Feed]) -> Tensor:
-        """Feed new tokens without padding; logits [k, vocabulary] after each feed's last one."""
-        logits = []
-        first = tokens = 0
-        for after, feed in enumerate(feeds, 1):
-            tokens += len(feed.ids)
-            if tokens >= _PACKED_TOKENS or after == len(feeds):
-                states = last_states(self.policy.model, self._cache, feeds[first:after])
-                logits.append(self.policy.logits(states))
-                first, tokens = after, 0
-        return torch.cat(logits)
+    def _prefill(self, episodes: list[_Episode]) -> Tensor:
+        """Feed the prompts; return the logits [k, vocabulary] after them."""
+        leaders = self._leaders(episodes)
+        first = list(dict.fromkeys(leaders))
+        logits = self._next_logits(self.policy, self._cache, [leader.feed() for leader in first])
+        if len(first) < len(episodes):
+            pairs = [(a, b) for a, b in zip(leaders, episodes, strict=True) if a is not b]
+            longest = max(leader.cached for leader in first)
+            self._cache.copy([a.row for a, _ in pairs], [b.row for _, b in pairs], longest)
+            for leader, episode in pairs:
+                episode.cached = leader.cached
+            number = {leader: i for i, leader in enumerate(first)}
+            logits = logits[[number[leader] for leader in leaders]]
+        return logits
+
+    def _leaders(self, episodes: list[_Episode]) -> list[_Episode]:
+        """Return for each episode the first one with the same tokens, often itself."""
+        first: dict[tuple[int, ...], _Episode] = {}
+        return [first.setdefault(tuple(episode.ids), episode) for episode in episodes]
 
     def _uniforms(self, episodes: list[_Episode]) -> Tensor:
-        """[k, max_completion_tokens] float64 in [0, 1), each row from its episode's stream."""
+        """Return [k, max_completion_tokens] float64 in [0, 1), a row of each episode's stream."""
         size = self.max_completion_tokens
         rows = [torch.rand(size, generator=e.stream, dtype=torch.float64) for e in episodes]
-        return torch.stack(rows).to(self.policy.device)
+        return torch.stack(rows)
 
     def _sample(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids [n] int64 and their log-probs [n] float32."""
+        """Sample from n distributions; return ids [n] int64 and their log-probs [n] float32."""
         if self.temperature == 0:
             logprobs = logits.log_softmax(dim=-1)
             ids = logits.argmax(dim=-1)
@@ -385,7 +311,7 @@ class Generator:
             # Inverse of the cumulative distribution; in double precision, so that a large
             # vocabulary leaves no gap at the end and an impossible token is never chosen.
             cumulative = logprobs.double().exp_().cumsum_(dim=-1)
-            thresholds = uniforms[:, None] * cumulative[:, -1:]
+            thresholds = uniforms[:, None].to(logits.device) * cumulative[:, -1:]
             ids = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1)
             ids = ids.clamp(max=logits.shape[-1] - 1)
         return ids, logprobs.gather(-1, ids[:, None]).squeeze(1)

@@ -29,8 +29,8 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from atod_gym.errors import AtodError, InvalidSettingError
-from atod_train.models.fast.last_layer import at, can_be_chosen, can_take_trees, only_at
-from atod_train.models.fast.prefix_trees import Part, crossover_of, parts
+from atod_train.models.fast.llama import is_llama_on_cpu, last_layer_at, take
+from atod_train.models.fast.prefix_trees import Part, can_take_trees, crossover_of, parts
 from atod_train.models.lora import merged_weights
 from atod_train.models.scores import MicroBatch, score_tokens
 from atod_train.records import Batch, TokenScores
@@ -171,10 +171,10 @@ class Policy:
             [s, w, width].
         """
         # Layers that are computed again in the backward pass would then be computed in full.
-        if can_be_chosen(self.model) and not self.gradient_checkpointing:
-            with only_at(self.model, wanted):
+        if is_llama_on_cpu(self.model) and not self.gradient_checkpointing:
+            with last_layer_at(self.model, wanted):
                 return self.hidden_states(input_ids, **inputs)
-        return at(self.hidden_states(input_ids, **inputs), wanted)
+        return take(self.hidden_states(input_ids, **inputs), wanted)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [.., vocabulary] float32 from hidden states [.., width].

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -71,9 +72,9 @@ def watched(watch: Stopwatch) -> Iterator[None]:
         setattr(Generator, name, watch.around(label, before[name]))
     timed = Generator._prefill
 
-    def count(self: Generator, episodes: Any, feeds: list[list[int]]) -> Tensor:
-        watch.fed += sum(map(len, feeds))
-        return timed(self, episodes, feeds)
+    def count(self: Generator, episodes: list[Any]) -> Tensor:
+        watch.fed += sum(len(e.ids) - e.cached for e in set(self._leaders(episodes)))
+        return timed(self, episodes)
 
     Generator._prefill = count  # type: ignore[method-assign]
     rollout.next_prompt = watch.around("prompts", next_prompt)
@@ -88,19 +89,11 @@ def watched(watch: Stopwatch) -> Iterator[None]:
 @contextmanager
 def unshared() -> Iterator[None]:
     """Our generation as it would be if prompts shared nothing."""
-    common, arrange = generation.common_prefix, Generator._arrange
-
-    def only_gather(self: Generator, feeds: dict[int, list[int]]) -> dict[int, int]:
-        self._gather([self._episodes[row] for row in feeds])
-        return {}
-
-    generation.common_prefix = lambda first, second: 0
-    Generator._arrange = only_gather  # type: ignore[method-assign]
-    try:
+    with (
+        mock.patch.object(generation, "common_prefix", return_value=0),
+        mock.patch.object(Generator, "_leaders", lambda self, episodes: episodes),
+    ):
         yield
-    finally:
-        generation.common_prefix = common
-        Generator._arrange = arrange  # type: ignore[method-assign]
 
 
 def ours(policy: Policy, pool: EnvPool, options: argparse.Namespace) -> tuple[int, str]:
@@ -144,7 +137,7 @@ def ours(policy: Policy, pool: EnvPool, options: argparse.Namespace) -> tuple[in
     sampled = sum(len(turn.tokens.completion_ids) for turn in turns)
     text = (
         f"{shares} s; the prompts have {whole} tokens, of which {watch.fed} were computed "
-        "(padding included)"
+        "(without padding)"
     )
     return sampled, text
 

@@ -106,7 +106,7 @@ def main() -> None:
     def everything() -> Iterator[None]:
         no = mock.Mock(return_value=False)
         with (
-            mock.patch.object(policy, "can_be_chosen", no),
+            mock.patch.object(policy, "is_llama_on_cpu", no),
             mock.patch.object(generation, "can_be_packed", no),
         ):
             yield

@@ -290,7 +290,7 @@ def test_keys_are_cached_in_the_precision_of_the_layers(
     generator.start(1)
     generator.prompt([[5, 6, 7]], [0])
     layer: Any = generator._cache.layers[0]
-    assert layer.stored_keys.dtype == layer.stored_values.dtype == torch.bfloat16
+    assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
 
 
 def test_sampling_settings_of_a_checkpoint_are_dropped(tmp_path: Path) -> None:

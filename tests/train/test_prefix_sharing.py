@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from atod_train.batch import make_batch
 from atod_train.config import PromptStyle
 from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.fast.packed import packed_logits
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.records import TokenizedTurn, Trajectory, Turn
@@ -48,7 +49,7 @@ def test_a_group_computes_its_first_prompt_once(style: PromptStyle, fed: list[in
     prompts = [first, other, first, first, other, first, first]
     completions = generator.prompt(prompts, range(7))
     padded = 2 * max(len(first), len(other))
-    assert fed == [len(first) + len(other) if generator._is_packed else padded]
+    assert fed == [len(first) + len(other) if generator._next_logits is packed_logits else padded]
     records = [
         Trajectory(0, "t", "k", (_turn(0, ids, c, False),), True, False, "terminated", True, 1.0)
         for ids, c in zip(prompts, completions, strict=True)
@@ -116,7 +117,7 @@ def test_what_follows_the_same_context_is_computed_once(fed: list[int]) -> None:
     generator.start(4)
     # The last one is fed something of its own, and is left out later.
     generator.prompt([prompt, prompt, prompt, other], range(4))
-    assert fed == [10 + 5] if generator._is_packed else [2 * 10]
+    assert fed == [10 + 5] if generator._next_logits is packed_logits else [2 * 10]
     fed.clear()
     generator.prompt(seen[0], [0, 1, 2])
     assert fed == [2 * (1 + 5)]  # beginning with the token that was sampled last

@@ -22,8 +22,7 @@ from transformers import (
 
 from atod_train.batch import make_batch
 from atod_train.models import policy as policy_module
-from atod_train.models.fast.last_layer import can_take_trees
-from atod_train.models.fast.prefix_trees import crossover_of, joined, parts
+from atod_train.models.fast.prefix_trees import can_take_trees, crossover_of, joined, parts
 from atod_train.models.policy import Policy, Reference, build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn

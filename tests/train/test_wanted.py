@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from atod_train.models.fast.last_layer import can_be_chosen, only_at, places
+from atod_train.models.fast.llama import is_llama_on_cpu, last_layer_at
+from atod_train.models.fast.prefix_trees import places
 from atod_train.models.policy import Policy, build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 
@@ -42,7 +43,7 @@ def test_states_and_gradients_are_the_same(
     layers: int, heads: int, key_heads: int, bias: bool
 ) -> None:
     policy = make_model(layers, heads, key_heads, attention_bias=bias, mlp_bias=bias)
-    assert can_be_chosen(policy.model)
+    assert is_llama_on_cpu(policy.model)
     ids = torch.randint(0, len(TOKENIZER), (3, 20))
     wanted = torch.tensor([[19, 0, 7], [3, 3, 4], [12, 18, 1]])
     rows = torch.arange(3)[:, None]
@@ -64,7 +65,7 @@ def test_the_model_is_left_as_it_was() -> None:
     policy = make_model(2, 2, 2)
     ids = torch.randint(0, len(TOKENIZER), (2, 9))
     before = policy.hidden_states(ids)
-    with only_at(policy.model, torch.zeros(2, 1, dtype=torch.int64)):
+    with last_layer_at(policy.model, torch.zeros(2, 1, dtype=torch.int64)):
         assert policy.hidden_states(ids).shape == (2, 1, 32)
         with pytest.raises(IndexError):
             policy.hidden_states(torch.full((2, 9), 10**6))
@@ -110,7 +111,7 @@ def test_layers_of_other_models_compute_everything() -> None:
         max_position_embeddings=64,
     )
     policy = Policy(Qwen3ForCausalLM(config).eval(), TOKENIZER, "other")
-    assert not can_be_chosen(policy.model)
+    assert not is_llama_on_cpu(policy.model)
     ids = torch.randint(0, len(TOKENIZER), (2, 10))
     wanted = torch.tensor([[9], [4]])
     expected = policy.hidden_states(ids)[torch.arange(2)[:, None], wanted]
@@ -118,7 +119,7 @@ def test_layers_of_other_models_compute_everything() -> None:
 
 
 def test_models_from_scratch_take_the_short_way() -> None:
-    assert can_be_chosen(build_policy("micro", TOKENIZER, seed=0).model)
+    assert is_llama_on_cpu(build_policy("micro", TOKENIZER, seed=0).model)
 
 
 @settings(max_examples=50, deadline=None)

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from atod_train.batch import Minibatch, length_buckets, select_sequences
-from atod_train.models.fast.last_layer import additive_mask, places
+from atod_train.models.fast.llama import additive_mask
 from atod_train.records import Batch
 
 Tree = tuple[list[int], int]
@@ -185,6 +186,42 @@ def laid_out(groups: list[list[list[int]]], size: int) -> PrefixTrees:
             standing.append(place)
             last = sequence
     return PrefixTrees(ids, positions, visible, torch.tensor(trees), torch.stack(standing))
+
+
+def can_take_trees(model: PreTrainedModel) -> bool:
+    """Whether a model attends as a mask says and takes positions that are not in a row.
+
+    Sliding windows are masks of their own, and other kinds of positions follow from a mask.
+    """
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
+    return (
+        hasattr(model.base_model, "rotary_emb")
+        and not kinds
+        and not getattr(model.config, "sliding_window", None)
+        and model.config._attn_implementation == "sdpa"
+    )
+
+
+def places(sequence: Tensor, position: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+    """Puts wanted positions into one row for each sequence.
+
+    Args:
+        sequence: [m] int64: which sequence each position is in.
+        position: [m] int64.
+        sequences: number of sequences s.
+
+    Returns:
+        wanted: [s, w] int64, rows that have fewer padded with 0.
+        column: [m] int64: position i stands at wanted[sequence[i], column[i]].
+    """
+    order = torch.argsort(sequence, stable=True)
+    counts = torch.bincount(sequence, minlength=sequences)
+    firsts = counts.cumsum(0) - counts
+    column = torch.empty_like(sequence)
+    column[order] = torch.arange(len(sequence), device=sequence.device) - firsts[sequence[order]]
+    wanted = sequence.new_zeros(sequences, int(counts.max()))
+    wanted[sequence, column] = position
+    return wanted, column
 
 
 def crossover_of(config: Any) -> int:
