@@ -6,14 +6,16 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from atod_gym.errors import AtodError, MissingExtraError
-from atod_train.config import RunConfig, StudyConfig
-from atod_train.presets import PRESETS
+from atod_train.config import SECTIONS, RunConfig
+from atod_train.presets import PRESETS, keep_loaded_models, with_options
 
 _DESCRIPTION = """Train a student with one or several methods from a preset's settings.
 
@@ -43,104 +45,113 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from atod_train.studies import study_cli
 
             return study_cli.results(chosen[1:])
-        import tyro  # noqa: F401 - whether it is there
     except ImportError as error:
         print(f"atod-train: {_missing(error)}", file=sys.stderr)
         return 2
     if chosen[:1] == ["study"]:
         from atod_train.studies import study_cli
 
-        return _guarded("the same command", study_cli.study, chosen[1:], _parsed)
+        return _guarded("the same command with --resume", study_cli.study, chosen[1:])
     if chosen[:1] == ["resume"]:
         return _guarded("the same command", _resume, chosen[1:])
-    config = _parsed(chosen)
-    preset = next((name for name in chosen if name in PRESETS), "run")
-    out = Path(config.study.out or Path("runs") / preset)
-    return _guarded("the same command with --study.resume", _run, config, out)
+    return _guarded("the same command with --resume", _start, chosen)
 
 
-def _parsed(arguments: list[str]) -> RunConfig:
-    """The settings of a command line that begins with a preset."""
-    import tyro
+@dataclass(frozen=True)
+class TrainCommand(RunConfig):
+    """Make one run."""
 
+    out: str = ""
+    """Folder of the study; empty: runs/<preset>."""
+    resume: bool = False
+    """Continue runs that the folder holds; finished ones too, if train.steps is larger."""
+    preset: tyro.conf.Suppress[str] = ""
+
+
+@dataclass(frozen=True)
+class QuickstartCommand(TrainCommand):
+    """Make ATOD and OPD on the same start, teacher and tasks."""
+
+    runs: tuple[str, ...] | None = None
+    """Runs of the study to make: atod, opd."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds to make each run with."""
+    jobs: int | None = None
+    """Runs at the same time, each in a process of its own. 2 by default."""
+
+
+def _start(arguments: list[str]) -> None:
+    """Make the runs of a preset."""
+    from atod_train.studies.file import QUICKSTART, Selection, read_study, study_of
+    from atod_train.studies.study import run_study
+
+    command = _parsed(arguments)
+    config = RunConfig(*(getattr(command, name) for name in SECTIONS))
+    out = Path(command.out or Path("runs") / command.preset)
+    if isinstance(command, QuickstartCommand):
+        default = PRESETS["houses-tiny"].config
+        for name, old, new in (
+            ("algorithm.method", default.algorithm.method, config.algorithm.method),
+            ("train.seed", default.train.seed, config.train.seed),
+        ):
+            if old != new:
+                raise AtodError(
+                    f"{name}={new} cannot be set: the quickstart's runs have their own (--runs, "
+                    f"--seeds). For one run: atod-train houses-tiny --{name} {new}"
+                )
+        selection = Selection(command.seeds, None, command.runs, command.jobs)
+        study = read_study(QUICKSTART, out, selection, config)
+    else:
+        study = study_of(config, out, name=command.preset)
+    run_study(study, out, command.resume)
+
+
+def _parsed(arguments: list[str]) -> TrainCommand:
+    """Return the settings of a command line that begins with a preset."""
     # tyro takes no keys but those of a default: a preset's options are added to what was given.
-    configs = {
-        name: (preset.summary, _with_options(preset.config, {})) for name, preset in PRESETS.items()
+    presets = {name: preset.config for name, preset in PRESETS.items()}
+    commands: dict[str, tuple[str, TrainCommand]] = {
+        "quickstart": (
+            "ATOD beside OPD on generated houses, six to nine minutes on a processor",
+            QuickstartCommand(**_bare(presets["houses-tiny"]), preset="quickstart"),
+        )
     }
-    config: RunConfig = tyro.extras.overridable_config_cli(
-        configs, prog="atod-train", description=_DESCRIPTION, args=arguments
+    for name, preset in PRESETS.items():
+        commands[name] = (preset.summary, TrainCommand(**_bare(preset.config), preset=name))
+    command: TrainCommand = tyro.extras.overridable_config_cli(
+        commands, prog="atod-train", description=_DESCRIPTION, args=arguments
     )
-    own = next(PRESETS[name].config.env.options for name in arguments if name in PRESETS)
-    config = _with_options(config, own | config.env.options)
+    default = presets["houses-tiny" if command.preset == "quickstart" else command.preset]
+    command = with_options(command, default)
     if any(argument.startswith("--start.epochs") for argument in arguments):
-        return config
-    return _loaded_models_stay(config)
+        return command
+    return keep_loaded_models(command)
 
 
-def _loaded_models_stay(config: RunConfig) -> RunConfig:
-    """The passes over demonstrations that a preset names are for models made from scratch."""
-    from atod_train.models.policy import MODEL_SHAPES
-
-    models = (config.model.student, config.model.teacher)
-    student, teacher = (
-        epochs if name in MODEL_SHAPES else 0.0
-        for name, epochs in zip(models, config.start.epochs, strict=True)
-    )
-    return replace(config, start=replace(config.start, epochs=(student, teacher)))
-
-
-def _with_options(config: RunConfig, options: dict[str, int | str]) -> RunConfig:
-    return replace(config, env=replace(config.env, options=options))
+def _bare(config: RunConfig) -> dict[str, Any]:
+    """Return the sections of settings without options of the environment."""
+    return {
+        **{name: getattr(config, name) for name in SECTIONS},
+        "env": replace(config.env, options={}),
+    }
 
 
 def _resume(arguments: Sequence[str]) -> None:
     """Continue the runs of a folder with the settings that are kept there.
 
     Raises:
-        AtodError: not one folder, or no run in it.
+        AtodError: not one folder, or no study in it.
     """
-    from atod_train.files import read_json
-    from atod_train.reports.run_folder import CONFIG_FILE, read_config
+    from atod_train.studies.file import read_kept_study
+    from atod_train.studies.study import run_study
 
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise AtodError(
             "resume takes one folder, such as `atod-train resume runs/quickstart`; all settings "
             "are those kept in it."
         )
-    out = Path(arguments[0])
-    if (out / CONFIG_FILE).is_file():  # of one run
-        out = out.parent
-    runs = sorted(out.glob(f"*/{CONFIG_FILE}"))
-    if not runs:
-        raise AtodError(
-            f"{out} holds no run of atod-train ({CONFIG_FILE} in a folder for each run). The runs "
-            "of a study file continue with `atod-train study FILE`."
-        )
-    config = read_config(runs[0].parent)
-    # Runs that have not begun have no folder yet: the others name them.
-    kept = read_json(runs[0]).get("study", {})
-    study = StudyConfig(
-        out=str(out),
-        methods=tuple(kept.get("methods", ())),
-        seeds=tuple(kept.get("seeds", ())),
-        jobs=int(kept.get("jobs", 1)),
-        resume=True,
-    )
-    _run(replace(config, study=study), out)
-
-
-def _run(config: RunConfig, out: Path) -> None:
-    from atod_train.distributed import is_main_process
-    from atod_train.reports.results import results_of
-    from atod_train.reports.run_summary import read_run
-    from atod_train.reports.tables import all_tables, as_text
-    from atod_train.studies.study import run_study
-
-    report = run_study(config, out)
-    if is_main_process():
-        runs = [read_run(path.parent) for path in sorted(out.glob("*/config.json"))]
-        print(as_text(all_tables(results_of(out.name, runs), by_split=True)))
-        print(f"report: {report}")
+    study, out = read_kept_study(Path(arguments[0]))
+    run_study(study, out, resume=True)
 
 
 def _guarded(again: str, work: Callable[..., None], *arguments: Any) -> int:
@@ -160,11 +171,11 @@ def _told(again: str, work: Callable[..., None], *arguments: Any) -> int:
     try:
         work(*arguments)
     except StoppedByUser as stop:
-        print(f"atod-train: {stop}; {again} goes on from there", file=sys.stderr)
+        print(f"atod-train: {stop}; {again} continues from there", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print(
-            f"atod-train: stopped at once; {again} goes on from the last checkpoint",
+            f"atod-train: stopped at once; {again} continues from the last checkpoint",
             file=sys.stderr,
         )
         return 130

@@ -29,7 +29,7 @@ class EnvConfig:
     """auto, official, generated, or a path to data."""
     options: dict[str, int | str] = field(default_factory=dict)
     """Further keyword arguments for gym.make, such as house_size tiny or products 100; those of a
-    preset (quickstart: house_size tiny; webshop-tiny: products 300; searchqa-tiny: entities 10000,
+    preset (houses-tiny: house_size tiny; webshop-tiny: products 300; searchqa-tiny: entities 10000,
     topk 1, task_types one_hop) stay where they are not given."""
     max_turns: int = 30
     """Turn limit of an episode."""
@@ -157,36 +157,20 @@ class TrainConfig:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class StudyConfig:
-    """Which runs are made of the same settings: every method with every seed."""
-
-    out: str = ""
-    """Folder of the results; empty: runs/<preset>."""
-    methods: tuple[Method, ...] = ()
-    """Methods to run one after the other; empty: algorithm.method alone."""
-    seeds: tuple[int, ...] = ()
-    """Seeds to run each method with; empty: train.seed alone."""
-    jobs: int = 1
-    """Runs at the same time, each in a process of its own."""
-    resume: bool = False
-    """Go on with what is in the folder: runs that have all of `train.steps` are kept, others
-    continue; a finished run too, if steps were added."""
-    label: str = ""
-    """What a run is called in tables and figures; empty: its method."""
+SECTIONS = ("env", "model", "start", "algorithm", "train")
+"""Of the settings, in the order of `RunConfig`."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run depends on; written beside its results as config.json."""
+    """Everything a run depends on; config.json in its folder."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     start: StartConfig = field(default_factory=StartConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    study: StudyConfig = field(default_factory=StudyConfig)
 
     def with_seed(self, seed: int) -> RunConfig:
-        """The same settings with another seed."""
+        """Return the same settings with another seed."""
         return replace(self, train=replace(self.train, seed=seed))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from atod_train.config import (
     AlgorithmConfig,
@@ -10,9 +12,10 @@ from atod_train.config import (
     ModelConfig,
     RunConfig,
     StartConfig,
-    StudyConfig,
     TrainConfig,
 )
+
+Settings = TypeVar("Settings", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "quickstart": Preset(
-        "generated houses, CPU only, six to nine minutes: start, teacher, ATOD and OPD",
+    "houses-tiny": Preset(
+        "generated houses, on a processor, about four minutes (the settings of quickstart)",
         RunConfig(
             env=EnvConfig(
                 data="generated",
@@ -50,7 +53,6 @@ PRESETS: dict[str, Preset] = {
                 eval_every=20,
                 lr=3e-4,
             ),
-            study=StudyConfig(methods=("atod", "opd"), jobs=2),
         ),
     ),
     "alfworld-tiny": Preset(
@@ -72,11 +74,10 @@ PRESETS: dict[str, Preset] = {
                 lr=3e-4,
                 max_completion_tokens=8,
             ),
-            study=StudyConfig(methods=("atod", "opd", "grpo"), jobs=2),
         ),
     ),
     "webshop-tiny": Preset(
-        "a generated shop of 300 products, CPU only: start, teacher, ATOD and OPD",
+        "a generated shop of 300 products, on a processor",
         RunConfig(
             env=EnvConfig(
                 id="atod/WebShop-v0",
@@ -105,11 +106,10 @@ PRESETS: dict[str, Preset] = {
                 eval_every=45,
                 lr=1e-4,
             ),
-            study=StudyConfig(methods=("atod", "opd"), jobs=2),
         ),
     ),
     "searchqa-tiny": Preset(
-        "one-hop questions on a generated world, CPU only: start, teacher, ATOD and OPD",
+        "one-hop questions on a generated world, on a processor",
         RunConfig(
             env=EnvConfig(
                 id="atod/SearchQA-v0",
@@ -139,7 +139,45 @@ PRESETS: dict[str, Preset] = {
                 eval_every=50,
                 lr=2e-4,
             ),
-            study=StudyConfig(methods=("atod", "opd"), jobs=2),
         ),
     ),
 }
+
+
+def parse_settings(default: RunConfig, arguments: Sequence[str], prog: str) -> RunConfig:
+    """Return settings changed by arguments such as `--train.steps 4`.
+
+    Args:
+        default: what arguments change; options of the environment are added to its own.
+        arguments: of a command line, without its command.
+        prog: the command, for messages.
+
+    Raises:
+        SystemExit: an argument is wrong; the reason is on the standard error stream.
+    """
+    import tyro
+
+    bare = replace(default, env=replace(default.env, options={}))  # else tyro takes its keys alone
+    config: RunConfig = tyro.cli(RunConfig, default=bare, args=list(arguments), prog=prog)
+    return with_options(config, default)
+
+
+def with_options(config: Settings, default: RunConfig) -> Settings:
+    """Return settings whose environment also has the options of a default."""
+    options = default.env.options | config.env.options
+    return replace(config, env=replace(config.env, options=options))
+
+
+def keep_loaded_models(config: Settings) -> Settings:
+    """Return settings whose passes over demonstrations are 0 for models that are loaded.
+
+    Those of a preset are for models made from scratch.
+    """
+    from atod_train.models.policy import MODEL_SHAPES
+
+    models = (config.model.student, config.model.teacher)
+    student, teacher = (
+        epochs if name in MODEL_SHAPES else 0.0
+        for name, epochs in zip(models, config.start.epochs, strict=True)
+    )
+    return replace(config, start=replace(config.start, epochs=(student, teacher)))

@@ -39,7 +39,7 @@ def test_every_preset_named_exists() -> None:
     presets = pytest.importorskip("atod_train.presets")
     for name in re.findall(r"atod-train ([a-z][\w-]+)", README):
         assert (
-            name in ("doctor", "resume", "serve-teacher", "study", "results")
+            name in ("quickstart", "doctor", "resume", "serve-teacher", "study", "results")
             or name in presets.PRESETS
         ), name
 

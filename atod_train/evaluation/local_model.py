@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atod_gym.errors import InvalidSettingError, MissingExtraError
-from atod_train.config import RunConfig
+from atod_train.config import SECTIONS, RunConfig
 from atod_train.evaluation.agents import Completion
 from atod_train.evaluation.eval_records import AgentTurn, EpisodeRecord
 from atod_train.evaluation.play import PlayedEnv
 from atod_train.files import read_json
 from atod_train.reports.evaluations import EvaluationMode
-from atod_train.reports.run_folder import CONFIG_FILE, SECTIONS, read_config
+from atod_train.reports.run_folder import CONFIG_FILE, read_config
 
 if TYPE_CHECKING:
     from atod_train.evaluation.eval_options import Sampling

@@ -15,6 +15,7 @@ Files of a run folder, all UTF-8 JSON or JSON lines:
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from atod_train.config import (
+    SECTIONS,
     AlgorithmConfig,
     EnvConfig,
     ModelConfig,
@@ -39,11 +41,9 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 TRAJECTORIES_FILE = "trajectories.jsonl"
 CONFIG_FILE = "config.json"
-SECTIONS = ("env", "model", "start", "algorithm", "train")
-"""Of the settings that a run depends on."""
 MANIFEST_FILE = "manifest.json"
 SUMMARY_FILE = "summary.json"
-ANOTHER_FOLDER = "choose another folder (--study.out; --out for a study file)"
+ANOTHER_FOLDER = "choose another folder (--out)"
 PACKAGES = ("atod-gym", "torch", "transformers", "tokenizers", "safetensors", "gymnasium", "numpy")
 
 
@@ -68,25 +68,37 @@ def read_config(run_dir: Path) -> RunConfig:
     """
     path = run_dir / CONFIG_FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        # JSON knows lists only, where the settings have tuples.
-        parts: dict[str, dict[str, Any]] = {
-            part: {k: tuple(v) if isinstance(v, list) else v for k, v in record[part].items()}
-            for part in SECTIONS
-        }
-        return RunConfig(
-            env=EnvConfig(**parts["env"]),
-            model=ModelConfig(**parts["model"]),
-            start=StartConfig(**parts["start"]),
-            algorithm=AlgorithmConfig(**parts["algorithm"]),
-            train=TrainConfig(**parts["train"]),
-        )
+        return config_from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{path} is no config of this version: {error}") from error
 
 
+def config_from_json(record: Mapping[str, Any]) -> RunConfig:
+    """Return the settings of a JSON object.
+
+    Raises:
+        KeyError, TypeError: a section is missing, or a setting is not of this version.
+    """
+
+    def plain(value: Any) -> Any:  # JSON has neither tuples nor infinity
+        if not isinstance(value, list):
+            return value
+        return tuple(math.inf if item is None else item for item in value)
+
+    parts: dict[str, dict[str, Any]] = {
+        part: {key: plain(value) for key, value in record[part].items()} for part in SECTIONS
+    }
+    return RunConfig(
+        env=EnvConfig(**parts["env"]),
+        model=ModelConfig(**parts["model"]),
+        start=StartConfig(**parts["start"]),
+        algorithm=AlgorithmConfig(**parts["algorithm"]),
+        train=TrainConfig(**parts["train"]),
+    )
+
+
 def check_same_settings(run_dir: Path, config: RunConfig) -> None:
-    """Refuses to go on with, or to count, a run that was made with other settings.
+    """Refuse to continue, or to count, a run that was made with other settings.
 
     What a step does not depend on, but for rounding, may change: the number of steps, when the
     student is evaluated and saved, devices, and what only costs memory or time.
@@ -95,22 +107,31 @@ def check_same_settings(run_dir: Path, config: RunConfig) -> None:
         OtherSettingsError: a setting differs.
         RunFolderError: config.json cannot be read.
     """
-    saved = read_config(run_dir)
+    if difference := first_difference(read_config(run_dir), config):
+        name, old, new = difference
+        raise OtherSettingsError(
+            f"{run_dir} was run with {name}={old!r}, not {new!r}; continue it with the same "
+            f"settings, or {ANOTHER_FOLDER}"
+        )
+
+
+def first_difference(
+    saved: RunConfig, wanted: RunConfig, sections: Sequence[str] = SECTIONS
+) -> tuple[str, Any, Any] | None:
+    """Return the first setting on which a run depends that differs, and both values."""
     free = {"steps", "eval_every", "save_every"}
     free |= {"device", "teacher_device", "tokens_per_microbatch", "gradient_checkpointing"}
-    if is_url(saved.model.teacher) and is_url(config.model.teacher):
+    if is_url(saved.model.teacher) and is_url(wanted.model.teacher):
         free |= {"teacher"}  # its server may have moved
-    for part in SECTIONS:
+    for part in sections:
         # As JSON has them: no infinity, which is none of a value that is not finite.
         old, new = (
-            without_infinities(asdict(getattr(settings, part))) for settings in (saved, config)
+            without_infinities(asdict(getattr(settings, part))) for settings in (saved, wanted)
         )
         for name in new:
             if name not in free and old[name] != new[name]:
-                raise OtherSettingsError(
-                    f"{run_dir} was run with {part}.{name}={old[name]!r}, not {new[name]!r}; go on "
-                    f"with the same settings, or {ANOTHER_FOLDER}"
-                )
+                return f"{part}.{name}", old[name], new[name]
+    return None
 
 
 def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:

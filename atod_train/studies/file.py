@@ -1,12 +1,12 @@
-"""Studies from one small file: named runs, each with several seeds, on one or more environments.
+"""Studies: what they are, their TOML files, and the settings that are kept in their folders.
 
-TOML, with the settings of `atod-train <preset>` by their names on the command line:
+A study file has the settings of `atod-train <preset>` by their names on the command line:
 
     seeds = [0, 1, 2]
     jobs = 2
 
-    [environments.houses]             # a folder of the study; start, teacher and tasks are its own
-    preset = "quickstart"
+    [environments.houses]             # start, teacher and tasks are its own
+    preset = "houses-tiny"
     "train.steps" = 60
 
     [runs.atod]                       # a line of the tables
@@ -16,33 +16,86 @@ TOML, with the settings of `atod-train <preset>` by their names on the command l
     "algorithm.shape" = "adaptive"
 
 Runs may change `algorithm.*` and `train.*` alone, so that start, teacher and tasks are the same for
-all of them; `train.seed` is for `seeds` to decide. Every step is saved unless `train.save_every`
-says otherwise: a study that is killed loses no more than the step under way.
+all of them; `train.seed` is for `seeds` to decide.
+
+The run `opd` with seed 1 lies in the folder `opd-seed1` of the study. Where the file has several
+environments, each has a folder in that of the study. `study.json` has the settings of all runs, so
+that those which have not begun continue too.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from atod_gym.errors import InvalidSettingError
 from atod_train.config import RunConfig
-from atod_train.presets import PRESETS
+from atod_train.files import FileError, read_json, write_json
+from atod_train.presets import PRESETS, keep_loaded_models, parse_settings
 from atod_train.reports.results import FOLDER_NAME, REFERENCES
-from atod_train.studies.study import Run
+from atod_train.reports.run_folder import (
+    ANOTHER_FOLDER,
+    CONFIG_FILE,
+    OtherSettingsError,
+    config_from_json,
+    first_difference,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ParseArguments = Callable[[list[str]], RunConfig]
-"""Reads a command line that begins with a preset."""
-
+QUICKSTART = Path(__file__).with_name("quickstart.toml")
+STUDY_FILE = "study.json"
 _KEYS = {"seeds", "jobs", "environments", "runs"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study."""
+
+    label: str
+    """Its name in tables; runs that differ only in their seed share it."""
+    config: RunConfig
+    folder: Path
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the folder holds the run."""
+        return (self.folder / CONFIG_FILE).is_file()
+
+
+@dataclass(frozen=True)
+class StudyPart:
+    """The runs on one environment: they share the start, the teacher and the tasks."""
+
+    name: str
+    folder: Path
+    runs: tuple[Run, ...]
+    settings: Mapping[str, RunConfig]
+    """Of all labels, whether their runs are selected or not; each run has a seed of its own."""
+
+    @property
+    def config(self) -> RunConfig:
+        """What all runs share, whichever are selected: start and teacher are evaluated once."""
+        return next(iter(self.settings.values())).with_seed(0)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs, and how many of them are made at the same time."""
+
+    parts: tuple[StudyPart, ...]
+    jobs: int = 1
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs of all environments."""
+        return [run for part in self.parts for run in part.runs]
 
 
 @dataclass(frozen=True)
@@ -56,36 +109,33 @@ class Selection:
     """How many runs at the same time."""
 
 
-@dataclass(frozen=True)
-class StudyPart:
-    """The runs on one environment."""
+def study_of(config: RunConfig, out: Path, *, name: str = "run", label: str = "") -> Study:
+    """Return the study of one run.
 
-    name: str
-    runs: tuple[Run, ...]
-    """The selected ones; none where the environment is not selected."""
-    folder: Path
-    settings: Mapping[str, RunConfig]
-    """Of all runs of the file, selected or not, by their labels; each run has a seed of its own."""
-
-    @property
-    def config(self) -> RunConfig:
-        """What all runs share; it does not depend on the selection."""
-        return next(iter(self.settings.values()))
+    Args:
+        config: its settings.
+        out: folder of the study.
+        name: of its environment in the results.
+        label: of the run; empty: its method.
+    """
+    label = label or config.algorithm.method
+    run = Run(label, config, out / f"{label}-seed{config.train.seed}")
+    return Study((StudyPart(name, out, (run,), {label: config}),))
 
 
 def read_study(
-    path: Path, out: Path, parse: ParseArguments, selection: Selection | None = None
-) -> tuple[StudyPart, ...]:
-    """Reads a study file.
+    path: Path, out: Path, selection: Selection | None = None, base: RunConfig | None = None
+) -> Study:
+    """Read a study file.
 
     Args:
         path: the file.
-        out: folder of the study; each environment has a folder in it.
-        parse: reads settings as the command line has them.
+        out: folder of the study.
         selection: makes a part of the study only.
+        base: settings of the environment, in place of those of the file.
 
     Returns:
-        A part for every environment of the file.
+        A part for every environment of the file; one that is not selected has no runs.
 
     Raises:
         InvalidSettingError: the file cannot be read, or something in it has no meaning; says what.
@@ -95,14 +145,14 @@ def read_study(
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidSettingError(f"Cannot read the study {path}: {error}.") from error
     try:
-        return tuple(_parts(content, out, parse, selection or Selection()))
+        return _study(content, out, selection or Selection(), base)
     except InvalidSettingError as error:
         raise InvalidSettingError(f"{path}: {error}") from error
 
 
-def _parts(
-    content: Mapping[str, Any], out: Path, parse: ParseArguments, selection: Selection
-) -> list[StudyPart]:
+def _study(
+    content: Mapping[str, Any], out: Path, selection: Selection, base: RunConfig | None
+) -> Study:
     if unknown := sorted(set(content) - _KEYS):
         raise InvalidSettingError(f"unknown key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
     seeds, jobs = content.get("seeds", [0]), content.get("jobs", 1)
@@ -119,12 +169,26 @@ def _parts(
     environments, runs = (_tables(content, name) for name in ("environments", "runs"))
     chosen = _chosen("environment", selection.environments, environments)
     labels = _chosen("run", selection.runs, runs)
-    return [
-        _part(
-            name, settings, runs, labels if name in chosen else (), seeds, jobs, out / name, parse
+    parts = []
+    for name, settings in environments.items():
+        folder = out / name if len(environments) > 1 else out
+        shared = _shared(name, settings) if base is None else base
+        configs = {
+            label: _changed(
+                shared,
+                f"environments.{name}, runs.{label}",
+                _arguments(changes, f"runs.{label}", ("env", "model", "start")),
+            )
+            for label, changes in runs.items()
+        }
+        # By seeds, so that a study that is stopped early has all lines of its table.
+        made = tuple(
+            Run(label, configs[label].with_seed(seed), folder / f"{label}-seed{seed}")
+            for seed in seeds
+            for label in (labels if name in chosen else ())
         )
-        for name, settings in environments.items()
-    ]
+        parts.append(StudyPart(name, folder, made, configs))
+    return Study(tuple(parts), jobs)
 
 
 def _chosen(kind: str, names: Sequence[str] | None, known: Iterable[str]) -> tuple[str, ...]:
@@ -151,47 +215,28 @@ def _tables(content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def _part(
-    name: str,
-    settings: Mapping[str, Any],
-    runs: Mapping[str, Mapping[str, Any]],
-    selected: Sequence[str],
-    seeds: list[int],
-    jobs: int,
-    folder: Path,
-    parse: ParseArguments,
-) -> StudyPart:
+def _shared(name: str, settings: Mapping[str, Any]) -> RunConfig:
+    """Return the settings of an environment's table."""
     shared = dict(settings)
     preset = shared.pop("preset", None)
     if preset not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise InvalidSettingError(f"environments.{name}: preset must be one of {known}.")
-    base = [preset, *_arguments(shared, f"environments.{name}", ("study",))]
-    configs = {}
-    for label, changes in runs.items():
-        own = _arguments(changes, f"runs.{label}", ("env", "model", "start", "study"))
-        try:
-            config = parse([*base, *own])
-        except SystemExit:
-            raise InvalidSettingError(
-                f"environments.{name}, runs.{label}: what is said above is wrong with a setting."
-            ) from None
-        named = replace(config.study, label=label, resume=True, jobs=jobs, methods=(), seeds=())
-        configs[label] = replace(config, study=named)
-    # By seeds, so that a study that is stopped early has all lines of its table.
-    made = tuple(
-        Run(
-            configs[label].with_seed(seed),
-            folder / f"{label}-seed{seed}",
+        raise InvalidSettingError(
+            f"environments.{name}: preset must be one of {', '.join(PRESETS)}, not {preset!r}."
         )
-        for seed in seeds
-        for label in selected
-    )
-    return StudyPart(name, made, folder, configs)
+    arguments = _arguments(shared, f"environments.{name}", ())
+    config = _changed(PRESETS[preset].config, f"environments.{name}", arguments)
+    return config if "--start.epochs" in arguments else keep_loaded_models(config)
+
+
+def _changed(config: RunConfig, where: str, arguments: list[str]) -> RunConfig:
+    try:
+        return parse_settings(config, arguments, "atod-train study")
+    except SystemExit:
+        raise InvalidSettingError(f"{where}: invalid setting, see the message above.") from None
 
 
 def _arguments(settings: Mapping[str, Any], where: str, closed: tuple[str, ...]) -> list[str]:
-    """Settings as a command line has them."""
+    """Return settings as a command line has them."""
     arguments = []
     for key, value in settings.items():
         section, dot, name = key.partition(".")
@@ -214,3 +259,87 @@ def _arguments(settings: Mapping[str, Any], where: str, closed: tuple[str, ...])
             values = value if isinstance(value, list) else [value]
             arguments += [flag, *map(str, values)]
     return arguments
+
+
+# -- settings that are kept in the folder ----------------------------------------------------------
+
+
+def keep_study(study: Study, out: Path) -> Study:
+    """Add a study's runs to those of its folder.
+
+    Returns:
+        All runs of the folder.
+
+    Raises:
+        OtherSettingsError: the folder holds runs with another start, teacher or other tasks.
+    """
+    kept = read_kept_study(out)[0] if (out / STUDY_FILE).is_file() else Study(())
+    wanted = {part.name: part for part in study.parts}
+    parts = []
+    for part in kept.parts:
+        shared = wanted.get(part.name)
+        runs = []
+        for run in part.runs:
+            difference = shared and first_difference(
+                run.config, shared.config, ("env", "model", "start")
+            )
+            if not difference:
+                runs.append(run)
+            elif run.is_begun:
+                name, old, new = difference
+                raise OtherSettingsError(
+                    f"{run.folder} was run with {name}={old!r}, not {new!r}, and runs of one "
+                    f"folder share start, teacher and tasks; {ANOTHER_FOLDER}"
+                )
+        parts.append(replace(part, runs=tuple(runs)))
+    merged = _merged([*parts, *study.parts])
+    runs_of_all = [
+        {
+            "environment": part.name,
+            "folder": run.folder.relative_to(out).as_posix(),
+            "label": run.label,
+            "config": asdict(run.config),
+        }
+        for part in merged
+        for run in part.runs
+    ]
+    write_json(out / STUDY_FILE, {"jobs": study.jobs, "runs": runs_of_all})
+    return Study(merged, study.jobs)
+
+
+def read_kept_study(folder: Path) -> tuple[Study, Path]:
+    """Return the study that has a folder, or whose run has it, and the study's folder.
+
+    Raises:
+        FileError: there is no study; or study.json is broken.
+    """
+    out = next((f for f in (folder, *folder.parents[:2]) if (f / STUDY_FILE).is_file()), None)
+    if out is None:
+        raise FileError(f"{folder} is no folder of a study: it has no {STUDY_FILE}.")
+    record = read_json(out / STUDY_FILE)
+    try:
+        parts = [
+            _part_of(
+                entry["environment"],
+                Run(entry["label"], config_from_json(entry["config"]), out / entry["folder"]),
+            )
+            for entry in record["runs"]
+        ]
+        return Study(_merged(parts), int(record["jobs"])), out
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileError(f"{out / STUDY_FILE} is not of this version ({error}).") from error
+
+
+def _part_of(name: str, run: Run) -> StudyPart:
+    return StudyPart(name, run.folder.parent, (run,), {run.label: run.config})
+
+
+def _merged(parts: Iterable[StudyPart]) -> tuple[StudyPart, ...]:
+    """Return one part for each environment; later settings of a run take the place of earlier."""
+    merged: dict[str, StudyPart] = {}
+    for part in parts:
+        old = merged.get(part.name, replace(part, runs=(), settings={}))
+        runs = {run.folder: run for run in (*old.runs, *part.runs)}
+        settings = {**old.settings, **part.settings}
+        merged[part.name] = replace(part, runs=tuple(runs.values()), settings=settings)
+    return tuple(merged.values())

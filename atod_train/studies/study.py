@@ -1,15 +1,15 @@
-"""Several runs on the same start, teacher, tasks and budget: every method with every seed."""
+"""Make the runs of a study: first what they share, then each of them, and the report."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,24 @@ from filelock import FileLock, Timeout
 from atod_gym.errors import AtodError
 from atod_train.algorithm.methods import has_exact_signal, needs_teacher
 from atod_train.config import RunConfig, is_url
-from atod_train.distributed import Processes, is_main_process, join_processes
+from atod_train.distributed import Processes, join_processes
 from atod_train.models.checks import check_config
 from atod_train.models.policy import MODEL_SHAPES, Policy, llama_config
 from atod_train.models.pretrained import has_word_vocabulary, read_shape
 from atod_train.progress import no_lines, plain_lines
 from atod_train.reports.evaluations import EvaluatedModel, Evaluation
 from atod_train.reports.report import REPORT_FILE, write_report
-from atod_train.reports.results import results_of
+from atod_train.reports.results import RESULTS_FILE, finished_runs, results_of, write_results
 from atod_train.reports.run_folder import (
     ANOTHER_FOLDER,
-    CONFIG_FILE,
+    RunFolderError,
     check_same_settings,
     is_finished,
 )
-from atod_train.reports.run_summary import read_run
+from atod_train.reports.run_summary import RunSummary
+from atod_train.reports.tables import all_tables, as_text
 from atod_train.rollout.env_pool import EnvPool
+from atod_train.studies.file import Run, Study, StudyPart, keep_study, study_of
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher, connect, describe
 from atod_train.training.bookkeeping import interruptible
@@ -43,93 +45,119 @@ from atod_train.training.supervised import Starts, evaluate_start
 from atod_train.training.trainer import StoppedByUser, Trainer
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of a study."""
-
-    config: RunConfig
-    folder: Path
+def train_one(config: RunConfig, out: Path, resume: bool = False) -> Path:
+    """Make one run; see `run_study`."""
+    return run_study(study_of(config, out), out, resume)
 
 
-def run_study(config: RunConfig, out: Path) -> Path:
-    """Makes the start and the teacher, trains every method with every seed, writes the report.
+def run_study(study: Study, out: Path, resume: bool = False) -> Path:
+    """Make the start and the teacher of each environment, then the runs, and write the report.
 
     Args:
-        config: the settings; `study` says which methods and seeds, and how many at the same time.
-        out: folder of the study; one folder per run in it.
+        study: the runs.
+        out: folder of the study.
+        resume: continue runs that the folder holds; those with all their steps are kept.
 
     Returns:
         Path of report.html.
 
     Raises:
         AtodError: a setting, file or environment that cannot be used; the message says what to do.
-        StoppedByUser: after Ctrl-C.
+        StoppedByUser: after Ctrl-C or SIGTERM; the last finished steps are saved.
     """
-    runs = [
-        Run(
-            replace(config, algorithm=replace(config.algorithm, method=method)).with_seed(seed),
-            out / f"{method}-seed{seed}",
-        )
-        for seed in config.study.seeds or (config.train.seed,)
-        for method in config.study.methods or (config.algorithm.method,)
-    ]
-    make_runs(config, runs, out)
-    if is_main_process():
-        summaries = [read_run(run.folder) for run in runs]
-        write_report(out, [results_of(out.name, summaries)], {out.name: summaries})
-    return out / REPORT_FILE
-
-
-def make_runs(config: RunConfig, runs: Sequence[Run], out: Path) -> None:
-    """Makes the start and the teacher, then some runs.
-
-    Args:
-        config: what all runs share: environment, models, and how many at the same time.
-        runs: they differ in algorithm, budget and seed only.
-        out: folder of the study.
-
-    Raises:
-        AtodError, StoppedByUser: as `run_study`.
-    """
-    for run in runs:
+    for run in study.runs:
         _check_settings(run.config)
-    _check_settings(config)
-    processes = join_processes(config.model.device, config.model.teacher_device)
+    first = study.runs[0].config.model
+    processes = join_processes(first.device, first.teacher_device)
     if processes.is_main:
         _check_folder(out)
     else:
         no_lines()
     with _held(out) if processes.is_main else nullcontext():
-        left = [
-            run
-            for run in runs
-            if not (run.config.study.resume and is_finished(run.folder, run.config))
-        ]
-        for run in filter(_is_begun, left):
+        left = {part.name: _left(part, resume) for part in study.parts}
+        # Barrier: every rank must have read the folder before rank 0 writes to it.
+        processes.wait()
+        kept = keep_study(study, out) if processes.is_main else study
+        try:
+            for part in study.parts:
+                if left[part.name]:
+                    _make_part(part, left[part.name], study.jobs, processes)
+        finally:
+            if processes.is_main:
+                finished = _write_results(kept, out)
+        if processes.is_main:
+            _report(finished, out)
+        processes.wait()
+    return out / REPORT_FILE
+
+
+def report_study(study: Study, out: Path) -> None:
+    """Write results and report of the runs that are finished.
+
+    Raises:
+        AtodError: none is.
+    """
+    finished = _write_results(study, out)
+    if not finished:
+        raise AtodError(f"No run of this study has finished in {out}: there are no results.")
+    _report(finished, out)
+
+
+def _report(finished: Mapping[str, Sequence[RunSummary]], out: Path) -> None:
+    """Print the tables of finished runs and write their report."""
+    environments = [results_of(name, runs) for name, runs in finished.items()]
+    for results in (found for found in environments if found.tasks):
+        print(f"\n{results.name}\n{as_text(all_tables(results, by_split=True))}")
+    are_several = len([run for runs in finished.values() for run in runs]) > 1
+    pictures = are_several and all(results.tasks for results in environments)
+    report = write_report(out, environments, finished, pictures=pictures)
+    print(f"results: {out / RESULTS_FILE}\nreport: {report}")
+
+
+def _left(part: StudyPart, resume: bool) -> list[Run]:
+    """Return the runs that are not finished.
+
+    Raises:
+        RunFolderError: the folder holds a run that is not to be resumed, or one of other settings.
+    """
+    left = []
+    for run in part.runs:
+        if run.is_begun and not resume:
+            raise RunFolderError(
+                f"{run.folder} holds a run already; continue it (--resume), or {ANOTHER_FOLDER}"
+            )
+        if is_finished(run.folder, run.config):
+            continue
+        if run.is_begun:
             check_same_settings(run.folder, run.config)
-        # Nobody looks later than the main process writes.
-        processes.wait()
-        if left:
-            wants_teacher = any(needs_teacher(run.config.algorithm.method) for run in runs)
-            _make_runs(config, wants_teacher, left, out, processes)
-        processes.wait()
+        left.append(run)
+    return left
 
 
-def _make_runs(
-    config: RunConfig,
-    wants_teacher: bool,
-    left: Sequence[Run],
-    folder: Path,
-    processes: Processes,
-) -> None:
-    """Makes what all runs share, then the runs that are left."""
+def _write_results(study: Study, out: Path) -> dict[str, list[RunSummary]]:
+    """Write results.json from all finished runs of a folder; return them by environment."""
+    finished = {}
+    for part in study.parts:
+        runs, left_out = finished_runs(part.folder, part.settings)
+        if runs:
+            finished[part.name] = runs
+        for line in left_out:
+            print(f"not in the results: {line}", file=sys.stderr)
+    write_results(out / RESULTS_FILE, finished)
+    return finished
+
+
+def _make_part(part: StudyPart, left: Sequence[Run], jobs: int, processes: Processes) -> None:
+    """Make what all runs on an environment share, then the runs that are left."""
+    config, folder = part.config, part.folder
+    wants_teacher = any(needs_teacher(run.config.algorithm.method) for run in part.runs)
     teacher_is_here = wants_teacher and not is_url(config.model.teacher)
     roles: list[EvaluatedModel] = ["teacher", "student"] if teacher_is_here else ["student"]
     # Processes that train together make one run after the other.
-    with _workers(config.study.jobs if processes.count == 1 else 1) as call_all:
+    with _workers(jobs if processes.count == 1 else 1) as call_all:
         if processes.is_main:
             _find_models(config, wants_teacher)
-            # Models that are loaded come first: whether they can be takes no minutes to tell.
+            # Models that are loaded come first: whether they can be used is known at once.
             made = [role for role in roles if getattr(config.model, role) in MODEL_SHAPES]
             loaded = [role for role in roles if role not in made]
             for some in (loaded, made):
@@ -145,11 +173,6 @@ def _make_runs(
         ]
         known = [e for found in call_all(evaluate_start, wanted) for e in found]
         call_all(_train, [(run, known, processes) for run in left])
-
-
-def _is_begun(run: Run) -> bool:
-    """Whether a run can be gone on with."""
-    return run.config.study.resume and (run.folder / CONFIG_FILE).is_file()
 
 
 # -- pieces of work, each of which can run in a process of its own --------------------------------
@@ -187,7 +210,7 @@ def _teacher(config: RunConfig, starts: Starts, student: Policy) -> Teacher:
 
 
 def _train(run: Run, known: Sequence[Evaluation], processes: Processes) -> None:
-    """One run, from the start or from its last checkpoint."""
+    """Make one run, from the start or from its last checkpoint."""
     config = run.config
     train_pool = EnvPool(config.env, "train")
     eval_pools = [EnvPool(config.env, split) for split in config.env.eval_splits]
@@ -197,9 +220,17 @@ def _train(run: Run, known: Sequence[Evaluation], processes: Processes) -> None:
         wanted = needs_teacher(config.algorithm.method)
         teacher = _teacher(config, starts, student) if wanted else None
         trainer = Trainer(
-            config, run.folder, student, teacher, train_pool, eval_pools, known, processes
+            config,
+            run.folder,
+            student,
+            teacher,
+            train_pool,
+            eval_pools,
+            known,
+            processes,
+            run.label,
         )
-        trainer.run(resume=config.study.resume)
+        trainer.run(resume=True)  # what must not be continued is refused before any work
     finally:
         for pool in (train_pool, *eval_pools):
             pool.close()
@@ -229,8 +260,8 @@ def _workers(jobs: int) -> Iterator[CallAll]:
                         raise StoppedByUser("stopped; the last finished steps are saved") from None
                     raise AtodError(
                         f"One of {jobs} processes was killed, most likely because memory ran out. "
-                        "What was saved is kept, and the same command goes on from there: give it "
-                        "fewer jobs, or the runs a smaller train.tokens_per_microbatch."
+                        "What was saved is kept: continue with `atod-train resume`, with fewer "
+                        "--jobs or a smaller --train.tokens-per-microbatch."
                     ) from error
 
         try:
@@ -267,22 +298,17 @@ def _set_up_worker() -> None:
 
 
 def _check_settings(config: RunConfig) -> None:
-    if config.study.jobs < 1:
-        raise AtodError(f"study.jobs must be at least 1, not {config.study.jobs}.")
     check_settings(config)
     if config.model.dtype == "bfloat16" and not config.model.lora_rank:
         raise AtodError(
             "model.dtype=bfloat16 rounds away the small updates of a student whose weights are "
             "all trained. Use --model.dtype mixed, or adapters (--model.lora-rank 16)."
         )
-    algorithm = config.algorithm
-    try:
-        for method in config.study.methods or (algorithm.method,):
-            exact = has_exact_signal(replace(algorithm, method=method))
-            if exact and is_url(config.model.teacher):
-                raise ValueError("opd_signal=exact takes a teacher in this process, not a server")
-    except ValueError as error:
-        raise AtodError(f"algorithm: {error}.") from error
+    if has_exact_signal(config.algorithm) and is_url(config.model.teacher):
+        raise AtodError(
+            f"algorithm.opd_signal={config.algorithm.opd_signal} needs a teacher in this process, "
+            f"not the server {config.model.teacher}."
+        )
 
 
 def _find_models(config: RunConfig, wants_teacher: bool) -> None:

@@ -6,65 +6,44 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from atod_gym.errors import AtodError
 from atod_train.reports.report import write_report
-from atod_train.reports.results import (
-    REFERENCES,
-    RESULTS_FILE,
-    Results,
-    ResultsError,
-    finished_runs,
-    read_results,
-    results_of,
-    write_results,
-)
-from atod_train.reports.run_summary import RunSummary
-from atod_train.reports.tables import all_tables, as_text, claims_table, describe
-
-if TYPE_CHECKING:
-    from atod_train.studies.file import ParseArguments, StudyPart
+from atod_train.reports.results import REFERENCES, Results, ResultsError, read_results
+from atod_train.reports.tables import all_tables, claims_table, describe
 
 
-def study(arguments: Sequence[str], parse: ParseArguments) -> None:
-    """Makes the runs of a study file, or goes on with them, and writes results and report.
+def study(arguments: Sequence[str]) -> None:
+    """Make the runs of a study file, or continue them, and write results and report.
 
     Args:
         arguments: the command line after `study`.
-        parse: reads settings as the command line has them.
 
     Raises:
         AtodError: a setting, file or environment that cannot be used; the message says what to do.
         StoppedByUser: after Ctrl-C; the results of finished runs are there.
     """
-    from atod_train.distributed import is_main_process
     from atod_train.studies.file import Selection, read_study
+    from atod_train.studies.study import report_study, run_study
 
     options = _study_parser().parse_args(arguments)
     out = options.out or Path("runs") / options.file.stem
     selection = Selection(options.seeds, options.environments, options.runs, options.jobs)
-    parts = read_study(options.file, out, parse, selection)
-    if not options.results_only:
-        _train(parts, out)
-    if not is_main_process():
-        return
-    finished = _write_results(parts, out)
-    if not finished:
-        raise AtodError(f"No run of {options.file} in {out} has finished; there are no results.")
-    environments = [results_of(name, runs) for name, runs in finished.items()]
-    report = write_report(out, environments, finished, pictures=True)
-    print(f"results: {out / RESULTS_FILE}\nreport of the study: {report}")
+    study = read_study(options.file, out, selection)
+    if options.results_only:
+        report_study(study, out)
+    else:
+        run_study(study, out, options.resume)
 
 
 def _study_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="atod-train study",
-        description="Make the runs of a study file, or go on with them; "
-        "the format is described in atod_train/studies/file.py.",
+        description="Make the runs of a study file; its format: atod_train/studies/file.py.",
     )
     parser.add_argument("file", type=Path, help="TOML file")
     parser.add_argument("--out", type=Path, help="folder (default: runs/<name of the file>)")
+    parser.add_argument("--resume", action="store_true", help="continue runs that the folder holds")
     parser.add_argument(
         "--seeds", type=int, nargs="+", metavar="N", help="these seeds, not those of the file"
     )
@@ -79,37 +58,6 @@ def _study_parser() -> argparse.ArgumentParser:
         help="train nothing; write results and report of the runs that have finished",
     )
     return parser
-
-
-def _train(parts: Sequence[StudyPart], out: Path) -> None:
-    """Makes the selected runs; results of those that finish are written in any case."""
-    from atod_train.distributed import is_main_process
-    from atod_train.studies.study import make_runs
-
-    for part in parts:
-        if not part.runs:
-            continue
-        try:
-            make_runs(part.config, part.runs, part.folder)
-        finally:
-            if is_main_process():
-                finished = _write_results(parts, out)
-        if is_main_process():
-            results = results_of(part.name, finished[part.name])
-            print(f"\n{part.name}\n{as_text(all_tables(results, by_split=True))}")
-
-
-def _write_results(parts: Sequence[StudyPart], out: Path) -> dict[str, list[RunSummary]]:
-    """Write results.json from all finished runs in the folder; return them by environment."""
-    finished = {}
-    for part in parts:
-        runs, left_out = finished_runs(part.folder, part.settings)
-        if runs:
-            finished[part.name] = runs
-        for line in left_out:
-            print(f"not in the results: {line}", file=sys.stderr)
-    write_results(out / RESULTS_FILE, finished)
-    return finished
 
 
 def results(arguments: Sequence[str]) -> int:

@@ -117,7 +117,7 @@ def check_scores(scores: TokenScores, mask: Tensor, step: int) -> None:
     Raises:
         DivergedError: names the model.
     """
-    student = "Lower train.lr in a new run (--study.out), or use --model.dtype float32."
+    student = "Lower train.lr in a new run (--out), or use --model.dtype float32."
     teacher = (
         "It cannot score what the student sampled: check its weights and that its vocabulary is "
         "the student's."
@@ -143,7 +143,7 @@ def check_weights(model: nn.Module, step: int, saved_step: int) -> None:
         check_finite(model_tensors(model), f"Step {step} left broken weights")
     except CheckpointError as error:
         raise DivergedError(
-            f"{error}. Lower train.lr in a new run (--study.out). {_kept(saved_step)}".rstrip()
+            f"{error}. Lower train.lr in a new run (--out). {_kept(saved_step)}".rstrip()
         ) from error
 
 
@@ -156,7 +156,7 @@ def check_skipped(in_a_row: int, step: int, saved_step: int) -> None:
     if in_a_row >= _SKIPPED_IN_A_ROW:
         raise DivergedError(
             f"The gradients of {in_a_row} updates up to step {step} were not finite. Lower "
-            "train.lr, or use --model.dtype float32, in a new run (--study.out). "
+            "train.lr, or use --model.dtype float32, in a new run (--out). "
             f"{_kept(saved_step)}".rstrip()
         )
 

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from atod_train.algorithm.methods import needs_teacher
-from atod_train.config import RunConfig, is_url
+from atod_train.config import SECTIONS, RunConfig, is_url
 from atod_train.files import read_json, without_infinities
 from atod_train.reports.evaluations import Evaluation
-from atod_train.reports.run_folder import MANIFEST_FILE, SECTIONS
+from atod_train.reports.run_folder import MANIFEST_FILE
 from atod_train.reports.tables import Table, rate_text
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -63,7 +63,12 @@ Python {python}; {packages}.
 
 
 def model_card(
-    run_dir: Path, config: RunConfig, step: int, evaluations: Sequence[Evaluation]
+    run_dir: Path,
+    config: RunConfig,
+    step: int,
+    evaluations: Sequence[Evaluation],
+    *,
+    label: str = "",
 ) -> str:
     """Return the text of a model card.
 
@@ -72,6 +77,7 @@ def model_card(
         config: its settings.
         step: whose weights are saved.
         evaluations: of the start, the teacher and the student.
+        label: name of the run in tables; empty: its method.
     """
     manifest = read_json(run_dir / MANIFEST_FILE)
     model, env = config.model, config.env
@@ -79,7 +85,7 @@ def model_card(
     # Names of folders say nothing to others, and the hub takes names of its own alone.
     is_hub_name = bool(_HUB_NAME.fullmatch(model.student)) and not Path(model.student).exists()
     student = model.student if is_hub_name else Path(model.student).name
-    method = config.study.label or config.algorithm.method
+    method = label or config.algorithm.method
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

@@ -27,6 +27,7 @@ from atod_train.reports.metrics import (
     read_metrics,
 )
 from atod_train.reports.run_folder import (
+    ANOTHER_FOLDER,
     CONFIG_FILE,
     MANIFEST_FILE,
     SUMMARY_FILE,
@@ -80,12 +81,19 @@ class RunRecord:
         run_dir: the folder; all processes see it.
         learner: what checkpoints hold.
         processes: this process among those that train the student.
+        label: name of the run in tables.
     """
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, learner: Learner, processes: Processes
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        learner: Learner,
+        processes: Processes,
+        label: str,
     ) -> None:
         self.run_dir = run_dir
+        self.label = label
         self.done = Progress()
         self.row: dict[str, Any] = {}
         """The numbers of the last finished step."""
@@ -117,8 +125,8 @@ class RunRecord:
         self._resumed = self._processes.any((self.run_dir / CONFIG_FILE).is_file())
         if self._resumed and not resume:
             raise RunFolderError(
-                f"{self.run_dir} holds a run already; add --study.resume to continue it, or "
-                "choose another folder with --study.out"
+                f"{self.run_dir} holds a run already; add --resume to continue it, or "
+                f"{ANOTHER_FOLDER}"
             )
         if self._resumed:
             check_same_settings(self.run_dir, self._config)
@@ -145,7 +153,7 @@ class RunRecord:
         write_config(self.run_dir, config)
         write_manifest(
             self.run_dir,
-            method=config.study.label or config.algorithm.method,
+            method=self.label,
             env_id=config.env.id,
             data=pool.data,
             data_hash=pool.content_hash,
@@ -271,7 +279,7 @@ class RunRecord:
             self._writer.write_evaluation(evaluation)
 
     def _save_model(self, name: str, evaluations: Sequence[Evaluation]) -> None:
-        card = model_card(self.run_dir, self._config, self.done.step, evaluations)
+        card = model_card(self.run_dir, self._config, self.done.step, evaluations, label=self.label)
         self._learner.student.save(self.run_dir / "models" / name, card)
 
 

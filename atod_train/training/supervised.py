@@ -454,10 +454,10 @@ MODES: tuple[EvaluationMode, ...] = ("greedy", "sampled")
 def evaluate_start(
     config: RunConfig, role: EvaluatedModel, split: str, folder: Path, processes: Processes
 ) -> list[Evaluation]:
-    """The start or the teacher on one split in every mode; what is kept is not made again.
+    """Evaluate the start or the teacher on one split in every mode; what is kept is not made again.
 
     Args:
-        config: what all runs share; without `study.resume` nothing is taken from the folder.
+        config: what all runs share.
         role: which model.
         split: of the environment.
         folder: that of the runs.
@@ -477,7 +477,7 @@ def evaluate_start(
         settings = _settings(config, starts.identity(role), pool.content_hash)
         paths = {mode: folder / "evaluations" / f"{role}-{split}-{mode}.json" for mode in MODES}
         # All ranks read the same: rank 0 writes only when all have evaluated.
-        kept = {mode: _kept(path, settings) for mode, path in paths.items() if config.study.resume}
+        kept = {mode: _kept(path, settings) for mode, path in paths.items()}
         results = {mode: result for mode, result in kept.items() if result is not None}
         if missing := [mode for mode in MODES if mode not in results]:
             policy = starts.policy(role)

@@ -80,6 +80,7 @@ class Trainer:
         eval_pools: environments of the evaluation splits.
         known: evaluations of the start and the teacher that were made already.
         processes: this process among those that train the student.
+        label: name of the run in tables and progress; empty: its method.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Trainer:
         eval_pools: Sequence[EnvPool],
         known: Sequence[Evaluation] = (),
         processes: Processes | None = None,
+        label: str = "",
     ) -> None:
         self.config = config
         self.run_dir = run_dir
@@ -104,7 +106,9 @@ class Trainer:
             student.tokenizer, config.env.prompt_style, config.env.template_options
         )
         self._times = PhaseTimes()
-        self._record = RunRecord(config, run_dir, self.learner, self.processes)
+        self._record = RunRecord(
+            config, run_dir, self.learner, self.processes, label or config.algorithm.method
+        )
         self._skipped_in_a_row = 0
         self._has_warned = False
 
@@ -124,11 +128,10 @@ class Trainer:
         pools = (self._train_pool, *self._eval_pools)
         inputs = HiddenInputs.of(self.student, self.teacher, self._dialogue, pools)
         record.open(resume, inputs, self._train_pool, teacher)
-        name = self.config.study.label or self.config.algorithm.method
         with (
             record.writing(self._known),
             interruptible() as interrupted,
-            progress(settings.steps, f"{name}, seed {settings.seed}") as advance,
+            progress(settings.steps, f"{record.label}, seed {settings.seed}") as advance,
             record.saving_if_it_fails(),
         ):
             if isinstance(self.teacher, RemoteTeacher):

@@ -26,7 +26,7 @@ from atod_train.config import (
 from atod_train.records import TokenScores, Trajectory
 from atod_train.reports import step_records
 from atod_train.reports.metrics import read_metrics
-from atod_train.studies.study import run_study
+from atod_train.studies.study import train_one
 
 ADAPTIVE = AlgorithmConfig(shape="adaptive")
 
@@ -92,8 +92,8 @@ def test_a_resumed_run_goes_on_where_annealing_stood(
     # What hardly taught students solve is too little to see anything move.
     monkeypatch.setattr(step_records, "solved_groups", lambda trajectories: len(trajectories) / 8)
 
-    def config(steps: int, resume: bool = False) -> RunConfig:
-        made = RunConfig(
+    def config(steps: int) -> RunConfig:
+        return RunConfig(
             env=EnvConfig(
                 data="generated", options={"house_size": "tiny"}, max_turns=12, eval_splits=(),
             ),
@@ -105,12 +105,11 @@ def test_a_resumed_run_goes_on_where_annealing_stood(
                 save_every=2,
             ),
         )  # fmt: skip
-        return replace(made, study=replace(made.study, resume=resume))
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_study(config(5), whole)
-    run_study(config(3), parts)
-    run_study(config(5, resume=True), parts)
+    train_one(config(5), whole)
+    train_one(config(3), parts)
+    train_one(config(5), parts, resume=True)
     runs = [read_metrics(folder / "atod-seed0") for folder in (whole, parts)]
     for name in ("anneal_progress", "kappa", "rho", "disagreement"):
         first, second = ([step[name] for step in run] for run in runs)

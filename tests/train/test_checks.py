@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_failures import Failing
 from test_policy import make_policy
-from test_trainer import CONFIG, _resuming, _with
+from test_trainer import CONFIG, _with
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train import cli
@@ -29,7 +29,7 @@ from atod_train.records import Batch
 from atod_train.reports.metrics import read_metrics
 from atod_train.reports.run_folder import RunFolderError
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.studies.study import run_study
+from atod_train.studies.study import train_one
 from atod_train.training import supervised, trainer
 from atod_train.training.checkpoint import saved_checkpoints
 from atod_train.training.checks import check_settings
@@ -87,7 +87,6 @@ def _floats() -> list[str]:
     return [
         f"{section.name}.{setting}"
         for section in fields(RunConfig)
-        if section.name != "study"
         for setting, value in asdict(getattr(CONFIG, section.name)).items()
         if isinstance(value[0] if isinstance(value, tuple) and value else value, float)
     ]
@@ -104,7 +103,7 @@ def test_no_number_may_be_nan(name: str) -> None:
 
 def test_a_run_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettingError, match=r"train\.steps must be at least 1, not 0"):
-        run_study(_with(CONFIG, steps=0), tmp_path / "out")
+        train_one(_with(CONFIG, steps=0), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -139,9 +138,9 @@ def test_out_of_memory_in_a_step_says_what_to_change(
     monkeypatch.setattr(trainer, "update_policy", update)
     advice = r"weights in step 3 .* --train\.tokens-per-microbatch \(now 2048\)"
     with pytest.raises(OutOfMemory, match=advice):
-        run_study(config, tmp_path)
+        train_one(config, tmp_path)
     assert [p.stem for p in saved_checkpoints(tmp_path / "atod-seed0")] == ["step-000002"]
-    run_study(_resuming(_with(config, tokens_per_microbatch=256)), tmp_path)
+    train_one(_with(config, tokens_per_microbatch=256), tmp_path, resume=True)
     assert len(read_metrics(tmp_path / "atod-seed0")) == 6
 
 
@@ -151,19 +150,19 @@ def test_a_value_error_of_the_algorithm_is_one_line(
     failing = Failing(trainer.compute_advantages, 1, ValueError("returns must be finite"))
     monkeypatch.setattr(trainer, "compute_advantages", failing)
     with pytest.raises(AtodError, match=r"^Step 1: returns must be finite\.$"):
-        run_study(CONFIG, tmp_path)
+        train_one(CONFIG, tmp_path)
 
 
 def test_completions_that_are_cut_are_counted_and_reported_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_study(_with(CONFIG, steps=3, eval_every=0, max_completion_tokens=1), tmp_path / "cut")
+    train_one(_with(CONFIG, steps=3, eval_every=0, max_completion_tokens=1), tmp_path / "cut")
     rows = read_metrics(tmp_path / "cut" / "atod-seed0")
     assert all(row["completions_cut"] > 0.9 for row in rows)
     told = capsys.readouterr().err
     assert told.count("were cut at train.max_completion_tokens=1") == 1
     config = _with(CONFIG, steps=1, eval_every=0, max_completion_tokens=64)
-    run_study(config, tmp_path / "whole")
+    train_one(config, tmp_path / "whole")
     [row] = read_metrics(tmp_path / "whole" / "atod-seed0")
     assert ("were cut" in capsys.readouterr().err) == (row["completions_cut"] > 0.5)
     assert row["completions_cut"] < 0.9
@@ -185,7 +184,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     )
     config = replace(CONFIG, model=model, start=replace(CONFIG.start, epochs=(0.0, 0.0)))
     config = _with(config, steps=1, eval_every=0)
-    run_study(config, out / "runs")
+    train_one(config, out / "runs")
     return config, out
 
 
@@ -207,12 +206,12 @@ def test_another_model_of_the_same_name_is_not_resumed_with(
     inputs = read_json(out / "runs" / "atod-seed0" / "manifest.json")["inputs"]
     assert inputs["teacher"]
     assert inputs["frozen"]
-    more = _resuming(_with(config, steps=2))
+    more = _with(config, steps=2)
     kept = load_policy(out / role)
     _train_a_little(out / role)
     try:
         with pytest.raises(RunFolderError, match=f"{role}.* it is another model"):
-            run_study(more, out / "runs")
+            train_one(more, out / "runs", resume=True)
     finally:
         kept.save(out / role)
 
@@ -224,7 +223,7 @@ def test_other_tasks_are_not_resumed_with(run: tuple[RunConfig, Path]) -> None:
     for split, tasks in read_json(manifest)["inputs"]["data"].items():
         manifest.write_text(kept.replace(f'"{split}": "{tasks}"', f'"{split}": "{"0" * 64}"'))
         with pytest.raises(RunFolderError, match=f"The tasks of split {split} are not those"):
-            run_study(_resuming(_with(config, steps=2)), out / "runs")
+            train_one(_with(config, steps=2), out / "runs", resume=True)
     manifest.write_text(kept)
 
 
@@ -277,14 +276,14 @@ def test_a_date_in_the_template_is_reported(
         policy.save(tmp_path / name)
     folder = str(tmp_path / "dated")
     dated = replace(config, model=replace(config.model, student=folder, teacher=folder))
-    run_study(dated, tmp_path / "runs")
+    train_one(dated, tmp_path / "runs")
     manifest = tmp_path / "runs" / "atod-seed0" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"prompt": "', '"prompt": "of another day '))
-    run_study(_resuming(_with(dated, steps=2)), tmp_path / "runs")
+    train_one(_with(dated, steps=2), tmp_path / "runs", resume=True)
     assert "writes the date into prompts, and this run began on 20" in capsys.readouterr().err
     load_policy(tmp_path / "plain").save(tmp_path / "dated")
     with pytest.raises(RunFolderError, match="the tokenizer was changed"):
-        run_study(_resuming(_with(dated, steps=3)), tmp_path / "runs")
+        train_one(_with(dated, steps=3), tmp_path / "runs", resume=True)
 
 
 @pytest.mark.parametrize(

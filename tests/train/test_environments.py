@@ -18,7 +18,7 @@ from atod_train.config import (
     TrainConfig,
 )
 from atod_train.reports.metrics import read_evaluations, read_metrics
-from atod_train.studies.study import run_study
+from atod_train.studies.study import train_one
 
 # Env id -> settings of a small generated world, a split to evaluate on, and a verb of its actions.
 WORLDS = {
@@ -64,7 +64,7 @@ def test_demonstrations_steps_evaluation_and_report(
             eval_every=2,
         ),
     )
-    report = run_study(config, tmp_path / "study")
+    report = train_one(config, tmp_path / "study")
     assert "tasks solved" in report.read_text(encoding="utf-8")
     [run_folder] = [path.parent for path in (tmp_path / "study").glob("*/metrics.jsonl")]
     steps = read_metrics(run_folder)

@@ -27,7 +27,7 @@ from atod_train.models import policy as policy_module
 from atod_train.models.policy import Reference
 from atod_train.models.scores import reverse_kl
 from atod_train.records import Batch, TokenScores
-from atod_train.studies.study import run_study
+from atod_train.studies.study import train_one
 
 LN2 = 0.6931471805599453
 OURS = torch.tensor([[0.5, 0.25, 0.25]]).log()
@@ -179,7 +179,7 @@ def test_a_server_cannot_give_it(tmp_path: Path) -> None:
         algorithm=with_method("atod", opd_signal="exact"),
     )
     with pytest.raises(AtodError, match="a teacher in this process"):
-        run_study(config, tmp_path)
+        train_one(config, tmp_path)
 
 
 # -- scores --------------------------------------------------------------------------------------

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 from test_policy import make_policy
 from test_trainer import CONFIG as WHOLE
-from test_trainer import _numbers, _resuming, _wait_for_step, _with
+from test_trainer import _numbers, _wait_for_step, _with
 
 from atod_gym.errors import AtodError
 from atod_train.config import RunConfig
 from atod_train.files import read_json
 from atod_train.models.policy import Policy
 from atod_train.reports.metrics import MetricsWriter, read_evaluations, read_metrics
-from atod_train.studies.study import run_study
+from atod_train.studies.study import train_one
 from atod_train.training import trainer, update
 from atod_train.training.checkpoint import checkpoint_path, saved_checkpoints
 from atod_train.training.checks import DivergedError
@@ -40,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    run_study(CONFIG, out)
+    train_one(CONFIG, out)
     return out / "atod-seed0"
 
 
@@ -75,7 +75,7 @@ def test_an_update_without_a_finite_gradient_is_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _poison(monkeypatch, {3, 7, 8})  # two updates a step
-    run_study(_with(CONFIG, save_every=1), tmp_path)
+    train_one(_with(CONFIG, save_every=1), tmp_path)
     run = tmp_path / "atod-seed0"
     rows = read_metrics(run)
     assert [row["skipped_updates"] for row in rows] == [0, 1, 0, 2]
@@ -90,7 +90,7 @@ def test_many_in_a_row_end_the_run_in_a_line(
 ) -> None:
     _poison(monkeypatch, set(range(5, 100)))
     with pytest.raises(DivergedError, match=r"6 updates up to step 5 were not finite\. Lower"):
-        run_study(_with(CONFIG, steps=20), tmp_path)
+        train_one(_with(CONFIG, steps=20), tmp_path)
     # Skipped updates move nothing: the last finished step is saved.
     assert saved_checkpoints(tmp_path / "atod-seed0")[-1].stem == "step-000004"
 
@@ -111,7 +111,7 @@ def test_broken_weights_are_never_saved(
 
     monkeypatch.setattr(Learner, "step", breaking)
     with pytest.raises(DivergedError, match=r"Step 3 .*Lower .*checkpoint of step 2 is kept"):
-        run_study(_with(CONFIG, save_every=1), tmp_path)
+        train_one(_with(CONFIG, save_every=1), tmp_path)
     paths = saved_checkpoints(tmp_path / "atod-seed0")
     assert [path.stem for path in paths] == ["step-000001", "step-000002"]
 
@@ -129,7 +129,7 @@ def test_log_probs_that_are_not_finite_are_one_line(
     monkeypatch.setattr(trainer, "score_batch", broken)
     for name, message in (("logprobs", "student .* Lower"), ("reference_logprobs", "teacher")):
         with pytest.raises(DivergedError, match=f"Step 1: {name} of the {message}"):
-            run_study(CONFIG, tmp_path / name)
+            train_one(CONFIG, tmp_path / name)
 
 
 class Failing:
@@ -176,11 +176,11 @@ def test_what_was_finished_is_saved_and_resumes_as_if_nothing_had_happened(
     kept = getattr(owner, name)
     monkeypatch.setattr(owner, name, Failing(kept, call))
     with pytest.raises(AtodError, match="it is gone"):
-        run_study(CONFIG, tmp_path)
+        train_one(CONFIG, tmp_path)
     run = tmp_path / "atod-seed0"
     assert [path.stem for path in saved_checkpoints(run)] == [f"step-{step:06d}"]
     monkeypatch.setattr(owner, name, kept)
-    run_study(_resuming(CONFIG), tmp_path)
+    train_one(CONFIG, tmp_path, resume=True)
     _assert_same(run, whole_run)
 
 
@@ -205,7 +205,7 @@ def test_weights_of_half_a_step_are_not_saved(
 
     monkeypatch.setattr(Learner, "step", breaking)
     with pytest.raises(AtodError, match="it is gone"):
-        run_study(CONFIG, tmp_path)
+        train_one(CONFIG, tmp_path)
     assert not saved_checkpoints(tmp_path / "atod-seed0")
 
 
@@ -216,11 +216,11 @@ def test_a_broken_newest_checkpoint_is_passed_over(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "evaluate", Failing(trainer.evaluate, 1))
         with pytest.raises(AtodError, match="it is gone"):
-            run_study(_with(CONFIG, save_every=1), tmp_path)
+            train_one(_with(CONFIG, save_every=1), tmp_path)
     run = tmp_path / "atod-seed0"
     newest = checkpoint_path(run, 3)
     os.truncate(newest, newest.stat().st_size - 1)
-    run_study(_resuming(CONFIG), tmp_path)
+    train_one(CONFIG, tmp_path, resume=True)
     told = capsys.readouterr().err
     assert "step-000003.safetensors cannot be read" in told
     assert "continuing from step 2" in told
@@ -228,18 +228,18 @@ def test_a_broken_newest_checkpoint_is_passed_over(
 
 
 _SCRIPT = """
-import sys, dataclasses
+import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import test_failures as t
+from test_trainer import study_of_methods
 from atod_train.studies.study import run_study
 from atod_train.training.trainer import StoppedByUser
 if __name__ == "__main__":
-    config = t._resuming(t._with(t.CONFIG, steps=10_000))
     methods = ("atod", "opd")[: int(sys.argv[3])]
-    study = dataclasses.replace(config.study, methods=methods, jobs=len(methods))
+    out = Path(sys.argv[1])
     try:
-        run_study(dataclasses.replace(config, study=study), Path(sys.argv[1]))
+        run_study(study_of_methods(t._with(t.CONFIG, steps=10_000), methods, out), out)
     except StoppedByUser as stop:
         sys.exit(130)
 """
@@ -270,13 +270,13 @@ def test_a_signal_saves_every_run(number: int, jobs: int, tmp_path: Path) -> Non
 
 
 def test_resuming_needs_no_settings_that_change_nothing(tmp_path: Path) -> None:
-    run_study(_with(CONFIG, steps=1), tmp_path)
+    train_one(_with(CONFIG, steps=1), tmp_path)
 
     def other(config: RunConfig) -> RunConfig:
         model = replace(config.model, gradient_checkpointing=True, device="cpu")
-        return _resuming(_with(replace(config, model=model), tokens_per_microbatch=512))
+        return _with(replace(config, model=model), tokens_per_microbatch=512)
 
-    run_study(other(_with(CONFIG, steps=2)), tmp_path)
+    train_one(other(_with(CONFIG, steps=2)), tmp_path, resume=True)
     assert len(read_metrics(tmp_path / "atod-seed0")) == 2
 
 

@@ -14,7 +14,7 @@ from test_failures import CONFIG
 from atod_train.files import read_json
 from atod_train.reports.metrics import read_evaluations
 from atod_train.reports.tables import rate_text
-from atod_train.studies.study import run_study
+from atod_train.studies.study import train_one
 from atod_train.training.model_card import model_card
 
 
@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     patch = pytest.MonkeyPatch()
     patch.setenv("ATOD_CACHE", str(tmp_path_factory.mktemp("cache")))
     out = tmp_path_factory.mktemp("run")
-    run_study(CONFIG, out)
+    train_one(CONFIG, out)
     patch.undo()
     return out / "atod-seed0"
 

@@ -31,7 +31,7 @@ from atod_train.models.pretrained import SMOLLM2, LoadOptions, load_policy, pick
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from atod_train.reports.metrics import read_metrics
-from atod_train.studies.study import run_study
+from atod_train.studies.study import train_one
 
 SHAPE = ModelShape(layers=2, width=32, heads=2, mlp_width=48, max_positions=128)
 WORDS = ["take mug 1 from desk 1", "go to desk 2"]
@@ -302,7 +302,7 @@ def test_one_step_of_every_method_with_smollm2(
             lr=1e-5,
         ),
     )
-    run_study(config, tmp_path)
+    train_one(config, tmp_path)
     run = tmp_path / f"{method}-seed0"
     [step] = read_metrics(run)
     assert float(step["rollout/logprob_drift"]) < 1e-3

@@ -21,7 +21,7 @@ from atod_train.config import RunConfig
 from atod_train.distributed import Processes, join_processes
 from atod_train.files import read_json
 from atod_train.reports.metrics import read_evaluations
-from atod_train.studies.study import run_study
+from atod_train.studies.study import train_one
 from atod_train.training.checkpoint import load_latest
 from atod_train.training.update import share_of_sequences
 
@@ -34,9 +34,8 @@ CONFIG = replace(
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def with_steps(steps: int, resume: bool) -> RunConfig:
-    train, study = replace(CONFIG.train, steps=steps), replace(CONFIG.study, resume=resume)
-    return replace(CONFIG, train=train, study=study)
+def with_steps(steps: int) -> RunConfig:
+    return replace(CONFIG, train=replace(CONFIG.train, steps=steps))
 
 
 def together(*arguments: str, count: int = 2, **environment: str) -> None:
@@ -62,7 +61,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone")
-    run_study(with_steps(4, resume=False), out)
+    train_one(with_steps(4), out)
     return out / "atod-seed0"
 
 
@@ -116,7 +115,7 @@ def test_two_processes_make_the_run_of_one(whole_run: Path, tmp_path: Path) -> N
     # Sharded from here on, then alone: checkpoints do not depend on the number of processes.
     together("run", str(tmp_path), "3", **SHARDED)
     (run / "summary.json").unlink()
-    run_study(with_steps(4, resume=True), tmp_path)
+    train_one(with_steps(4), tmp_path, resume=True)
     assert_close(run, whole_run)
     assert (tmp_path / "report.html").is_file()
 

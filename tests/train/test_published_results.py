@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from atod_train.cli import _parsed
 from atod_train.reports.results import Results, read_results
 from atod_train.reports.tables import (
     Table,
@@ -85,11 +84,11 @@ def test_results_are_those_of_the_study_files(environment: Results, tmp_path: Pa
     parts = [
         part
         for path in STUDIES
-        for part in read_study(path, tmp_path, _parsed)
+        for part in read_study(path, tmp_path).parts
         if part.name == environment.name
     ]
     assert len(parts) == 1
-    configs = {run.config.study.label: run.config for run in parts[0].runs}
+    configs = {run.label: run.config for run in parts[0].runs}
     for run in environment.runs:
         config = configs[run.label]
         for section in ("algorithm", "train"):

@@ -30,12 +30,12 @@ from test_trainer import _numbers as numbers
 from atod_gym.errors import ServerError
 from atod_train import doctor
 from atod_train.cli import main
-from atod_train.config import StartConfig, StudyConfig
+from atod_train.config import StartConfig
 from atod_train.files import read_json
 from atod_train.models.policy import build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.studies.study import run_study
+from atod_train.studies.study import train_one
 from atod_train.teachers import remote, server
 from atod_train.teachers.server import ServedTeacher, create_app
 from atod_train.training.checkpoint import load_latest
@@ -264,7 +264,7 @@ def test_a_run_is_that_of_the_same_teacher_here(
     train = replace(CONFIG.train, steps=3, eval_every=0)
     teacher = replace(model, teacher=str(tmp_path / "teacher"))
     here = replace(CONFIG, model=teacher, start=StartConfig(), train=train)
-    run_study(here, tmp_path / "here")
+    train_one(here, tmp_path / "here")
     run = tmp_path / "there" / "atod-seed0"
     with ThreadPoolExecutor(1) as thread, served(tmp_path / "teacher") as (address, process):
 
@@ -274,7 +274,7 @@ def test_a_run_is_that_of_the_same_teacher_here(
                 _kill_after(3, run, process)
 
         restarting = thread.submit(restart)
-        run_study(replace(here, model=replace(model, teacher=address)), tmp_path / "there")
+        train_one(replace(here, model=replace(model, teacher=address)), tmp_path / "there")
         restarting.result()
     assert "for the teacher's server" in capsys.readouterr().err
     expected = numbers(tmp_path / "here" / "atod-seed0")
@@ -292,7 +292,7 @@ def test_a_run_is_that_of_the_same_teacher_here(
         longer = replace(here, model=model, train=replace(train, steps=500, save_every=500))
         killing = thread.submit(_kill_after, 5, run, process)
         with pytest.raises(ServerError, match="away for too long"):
-            run_study(replace(longer, study=StudyConfig(resume=True)), tmp_path / "there")
+            train_one(longer, tmp_path / "there", resume=True)
         killing.result()
     saved, _ = load_latest(run)
     assert saved is not None

@@ -13,7 +13,6 @@ from atod_train.config import (
     ModelConfig,
     RunConfig,
     StartConfig,
-    StudyConfig,
     TrainConfig,
 )
 from atod_train.distributed import Processes
@@ -35,7 +34,6 @@ CONFIG = RunConfig(
     model=ModelConfig(student="mini", teacher="mini"),
     start=StartConfig(demonstrations=8, epochs=(0.5, 0.5)),
     train=TrainConfig(max_completion_tokens=8),
-    study=StudyConfig(resume=True),
 )
 
 
@@ -87,7 +85,6 @@ def test_a_kill_between_two_evaluations_loses_one(made: list[str], tmp_path: Pat
     [
         pytest.param({"train": replace(CONFIG.train, max_completion_tokens=6)}, id="tokens"),
         pytest.param({"start": replace(CONFIG.start, epochs=(0.6, 0.5))}, id="start"),
-        pytest.param({"study": StudyConfig(resume=False)}, id="anew"),
     ],
 )
 def test_other_settings_are_evaluated_again(

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import pytest
 
 from atod_gym.errors import InvalidSettingError
 from atod_train.cli import _parsed, main
-from atod_train.files import read_json
+from atod_train.config import ModelConfig
+from atod_train.files import FileError, read_json
+from atod_train.presets import PRESETS
 from atod_train.reports.metrics import read_evaluations, read_metrics
 from atod_train.reports.results import read_results
-from atod_train.studies.file import Selection, read_study
+from atod_train.reports.run_folder import OtherSettingsError, write_config
+from atod_train.studies.file import QUICKSTART, Selection, keep_study, read_kept_study, read_study
 
 STUDY = """
 seeds = [0, 1]
 
 [environments.houses]
-preset = "quickstart"
+preset = "houses-tiny"
 "env.eval_tasks" = 3
 "env.max_turns" = 12
 "env.eval_splits" = ["valid_seen"]
@@ -39,7 +43,7 @@ preset = "quickstart"
 """
 OTHER = """
 [environments.more]
-preset = "quickstart"
+preset = "houses-tiny"
 "env.max_turns" = 5
 """
 
@@ -52,14 +56,14 @@ def study(tmp_path: Path) -> Path:
 
 
 def test_a_study_is_read(study: Path, tmp_path: Path) -> None:
-    [part] = read_study(study, tmp_path / "out", _parsed)
+    [part] = read_study(study, tmp_path / "out").parts
     assert [run.folder.name for run in part.runs] == [
         "atod-seed0", "adaptive-seed0", "atod-seed1", "adaptive-seed1"
     ]  # fmt: skip
     first, second = part.runs[:2]
     assert first.config.algorithm.shape == "linear"
     assert second.config.algorithm.kappa == (0.8, 0.2)
-    assert second.config.study.label == "adaptive"
+    assert second.label == "adaptive"
     assert {run.config.train.save_every for run in part.runs} == {20}
     assert first.config.env.eval_splits == ("valid_seen",)
 
@@ -68,9 +72,9 @@ def test_options_of_an_environment_are_added_to_those_of_the_preset(
     study: Path, tmp_path: Path
 ) -> None:
     options = '"env.options" = { entities = 60, server_url = "http://127.0.0.1:1" }'
-    file = STUDY.replace('"quickstart"', f'"searchqa-tiny"\n{options}')
+    file = STUDY.replace('"houses-tiny"', f'"searchqa-tiny"\n{options}')
     study.write_text(file, encoding="utf-8")
-    [part] = read_study(study, tmp_path / "out", _parsed)
+    [part] = read_study(study, tmp_path / "out").parts
     assert part.config.env.options == {
         "entities": 60, "topk": 1, "task_types": "one_hop", "server_url": "http://127.0.0.1:1"
     }  # fmt: skip
@@ -87,7 +91,7 @@ def test_a_value_of_a_wrong_type_is_found(
     assert main(["study", str(study), "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "--env.max-turns" in told
-    assert f"{study}: environments.houses, runs.atod" in told.splitlines()[-1]
+    assert f"{study}: environments.houses: invalid" in told.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -99,11 +103,11 @@ def test_a_value_of_a_wrong_type_is_found(
         ("seeds = [0, 1]", "jobs = 0", "jobs must be"),
         ("seeds = [0, 1]", "seeds = [", "Cannot read the study"),
         ("[runs.adaptive]", "[runs.'a/b']", "cannot be the name of a folder"),
-        ('preset = "quickstart"', 'preset = "slowstart"', "preset must be one of"),
+        ('preset = "houses-tiny"', 'preset = "slowstart"', "preset must be one of"),
         ('"algorithm.shape" = "adaptive"', '"model.student" = "tiny"', "cannot be set here"),
         ('"algorithm.shape" = "adaptive"', '"env.max_turns" = 3', "cannot be set here"),
         ('"algorithm.shape" = "adaptive"', 'algorithm.shape = "adaptive"', "with quotes"),
-        ('"env.max_turns" = 12', '"study.jobs" = 12', "cannot be set here"),
+        ('"env.max_turns" = 12', '"study.jobs" = 12', "invalid setting"),
         ("[runs.atod]\n[runs.adaptive]", "[run.adaptive]", "unknown key 'run'"),
         ("[runs.adaptive]", "[runs.teacher]", "cannot be called 'teacher'"),
         ('"train.steps" = 2', '"train.seed" = 2', "write seeds = [2] at the top"),
@@ -115,21 +119,21 @@ def test_what_has_no_meaning_is_refused(
 ) -> None:
     study.write_text(STUDY.replace(old, new), encoding="utf-8")
     with pytest.raises(InvalidSettingError, match=re.escape(message)):
-        read_study(study, tmp_path / "out", _parsed)
+        read_study(study, tmp_path / "out")
 
 
 def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
     study.write_text(STUDY + OTHER, encoding="utf-8")
     selection = Selection(seeds=[3, 2], environments=["more"], runs=["adaptive"], jobs=7)
-    houses, more = read_study(study, tmp_path, _parsed, selection)
+    chosen = read_study(study, tmp_path, selection)
+    houses, more = chosen.parts
     assert [run.folder.name for run in more.runs] == ["adaptive-seed3", "adaptive-seed2"]
     assert houses.runs == ()
     assert list(houses.settings) == list(more.settings) == ["atod", "adaptive"]
     # What all runs share does not depend on which are chosen.
-    whole = read_study(study, tmp_path, _parsed, Selection([3, 2], jobs=7))
+    whole = read_study(study, tmp_path, Selection([3, 2])).parts
     assert more.config == whole[1].config
-    assert more.config.study.jobs == 7
-    assert more.config.study.label == "atod"
+    assert chosen.jobs == 7
     assert more.config.env.max_turns == 5
 
 
@@ -151,13 +155,13 @@ def test_a_choice_of_what_is_not_there_is_refused(
 ) -> None:
     study.write_text(STUDY + OTHER, encoding="utf-8")
     with pytest.raises(InvalidSettingError, match=message):
-        read_study(study, tmp_path, _parsed, selection)
+        read_study(study, tmp_path, selection)
 
 
 def test_mistakes_are_one_line(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study.write_text(STUDY.replace("quickstart", "none"), encoding="utf-8")
+    study.write_text(STUDY.replace("houses-tiny", "none"), encoding="utf-8")
     assert main(["study", str(study), "--out", str(tmp_path / "out")]) == 2
     assert main(["study", str(tmp_path / "none.toml")]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -176,24 +180,26 @@ def test_a_killed_study_goes_on_and_writes_its_results(
     command = [sys.executable, "-m", "atod_train.cli", "study", str(study), "--out", str(out)]
     with subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
-        while len(read_metrics(out / "houses" / "atod-seed0")) < 1:
+        while len(read_metrics(out / "atod-seed0")) < 1:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.kill()
     looks = ["study", str(study), "--out", str(out), "--results-only"]
     assert main(looks) == 2
-    assert "has finished; there are no results" in capsys.readouterr().err
+    assert "there are no results" in capsys.readouterr().err
     assert not (out / "results.json").exists()
+    # Runs that have not begun continue too.
+    resume = [*command[:3], "resume", str(out / "atod-seed0")]
     finished = subprocess.run(
-        command, env=variables, capture_output=True, text=True, check=False, timeout=200
+        resume, env=variables, capture_output=True, text=True, check=False, timeout=200
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert re.search(r"^adaptive +2 ", finished.stdout, re.MULTILINE)
     # The killed run had written down how start and teacher do.
     assert "adaptive" in finished.stderr
     assert "evaluating the" not in finished.stderr
-    assert (out / "report.html").is_file()
+    assert "adaptive" in (out / "report.html").read_text(encoding="utf-8")
 
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     houses: dict[str, Any] = results["houses"]
@@ -205,7 +211,7 @@ def test_a_killed_study_goes_on_and_writes_its_results(
         "valid_seen/greedy", "valid_seen/sampled"
     }  # fmt: skip
     for run in houses["runs"]:
-        folder = out / "houses" / f"{run['label']}-seed{run['seed']}"
+        folder = out / f"{run['label']}-seed{run['seed']}"
         assert [step["step"] for step in read_metrics(folder)] == [1, 2]
         assert run["minutes"] == read_json(folder / "summary.json")["minutes"]
         boards = [(e.step, e.model, e.result.mode) for e in read_evaluations(folder)]
@@ -229,10 +235,62 @@ def test_a_killed_study_goes_on_and_writes_its_results(
     }  # fmt: skip
     # Nothing is left to do, and nothing changes.
     monkeypatch.setenv("ATOD_CACHE", variables["ATOD_CACHE"])
-    assert main(looks[:-1]) == 0
+    assert main([*looks[:-1], "--resume"]) == 0
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+    assert main(looks[:-1]) == 2
+    assert "atod-seed0 holds a run already; continue it (--resume)" in capsys.readouterr().err
     # A run that has not finished is left out.
-    (out / "houses" / "atod-seed1" / "summary.json").unlink()
+    (out / "atod-seed1" / "summary.json").unlink()
     assert main(looks) == 0
     houses["runs"].pop(2)
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+
+
+def test_several_environments_have_folders_of_their_own(study: Path, tmp_path: Path) -> None:
+    assert read_study(study, tmp_path).runs[0].folder == tmp_path / "atod-seed0"
+    study.write_text(STUDY + OTHER, encoding="utf-8")
+    folders = {run.folder.parent for run in read_study(study, tmp_path).runs}
+    assert folders == {tmp_path / "houses", tmp_path / "more"}
+
+
+def test_the_settings_of_all_runs_are_kept(study: Path, tmp_path: Path) -> None:
+    text = STUDY.replace("[0.8, 0.2]", '[0.8, 0.2]\n"algorithm.clip" = [0.2, 0.3, "inf"]') + OTHER
+    study.write_text(text, encoding="utf-8")
+    out = tmp_path / "out"
+    first = read_study(study, out, Selection(seeds=[0], environments=["houses"]))
+    keep_study(first, out)
+    second = read_study(study, out, Selection(seeds=[1], jobs=3))
+    keep_study(second, out)
+    for folder in (out, out / "houses" / "atod-seed1"):
+        kept, found = read_kept_study(folder)
+        assert (found, kept.jobs) == (out, 3)
+        assert sorted(kept.runs, key=str) == sorted([*first.runs, *second.runs], key=str)
+    with pytest.raises(FileError, match=r"has no study\.json"):
+        read_kept_study(tmp_path)
+
+
+def test_runs_of_a_folder_share_start_teacher_and_tasks(study: Path, tmp_path: Path) -> None:
+    first = read_study(study, tmp_path)
+    keep_study(first, tmp_path)
+    study.write_text(STUDY.replace("= 12", "= 13"), encoding="utf-8")
+    other = read_study(study, tmp_path, Selection(seeds=[2]))
+    # Runs that have not begun are no reason to refuse others.
+    assert keep_study(other, tmp_path).runs == other.runs
+    write_config(other.runs[0].folder, other.runs[0].config)
+    with pytest.raises(OtherSettingsError, match=r"env\.max_turns=13, not 12"):
+        keep_study(first, tmp_path)
+
+
+def test_the_quickstart_is_a_study_with_settings_of_its_own(tmp_path: Path) -> None:
+    base = replace(PRESETS["houses-tiny"].config, model=ModelConfig(student="smollm2"))
+    study = read_study(QUICKSTART, tmp_path, None, base)
+    assert [run.folder.name for run in study.runs] == ["atod-seed0", "opd-seed0"]
+    assert [run.config.algorithm.method for run in study.runs] == ["atod", "opd"]
+    assert {run.config.model.student for run in study.runs} == {"smollm2"}
+    assert study.jobs == 2
+
+
+def test_what_the_quickstarts_runs_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for setting, value in (("algorithm.method", "grpo"), ("train.seed", "3")):
+        assert main(["quickstart", f"--{setting}", value]) == 2
+        assert f"atod-train houses-tiny --{setting} {value}" in capsys.readouterr().err

@@ -10,19 +10,21 @@ import pytest
 
 from atod_train.cli import main
 from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
+from atod_train.distributed import Processes
 from atod_train.reports.evaluations import EvaluatedModel, Evaluation, EvaluationResult, TaskResult
 from atod_train.reports.metrics import MetricsWriter
 from atod_train.reports.results import RESULTS_FILE, finished_runs, record_of, write_results
 from atod_train.reports.run_folder import write_config, write_manifest, write_summary
 from atod_train.studies import study
+from atod_train.studies.file import Run, StudyPart
 from atod_train.training.trainer import StoppedByUser
 
 STUDY = """
 [environments.houses]
-preset = "quickstart"
+preset = "houses-tiny"
 "train.steps" = 4
 [environments.more]
-preset = "quickstart"
+preset = "houses-tiny"
 "train.steps" = 4
 [runs.atod]
 [runs.grpo]
@@ -143,13 +145,13 @@ def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     path.write_text(STUDY, encoding="utf-8")
     asked = []
 
-    def make_runs(config: RunConfig, runs: list[study.Run], folder: Path) -> Path:
-        asked.append([run.folder.relative_to(out).as_posix() for run in runs])
-        make_run(runs[0].folder, method=runs[0].config.study.label, seed=7)
-        write_config(runs[0].folder, runs[0].config)
+    def make_part(part: StudyPart, left: list[Run], jobs: int, processes: Processes) -> None:
+        asked.append([run.folder.relative_to(out).as_posix() for run in left])
+        make_run(left[0].folder, method=left[0].label, seed=7)
+        write_config(left[0].folder, left[0].config)
         raise StoppedByUser("stopped")
 
-    monkeypatch.setattr(study, "make_runs", make_runs)
+    monkeypatch.setattr(study, "_make_part", make_part)
     command = ["study", str(path), "--out", str(out), "--seeds", "7"]
     assert main([*command, "--environments", "more"]) == 130
     assert asked == [["more/atod-seed7", "more/grpo-seed7"]]
@@ -162,5 +164,5 @@ def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     assert {name: [run["label"] for run in results[name]["runs"]] for name in results} == {
         "houses": ["grpo"], "more": ["atod"]
     }  # fmt: skip
-    told = "atod-train: stopped; the same command goes on from there\n"
+    told = "atod-train: stopped; the same command with --resume continues from there\n"
     assert capsys.readouterr().err == told * 2

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,6 @@ from atod_train.config import (
     ModelConfig,
     RunConfig,
     StartConfig,
-    StudyConfig,
     TrainConfig,
 )
 from atod_train.files import read_json
@@ -40,7 +40,8 @@ from atod_train.presets import PRESETS
 from atod_train.reports.metrics import read_metrics
 from atod_train.reports.run_folder import RunFolderError
 from atod_train.reports.run_summary import read_run
-from atod_train.studies.study import run_study
+from atod_train.studies.file import Run, Study, StudyPart
+from atod_train.studies.study import train_one
 from atod_train.training.checkpoint import CheckpointError, load_latest
 
 CONFIG = RunConfig(
@@ -77,8 +78,14 @@ def _with(config: RunConfig, **train: object) -> RunConfig:
     return replace(config, train=replace(config.train, **train))  # type: ignore[arg-type]
 
 
-def _resuming(config: RunConfig) -> RunConfig:
-    return replace(config, study=replace(config.study, resume=True))
+def study_of_methods(config: RunConfig, methods: Sequence[str], out: Path) -> Study:
+    """Runs of several methods at the same time."""
+    settings = {
+        method: replace(config, algorithm=replace(config.algorithm, method=method))  # type: ignore[arg-type]
+        for method in methods
+    }
+    runs = tuple(Run(name, found, out / f"{name}-seed0") for name, found in settings.items())
+    return Study((StudyPart("houses", out, runs, settings),), jobs=len(methods))
 
 
 def _numbers(run_dir: Path) -> list[dict[str, object]]:
@@ -89,7 +96,7 @@ def _numbers(run_dir: Path) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    run_study(CONFIG, out)
+    train_one(CONFIG, out)
     return out / "atod-seed0"
 
 
@@ -132,8 +139,8 @@ def test_the_reasons_of_invalid_turns_add_up(whole_run: Path) -> None:
 
 
 def test_three_steps_and_three_more_are_six(whole_run: Path, tmp_path: Path) -> None:
-    run_study(_with(CONFIG, steps=3), tmp_path)
-    run_study(_resuming(CONFIG), tmp_path)
+    train_one(_with(CONFIG, steps=3), tmp_path)
+    train_one(CONFIG, tmp_path, resume=True)
     resumed = tmp_path / "atod-seed0"
     assert _numbers(resumed) == _numbers(whole_run)
     (ours, _), (theirs, _) = load_latest(resumed), load_latest(whole_run)
@@ -149,10 +156,11 @@ import sys, dataclasses
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import test_trainer as t
-from atod_train.studies.study import run_study
+from atod_train.studies.file import Run, Study, StudyPart
+from atod_train.studies.study import train_one
 from atod_train.training.trainer import StoppedByUser
 try:
-    run_study(t._resuming(t.CONFIG), Path(sys.argv[1]))
+    train_one(t.CONFIG, Path(sys.argv[1]), resume=True)
 except StoppedByUser as stop:
     print(stop)
     sys.exit(130)
@@ -197,15 +205,14 @@ def test_kill_9_and_ctrl_c_lose_nothing(whole_run: Path, tmp_path: Path) -> None
 
 
 _SCRIPT_OF_TWO = """
-import sys, dataclasses
+import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import test_trainer as t
-from atod_train.config import StudyConfig
 from atod_train.studies.study import run_study
 if __name__ == "__main__":
-    study = StudyConfig(methods=("atod", "opd"), jobs=2)
-    run_study(dataclasses.replace(t._with(t.CONFIG, steps=10_000), study=study), Path(sys.argv[1]))
+    out = Path(sys.argv[1])
+    run_study(t.study_of_methods(t._with(t.CONFIG, steps=10_000), ("atod", "opd"), out), out)
 """
 
 
@@ -243,13 +250,13 @@ def _children(parent: int) -> list[int]:
 
 
 def test_a_folder_is_not_overwritten(whole_run: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"--study\.resume"):
-        run_study(CONFIG, whole_run.parent)
+    with pytest.raises(RunFolderError, match="--resume"):
+        train_one(CONFIG, whole_run.parent)
     other = replace(CONFIG, algorithm=replace(CONFIG.algorithm, kappa=(1.0, 0.2)))
     with pytest.raises(RunFolderError, match=r"kappa"):
-        run_study(_resuming(other), whole_run.parent)
+        train_one(other, whole_run.parent, resume=True)
     with pytest.raises(RunFolderError, match=r"has 6 steps, more than train\.steps=4; ask for 6"):
-        run_study(_resuming(_with(CONFIG, steps=4)), whole_run.parent)
+        train_one(_with(CONFIG, steps=4), whole_run.parent, resume=True)
 
 
 def test_a_folder_has_one_process_at_a_time(whole_run: Path) -> None:
@@ -264,9 +271,9 @@ def test_a_folder_has_one_process_at_a_time(whole_run: Path) -> None:
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(AtodError, match="Another process is making runs in"):
-            run_study(_resuming(CONFIG), out)
+            train_one(CONFIG, out, resume=True)
         other.kill()
-    run_study(_resuming(CONFIG), out)
+    train_one(CONFIG, out, resume=True)
 
 
 def test_a_checkpoint_of_another_model_is_refused(whole_run: Path, tmp_path: Path) -> None:
@@ -279,15 +286,16 @@ def test_a_checkpoint_of_another_model_is_refused(whole_run: Path, tmp_path: Pat
         (target / "config.json").write_text(json.dumps({}))
         (target / "config.json").unlink()
         with pytest.raises(CheckpointError, match="another model"):
-            run_study(other, tmp_path)
+            train_one(other, tmp_path)
     finally:
         (target / "checkpoints").rename(whole_run / "checkpoints")
 
 
 @pytest.mark.parametrize("method", ["opd", "grpo", "mix", "sod", "tcod", "sdar"])
 def test_every_method_runs(method: str, tmp_path: Path) -> None:
-    config = replace(_with(CONFIG, steps=2), study=StudyConfig(methods=(method,)))  # type: ignore[arg-type]
-    run_study(config, tmp_path)
+    config = _with(CONFIG, steps=2)
+    algorithm = replace(config.algorithm, method=method)  # type: ignore[arg-type]
+    train_one(replace(config, algorithm=algorithm), tmp_path)
     rows = read_metrics(tmp_path / f"{method}-seed0")
     assert len(rows) == 2
     assert ("seconds/teacher" in rows[0]) == (method != "grpo")
@@ -297,7 +305,7 @@ def test_every_method_runs(method: str, tmp_path: Path) -> None:
 
 def test_where_the_teacher_is_changes_nothing(whole_run: Path, tmp_path: Path) -> None:
     model = replace(CONFIG.model, teacher_device="cpu")
-    run_study(_with(replace(CONFIG, model=model), steps=2), tmp_path)
+    train_one(_with(replace(CONFIG, model=model), steps=2), tmp_path)
     assert _numbers(tmp_path / "atod-seed0") == _numbers(whole_run)[:2]
 
 
@@ -307,11 +315,11 @@ def test_exact_signal_and_adapters_resume_too(whole_run: Path, tmp_path: Path) -
     model = replace(CONFIG.model, student=start, teacher=start, lora_rank=2)
     config = replace(CONFIG, algorithm=algorithm, model=model, start=StartConfig())
     config = _with(config, eval_every=0)
-    run_study(_with(config, steps=3), tmp_path / "whole")
-    run_study(_with(config, steps=2), tmp_path / "parts")
+    train_one(_with(config, steps=3), tmp_path / "whole")
+    train_one(_with(config, steps=2), tmp_path / "parts")
     parts = tmp_path / "parts" / "atod-seed0"
     (parts / "summary.json").unlink()
-    run_study(_resuming(_with(config, steps=3)), tmp_path / "parts")
+    train_one(_with(config, steps=3), tmp_path / "parts", resume=True)
     assert _numbers(parts) == _numbers(tmp_path / "whole" / "atod-seed0")
     ours, theirs = (load_latest(tmp_path / name / "atod-seed0")[0] for name in ("whole", "parts"))
     assert ours is not None
@@ -335,7 +343,7 @@ def test_window_style_trains_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("atod_train.evaluation.evaluate.Generator", Noting)
     env = replace(CONFIG.env, prompt_style="window", show_admissible=True, parse_profile="tags")
     config = _with(replace(CONFIG, env=env), steps=1, max_completion_tokens=24)
-    run_study(config, tmp_path)
+    train_one(config, tmp_path)
     assert len(read_metrics(tmp_path / "atod-seed0")) == 1
     # Completions end with their action in training and in evaluation.
     assert formats == {CompletionFormat("tags")}
@@ -345,19 +353,19 @@ def test_a_folder_is_resumed_without_its_settings(
     whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "study"
-    run_study(_with(CONFIG, steps=2), out)
+    train_one(_with(CONFIG, steps=2), out)
     assert main(["resume", str(out)]) == 0  # nothing is left to do
-    config = out / "atod-seed0" / "config.json"
-    settings = json.loads(config.read_text())
-    settings["train"]["steps"] = CONFIG.train.steps
-    config.write_text(json.dumps(settings))
+    study = out / "study.json"
+    settings = json.loads(study.read_text())
+    settings["runs"][0]["config"]["train"]["steps"] = CONFIG.train.steps
+    study.write_text(json.dumps(settings))
     assert main(["resume", str(out / "atod-seed0")]) == 0
     assert _numbers(out / "atod-seed0") == _numbers(whole_run)
     for wrong in (["resume"], ["resume", "--help"], ["resume", str(tmp_path)]):
         assert main(wrong) == 2
     told = capsys.readouterr().err
     assert "resume takes one folder" in told
-    assert "holds no run of atod-train" in told
+    assert "is no folder of a study" in told
 
 
 def test_the_version_and_all_commands_are_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -372,19 +380,19 @@ def test_the_version_and_all_commands_are_told(capsys: pytest.CaptureFixture[str
 
 def test_settings_without_meaning_are_named(tmp_path: Path) -> None:
     with pytest.raises(AtodError, match=r"train\.steps"):
-        run_study(_with(CONFIG, steps=0), tmp_path)
+        train_one(_with(CONFIG, steps=0), tmp_path)
     for setting in ({"kappa": (0.05, 0.1)}, {"rho": (1.0, 0.5)}, {"clip": (0.2, 0.2, 1.0)}):
         wrong = replace(CONFIG, algorithm=replace(CONFIG.algorithm, **setting))
         with pytest.raises(AtodError, match="algorithm"):
-            run_study(wrong, tmp_path)
+            train_one(wrong, tmp_path)
     build_policy("micro", build_word_tokenizer(["other words"]), seed=0).save(tmp_path / "other")
     foreign = replace(CONFIG, model=replace(CONFIG.model, teacher=str(tmp_path / "other")))
     with pytest.raises(AtodError, match="share a vocabulary"):
-        run_study(foreign, tmp_path / "foreign")
+        train_one(foreign, tmp_path / "foreign")
     assert not list((tmp_path / "foreign").glob("*/evaluations.jsonl"))
     missing = replace(CONFIG, model=replace(CONFIG.model, student=str(tmp_path / "none")))
     with pytest.raises(AtodError, match="none"):
-        run_study(missing, tmp_path / "out")
+        train_one(missing, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -405,7 +413,7 @@ def test_models_that_cannot_do_are_told_before_any_is_made(
     letters = Tokenizer(BPE({"a": 0, "b": 1}, []))
     PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained("bytes")
     with pytest.raises(AtodError, match=re.escape(told)):
-        run_study(replace(CONFIG, model=replace(CONFIG.model, **models)), tmp_path / "out")
+        train_one(replace(CONFIG, model=replace(CONFIG.model, **models)), tmp_path / "out")
     assert not (tmp_path / "cache").exists()
 
 
@@ -419,7 +427,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
             "-m",
             "atod_train.cli",
             "quickstart",
-            "--study.out",
+            "--out",
             str(blocked / "x"),
             "--start.demonstrations",
             "16",

@@ -35,7 +35,7 @@ from atod_train.records import Batch, Trajectory, Turn
 from atod_train.reports.metrics import read_evaluations, read_metrics, read_trajectories
 from atod_train.rollout.env_pool import EnvPool, SingleEnvs
 from atod_train.rollout.rollout import collect
-from atod_train.studies.study import run_study
+from atod_train.studies.study import train_one
 from atod_train.training import trainer
 from atod_train.training.supervised import demonstrate, demonstration_texts
 
@@ -149,7 +149,7 @@ def test_a_run_counts_them_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
         model=replace(CONFIG.model, max_context=130),
         train=replace(CONFIG.train, steps=2, eval_every=0),
     )
-    run_study(config, tmp_path / "study")
+    train_one(config, tmp_path / "study")
     rows = read_metrics(tmp_path / "study" / "atod-seed0")
     assert len(rows) == 2
     assert all(0 < row["rollout/truncated_prompts"] < 1 for row in rows)
@@ -182,7 +182,7 @@ def test_a_run_goes_on_where_some_episodes_cannot_begin(
         algorithm=algorithm,
         train=replace(CONFIG.train, steps=3, eval_every=1, tasks_per_step=4),
     )
-    run_study(config, tmp_path / "study")
+    train_one(config, tmp_path / "study")
     assert any(begun)
     assert not all(begun)
     run = tmp_path / "study" / f"{algorithm.method}-seed0"

@@ -18,7 +18,7 @@ from atod_train.config import AlgorithmConfig
 from atod_train.distributed import Processes, end_process, join_processes
 from atod_train.models.pretrained import LoadOptions, load_policy
 from atod_train.progress import PhaseTimes
-from atod_train.studies.study import run_study
+from atod_train.studies.study import train_one
 from atod_train.teachers.local import LocalTeacher
 from atod_train.training.checkpoint import whole
 from atod_train.training.update import Learner, score_batch, update_policy
@@ -80,7 +80,7 @@ def main() -> None:
     torch.set_num_threads(1)
     what, out = sys.argv[1], Path(sys.argv[2])
     if what == "run":
-        run_study(test_processes.with_steps(int(sys.argv[3]), resume=True), out)
+        train_one(test_processes.with_steps(int(sys.argv[3])), out, resume=True)
         end_process(0)
     processes = join_processes("cpu")
     found = {signal: gradients_of_an_update(processes, signal) for signal in ("sampled", "exact")}
