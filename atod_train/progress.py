@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol, TextIO
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol, TextIO
 
 
 class Advance(Protocol):
@@ -18,6 +18,8 @@ class Advance(Protocol):
 
 _plain = False
 _silent = False
+_shown: Any = None
+"""The bars on the terminal; a bar that begins inside of another is a line below it."""
 
 
 def plain_lines() -> None:
@@ -95,13 +97,22 @@ def _bar(total: int, description: str, stream: TextIO) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(file=stream)) as bar:
+    global _shown
+    outer = _shown
+    bar = outer or Progress(*columns, console=Console(file=stream))
+    with nullcontext() if outer else bar:
         task = bar.add_task(description, total=total, note="")
 
         def advance(amount: int = 1, note: str = "") -> None:
             bar.update(task, advance=amount, note=note)
 
-        yield advance
+        _shown = bar
+        try:
+            yield advance
+        finally:
+            _shown = outer
+            if outer is not None:
+                bar.remove_task(task)
 
 
 class PhaseTimes:

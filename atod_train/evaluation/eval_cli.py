@@ -144,7 +144,10 @@ def chosen_agent(options: EvalOptions) -> AgentPlayer | LocalModel:
         raise InvalidSettingError("A person plays one episode at a time: --concurrency 1.")
     makers: dict[str, Callable[[], Agent]] = {"expert": ExpertAgent, "human": HumanAgent}
     if name not in makers and ":" not in name:
-        raise InvalidSettingError(f"No agent {name!r}: {', '.join(_AGENTS)}, or module:Class.")
+        advice = f" Use --agent {PREFIX}{name} for that folder." if Path(name).is_dir() else ""
+        raise InvalidSettingError(
+            f"No agent {name!r}: {', '.join(_AGENTS)}, or module:Class.{advice}"
+        )
     mode: EvaluationMode = "greedy" if name == "expert" else "sampled"
     return AgentPlayer(name, mode, makers.get(name) or load_agent(name), {"kind": name})
 
@@ -240,7 +243,7 @@ def _play(
                 )  # fmt: skip
     except (KeyboardInterrupt, AtodError, OSError) as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        message = "Stopped." if stopped else str(error)
+        message = "Stopped." if stopped else f"{str(error).rstrip('.')}."
         if folder.records:
             again = [word for word in words if word != "--resume"]
             message += (

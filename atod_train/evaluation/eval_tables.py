@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from atod_train.evaluation.eval_records import Evaluated
+from atod_train.evaluation.eval_records import Evaluated, Totals
 from atod_train.reports.evaluations import EvaluationResult, difference_by_task
 from atod_train.reports.statistics import unpaired_difference
 from atod_train.reports.tables import Table, difference_text, rate_text
@@ -31,7 +31,7 @@ def result_table(evaluated: Evaluated) -> str:
         Table("", head, tuple(rows)).text,
         "",
         f"tokens {_tokens(totals.prompt_tokens)} in, {_tokens(totals.completion_tokens)} out"
-        f"{_of_reasoning(totals.reasoning_tokens)}; cost {_cost(totals.cost)}; "
+        f"{_of_reasoning(totals.reasoning_tokens)}{_cost(totals, '; cost ')}; "
         f"{totals.seconds:.1f} s",
     ]
     early = {name: n for name, n in totals.stop_reasons.items() if name not in _ENDS}
@@ -54,7 +54,7 @@ def comparison(first: Evaluated, second: Evaluated, names: tuple[str, str]) -> s
             *_figures(evaluated.result),
             _tokens(evaluated.totals.prompt_tokens),
             _tokens(evaluated.totals.completion_tokens),
-            _cost(evaluated.totals.cost),
+            _cost(evaluated.totals) or "-",
             f"{evaluated.totals.seconds:.1f}",
         )
         for letter, name, evaluated in zip("AB", names, (first, second), strict=True)
@@ -126,5 +126,8 @@ def _of_reasoning(count: int | None) -> str:
     return f" ({_tokens(count)} of reasoning)" if count != 0 else ""
 
 
-def _cost(cost: float | None) -> str:
-    return UNKNOWN if cost is None else f"{cost:.4f}"
+def _cost(totals: Totals, label: str = "") -> str:
+    """Return label and cost; empty without prices."""
+    if totals.cost is not None:
+        return f"{label}{totals.cost:.4f}"
+    return f"{label}{UNKNOWN}" if None in (totals.prompt_tokens, totals.completion_tokens) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -12,6 +13,7 @@ from atod_train.memory import give_back
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
+from atod_train.progress import progress
 from atod_train.records import Trajectory
 from atod_train.reports.evaluations import EvaluationMode, EvaluationResult, TaskResult
 from atod_train.rollout.env_pool import EnvPool
@@ -48,18 +50,61 @@ def evaluate(
         AtodError: no first prompt fits the model's context.
     """
     task_ids = pool.task_ids[: config.env.eval_tasks or None]
+    temperature = 0.0 if mode == "greedy" else SAMPLING_TEMPERATURE
+    processes = processes or Processes()
+    results: list[TaskResult] = []
+    title = f"evaluating {policy.name} on {pool.split}, {mode}"
+    with progress(-(-len(task_ids) // processes.count), title) as advance:
+        for episodes in play_in_batches(
+            policy, pool, config, task_ids, temperature=temperature, processes=processes,
+            on_end=lambda _: advance(),
+        ):  # fmt: skip
+            results += processes.gather([_result(episode) for episode in episodes])
+    if not any(result.turns for result in results):
+        raise nothing_fits()
+    return EvaluationResult(pool.split, pool.data, mode, tuple(results))
+
+
+def play_in_batches(
+    policy: Policy,
+    pool: EnvPool,
+    config: RunConfig,
+    task_ids: Sequence[str],
+    *,
+    temperature: float,
+    on_end: Callable[[Trajectory], None],
+    stream: int = 0,
+    at_once: int | None = None,
+    processes: Processes | None = None,
+) -> Iterator[list[Trajectory]]:
+    """Play each task once, as many at the same time as memory holds.
+
+    Args:
+        policy: the model; it is not changed.
+        pool: environments of the split.
+        config: prompt style, limits and seed.
+        task_ids: the tasks.
+        temperature: of sampling; 0: greedy.
+        on_end: receives each trajectory as soon as its episode has ended.
+        stream: another number draws other samples from the same seed.
+        at_once: episodes at the same time; None: `episodes_at_once`.
+        processes: share the tasks.
+
+    Yields:
+        The trajectories of one batch after the other that this process has played.
+    """
     generator = Generator(
         policy,
         DialogueEncoder(policy.tokenizer, config.env.prompt_style, config.env.template_options),
-        temperature=0.0 if mode == "greedy" else SAMPLING_TEMPERATURE,
+        temperature=temperature,
         max_completion_tokens=config.train.max_completion_tokens,
         completion_format=pool.completion_format,
         max_context=config.model.max_context,
-        generator=torch.Generator().manual_seed(seed_for(config.train.seed, 0, "evaluation")),
+        generator=torch.Generator().manual_seed(seed_for(config.train.seed, stream, "evaluation")),
     )
     processes = processes or Processes()
-    results: list[TaskResult] = []
-    at_once = episodes_at_once(policy, generator.max_context, processes.count) * processes.count
+    at_once = at_once or episodes_at_once(policy, generator.max_context, processes.count)
+    at_once *= processes.count
     for start in range(0, len(task_ids), at_once):
         part = task_ids[start : start + at_once]
         share = processes.share(len(part))
@@ -71,12 +116,10 @@ def evaluate(
             turn_limit=config.env.max_turns,
             first_episode=share.start,
             episodes_in_all=len(part),
+            on_end=on_end,
         )
         give_back()
-        results += processes.gather([_result(group.trajectories[0]) for group in groups])
-    if not any(result.turns for result in results):
-        raise nothing_fits()
-    return EvaluationResult(pool.split, pool.data, mode, tuple(results))
+        yield [group.trajectories[0] for group in groups]
 
 
 def episodes_at_once(policy: Policy, max_context: int, processes: int = 1) -> int:

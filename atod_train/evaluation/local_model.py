@@ -59,7 +59,7 @@ def find_model(name: str) -> ModelFolder:
         RunFolderError: the run's settings cannot be read.
     """
     path = Path(name).expanduser()
-    if not path.is_dir():
+    if not (name and path.is_dir()):
         if name in _FROM_SCRATCH:
             raise InvalidSettingError(
                 f"Model {name!r} is trained from scratch in a run; give the folder of that run: "
@@ -80,7 +80,8 @@ def find_model(name: str) -> ModelFolder:
         run = path.absolute().parent.parent
         is_of_run = path.absolute().parent.name == "models" and (run / CONFIG_FILE).is_file()
         return _of_run(run, path) if is_of_run else ModelFolder(str(path), path.name, None)
-    runs = sorted(file.parent.name for file in path.glob("*/models") if file.is_dir())
+    configs = path.glob(f"*/{CONFIG_FILE}")
+    runs = sorted(file.parent.name for file in configs if (file.parent / "models").is_dir())
     advice = f"; it has the runs {', '.join(runs)}: give one of them" if runs else ""
     raise InvalidSettingError(
         f"{path} is neither the folder of a run ({CONFIG_FILE}, models/best or models/last) nor "
@@ -215,45 +216,22 @@ class LocalModel:
         Raises:
             AtodError: an environment fails, or the tokenizer's chat template cannot be used.
         """
-        import torch
-
-        from atod_train.evaluation.evaluate import episodes_at_once
-        from atod_train.memory import give_back
-        from atod_train.models.dialogue import DialogueEncoder
-        from atod_train.models.generation import Generator
+        from atod_train.evaluation.evaluate import play_in_batches
         from atod_train.rollout.env_pool import EnvPool
-        from atod_train.rollout.rollout import collect, seed_for
 
-        config, policy = self._config, self._policy
-        pool = EnvPool(played.config, played.split)
+        began = time.monotonic()
+
+        def keep(trajectory: Trajectory) -> None:
+            on_record(_record(trajectory, time.monotonic() - began))
+
+        env = replace(played.config, template_options=self._config.env.template_options)
+        pool = EnvPool(env, played.split)
         try:
-            generator = Generator(
-                policy,
-                DialogueEncoder(
-                    policy.tokenizer, played.config.prompt_style, config.env.template_options
-                ),
-                temperature=self.temperature,
-                max_completion_tokens=config.train.max_completion_tokens,
-                completion_format=pool.completion_format,
-                max_context=config.model.max_context,
-                generator=torch.Generator().manual_seed(
-                    seed_for(config.train.seed, already, "evaluation")
-                ),
-            )
-            at_once = concurrency or episodes_at_once(policy, config.model.max_context)
-            for start in range(0, len(task_ids), at_once):
-                part = task_ids[start : start + at_once]
+            for _ in play_in_batches(
+                self._policy, pool, replace(self._config, env=env), task_ids,
+                temperature=self.temperature, on_end=keep, stream=already, at_once=concurrency,
+            ):  # fmt: skip
                 began = time.monotonic()
-
-                def keep(trajectory: Trajectory, began: float = began) -> None:
-                    on_record(_record(trajectory, time.monotonic() - began))
-
-                collect(
-                    pool, generator, part,
-                    group_size=1, turn_limit=played.config.max_turns, episodes_in_all=len(part),
-                    on_end=keep,
-                )  # fmt: skip
-                give_back()
         finally:
             pool.close()
 

@@ -481,13 +481,11 @@ def evaluate_start(
         results = {mode: result for mode, result in kept.items() if result is not None}
         if missing := [mode for mode in MODES if mode not in results]:
             policy = starts.policy(role)
-            with progress(len(missing), f"evaluating the {role} on {split}") as advance:
-                for mode in missing:
-                    results[mode] = evaluate(policy, pool, config, mode, processes)
-                    if processes.is_main:
-                        record = {"settings": settings, "result": results[mode].to_json()}
-                        write_json(paths[mode], record)
-                    advance()
+            for mode in missing:
+                results[mode] = evaluate(policy, pool, config, mode, processes)
+                if processes.is_main:
+                    record = {"settings": settings, "result": results[mode].to_json()}
+                    write_json(paths[mode], record)
     return [Evaluation(0, role, results[mode]) for mode in MODES]
 
 

@@ -142,6 +142,7 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("options", "message"),
     [
         (("--agent", "nobody"), "No agent 'nobody': random, expert, human, chat, model:FOLDER"),
+        (("--agent", "."), "module:Class. Use --agent model:. for that folder."),
         (("--agent", "random", "--model", "m"), "--model is for --agent chat."),
         (("--agent", "random", "--keep-reasoning"), "--keep-reasoning is for --agent chat."),
         (("--agent", "expert", "--seed", "1"), "--seed is for --agent random"),

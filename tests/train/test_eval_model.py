@@ -84,6 +84,8 @@ def test_a_run_is_played_as_in_training(
     assert value["tasks"] == json.loads(json.dumps(expected.to_json()["tasks"]))
     assert value["mode"] == "greedy"
     assert value["success_rate"] > 0
+    assert "cost" not in shown.out
+    assert value["totals"]["cost"] is None
     assert value["totals"]["prompt_tokens"] > value["totals"]["completion_tokens"] > 0
     assert value["settings"]["agent"]["max_context"] == 128
     assert value["settings"]["agent"]["max_completion_tokens"] == 6
@@ -168,6 +170,7 @@ def test_other_weights_do_not_continue_a_result(
         ("{tmp}/none", (), "There is no folder"),
         ("{tmp}", (), "neither the folder of a run"),
         ("{run}/..", (), "it has the runs atod-seed0: give one of them"),
+        ("", (), "There is no folder"),
         ("tiny", (), "is trained from scratch in a run; give the folder"),
         ("{run}", ("--template", "x"), "--template is not for local models"),
         ("{run}", ("--seed", "1"), "--seed of a local model needs --temperature above 0"),
@@ -222,6 +225,13 @@ def test_a_prompt_that_does_not_fit_is_told(
 ) -> None:
     assert play(tmp_path, run, "--max-context", "8") == 2
     assert "The prompt does not fit --max-context." in capsys.readouterr().err
+
+
+def test_an_evaluation_counts_its_tasks(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = load_policy(run / "models" / "last")
+    capsys.readouterr()
+    evaluate(policy, EnvPool(CONFIG.env, "test"), CONFIG)
+    assert capsys.readouterr().err.startswith("evaluating last on test, greedy: 30/30, ")
 
 
 def test_the_batch_follows_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

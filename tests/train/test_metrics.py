@@ -263,16 +263,31 @@ def test_progress_away_from_a_terminal_is_a_line_now_and_then(monkeypatch):
     ]
 
 
-def test_progress_on_a_terminal_is_a_bar():
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_progress_on_a_terminal_is_a_bar():
     stream = Terminal()
     with progress(2, "[not markup]", stream=stream) as advance:
         advance(2, note="done")
     assert "[not markup]" in stream.getvalue()
     assert "2/2" in stream.getvalue()
+
+
+def test_a_bar_inside_of_another_is_a_line_below_it():
+    stream = Terminal()
+    with progress(2, "outer", stream=stream) as outer:
+        for _ in range(2):
+            with progress(3, "inner", stream=stream) as inner:
+                inner(3, note="done")
+                time.sleep(0.3)  # the terminal is drawn ten times a second
+            outer()
+    assert "3/3" in stream.getvalue()
+    last = stream.getvalue().rpartition("outer")[2]
+    assert "2/2" in last
+    assert "inner" not in last
 
 
 @pytest.mark.parametrize("totals", ['{"finished": true}', '{"finished": true, "steps": "2"}'])
