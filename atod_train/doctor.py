@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from atod_gym import ENV_IDS
 from atod_gym.errors import AtodError
 from atod_train.config import is_url
-from atod_train.models.policy import MODEL_SHAPES
+from atod_train.models.from_scratch import MODEL_SHAPES
 from atod_train.models.pretrained import computes_bfloat16, read_shape
 from atod_train.teachers.remote import connect, describe
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from atod_gym.errors import AtodError
 from atod_train.models.decoding import Feed, new_cache, padded_logits
 from atod_train.models.fast.packed import can_be_packed, packed_logits
-from atod_train.models.fast.prefix_trees import laid_out
+from atod_train.models.fast.prefix_trees import crossover_of, laid_out
 from atod_train.models.policy import Policy, max_positions
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
@@ -122,7 +122,7 @@ def _check_model(policy: Policy, samples: bool) -> None:
             f"Model {policy.name} ({policy.model.config.model_type}) gives other log-probs when "
             "its keys and values are cached, so samples could not be scored. Use another model."
         )
-    if policy.crossover:
+    if crossover_of(policy.model):
         trees = laid_out([[tokens[:9], [*tokens[:6], *tokens[9:]]]], 12)
         inputs: Any = trees.inputs(policy.layer_dtype, policy.device)
         joined = policy.logits(policy.hidden_states(trees.ids.to(policy.device), **inputs))[0]

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from atod_train.models.fast.llama import additive_mask
-from atod_train.models.policy import Policy
+from atod_train.models.policy import Policy, additive_mask
 
 _CAPACITY_STEP = 128
 """The capacity of a cache is a multiple of this many tokens."""

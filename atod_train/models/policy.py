@@ -1,17 +1,12 @@
-"""A language model with its tokenizer: making, loading, saving, and log-probs of completions.
-
-Everything that trains uses the log-probs at temperature 1. Logits are computed only where a
-completion token was sampled, and only a chunk of them exists at a time: with a vocabulary of
-150,000 the logits of a whole batch would not fit anywhere.
-"""
+"""A language model with its tokenizer: hidden states, logits, and saving."""
 
 from __future__ import annotations
 
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,23 +15,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from atod_gym.errors import AtodError, InvalidSettingError
-from atod_train.models.fast.llama import is_llama_on_cpu, last_layer_at, take
-from atod_train.models.fast.prefix_trees import Part, can_take_trees, crossover_of, parts
+from atod_gym.errors import AtodError
 from atod_train.models.lora import merged_weights
-from atod_train.models.scores import MicroBatch, score_tokens
-from atod_train.records import Batch, TokenScores
-
-LOGITS_PER_CHUNK = 2**26
-"""Logits that exist at once; 256 MiB in float32."""
 
 NO_LIMIT = 2**30
 """`Policy.max_positions` of a model without a limit."""
@@ -44,40 +27,6 @@ NO_LIMIT = 2**30
 _CACHE_ARGUMENTS: dict[type, str] = {}
 
 Computation = Callable[[], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The size of a decoder that is trained from scratch."""
-
-    layers: int
-    width: int
-    heads: int
-    mlp_width: int
-    max_positions: int = 4096
-
-
-MODEL_SHAPES = {
-    "micro": ModelShape(layers=1, width=32, heads=2, mlp_width=64),
-    "mini": ModelShape(layers=2, width=128, heads=2, mlp_width=256),
-    "tiny": ModelShape(layers=4, width=128, heads=2, mlp_width=352),
-    "small": ModelShape(layers=6, width=224, heads=7, mlp_width=608),
-}
-"""Without the embedding (`width` for each word): 0.01, 0.33, 0.8 and 3.7 M parameters."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A frozen model with which distributions are compared, token by token.
-
-    Attributes:
-        policy: scores the same ids; it may be on another device.
-        top_k: compare the student's most likely tokens and all others together as one; 0: compare
-            the whole vocabulary.
-    """
-
-    policy: Policy
-    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,11 +77,6 @@ class Policy:
         return min(self.embedding_rows, max(self.tokenizer.vocab_size, added + 1))
 
     @property
-    def crossover(self) -> int:
-        """See `prefix_trees.joined`."""
-        return crossover_of(self.model.config) if can_take_trees(self.model) else 0
-
-    @property
     def embedding_rows(self) -> int:
         """Rows of the embedding: the vocabulary, perhaps padded."""
         return len(self._embedding())
@@ -159,23 +103,6 @@ class Policy:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def states_at(self, input_ids: Tensor, wanted: Tensor, **inputs: Any) -> Tensor:
-        """Last hidden states at some positions; where it is possible only those are computed.
-
-        Args:
-            input_ids: [s, l], see `hidden_states`.
-            wanted: [s, w] int64, positions in `input_ids`.
-            **inputs: see `hidden_states`.
-
-        Returns:
-            [s, w, width].
-        """
-        # Layers that are computed again in the backward pass would then be computed in full.
-        if is_llama_on_cpu(self.model) and not self.gradient_checkpointing:
-            with last_layer_at(self.model, wanted):
-                return self.hidden_states(input_ids, **inputs)
-        return take(self.hidden_states(input_ids, **inputs), wanted)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [.., vocabulary] float32 from hidden states [.., width].
 
@@ -186,70 +113,11 @@ class Policy:
             logits: Tensor = head(hidden.to(head.weight.dtype))
         return logits[..., : self.vocabulary].float()
 
-    def completion_logprobs(self, batch: Batch, tokens_per_microbatch: int = 16384) -> Tensor:
-        """Return the log-probs of the completion tokens at temperature 1, without gradient.
-
-        Args:
-            batch: Packed or unpacked batch, on any device.
-            tokens_per_microbatch: Padded tokens that go through the model at once.
-
-        Returns:
-            [R, T] float32 on the model's device, 0 on padding.
-        """
-        return self.score(batch, tokens_per_microbatch).logprobs
-
-    @torch.no_grad()
-    def score(
-        self,
-        batch: Batch,
-        tokens_per_microbatch: int = 16384,
-        *,
-        with_entropy: bool = False,
-        reference: Reference | None = None,
-    ) -> TokenScores:
-        """All that is asked of a batch in one forward pass, without gradient.
-
-        Args:
-            batch: Packed or unpacked batch, on any device.
-            tokens_per_microbatch: Padded tokens that go through the model at once.
-            with_entropy: Give entropies.
-            reference: Give its log-probs and the divergences from it.
-
-        Returns:
-            Scores of the rows 0..R-1, on the model's device.
-        """
-        found: dict[str, Tensor] = {}
-        for part in self.parts(batch, tokens_per_microbatch):
-            rows = part.rows.to(self.device)
-            for name, values in vars(self._score(part, with_entropy, reference)).items():
-                if values is not None:
-                    whole = found.setdefault(name, values.new_zeros(batch.completion_ids.shape))
-                    whole.index_copy_(0, rows, values)
-        return TokenScores(**found)
-
-    def microbatches(
-        self,
-        batch: Batch,
-        tokens_per_microbatch: int = 16384,
-        *,
-        with_entropy: bool = False,
-        reference: Reference | None = None,
-    ) -> Iterator[MicroBatch]:
-        """Differentiable scores of a batch, part by part: call backward on each before the next.
-
-        Args:
-            batch: Packed or unpacked batch, on any device.
-            tokens_per_microbatch: Padded tokens that go through the model at once.
-            with_entropy: Give entropies.
-            reference: Give its log-probs and the divergences from it.
-
-        Yields:
-            Parts whose rows together are 0..R-1, each row once.
-        """
-        for part in self.parts(batch, tokens_per_microbatch):
-            with torch.enable_grad(), self._recomputing():
-                scores = self._score(part, with_entropy, reference)
-            yield MicroBatch(rows=part.rows, **vars(scores))
+    def precision(self, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Within it the layers run in `autocast_dtype`; weights are converted once."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled)
 
     def save(self, path: str | Path, card: str = "") -> None:
         """Write model, configuration and tokenizer as a folder that `from_pretrained` reads.
@@ -296,69 +164,6 @@ class Policy:
         assert isinstance(weight, Tensor)
         return weight
 
-    @contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        """Lets transformers checkpoint its layers, which it does in training mode only."""
-        self.model.train(self.gradient_checkpointing)
-        try:
-            yield
-        finally:
-            self.model.eval()
-
-    def precision(self, enabled: bool = True) -> AbstractContextManager[Any]:
-        """Within it the layers run in `autocast_dtype`; weights are converted once."""
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled)
-
-    def parts(self, batch: Batch, tokens_per_microbatch: int) -> Iterator[Part]:
-        """What goes through the model one after the other, see `prefix_trees.parts`."""
-        longest = batch.input_ids.shape[1]
-        if longest > self.max_positions:
-            raise AtodError(
-                f"A sequence of {longest} tokens is longer than the {self.max_positions} positions "
-                f"of model {self.name}. Lower max_context."
-            )
-        return parts(batch, tokens_per_microbatch, self.crossover)
-
-    def _score(
-        self, part: Part, with_entropy: bool, reference: Reference | None = None
-    ) -> TokenScores:
-        """Scores of one micro-batch."""
-        run = self.forward_within or (lambda computation: computation())
-        return TokenScores(**run(lambda: self._score_here(part, with_entropy, reference)))
-
-    def _score_here(
-        self, part: Part, with_entropy: bool, reference: Reference | None
-    ) -> dict[str, Tensor]:
-        batch = part.batch
-        mask = batch.completion_mask.to(self.device)
-        targets = batch.completion_ids.to(self.device)[mask]
-        theirs = None
-        if reference is not None:
-            with torch.no_grad():
-                theirs = reference.policy._states_before_completions(part)
-        scores = score_tokens(
-            (self._states_before_completions(part), theirs),
-            (self.logits, reference.policy.logits if reference else None),
-            targets,
-            with_entropy=with_entropy,
-            top_k=reference.top_k if reference else 0,
-            rows_at_once=max(1, LOGITS_PER_CHUNK // self.embedding_rows),
-        )
-        empty = torch.zeros(mask.shape, dtype=torch.float32, device=self.device)
-        return {name: empty.masked_scatter(mask, values) for name, values in scores.items()}
-
-    def _states_before_completions(self, part: Part) -> Tensor:
-        """What the output layer sees where completion tokens are predicted.
-
-        Returns:
-            [m, width] for the m sampled tokens of the part, row after row, on the model's device.
-        """
-        ids, wanted, row, column = (tensor.to(self.device) for tensor in part.layout())
-        inputs = part.trees.inputs(self.layer_dtype, self.device) if part.trees else {}
-        return self.states_at(ids, wanted, **inputs)[row, column]
-
 
 def _put_in_place(made: Path, target: Path) -> None:
     """Give a finished folder of a model its name, which another may have."""
@@ -400,54 +205,7 @@ def _cache_argument(model: torch.nn.Module) -> str:
     return _CACHE_ARGUMENTS[kind]
 
 
-def build_policy(
-    shape: ModelShape | str,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    *,
-    name: str | None = None,
-) -> Policy:
-    """Make a decoder with random weights (Llama architecture, tied embeddings, rotary positions).
-
-    Args:
-        shape: A `ModelShape`, or the name of a preset of `MODEL_SHAPES`.
-        tokenizer: Its vocabulary sets the size of the embedding.
-        seed: Seed of the weights; the global random state is left as it was.
-        name: Name for reports; by default the preset's name, or "custom".
-
-    Raises:
-        InvalidSettingError: No preset of that name.
-    """
-    label = shape if isinstance(shape, str) else "custom"
-    if isinstance(shape, str):
-        if shape not in MODEL_SHAPES:
-            raise InvalidSettingError(
-                f"There is no model preset {shape!r}. Use one of {', '.join(MODEL_SHAPES)}, or the "
-                "path of a saved model with load_policy."
-            )
-        shape = MODEL_SHAPES[shape]
-    config = llama_config(shape, vocabulary=len(tokenizer))
-    config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    config._attn_implementation = "sdpa"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    return Policy(model=model.eval(), tokenizer=tokenizer, name=name or label)
-
-
-def llama_config(shape: ModelShape, vocabulary: int) -> LlamaConfig:
-    """The architecture of a decoder that is trained from scratch."""
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp_width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        max_position_embeddings=shape.max_positions,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask of minus infinity where a bool mask hides something, else 0."""
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, float("-inf"))

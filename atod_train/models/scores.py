@@ -1,25 +1,45 @@
-"""What models say of single tokens: log-probs, entropies, and how far two models are apart.
+"""Score completion tokens: log-probs, entropies, and the divergence from another model.
 
-Everything is computed from hidden states, a piece of them at a time, so that logits never exist for
-more tokens than fit in memory.
+Log-probs are those at temperature 1. Hidden states exist for one micro-batch, logits for a chunk of
+its completion tokens: with a vocabulary of 150,000 the logits of a whole batch would not fit in
+memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from atod_train.records import TokenScores
+from atod_gym.errors import AtodError
+from atod_train.models.fast.llama import is_llama_on_cpu, last_layer_at
+from atod_train.models.fast.prefix_trees import Part, crossover_of, parts
+from atod_train.models.policy import Policy
+from atod_train.records import Batch, TokenScores
+
+LOGITS_PER_CHUNK = 2**26
+"""Logits that exist at once; 256 MiB in float32."""
 
 _LEAST_LOGPROB = -50.0
-"""What a token counts for that is ruled out: finite, and nothing beside any other."""
+"""Log-prob of a token that is ruled out: finite, and negligible next to any other."""
 
-Head = Callable[[Tensor], Tensor]
-"""Hidden states [m, width] to logits [m, vocabulary] in float32."""
+
+@dataclass(frozen=True)
+class Reference:
+    """A frozen model whose distributions are compared with the student's, token by token.
+
+    Attributes:
+        policy: scores the same ids; it may be on another device.
+        top_k: compare the student's most likely tokens and all others together as one; 0: compare
+            the whole vocabulary.
+    """
+
+    policy: Policy
+    top_k: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,69 +50,170 @@ class MicroBatch(TokenScores):
     """[r] int64: rows of the batch that was given."""
 
 
-def score_tokens(
-    hidden: tuple[Tensor, Tensor | None],
-    heads: tuple[Head, Head | None],
-    targets: Tensor,
+@torch.no_grad()
+def score_completions(
+    policy: Policy,
+    batch: Batch,
+    tokens_per_microbatch: int = 16384,
     *,
-    with_entropy: bool,
-    top_k: int,
-    rows_at_once: int,
-) -> dict[str, Tensor]:
-    """Scores of m tokens, under the names of `TokenScores`.
+    with_entropy: bool = False,
+    reference: Reference | None = None,
+) -> TokenScores:
+    """Score a batch in one forward pass, without gradient.
 
     Args:
-        hidden: [m, width] where the tokens are predicted, of a model and of the reference or None.
-        heads: their output layers.
-        targets: [m] int64, the tokens.
-        with_entropy: give entropies.
-        top_k: see `reverse_kl`.
-        rows_at_once: tokens whose logits exist at the same time.
+        policy: The model.
+        batch: Packed or unpacked batch, on any device.
+        tokens_per_microbatch: Padded tokens that go through the model at once.
+        with_entropy: Compute entropies.
+        reference: Compute its log-probs and the divergences from it.
 
     Returns:
-        [m] float32 each; where gradients are on and m exceeds `rows_at_once`, logits are computed
-        again in the backward pass instead of being kept.
+        Scores of the rows 0..R-1, on the model's device.
+
+    Raises:
+        AtodError: A sequence is longer than the model's positions.
     """
-    ours, theirs = hidden
-    pieces = list(ours.split(rows_at_once))
-    others = [None] * len(pieces) if theirs is None else list(theirs.split(rows_at_once))
-    parts = zip(pieces, others, targets.split(rows_at_once), strict=True)
-    found = []
-    for piece, other, target in parts:
-        arguments = (piece, other, target, heads, with_entropy, top_k)
-        if len(pieces) == 1 or not torch.is_grad_enabled():
-            found.append(_score_piece(*arguments))
-        else:
-            found.append(checkpoint(_score_piece, *arguments, use_reentrant=False))
-    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    found: dict[str, Tensor] = {}
+    for part in _parts(policy, batch, tokens_per_microbatch):
+        rows = part.rows.to(policy.device)
+        for name, values in _score(policy, part, with_entropy, reference).items():
+            whole = found.setdefault(name, values.new_zeros(batch.completion_ids.shape))
+            whole.index_copy_(0, rows, values)
+    return TokenScores(**found)
 
 
-def _score_piece(
+def score_microbatches(
+    policy: Policy,
+    batch: Batch,
+    tokens_per_microbatch: int = 16384,
+    *,
+    with_entropy: bool = False,
+    reference: Reference | None = None,
+) -> Iterator[MicroBatch]:
+    """Yield differentiable scores of a batch; call backward on each part before the next.
+
+    Args:
+        policy: The model.
+        batch: Packed or unpacked batch, on any device.
+        tokens_per_microbatch: Padded tokens that go through the model at once.
+        with_entropy: Compute entropies.
+        reference: Compute its log-probs and the divergences from it.
+
+    Yields:
+        Parts whose rows together are 0..R-1, each row once.
+
+    Raises:
+        AtodError: A sequence is longer than the model's positions.
+    """
+    for part in _parts(policy, batch, tokens_per_microbatch):
+        # transformers recomputes layers in training mode only.
+        policy.model.train(policy.gradient_checkpointing)
+        try:
+            with torch.enable_grad():
+                scores = _score(policy, part, with_entropy, reference)
+        finally:
+            policy.model.eval()
+        yield MicroBatch(rows=part.rows, **scores)
+
+
+def _parts(policy: Policy, batch: Batch, tokens_per_microbatch: int) -> Iterator[Part]:
+    longest = batch.input_ids.shape[1]
+    if longest > policy.max_positions:
+        raise AtodError(
+            f"A sequence of {longest} tokens is longer than the {policy.max_positions} positions "
+            f"of model {policy.name}. Lower max_context."
+        )
+    return parts(batch, tokens_per_microbatch, crossover_of(policy.model))
+
+
+def _score(
+    policy: Policy, part: Part, with_entropy: bool, reference: Reference | None
+) -> dict[str, Tensor]:
+    """Return the scores of one micro-batch under the names of `TokenScores`, [r, T] each."""
+
+    def compute() -> dict[str, Tensor]:
+        mask = part.batch.completion_mask.to(policy.device)
+        targets = part.batch.completion_ids.to(policy.device)[mask]
+        theirs = None
+        if reference is not None:
+            with torch.no_grad():
+                theirs = _states_before_completions(reference.policy, part)
+        ours = _states_before_completions(policy, part)
+        at_once = max(1, LOGITS_PER_CHUNK // policy.embedding_rows)
+        chunks = ours.split(at_once)
+        others = [None] * len(chunks) if theirs is None else theirs.split(at_once)
+        found = []
+        for chunk in zip(chunks, others, targets.split(at_once), strict=True):
+            arguments = (policy, reference, *chunk, with_entropy)
+            if len(chunks) > 1 and torch.is_grad_enabled():
+                # The backward pass computes the logits again instead of keeping them.
+                found.append(checkpoint(_score_chunk, *arguments, use_reentrant=False))
+            else:
+                found.append(_score_chunk(*arguments))
+        empty = torch.zeros(mask.shape, dtype=torch.float32, device=policy.device)
+        return {
+            name: empty.masked_scatter(mask, torch.cat([each[name] for each in found]))
+            for name in found[0]
+        }
+
+    return policy.forward_within(compute) if policy.forward_within else compute()
+
+
+def _states_before_completions(policy: Policy, part: Part) -> Tensor:
+    """Return the hidden states [m, width] from which the m completion tokens are predicted."""
+    ids, chosen, row, column = (tensor.to(policy.device) for tensor in part.layout())
+    inputs = part.trees.inputs(policy.layer_dtype, policy.device) if part.trees else {}
+    return states_at(policy, ids, chosen, **inputs)[row, column]
+
+
+def states_at(policy: Policy, input_ids: Tensor, chosen: Tensor, **inputs: Any) -> Tensor:
+    """Return the last hidden states at chosen positions; where possible only those are computed.
+
+    Args:
+        policy: The model.
+        input_ids: [s, l], see `Policy.hidden_states`.
+        chosen: [s, w] int64, positions in `input_ids`.
+        **inputs: See `Policy.hidden_states`.
+
+    Returns:
+        [s, w, width].
+    """
+    # Layers that are computed again in the backward pass would then be computed in full.
+    if is_llama_on_cpu(policy.model) and not policy.gradient_checkpointing:
+        with last_layer_at(policy.model, chosen):
+            return policy.hidden_states(input_ids, **inputs)
+    row = torch.arange(len(chosen), device=chosen.device)[:, None]
+    return policy.hidden_states(input_ids, **inputs)[row, chosen]
+
+
+def _score_chunk(
+    policy: Policy,
+    reference: Reference | None,
     ours: Tensor,
     theirs: Tensor | None,
     targets: Tensor,
-    heads: tuple[Head, Head | None],
     with_entropy: bool,
-    top_k: int,
 ) -> dict[str, Tensor]:
-    logits = heads[0](ours)
+    """Return the scores [m] of tokens from the hidden states [m, width] before them."""
+    logits = policy.logits(ours)
     chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
     log_total = logits.logsumexp(dim=-1)
     found = {"logprobs": chosen - log_total}
     if with_entropy:
         probabilities = (logits - log_total[:, None]).exp()
         found["entropies"] = log_total - (probabilities * logits).sum(dim=-1)
-    if heads[1] is not None and theirs is not None:
+    if reference is not None and theirs is not None:
         with torch.no_grad():
-            other = heads[1](theirs).to(logits.device)
-            chosen = other.gather(-1, targets.to(other.device)[:, None]).squeeze(-1)
+            other = reference.policy.logits(theirs).to(logits.device)
+            chosen = other.gather(-1, targets[:, None]).squeeze(-1)
             found["reference_logprobs"] = chosen - other.logsumexp(dim=-1)
-        found["divergences"] = reverse_kl(logits, other, top_k)
+        found["divergences"] = reverse_kl(logits, other, reference.top_k)
     return found
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0) -> Tensor:
-    """KL(p_S || p_T) = sum_v p_S(v) (log p_S(v) - log p_T(v)) of each distribution, in nats.
+    """Return KL(p_S || p_T) = sum_v p_S(v) (log p_S(v) - log p_T(v)) of each distribution, in nats.
 
     delta_t of `atod.py` is an unbiased estimate of its negative, and the gradient of the
     sampled-token loss, averaged over what the student could have sampled, is that of this

@@ -21,7 +21,8 @@ from atod_train.algorithm.methods import has_exact_signal, needs_teacher
 from atod_train.config import RunConfig, is_url
 from atod_train.distributed import Processes, join_processes
 from atod_train.models.checks import check_config
-from atod_train.models.policy import MODEL_SHAPES, Policy, llama_config
+from atod_train.models.from_scratch import MODEL_SHAPES, llama_config
+from atod_train.models.policy import Policy
 from atod_train.models.pretrained import has_word_vocabulary, read_shape
 from atod_train.progress import no_lines, plain_lines
 from atod_train.reports.evaluations import EvaluatedModel, Evaluation

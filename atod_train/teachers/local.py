@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atod_gym.errors import AtodError
 from atod_train.models.policy import Policy
+from atod_train.models.scores import score_completions
 from atod_train.records import Batch
 
 
@@ -52,7 +53,7 @@ class LocalTeacher:
         Returns:
             [R, T] float32 without gradient, 0 on padding, on the batch's device.
         """
-        scores = self.policy.completion_logprobs(batch, self.tokens_per_microbatch)
+        scores = score_completions(self.policy, batch, self.tokens_per_microbatch).logprobs
         return scores.to(batch.completion_ids.device)
 
 

@@ -26,6 +26,7 @@ from atod_train.batch import make_batch
 from atod_train.memory import OutOfMemory, memory_errors
 from atod_train.models.policy import Policy
 from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.scores import score_completions
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from env_servers import process
 from env_servers.endpoints import About, Endpoint, build_application
@@ -275,7 +276,7 @@ def prompt_logprobs(
         turn = Turn(0, (), "", "", 0.0, True, tokens)
         records.append(Trajectory(0, "", "", (turn,), True, False, "terminated", True, 0.0))
     batch = make_batch(records, policy.pad_id)
-    scores = policy.completion_logprobs(batch, tokens_per_microbatch).tolist()
+    scores = score_completions(policy, batch, tokens_per_microbatch).logprobs.tolist()
     return [row[: len(ids) - 1] for row, ids in zip(scores, prompts, strict=True)]
 
 

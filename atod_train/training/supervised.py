@@ -37,7 +37,8 @@ from atod_train.evaluation.evaluate import evaluate
 from atod_train.files import read_json, write_json
 from atod_train.memory import memory_errors
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.policy import MODEL_SHAPES, Policy, build_policy
+from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
+from atod_train.models.policy import Policy
 from atod_train.models.pretrained import (
     LoadOptions,
     cache_folder,

@@ -32,9 +32,9 @@ from atod_train.algorithm.methods import (
 from atod_train.batch import Minibatch, select_sequences, split_minibatches
 from atod_train.config import AlgorithmConfig, RunConfig
 from atod_train.distributed import Processes
-from atod_train.models.fast.prefix_trees import divided, sequences_of
-from atod_train.models.policy import Computation, Policy, Reference
-from atod_train.models.scores import MicroBatch
+from atod_train.models.fast.prefix_trees import crossover_of, divided, sequences_of
+from atod_train.models.policy import Computation, Policy
+from atod_train.models.scores import MicroBatch, Reference, score_completions, score_microbatches
 from atod_train.progress import PhaseTimes
 from atod_train.records import Batch, TokenScores
 from atod_train.teachers.local import LocalTeacher, Teacher
@@ -76,7 +76,8 @@ def score_batch(
     if len(own):  # there may be fewer sequences than processes
         mine = select_sequences(batch, own)
         with times.phase("teacher" if exact else "update"):
-            scores = learner.student.score(
+            scores = score_completions(
+                learner.student,
                 mine.batch,
                 config.train.tokens_per_microbatch,
                 with_entropy=True,
@@ -265,7 +266,9 @@ class Learner:
         if len(own):
             mine = select_sequences(part.batch, own)
             rows = part.rows[mine.rows]
-            for micro in self.policy.microbatches(mine.batch, tokens_per_microbatch, **asked):
+            for micro in score_microbatches(
+                self.policy, mine.batch, tokens_per_microbatch, **asked
+            ):
                 yield replace(micro, rows=rows[micro.rows])
         if self.processes.sharding is not None:
             self._keep_step(part.batch, tokens_per_microbatch)
@@ -342,12 +345,12 @@ class Learner:
             for index in range(self.processes.count)
         ]
         passes = [
-            len(divided([sequences[i] for i in share], budget, self.policy.crossover))
+            len(divided([sequences[i] for i in share], budget, crossover_of(self.policy.model)))
             for share in shares
         ]
         shortest = select_sequences(batch, batch.attention_mask.sum(dim=1).argmin()[None]).batch
         for _ in range(max(passes) - passes[self.processes.index]):
-            for micro in self.policy.microbatches(shortest, budget):
+            for micro in score_microbatches(self.policy, shortest, budget):
                 (0.0 * micro.logprobs.sum()).backward()
 
 

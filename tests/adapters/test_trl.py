@@ -27,7 +27,7 @@ from atod_train.adapters.trl import ATODTrainer, Rollouts, episode_returns  # no
 from atod_train.algorithm.atod import Schedule, turn_weights  # noqa: E402
 from atod_train.config import EnvConfig  # noqa: E402
 from atod_train.models.dialogue import DialogueEncoder  # noqa: E402
-from atod_train.models.policy import ModelShape, build_policy  # noqa: E402
+from atod_train.models.from_scratch import ModelShape, build_policy  # noqa: E402
 from atod_train.models.word_tokenizer import build_word_tokenizer  # noqa: E402
 from atod_train.rollout.env_pool import new_messages  # noqa: E402
 

@@ -52,7 +52,7 @@ from atod_train.adapters import verl as adapter  # noqa: E402
 from atod_train.adapters.verl import ATODSettings, ATODTrainer, TeacherWorker  # noqa: E402
 from atod_train.algorithm.atod import turn_weights  # noqa: E402
 from atod_train.models.dialogue import DialogueEncoder  # noqa: E402
-from atod_train.models.policy import ModelShape, build_policy  # noqa: E402
+from atod_train.models.from_scratch import ModelShape, build_policy  # noqa: E402
 from atod_train.models.word_tokenizer import build_word_tokenizer  # noqa: E402
 from atod_train.rollout.env_pool import new_messages  # noqa: E402
 

@@ -31,8 +31,9 @@ from atod_gym.wrappers import agent_env, make_env
 from atod_train.config import EnvConfig
 from atod_train.models import generation
 from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
 from atod_train.models.generation import Generator
-from atod_train.models.policy import MODEL_SHAPES, Policy, build_policy
+from atod_train.models.policy import Policy
 from atod_train.models.pretrained import LoadOptions, load_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.progress import PhaseTimes

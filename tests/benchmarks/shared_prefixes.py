@@ -19,18 +19,19 @@ from training_step import compared
 
 from atod_train.batch import make_batch
 from atod_train.config import EnvConfig
-from atod_train.models import policy
+from atod_train.models import scores
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.fast.prefix_trees import joined, sequences_of
 from atod_train.models.generation import Generator
 from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.scores import score_completions, score_microbatches
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect
 
 
 @contextmanager
 def nothing_shared() -> Iterator[None]:
-    with mock.patch.object(policy, "crossover_of", return_value=0):
+    with mock.patch.object(scores, "crossover_of", return_value=0):
         yield
 
 
@@ -56,7 +57,7 @@ def main() -> None:
 
     def update() -> None:
         model.model.zero_grad()
-        for part in model.microbatches(batch, 4096):
+        for part in score_microbatches(model, batch, 4096):
             part.logprobs.sum().backward()
 
     sequences = sequences_of(batch)
@@ -67,7 +68,10 @@ def main() -> None:
         f"{sum(size for _, size in trees)} of them computed; one thread\n"
     )
     print("| part | ours, s | nothing shared, s | ratio |\n|---|---|---|---|")
-    for name, work in (("scoring", lambda: model.score(batch, 4096)), ("update", update)):
+    for name, work in (
+        ("scoring", lambda: score_completions(model, batch, 4096)),
+        ("update", update),
+    ):
         ours, apart = compared(work, nothing_shared, options.rounds)
         print(f"| {name} | {ours:.2f} | {apart:.2f} | {apart / ours:.1f} |")
 

@@ -17,8 +17,8 @@ import torch
 from training_step import compared
 
 from atod_train.config import EnvConfig
-from atod_train.models import policy
 from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.training import supervised
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="generated", help="the folder of the official files")
     parser.add_argument("--demonstrations", type=int, default=3000)
-    parser.add_argument("--model", default="mini", choices=policy.MODEL_SHAPES)
+    parser.add_argument("--model", default="mini", choices=MODEL_SHAPES)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def main() -> None:
     shown = supervised.demonstrate(pool, options.demonstrations, 0.2, seed=0)
     pool.close()
     tokenizer = build_word_tokenizer(supervised.demonstration_texts(shown))
-    model = policy.build_policy(options.model, tokenizer, seed=0)
+    model = build_policy(options.model, tokenizer, seed=0)
     dialogue = DialogueEncoder(tokenizer)
     taught = [supervised.tokenize(episode, dialogue) for episode in shown[:4]]
     optimizers = supervised._supervised_optimizers(model, (6e-3, 3.6e-3))

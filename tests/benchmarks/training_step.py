@@ -23,9 +23,11 @@ import torch
 
 from atod_train.batch import make_batch
 from atod_train.config import EnvConfig
-from atod_train.models import generation, policy
+from atod_train.models import generation, scores
 from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
 from atod_train.models.generation import Generator
+from atod_train.models.scores import score_completions, score_microbatches
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
@@ -59,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="generated", help="official games: the folder json_2.1.1")
     parser.add_argument("--demonstrations", type=int, default=200)
-    parser.add_argument("--model", default="mini", choices=policy.MODEL_SHAPES)
+    parser.add_argument("--model", default="mini", choices=MODEL_SHAPES)
     parser.add_argument("--tasks", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
@@ -68,7 +70,7 @@ def main() -> None:
     pool = EnvPool(EnvConfig(data=options.data, max_turns=20), "train")
     shown = supervised.demonstrate(pool, options.demonstrations, 0.2, seed=0)
     tokenizer = build_word_tokenizer(supervised.demonstration_texts(shown))
-    model = policy.build_policy(options.model, tokenizer, seed=0)
+    model = build_policy(options.model, tokenizer, seed=0)
     dialogue = DialogueEncoder(tokenizer)
     taught = [supervised.tokenize(episode, dialogue) for episode in shown]
     # A model that knows a little, so that episodes are as long as in training.
@@ -86,7 +88,7 @@ def main() -> None:
 
     def update() -> None:
         model.model.zero_grad()
-        for part in model.microbatches(batch, 2048):
+        for part in score_microbatches(model, batch, 2048):
             part.logprobs.sum().backward()
 
     optimizers: dict[type, list[torch.optim.Optimizer]] = {}
@@ -106,7 +108,7 @@ def main() -> None:
     def everything() -> Iterator[None]:
         no = mock.Mock(return_value=False)
         with (
-            mock.patch.object(policy, "is_llama_on_cpu", no),
+            mock.patch.object(scores, "is_llama_on_cpu", no),
             mock.patch.object(generation, "can_be_packed", no),
         ):
             yield
@@ -124,7 +126,7 @@ def main() -> None:
     print("| part | ours, s | without, s | ratio |\n|---|---|---|---|")
     for name, work, patch in (
         ("rollout", play, everything),
-        ("scoring", lambda: model.score(batch, 2048), everything),
+        ("scoring", lambda: score_completions(model, batch, 2048), everything),
         ("update", update, everything),
         ("update of a supervised start", supervise, other_muon),
     ):

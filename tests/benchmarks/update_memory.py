@@ -33,9 +33,11 @@ from torch import Tensor
 
 from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer
 from atod_train.batch import make_batch
-from atod_train.models import policy as policy_module
-from atod_train.models.policy import MODEL_SHAPES, Policy, build_policy
+from atod_train.models import scores as scores_module
+from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
+from atod_train.models.policy import Policy
 from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.scores import score_microbatches
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
 
@@ -67,7 +69,7 @@ def dialogues(count: int, turns: int, vocabulary: int) -> list[Trajectory]:
 def lean_update(policy: Policy, batch: Batch, advantages: Tensor, budget: int) -> None:
     """The trainer's forward and backward passes."""
     normalizer = loss_normalizer(batch.completion_mask)
-    for micro in policy.microbatches(batch, budget):
+    for micro in score_microbatches(policy, batch, budget):
         rows = micro.rows
         loss, _ = clipped_policy_loss(
             micro.logprobs,
@@ -124,7 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     random = torch.Generator().manual_seed(1)
     advantages = torch.randn(batch.completion_ids.shape, generator=random)
     if options.form == "unpacked":
-        policy_module.crossover_of = lambda _: 0
+        scores_module.crossover_of = lambda _: 0
     for weight in policy.model.parameters():
         weight.grad = torch.zeros_like(weight)
     on_gpu = policy.device.type == "cuda"

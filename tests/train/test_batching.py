@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from atod_gym.errors import AtodError
 from atod_train.batch import length_buckets, make_batch, select_sequences, split_minibatches
-from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.from_scratch import ModelShape, build_policy
+from atod_train.models.policy import Policy
+from atod_train.models.scores import score_microbatches
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 
@@ -134,7 +136,7 @@ def gradient(records: list[Trajectory], *, pack: bool, budget: int) -> tuple[tor
     scale = torch.linspace(0.5, 1.5, batch.completion_ids.numel()).view_as(batch.completion_ids)
     POLICY.model.zero_grad()
     logprobs = torch.zeros(batch.completion_ids.shape)
-    for part in POLICY.microbatches(batch, budget, with_entropy=True):
+    for part in score_microbatches(POLICY, batch, budget, with_entropy=True):
         loss = (part.logprobs * scale[part.rows]).sum() + 0.1 * part.entropies.sum()
         loss.backward()
         logprobs[part.rows] = part.logprobs.detach()

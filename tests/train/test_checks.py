@@ -24,6 +24,7 @@ from atod_train.files import read_json
 from atod_train.memory import OutOfMemory, memory_errors
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.pretrained import load_policy
+from atod_train.models.scores import score_completions
 from atod_train.presets import PRESETS
 from atod_train.records import Batch
 from atod_train.reports.metrics import read_metrics
@@ -252,7 +253,7 @@ def test_a_server_of_another_teacher_is_found_by_its_log_probs() -> None:
 
         class Served:
             def score(self, batch: Batch) -> torch.Tensor:
-                logprobs = teacher.completion_logprobs(batch)  # noqa: B023
+                logprobs = score_completions(teacher, batch).logprobs  # noqa: B023
                 return logprobs + error  # noqa: B023
 
         found = HiddenInputs.of(student, Served(), DialogueEncoder(student.tokenizer), [])

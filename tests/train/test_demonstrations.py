@@ -13,7 +13,8 @@ from atod_gym.types import Message
 from atod_train.batch import make_batch
 from atod_train.config import EnvConfig
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.from_scratch import ModelShape, build_policy
+from atod_train.models.policy import Policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool

@@ -13,7 +13,7 @@ from atod_gym.envs.alfworld.generated.files import write_games
 from atod_gym.serving.process import shared_server
 from atod_train import doctor
 from atod_train.cli import main
-from atod_train.models.policy import build_policy
+from atod_train.models.from_scratch import build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 
 

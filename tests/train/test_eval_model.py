@@ -20,7 +20,8 @@ from atod_train.evaluation.eval_cli import main
 from atod_train.evaluation.evaluate import episodes_at_once, evaluate
 from atod_train.models import pretrained
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.policy import MODEL_SHAPES, ModelShape, Policy, build_policy
+from atod_train.models.from_scratch import MODEL_SHAPES, ModelShape, build_policy
+from atod_train.models.policy import Policy
 from atod_train.models.pretrained import load_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.reports.run_folder import write_config

@@ -23,9 +23,8 @@ from atod_train.algorithm.methods import (
     has_exact_signal,
 )
 from atod_train.config import ModelConfig, RunConfig
-from atod_train.models import policy as policy_module
-from atod_train.models.policy import Reference
-from atod_train.models.scores import reverse_kl
+from atod_train.models import scores as scores_module
+from atod_train.models.scores import Reference, reverse_kl, score_completions, score_microbatches
 from atod_train.records import Batch, TokenScores
 from atod_train.studies.study import train_one
 
@@ -202,7 +201,7 @@ def test_scores_equal_those_of_all_logits(
     expected = masked(reverse_kl(ours[at], theirs[at], top_k), mask)
     chosen = theirs.log_softmax(-1)[at].gather(-1, batch.completion_ids[..., None]).squeeze(-1)
     reference = Reference(teacher, top_k)
-    found = student.score(batch, budget, with_entropy=True, reference=reference)
+    found = score_completions(student, batch, budget, with_entropy=True, reference=reference)
     assert found.divergences is not None
     assert found.reference_logprobs is not None
     torch.testing.assert_close(found.divergences, expected, rtol=1e-4, atol=1e-5)
@@ -211,9 +210,9 @@ def test_scores_equal_those_of_all_logits(
     expected.sum().backward()
     wanted = {n: p.grad.clone() for n, p in student.model.named_parameters() if p.grad is not None}
     for limit in (2**26, 7 * student.embedding_rows):
-        monkeypatch.setattr(policy_module, "LOGITS_PER_CHUNK", limit)
+        monkeypatch.setattr(scores_module, "LOGITS_PER_CHUNK", limit)
         student.model.zero_grad()
-        for part in student.microbatches(batch, budget, reference=reference):
+        for part in score_microbatches(student, batch, budget, reference=reference):
             assert part.divergences is not None
             part.divergences.sum().backward()
         for name, weight in student.model.named_parameters():

@@ -13,8 +13,10 @@ from atod_gym.errors import AtodError
 from atod_train.batch import make_batch
 from atod_train.config import PromptStyle
 from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.generation import Completion, Generator
-from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.policy import Policy
+from atod_train.models.scores import score_completions
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 
@@ -92,7 +94,7 @@ def test_sampling_logprobs_equal_the_trainers(
     plan: Sequence[Sequence[int]], style: PromptStyle
 ) -> None:
     batch = make_batch(play(make_generator(style=style), plan, 6), 0)
-    recomputed = POLICY.completion_logprobs(batch)
+    recomputed = score_completions(POLICY, batch).logprobs
     torch.testing.assert_close(batch.sampling_logprobs, recomputed, rtol=0, atol=1e-4)
     assert batch.completion_mask.sum(dim=1).unique().numel() > 1  # ragged indeed
 
@@ -231,7 +233,7 @@ def test_grouped_query_attention_of_another_architecture() -> None:
         generator=torch.Generator().manual_seed(0),
     )
     batch = make_batch(play(generator, SHRINKING, 6), 0)
-    recomputed = policy.completion_logprobs(batch)
+    recomputed = score_completions(policy, batch).logprobs
     torch.testing.assert_close(batch.sampling_logprobs, recomputed, rtol=0, atol=1e-4)
 
 
@@ -239,7 +241,7 @@ def test_lower_precision_stays_close() -> None:
     policy = dataclasses.replace(POLICY, autocast_dtype=torch.bfloat16)
     generator = Generator(policy, DialogueEncoder(POLICY.tokenizer), max_completion_tokens=5)
     batch = make_batch(play(generator, SHRINKING, 6), 0)
-    recomputed = policy.completion_logprobs(batch)
+    recomputed = score_completions(policy, batch).logprobs
     difference = (batch.sampling_logprobs - recomputed).abs()[batch.completion_mask]
     # The weights of these tests are scaled up, and so is the rounding.
     assert difference.mean() < 0.2

@@ -15,8 +15,10 @@ from atod_gym.types import Message
 from atod_train.batch import make_batch
 from atod_train.config import PromptStyle
 from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.generation import Completion, Generator
-from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.policy import Policy
+from atod_train.models.scores import score_completions
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 
@@ -200,5 +202,5 @@ def test_later_turns_close_the_message_and_logprobs_are_the_trainers(style: Prom
             if style == "chat":
                 assert (following.tokens.prompt_ids[0] == dialogue.end_of_turn_id) != has_end
     batch = make_batch(records, 0)
-    recomputed = WORDS.completion_logprobs(batch)
+    recomputed = score_completions(WORDS, batch).logprobs
     torch.testing.assert_close(batch.sampling_logprobs, recomputed, rtol=0, atol=1e-4)

@@ -13,7 +13,8 @@ from echo_env import EchoEnv
 from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig, TrainConfig
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.from_scratch import ModelShape, build_policy
+from atod_train.models.policy import Policy
 from atod_train.models.pretrained import load_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.reports.metrics import read_metrics

@@ -18,11 +18,13 @@ from tokenizers.processors import TemplateProcessing
 from atod_gym.errors import AtodError
 from atod_gym.types import Message
 from atod_train.batch import make_batch
-from atod_train.models import policy as policy_module
+from atod_train.models import scores as scores_module
 from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.fast.prefix_trees import crossover_of
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.models.pretrained import LoadOptions, load_policy, read_shape
+from atod_train.models.scores import score_completions, score_microbatches
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 
 SIZE: dict[str, Any] = {
@@ -230,11 +232,13 @@ def test_all_paths_give_the_log_probs_of_a_plain_forward_pass(
     batch = make_batch(trajectories, policy.pad_id)
     near = {"rtol": 0.0, "atol": 1e-4}
     torch.testing.assert_close(batch.sampling_logprobs, expected, **near)
-    for crossover in (0, 10**6) if policy.crossover else (0,):
-        monkeypatch.setattr(policy_module, "crossover_of", lambda _, value=crossover: value)
+    for crossover in (0, 10**6) if crossover_of(policy.model) else (0,):
+        monkeypatch.setattr(scores_module, "crossover_of", lambda _, value=crossover: value)
         for budget in (60, 4096):
-            torch.testing.assert_close(policy.score(batch, budget).logprobs, expected, **near)
-        for part in policy.microbatches(batch, 4096):
+            torch.testing.assert_close(
+                score_completions(policy, batch, budget).logprobs, expected, **near
+            )
+        for part in score_microbatches(policy, batch, 4096):
             torch.testing.assert_close(part.logprobs, expected[part.rows], **near)
 
 
@@ -274,7 +278,10 @@ def test_ids_that_no_token_has_are_never_sampled(tmp_path: Path) -> None:
     assert max(ids) < len(TOKENIZER)
     batch = make_batch(trajectories, policy.pad_id)
     torch.testing.assert_close(
-        policy.score(batch).logprobs, plain_logprobs(policy, trajectories), rtol=0.0, atol=1e-4
+        score_completions(policy, batch).logprobs,
+        plain_logprobs(policy, trajectories),
+        rtol=0.0,
+        atol=1e-4,
     )
     assert math.isclose(
         float(policy.logits(torch.zeros(1, 32)).detach().exp().sum()), len(TOKENIZER), rel_tol=1e-5

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from atod_gym.errors import AtodError
 from atod_train.batch import make_batch
-from atod_train.models import policy as policy_module
 from atod_train.models import pretrained
-from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models import scores as scores_module
+from atod_train.models.from_scratch import ModelShape, build_policy
+from atod_train.models.policy import Policy
 from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.scores import score_completions, score_microbatches
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
 
@@ -68,13 +70,13 @@ def plain_scores(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
 def test_logprobs_equal_those_of_all_logits(budget: int) -> None:
     policy, batch = make_policy(), random_batch()
     expected, expected_entropies = plain_scores(policy, batch)
-    found = policy.completion_logprobs(batch, budget)
+    found = score_completions(policy, batch, budget).logprobs
     assert found.shape == batch.completion_ids.shape
     assert not found.requires_grad
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
     assert (found[~batch.completion_mask] == 0).all()
     rows = []
-    for part in policy.microbatches(batch, budget, with_entropy=True):
+    for part in score_microbatches(policy, batch, budget, with_entropy=True):
         torch.testing.assert_close(part.logprobs, expected[part.rows], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
             part.entropies, expected_entropies[part.rows], rtol=1e-5, atol=1e-5
@@ -87,9 +89,9 @@ def test_chunks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     policy, batch = make_policy(), random_batch()
     gradients = []
     for limit in (2**26, 7 * policy.embedding_rows):
-        monkeypatch.setattr(policy_module, "LOGITS_PER_CHUNK", limit)
+        monkeypatch.setattr(scores_module, "LOGITS_PER_CHUNK", limit)
         policy.model.zero_grad()
-        for part in policy.microbatches(batch, with_entropy=True):
+        for part in score_microbatches(policy, batch, with_entropy=True):
             (part.logprobs.sum() + part.entropies.sum()).backward()
         grads = [p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]
         gradients.append(torch.cat(grads))
@@ -99,9 +101,11 @@ def test_chunks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_scores_are_deterministic() -> None:
     batch = random_batch()
     first, second = make_policy(3), make_policy(3)
-    assert torch.equal(first.completion_logprobs(batch), second.completion_logprobs(batch))
-    other = make_policy(4).completion_logprobs(batch)
-    assert not torch.equal(first.completion_logprobs(batch), other)
+    assert torch.equal(
+        score_completions(first, batch).logprobs, score_completions(second, batch).logprobs
+    )
+    other = score_completions(make_policy(4), batch).logprobs
+    assert not torch.equal(score_completions(first, batch).logprobs, other)
 
 
 def test_building_leaves_the_global_random_state() -> None:
@@ -130,11 +134,16 @@ def test_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     loaded = load_policy(target)
     assert loaded.name == "student"
     assert loaded.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
-    assert torch.equal(loaded.completion_logprobs(batch), policy.completion_logprobs(batch))
+    assert torch.equal(
+        score_completions(loaded, batch).logprobs, score_completions(policy, batch).logprobs
+    )
     half = load_policy(target, LoadOptions(dtype="bfloat16"), name="half")
     assert half.model.dtype == torch.bfloat16
     torch.testing.assert_close(
-        half.completion_logprobs(batch), policy.completion_logprobs(batch), rtol=0.05, atol=0.05
+        score_completions(half, batch).logprobs,
+        score_completions(policy, batch).logprobs,
+        rtol=0.05,
+        atol=0.05,
     )
     monkeypatch.setattr(pretrained, "computes_bfloat16", lambda: True)
     mixed = load_policy(target, LoadOptions(device="cpu", dtype="mixed"))
@@ -221,12 +230,15 @@ def test_too_long_a_sequence_is_refused() -> None:
     policy = make_policy()
     batch = random_batch(sequences=1, turns=30)
     with pytest.raises(AtodError, match="Lower max_context"):
-        policy.completion_logprobs(batch)
+        score_completions(policy, batch)
 
 
 def test_autocast_stays_close() -> None:
     policy, batch = make_policy(), random_batch()
     lower = dataclasses.replace(policy, autocast_dtype=torch.bfloat16)
     torch.testing.assert_close(
-        lower.completion_logprobs(batch), policy.completion_logprobs(batch), rtol=0.05, atol=0.05
+        score_completions(lower, batch).logprobs,
+        score_completions(policy, batch).logprobs,
+        rtol=0.05,
+        atol=0.05,
     )

@@ -15,6 +15,7 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.fast.packed import packed_logits
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
+from atod_train.models.scores import score_completions
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 
 pytestmark = pytest.mark.usefixtures("feeding")
@@ -57,7 +58,7 @@ def test_a_group_computes_its_first_prompt_once(style: PromptStyle, fed: list[in
     # Each draws from a stream of its own.
     assert len({record.turns[0].tokens.completion_ids for record in records}) > 1
     batch = make_batch(records, 0)
-    again = POLICY.completion_logprobs(batch)
+    again = score_completions(POLICY, batch).logprobs
     torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-4)
 
 
@@ -81,7 +82,7 @@ def test_window_prompts_compute_what_follows_the_common_part(fed: list[int]) -> 
         for ids, c in zip(later, completions, strict=True)
     ]
     batch = make_batch(records, 0)
-    again = POLICY.completion_logprobs(batch)
+    again = score_completions(POLICY, batch).logprobs
     torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-4)
 
 
@@ -106,7 +107,7 @@ def test_a_restarted_dialogue_is_a_new_sequence(fed: list[int]) -> None:
         "terminated", True, 1.0,
     )  # fmt: skip
     batch = make_batch([record], 0)
-    again = POLICY.completion_logprobs(batch)
+    again = score_completions(POLICY, batch).logprobs
     torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-4)
 
 
@@ -196,7 +197,7 @@ def test_copied_prompts_serve_whole_completions_and_later_turns(style: PromptSty
         for turns in played.values()
     ]
     batch = make_batch(records, 0)
-    again = POLICY.completion_logprobs(batch)
+    again = score_completions(POLICY, batch).logprobs
     torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-4)
 
 
@@ -266,5 +267,5 @@ def test_padding_may_stand_beyond_learned_positions() -> None:
     batch = make_batch(
         [Trajectory(0, "t", "k", tuple(t), True, False, "terminated", True, 1.0) for t in turns], 0
     )
-    again = policy.completion_logprobs(batch)
+    again = score_completions(policy, batch).logprobs
     torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-4)

@@ -21,9 +21,11 @@ from transformers import (
 )
 
 from atod_train.batch import make_batch
-from atod_train.models import policy as policy_module
+from atod_train.models import scores as scores_module
 from atod_train.models.fast.prefix_trees import can_take_trees, crossover_of, joined, parts
-from atod_train.models.policy import Policy, Reference, build_policy
+from atod_train.models.from_scratch import build_policy
+from atod_train.models.policy import Policy
+from atod_train.models.scores import Reference, score_completions, score_microbatches
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
 
@@ -84,7 +86,7 @@ def random_batch(seed: int, episodes: int, words: int) -> Batch:
 def crossover(tokens: int) -> Iterator[None]:
     """0: nothing is joined; FAR: whatever is shared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy_module, "crossover_of", lambda _: tokens)
+        patch.setattr(scores_module, "crossover_of", lambda _: tokens)
         yield
 
 
@@ -117,9 +119,9 @@ def test_scores_and_gradients_are_those_of_separate_sequences(
     found = []
     for tokens in (0, FAR):
         with crossover(tokens):
-            scores = policy.score(batch, budget, with_entropy=True)
+            scores = score_completions(policy, batch, budget, with_entropy=True)
             policy.model.zero_grad()
-            for micro in policy.microbatches(batch, budget):
+            for micro in score_microbatches(policy, batch, budget):
                 (micro.logprobs * weights[micro.rows]).sum().backward()
         gradients = [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
         found.append((scores.logprobs, scores.entropies, *gradients))
@@ -130,11 +132,11 @@ def test_scores_and_gradients_are_those_of_separate_sequences(
 def test_a_reference_sees_the_same_trees() -> None:
     batch, reference = random_batch(3, 6, 2), Reference(QWEN)
     with crossover(FAR):
-        assert any(part.trees for part in LLAMA.parts(batch, 64))
-        shared = LLAMA.score(batch, 64, reference=reference).divergences
+        assert any(part.trees for part in parts(batch, 64, FAR))
+        shared = score_completions(LLAMA, batch, 64, reference=reference).divergences
     with crossover(0):
-        assert not any(part.trees for part in LLAMA.parts(batch, 64))
-        apart = LLAMA.score(batch, 64, reference=reference).divergences
+        assert not any(part.trees for part in parts(batch, 64, 0))
+        apart = score_completions(LLAMA, batch, 64, reference=reference).divergences
     assert shared is not None
     assert apart is not None
     assert torch.allclose(shared, apart, atol=1e-5)
@@ -171,7 +173,7 @@ def test_long_sequences_that_part_early_stay_apart() -> None:
 
 def test_where_attention_costs_as_much_as_matrices() -> None:
     # Matrices 2 * 32 * 8 * (4 + 2) + 3 * 32 * 48 = 7680; attention 2 * 4 * 8 = 64 a pair, times 4.
-    assert crossover_of(LLAMA.model.config) == 30
+    assert crossover_of(LLAMA.model) == 30
 
 
 def test_models_with_windows_or_other_positions_share_nothing() -> None:

@@ -25,9 +25,11 @@ from atod_train.config import (
 )
 from atod_train.files import read_json
 from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.generation import Generator
-from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.policy import Policy
 from atod_train.models.pretrained import SMOLLM2, LoadOptions, load_policy, pick_device
+from atod_train.models.scores import score_completions, score_microbatches
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from atod_train.reports.metrics import read_metrics
@@ -59,7 +61,7 @@ def _trajectory(policy: Policy, text: str = "go to desk 2") -> Trajectory:
 
 def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
     policy.model.zero_grad()
-    for part in policy.microbatches(make_batch([_trajectory(policy)], policy.pad_id)):
+    for part in score_microbatches(policy, make_batch([_trajectory(policy)], policy.pad_id)):
         part.logprobs.sum().backward()
     named = policy.model.named_parameters()
     return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
@@ -147,7 +149,9 @@ def test_adapters_begin_as_nothing_and_are_all_that_is_trained(saved: Path) -> N
     plain = load_policy(saved)
     adapted = load_policy(saved, LoadOptions(lora_rank=4))
     batch = make_batch([_trajectory(plain)], plain.pad_id)
-    assert torch.equal(adapted.completion_logprobs(batch), plain.completion_logprobs(batch))
+    assert torch.equal(
+        score_completions(adapted, batch).logprobs, score_completions(plain, batch).logprobs
+    )
     # A: rank x inputs, B: outputs x rank; 4 attention and 3 MLP matrices in each of 2 layers.
     expected = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 48))
     trained = [weight for weight in adapted.model.parameters() if weight.requires_grad]
@@ -178,12 +182,16 @@ def test_saved_adapters_are_merged_and_the_model_is_left_alone(saved: Path) -> N
             if "lora_B" in name:
                 weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
     batch = make_batch([_trajectory(policy)], policy.pad_id)
-    before = policy.completion_logprobs(batch)
-    assert not torch.allclose(before, load_policy(saved).completion_logprobs(batch), atol=1e-3)
+    before = score_completions(policy, batch).logprobs
+    assert not torch.allclose(
+        before, score_completions(load_policy(saved), batch).logprobs, atol=1e-3
+    )
     policy.save(saved.parent / "merged")
-    assert torch.equal(policy.completion_logprobs(batch), before)
+    assert torch.equal(score_completions(policy, batch).logprobs, before)
     merged = load_policy(saved.parent / "merged")
-    torch.testing.assert_close(merged.completion_logprobs(batch), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        score_completions(merged, batch).logprobs, before, rtol=1e-5, atol=1e-5
+    )
     plain = AutoModelForCausalLM.from_pretrained(saved.parent / "merged")
     assert type(plain) is type(load_policy(saved).model)
 
@@ -264,7 +272,7 @@ def test_smollm2_is_trained_on_the_ids_and_logprobs_it_sampled(smollm2: Policy) 
     batch = make_batch(trajectories, smollm2.pad_id)
     for row, ids in enumerate(fed):
         assert batch.input_ids[row, : len(ids)].tolist() == ids
-    again = smollm2.completion_logprobs(batch)
+    again = score_completions(smollm2, batch).logprobs
     sampled = [torch.tensor(t.tokens.sampling_logprobs) for played in turns for t in played]
     found = again[batch.completion_mask]
     torch.testing.assert_close(found, torch.cat(sampled), rtol=1e-3, atol=1e-3)

@@ -19,7 +19,8 @@ from test_policy import TINY, make_policy, random_batch
 
 from atod_gym.errors import AtodError, ServerError
 from atod_train.batch import make_batch
-from atod_train.models.policy import Policy, build_policy
+from atod_train.models.from_scratch import build_policy
+from atod_train.models.policy import Policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from atod_train.teachers import remote as remote_teacher

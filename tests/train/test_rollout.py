@@ -13,8 +13,9 @@ from atod_train.config import EnvConfig, RunConfig
 from atod_train.evaluation import evaluate as evaluation
 from atod_train.evaluation.evaluate import SAMPLING_TEMPERATURE, evaluate
 from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.generation import Generator
-from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.policy import Policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, seed_for, tasks_for_step

@@ -32,7 +32,7 @@ from atod_train import doctor
 from atod_train.cli import main
 from atod_train.config import StartConfig
 from atod_train.files import read_json
-from atod_train.models.policy import build_policy
+from atod_train.models.from_scratch import build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.study import train_one

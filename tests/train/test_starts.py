@@ -16,8 +16,10 @@ from atod_train.batch import make_batch
 from atod_train.config import RunConfig, StartConfig
 from atod_train.models import pretrained
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.policy import Policy, build_policy
+from atod_train.models.from_scratch import build_policy
+from atod_train.models.policy import Policy
 from atod_train.models.pretrained import cache_folder, load_policy
+from atod_train.models.scores import score_completions
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.training import supervised
@@ -49,7 +51,7 @@ def _likelihood(policy: Policy, pool: EnvPool) -> float:
     dialogue = DialogueEncoder(policy.tokenizer)
     records = [tokenize(episode, dialogue) for episode in demonstrate(pool, 8, 0.0, 0)]
     batch = make_batch(records, policy.pad_id)
-    return float(policy.completion_logprobs(batch).sum() / batch.completion_mask.sum())
+    return float(score_completions(policy, batch).logprobs.sum() / batch.completion_mask.sum())
 
 
 def test_a_language_model_is_trained_once_and_kept(

@@ -5,7 +5,9 @@ import torch
 
 from atod_gym.errors import AtodError
 from atod_train.batch import make_batch
-from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.from_scratch import ModelShape, build_policy
+from atod_train.models.policy import Policy
+from atod_train.models.scores import score_completions
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
 from atod_train.teachers.local import LocalTeacher
@@ -37,7 +39,7 @@ def make_a_batch() -> Batch:
 def test_scores_are_the_teachers_logprobs_without_gradient() -> None:
     student, teacher = make(STUDENT), make(TEACHER)
     batch = make_a_batch()
-    expected = teacher.completion_logprobs(batch)
+    expected = score_completions(teacher, batch).logprobs
     scores = LocalTeacher(teacher, student).score(batch)
     assert torch.equal(scores, expected)
     assert not scores.requires_grad

@@ -33,8 +33,8 @@ from atod_train.config import (
     TrainConfig,
 )
 from atod_train.files import read_json
+from atod_train.models.from_scratch import build_policy
 from atod_train.models.generation import Generator
-from atod_train.models.policy import build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.presets import PRESETS
 from atod_train.reports.metrics import read_metrics

@@ -28,8 +28,10 @@ from atod_train.batch import make_batch
 from atod_train.config import AlgorithmConfig, EnvConfig, PromptStyle
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.generation import Completion, Generator
-from atod_train.models.policy import ModelShape, Policy, build_policy
+from atod_train.models.policy import Policy
+from atod_train.models.scores import score_completions
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Batch, Trajectory, Turn
 from atod_train.reports.metrics import read_evaluations, read_metrics, read_trajectories
@@ -90,7 +92,7 @@ def test_the_oldest_turns_are_left_out(
                     assert turn.turns_left_out > before.turns_left_out
     batch = make_batch(records, 0)
     assert batch.input_ids.shape[1] <= limit
-    again = policy.completion_logprobs(batch)
+    again = score_completions(policy, batch).logprobs
     torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-4)
 
 
@@ -342,7 +344,7 @@ def test_what_was_fed_is_what_is_trained_on(
         return
     batch = make_batch(records, policy.pad_id, pack=pack)
     _check_batch(batch, turns, [ids for seen in generator.seen for ids in seen])
-    again = policy.completion_logprobs(batch)
+    again = score_completions(policy, batch).logprobs
     torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-3)
 
 

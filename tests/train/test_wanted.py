@@ -12,7 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from atod_train.models.fast.llama import is_llama_on_cpu, last_layer_at
 from atod_train.models.fast.prefix_trees import places
-from atod_train.models.policy import Policy, build_policy
+from atod_train.models.from_scratch import build_policy
+from atod_train.models.policy import Policy
+from atod_train.models.scores import states_at
 from atod_train.models.word_tokenizer import build_word_tokenizer
 
 TOKENIZER = build_word_tokenizer(["take mug from desk"])
@@ -48,7 +50,7 @@ def test_states_and_gradients_are_the_same(
     wanted = torch.tensor([[19, 0, 7], [3, 3, 4], [12, 18, 1]])
     rows = torch.arange(3)[:, None]
     expected = policy.hidden_states(ids)[rows, wanted]
-    found = policy.states_at(ids, wanted)
+    found = states_at(policy, ids, wanted)
     assert torch.allclose(found, expected, atol=1e-5)
     weights = torch.randn_like(expected)
     gradients = []
@@ -77,7 +79,7 @@ def test_work_is_really_left_out() -> None:
     seen = []
     last = policy.model.model.layers[-1].mlp
     last.register_forward_hook(lambda module, given, result: seen.append(result.shape))
-    policy.states_at(torch.zeros(2, 30, dtype=torch.int64), torch.tensor([[1, 2], [3, 4]]))
+    states_at(policy, torch.zeros(2, 30, dtype=torch.int64), torch.tensor([[1, 2], [3, 4]]))
     assert seen == [(2, 2, 32)]
 
 
@@ -93,7 +95,7 @@ def test_checkpointed_layers_give_the_same_gradients() -> None:
             )
             policy.model.train()
         policy.model.zero_grad()
-        policy.states_at(ids, wanted).square().sum().backward()
+        states_at(policy, ids, wanted).square().sum().backward()
         gradients.append([p.grad.clone() for p in policy.model.parameters() if p.grad is not None])
     for first, second in zip(*gradients, strict=True):
         assert torch.allclose(first, second, rtol=1e-4, atol=1e-4)
@@ -115,7 +117,7 @@ def test_layers_of_other_models_compute_everything() -> None:
     ids = torch.randint(0, len(TOKENIZER), (2, 10))
     wanted = torch.tensor([[9], [4]])
     expected = policy.hidden_states(ids)[torch.arange(2)[:, None], wanted]
-    assert torch.equal(policy.states_at(ids, wanted), expected)
+    assert torch.equal(states_at(policy, ids, wanted), expected)
 
 
 def test_models_from_scratch_take_the_short_way() -> None:

@@ -17,6 +17,7 @@ from atod_train.batch import split_minibatches
 from atod_train.config import AlgorithmConfig
 from atod_train.distributed import Processes, end_process, join_processes
 from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.scores import score_completions
 from atod_train.progress import PhaseTimes
 from atod_train.studies.study import train_one
 from atod_train.teachers.local import LocalTeacher
@@ -72,7 +73,7 @@ def adapters_after_three_updates(processes: Processes, start: Path) -> dict[str,
         for micro in learner.microbatches(whole_batch, 60):
             learner.backward(-micro.logprobs.sum())
         learner.step()
-    return {"logprobs": student.completion_logprobs(batch)}
+    return {"logprobs": score_completions(student, batch).logprobs}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from atod_gym.adapters.trl import task_dataset
 from atod_train.adapters.trl import ATODTrainer, Rollouts, episode_returns
 from atod_train.algorithm.atod import Schedule
 from atod_train.config import EnvConfig
-from atod_train.models.policy import ModelShape, build_policy
+from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 
 parser = argparse.ArgumentParser()

@@ -18,6 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
 
+from atod_train.models.policy import additive_mask
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [s, heads, w, head_dim], keys and values [s, key_heads, l, head_dim] to the result, of
 the queries' shape."""
@@ -129,9 +131,3 @@ def take(values: Tensor, chosen: Tensor) -> Tensor:
     """Return [s, w, k]: of values [s, l, k] those at positions [s, w]."""
     row = torch.arange(len(chosen), device=chosen.device)[:, None]
     return values[row, chosen]
-
-
-def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask of minus infinity where a bool mask hides something, else 0."""
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-    return mask.masked_fill_(hidden, float("-inf"))

@@ -12,14 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import eq
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from atod_train.batch import Minibatch, length_buckets, select_sequences
-from atod_train.models.fast.llama import additive_mask
+from atod_train.models.policy import additive_mask
 from atod_train.records import Batch
 
 Tree = tuple[list[int], int]
@@ -224,18 +223,19 @@ def places(sequence: Tensor, position: Tensor, sequences: int) -> tuple[Tensor, 
     return wanted, column
 
 
-def crossover_of(config: Any) -> int:
-    """Tokens at which attention costs as much as the matrices of a layer; see `joined`.
+def crossover_of(model: PreTrainedModel) -> int:
+    """Return the tokens at which attention costs as much as the matrices of a layer.
 
     Args:
-        config: of a transformers model.
+        model: 0 is returned for one that does not take trees, see `can_take_trees`.
     """
+    config = model.config
     # Configurations of some architectures have other names for these: then nothing is joined.
     width, heads, mlp = (
         getattr(config, name, None)
         for name in ("hidden_size", "num_attention_heads", "intermediate_size")
     )
-    if not (width and heads and mlp):
+    if not (width and heads and mlp and can_take_trees(model)):
         return 0
     head_width = getattr(config, "head_dim", None) or width // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
