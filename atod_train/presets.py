@@ -173,7 +173,7 @@ def keep_loaded_models(config: Settings) -> Settings:
 
     Those of a preset are for models made from scratch.
     """
-    from atod_train.models.policy import MODEL_SHAPES
+    from atod_train.models.from_scratch import MODEL_SHAPES
 
     models = (config.model.student, config.model.teacher)
     student, teacher = (
