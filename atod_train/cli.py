@@ -165,7 +165,7 @@ def _told(again: str, work: Callable[..., None], *arguments: Any) -> int:
     """Runs something that trains; what goes wrong is told in a line. `again`: what goes on."""
     import transformers
 
-    from atod_train.training.trainer import StoppedByUser
+    from atod_train.training.stopping import StoppedByUser
 
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -1,9 +1,9 @@
-"""The processes that train one model together, one for each GPU; usually there is only one.
+"""The processes (ranks) that train one model together, one for each GPU; usually there is one.
 
 `torchrun` or `accelerate launch` starts them; accelerate finds each one's device and connects them.
-A step's episodes are shared by whole groups and gathered; the forward and backward passes are
-shared by sequences. What is computed from all of them (advantages, metrics) is computed alike in
-each process, so that a step does not depend on how many there are, but for rounding.
+A step's episodes are divided by whole groups and gathered; forward and backward passes are divided
+by sequences. Advantages and metrics are computed from the whole batch on every rank, so a step does
+not depend on the number of processes, but for rounding.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -25,12 +25,15 @@ from atod_gym.errors import InvalidSettingError, MissingExtraError
 _T = TypeVar("_T")
 
 _PATIENCE = timedelta(hours=12)
-"""One process may make a start, or evaluate a long tail of episodes, while the others wait."""
+"""Rank 0 may make a start, or evaluate long episodes, while the others wait."""
+
+_BUCKET = 2**23
+"""Numbers that are exchanged at once: more calls cost latency, larger ones memory."""
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How weights are divided up for training (FSDP2), as accelerate was configured."""
+    """How weights are sharded for training (FSDP2), as accelerate was configured."""
 
     reshard_after_forward: bool = True
     """Gather a layer's weights a second time for the backward pass instead of keeping them."""
@@ -38,25 +41,25 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of a run; all methods are to be called by all of them alike."""
+    """One process among those of a run; every rank must call each method."""
 
     index: int = 0
     count: int = 1
     device: str = "cpu"
-    """Where tensors are when they are exchanged."""
+    """Device of tensors while they are exchanged."""
     sharding: Sharding | None = None
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes files and prints."""
+        """Whether this rank writes files and prints."""
         return self.index == 0
 
     def share(self, count: int) -> range:
-        """Which of `count` things this process takes: consecutive ones, sizes differing by one."""
+        """Return this rank's part of `count` items: consecutive; sizes differ by at most one."""
         return range(self.index * count // self.count, (self.index + 1) * count // self.count)
 
     def gather(self, items: Sequence[_T]) -> list[_T]:
-        """Everybody's items, those of the first process first."""
+        """Return the items of all ranks, in the order of ranks."""
         if self.count == 1:
             return list(items)
         parts: list[list[_T]] = [[] for _ in range(self.count)]
@@ -64,16 +67,17 @@ class Processes:
         return [item for part in parts for item in part]
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces each tensor by its sum over all processes; shapes and types must agree."""
+        """Replace each tensor by its sum over all ranks, which must agree in shapes and dtypes."""
         if self.count == 1:
             return
-        for tensor in tensors:
-            shared = tensor.to(self.device)
+        for bucket in _buckets(tensors):
+            shared = torch.cat([tensor.to(self.device).flatten() for tensor in bucket])
             dist.all_reduce(shared)
-            tensor.copy_(shared)
+            for tensor, part in zip(bucket, shared.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def same(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces each tensor by that of the main process."""
+        """Replace each tensor by that of rank 0."""
         if self.count == 1:
             return
         for tensor in tensors:
@@ -82,23 +86,23 @@ class Processes:
             tensor.copy_(shared)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in at least one process."""
+        """Return whether the flag is true on at least one rank."""
         return any(self.gather([flag]))
 
     def wait(self) -> None:
-        """Returns when all processes have come here."""
+        """Barrier: return when all ranks have called this."""
         self.gather([])
 
 
 def join_processes(device: str, teacher_device: str = "") -> Processes:
-    """Find the other processes, if the environment says that there are any.
+    """Connect this process with the others that the environment names, if there are any.
 
     Args:
-        device: as the setting `model.device`: auto or cpu where there are several processes.
-        teacher_device: as the setting `model.teacher_device`: no GPU where there are several.
+        device: the setting `model.device`; auto or cpu where there are several processes.
+        teacher_device: the setting `model.teacher_device`; no GPU where there are several.
 
     Raises:
-        InvalidSettingError: a device, or a way of sharding, that several processes cannot use.
+        InvalidSettingError: several processes cannot use the device or the way of sharding.
         MissingExtraError: accelerate is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -111,7 +115,7 @@ def join_processes(device: str, teacher_device: str = "") -> Processes:
     if teacher_device.startswith("cuda"):
         raise InvalidSettingError(
             f"model.teacher_device={teacher_device!r}: the teachers of several processes would all "
-            "be on that GPU. Leave it empty (each teacher is beside its student), or use cpu, or a "
+            "be on that GPU. Leave it empty (the device of the student), or use cpu, or a "
             "teacher's server (--model.teacher http://..)."
         )
     for name in ("DEEPSPEED", "MEGATRON_LM"):
@@ -132,17 +136,30 @@ def join_processes(device: str, teacher_device: str = "") -> Processes:
     return Processes(state.process_index, state.num_processes, place, sharding)
 
 
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield consecutive tensors of one dtype that hold about `_BUCKET` numbers together."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.numel() > _BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
+
+
 def is_main_process() -> bool:
-    """Whether this process prints; also before it has joined others."""
+    """Return whether this process prints; known before it is connected with others."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def end_process(code: int) -> int:
-    """Ends this process with an exit code if it trains with others; else returns the code.
+    """End this process with an exit code if it trains with others; else return the code.
 
-    Torch's communication is not taken down: with weights divided over processes that has been seen
-    to abort (SIGABRT, now and then, on CPUs), so that torchrun called a run failed that was
-    finished and saved. Exit handlers are run as ever.
+    Torch's communication is not shut down: with sharded weights on CPUs that sometimes aborts
+    (SIGABRT), and torchrun then reports a finished run as failed. Exit handlers are run.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return code
@@ -153,7 +170,7 @@ def end_process(code: int) -> int:
 
 
 def _sharding() -> Sharding | None:
-    """What `accelerate launch --use_fsdp` or `accelerate config` put into the environment."""
+    """Return what `accelerate launch --use_fsdp` or `accelerate config` set in the environment."""
     if not _is_set("ACCELERATE_USE_FSDP"):
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":

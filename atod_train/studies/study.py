@@ -40,10 +40,10 @@ from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.file import Run, Study, StudyPart, keep_study, study_of
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher, connect, describe
-from atod_train.training.bookkeeping import interruptible
 from atod_train.training.checks import check_settings
+from atod_train.training.stopping import StoppedByUser, interruptible
 from atod_train.training.supervised import Starts, evaluate_start
-from atod_train.training.trainer import StoppedByUser, Trainer
+from atod_train.training.trainer import Trainer
 
 
 def train_one(config: RunConfig, out: Path, resume: bool = False) -> Path:

@@ -69,7 +69,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, sync=True) as partial:
-            save_file(_for_saving(checkpoint.tensors), partial, {_METADATA: metadata})
+            ready = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}
+            save_file(ready, partial, {_METADATA: metadata})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"The checkpoint {path} could not be written ({error}). Free disk space, or make the "
@@ -156,18 +157,6 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
             raise CheckpointError(f"{what}: {name} holds NaN or infinity")
 
 
-def _for_saving(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors without shared memory, as safetensors needs them."""
-    ready: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        ready[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return ready
-
-
 # -- tensors of live objects -----------------------------------------------------------------------
 
 
@@ -192,24 +181,21 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: the checkpoint belongs to another model; names the differing tensors.
     """
-    own = model_tensors(model)
     saved = {name: tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
-
-    def shape(of: Mapping[str, Tensor], name: str) -> str:
-        if name not in of:
-            return "absent"
-        return f"{str(of[name].dtype).removeprefix('torch.')}{list(of[name].shape)}"
-
-    differing = [n for n in sorted({*own, *saved}) if shape(own, n) != shape(saved, n)]
+    ours, theirs = (
+        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in of.items()}
+        for of in (model_tensors(model), saved)
+    )
+    differing = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
     if differing:
         lines = [
-            f"  {name.removeprefix(_MODEL)}: saved {shape(saved, name)}, model {shape(own, name)}"
+            f"  {name.removeprefix(_MODEL)}: saved {theirs.get(name, 'absent')}, model "
+            f"{ours.get(name, 'absent')}"
             for name in differing[:5]
         ]
-        more = f"\n  and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise CheckpointError(
             "The checkpoint belongs to another model. Choose the model that it was saved from, or "
-            "start a new run. Differing tensors:\n" + "\n".join(lines) + more
+            f"start a new run. {len(differing)} tensors differ:\n" + "\n".join(lines)
         )
     weights = {name.removeprefix(_MODEL): tensor for name, tensor in saved.items()}
     model.load_state_dict(weights, strict=False)

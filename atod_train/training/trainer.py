@@ -47,10 +47,10 @@ from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, nothing_fits, seed_for, tasks_for_step
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher
-from atod_train.training.bookkeeping import interruptible
 from atod_train.training.checks import check_scores, check_skipped, check_weights
 from atod_train.training.inputs import HiddenInputs
 from atod_train.training.run_record import RunRecord
+from atod_train.training.stopping import StoppedByUser, interruptible
 from atod_train.training.update import Learner, score_batch, update_policy
 
 _MOST_CUT = 0.5
@@ -62,10 +62,6 @@ _LESS_IN_UPDATES = (
     "Resume with a smaller --train.tokens-per-microbatch (now {}) or with "
     "--model.gradient-checkpointing: the results stay the same."
 )
-
-
-class StoppedByUser(Exception):
-    """Ctrl-C or SIGTERM: the step was finished and saved; the message says how to continue."""
 
 
 class Trainer:

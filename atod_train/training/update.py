@@ -1,11 +1,10 @@
-"""What happens between a rollout and the next: scores, and one pass over the batch.
+"""Score a batch and make one pass of updates over it, on one process or several.
 
-All processes call these functions with the same batch; each works on its share of the sequences.
+All ranks call these functions with the same batch; each works on its share of the sequences.
 
-`Learner` is what gradients flow into, and the optimiser. With one process, or several that each
-hold all weights, that is the student itself. With sharding (FSDP2) it is a copy whose weights,
-gradients and optimiser state are divided over the processes; after each step the student, which
-samples and is evaluated and saved, gets the new weights.
+`Learner` holds the optimiser and the weights that gradients flow into: those of the student itself
+or, with sharding (FSDP2), of a copy whose weights, gradients and moments are divided over the
+ranks. After each update the student, which samples and is evaluated and saved, gets its weights.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def score_batch(
     names += ["reference_logprobs"] * (teacher is not None) + ["divergences"] * exact
     found = {name: torch.zeros(batch.completion_ids.shape) for name in names}
     own = share_of_sequences(batch, learner.processes)
-    if len(own):  # there may be fewer sequences than processes
+    if len(own):  # there may be fewer sequences than ranks
         mine = select_sequences(batch, own)
         with times.phase("teacher" if exact else "update"):
             scores = score_completions(
@@ -110,7 +109,7 @@ def update_policy(
         scores: from `score_batch`.
         advantages: of the batch.
         config: the settings.
-        order: decides which sequences share a mini-batch; the same in all processes.
+        order: draws which sequences share a mini-batch; the same on all ranks.
 
     Returns:
         Means over the updates made: loss, clip_fraction, grad_norm (NaN where none was made); the
@@ -225,13 +224,12 @@ _WEIGHT_DECAY, _MAX_GRAD_NORM = 0.01, 1.0  # as published
 
 
 class Learner:
-    """Trains a student, together with other processes if there are any.
+    """Train a student, together with other processes if there are any.
 
     Args:
         student: it is changed.
         lr: learning rate of AdamW.
-        processes: this process among those that train the same student; all of them start from the
-            main one's weights.
+        processes: this rank among those that train the student; all begin with rank 0's weights.
     """
 
     def __init__(self, student: Policy, lr: float, processes: Processes) -> None:
@@ -252,10 +250,10 @@ class Learner:
     def microbatches(
         self, part: Minibatch, tokens_per_microbatch: int, **asked: Any
     ) -> Iterator[MicroBatch]:
-        """Score this process's share of a mini-batch, micro-batch by micro-batch.
+        """Score this rank's share of a mini-batch, micro-batch by micro-batch.
 
         Args:
-            part: the mini-batch; the same in all processes.
+            part: the mini-batch; the same on all ranks.
             tokens_per_microbatch: padded tokens that go through the model at once.
             **asked: see `Policy.microbatches`.
 
@@ -275,17 +273,17 @@ class Learner:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a part of the loss."""
-        # The gradients of divided weights are averaged over the processes, not added.
+        # FSDP averages gradients over ranks instead of adding them.
         scale = self.processes.count if self.processes.sharding is not None else 1
         (loss * scale).backward()
 
     def step(self) -> float:
-        """Join and clip the gradients, move the weights, clear the gradients.
+        """Sum the gradients over ranks, clip them and update the weights.
 
-        A gradient whose norm is not finite moves nothing.
+        An update whose gradient is not finite is skipped.
 
         Returns:
-            The norm of the gradient before clipping; alike in all processes.
+            The norm of the gradient before clipping; the same on all ranks.
         """
         weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
         if self.processes.count > 1 and self.processes.sharding is None:
@@ -304,13 +302,13 @@ class Learner:
 
     @property
     def can_save_alone(self) -> bool:
-        """Whether this process can call `tensors` without the others."""
+        """Return whether this rank can call `tensors` without the others."""
         return self.processes.is_main and self.policy is self.student
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return weights and optimiser state for a checkpoint; all processes must call this.
+        """Return weights and optimiser state for a checkpoint; all ranks must call this.
 
-        The main process gets the same for any number of processes, the others nothing.
+        Rank 0 gets the same for any number of ranks, the others nothing.
         """
         is_main = self.processes.is_main
         moments = optimizer_tensors(self._optimizer, self.policy.model, keep=is_main)
@@ -355,18 +353,18 @@ class Learner:
 
 
 def share_of_sequences(batch: Batch, processes: Processes) -> Tensor:
-    """Return which sequences of a batch this process works on.
+    """Return which sequences of a batch this rank works on.
 
-    Groups stay together, since their sequences share prefixes: the longest first, each to the
-    process with the fewest tokens so far. Where there are fewer than two groups for each process,
-    sequences are dealt out one by one.
+    Groups stay together, since their sequences share prefixes: the longest group first, each to the
+    rank with the fewest tokens so far. With fewer than two groups for each rank, single sequences
+    are assigned instead.
 
     Args:
-        batch: the same in all processes.
-        processes: this process among others.
+        batch: the same on all ranks.
+        processes: this rank among others.
 
     Returns:
-        [s] int64, longest first; over all processes each of the S sequences once.
+        [s] int64, longest first; over all ranks each of the S sequences once.
     """
     lengths = batch.attention_mask.sum(dim=1)
     order = torch.argsort(lengths, descending=True, stable=True)
@@ -385,11 +383,11 @@ def share_of_sequences(batch: Batch, processes: Processes) -> Tensor:
 
 
 def _sharded(student: Policy, processes: Processes) -> Policy:
-    """A copy of the student whose weights are divided over the processes, layer by layer."""
+    """Return a copy of the student whose weights are sharded over the ranks, layer by layer."""
     sharding = processes.sharding
     assert sharding is not None
     device = student.device
-    # The copy is made in the processor's memory: on the GPU there is room for one whole model.
+    # The copy is made in the memory of the CPU: the GPU may hold one whole model only.
     model = copy.deepcopy(torch.nn.Module.to(student.model, "cpu"))
     torch.nn.Module.to(student.model, device)
     settings: dict[str, Any] = {
@@ -405,7 +403,7 @@ def _sharded(student: Policy, processes: Processes) -> Policy:
     def run(computation: Computation) -> dict[str, Tensor]:
         return computation()
 
-    # Weights are gathered when this is called, as when the model itself is.
+    # FSDP gathers the weights when this method is called, as it does for `forward`.
     sharded: Any = model
     sharded.forward_within = run
     register_fsdp_forward_method(sharded, "forward_within")

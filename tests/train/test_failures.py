@@ -234,7 +234,7 @@ from pathlib import Path
 import test_failures as t
 from test_trainer import study_of_methods
 from atod_train.studies.study import run_study
-from atod_train.training.trainer import StoppedByUser
+from atod_train.training.stopping import StoppedByUser
 if __name__ == "__main__":
     methods = ("atod", "opd")[: int(sys.argv[3])]
     out = Path(sys.argv[1])

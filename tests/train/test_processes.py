@@ -17,6 +17,7 @@ from test_trainer import CONFIG as SINGLE
 from test_trainer import _numbers as numbers
 
 from atod_gym.errors import InvalidSettingError
+from atod_train import distributed
 from atod_train.config import RunConfig
 from atod_train.distributed import Processes, join_processes
 from atod_train.files import read_json
@@ -138,6 +139,23 @@ def test_alone_nothing_is_exchanged() -> None:
     alone.same([tensor])
     alone.wait()
     assert tensor.tolist() == [1.0, 1.0]
+
+
+def test_tensors_are_exchanged_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        sizes.append(tensor.numel())
+        tensor.mul_(2)
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(distributed, "_BUCKET", 10)
+    shapes = [(2, 3), (4,), (1,), (30,), (2,), ()]
+    tensors = [torch.ones(shape) for shape in shapes] + [torch.ones(3, dtype=torch.float64)]
+    Processes(0, 2).add([*tensors, tensors[0].T])
+    assert sizes == [10, 1, 30, 3, 3, 6]
+    assert all((tensor == 2).all() for tensor in tensors[1:])
+    assert (tensors[0] == 4).all()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from atod_train.reports.results import RESULTS_FILE, finished_runs, record_of, w
 from atod_train.reports.run_folder import write_config, write_manifest, write_summary
 from atod_train.studies import study
 from atod_train.studies.file import Run, StudyPart
-from atod_train.training.trainer import StoppedByUser
+from atod_train.training.stopping import StoppedByUser
 
 STUDY = """
 [environments.houses]

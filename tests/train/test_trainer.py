@@ -158,7 +158,7 @@ from pathlib import Path
 import test_trainer as t
 from atod_train.studies.file import Run, Study, StudyPart
 from atod_train.studies.study import train_one
-from atod_train.training.trainer import StoppedByUser
+from atod_train.training.stopping import StoppedByUser
 try:
     train_one(t.CONFIG, Path(sys.argv[1]), resume=True)
 except StoppedByUser as stop:

@@ -1,4 +1,4 @@
-"""Signals that stop a run after its step."""
+"""Stop a run after its step: at the first Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from contextlib import contextmanager
 
 _ECHO_SECONDS = 1.0
 """Launchers repeat a signal to processes that have received it already."""
+
+
+class StoppedByUser(Exception):
+    """Ctrl-C or SIGTERM: the step was finished and saved; the message says how to continue."""
 
 
 @contextmanager

@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from atod_train.training import bookkeeping
-from atod_train.training.bookkeeping import interruptible
+from atod_train.training import stopping
+from atod_train.training.stopping import interruptible
 
 
 @pytest.mark.usefixtures("usual_sigint")
 def test_a_second_ctrl_c_stops_but_not_its_echo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bookkeeping, "_ECHO_SECONDS", 0.2)
+    monkeypatch.setattr(stopping, "_ECHO_SECONDS", 0.2)
     with interruptible(announce=False) as noted:
         assert not noted
         signal.raise_signal(signal.SIGINT)
