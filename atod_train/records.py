@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from atod_gym.parsing import action_verb
 from atod_gym.types import Message
+
+if TYPE_CHECKING:  # agents that play by text need no torch
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "action"]
 """Why sampling ended: the end-of-turn token came, the token limit was reached, or the action was
@@ -58,6 +59,8 @@ class Turn:
     """What `reward` was lessened by for an invalid action."""
     invalid_reason: str = ""
     """Why the action was not valid, see `atod_gym.parsing.invalid_reason`; empty if it was."""
+    is_trained: bool = True
+    """False: a random action in a demonstration, which is played and not trained."""
     turns_left_out: int = 0
     """Earlier turns that the model did not see, because they would not have fitted; also in turns
     that go on after a prompt that left them out."""

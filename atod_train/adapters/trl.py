@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
-from atod_train.adapters.episode import Episode, PromptRoom, RowTokens, play
 from atod_train.adapters.objective import TurnWeighting, mixed_advantages
+from atod_train.adapters.rows import RowTokens, TokenPlayer, outcome, rows_of
 from atod_train.algorithm.atod import Schedule
 from atod_train.config import EnvConfig
 from atod_train.models.dialogue import DialogueEncoder
+from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.episode import Episode, Limits
 from atod_train.teachers.local import require_same_vocabulary
 
 try:
@@ -90,40 +92,42 @@ class Rollouts:
                 trainer.processing_class, self.config.prompt_style, self.config.template_options
             )
         positions = int(trainer.model.config.get_text_config().max_position_embeddings)
-        room = PromptRoom(self._dialogue, trainer.max_completion_length, positions)
-        episodes = [Episode(env, self.config, room) for env in self._pool.start(prompts)]
-        while active := [episode for episode in episodes if not episode.over]:
-            _play_turn(self._pool, active, trainer)
+        limits = Limits(trainer.max_completion_length, positions, can_restart=False)
+        player = TokenPlayer(self._pool, self._dialogue, limits)
+        episodes = self._pool.start(prompts)
+        while active := [episode for episode in episodes if episode.stop_reason is None]:
+            _play_turn(player, active, trainer)
         if not any(episode.turns for episode in episodes):
             raise AtodError("No first prompt fits the model; use shorter prompts.")
-        rows = [_columns(e, is_window, self._dialogue.end_of_turn_id) for e in episodes]
+        end = self._dialogue.end_of_turn_id
+        rows = [_columns(episode.trajectory(), is_window, end) for episode in episodes]
         output: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         if any(logprobs is None for logprobs in output["logprobs"]):
             output["logprobs"] = None
         return output
 
 
-def _play_turn(pool: EnvPool, active: Sequence[Episode], trainer: GRPOTrainer) -> None:
-    asked = [(episode, episode.next_prompt()) for episode in active]
+def _play_turn(player: TokenPlayer, active: Sequence[Episode], trainer: GRPOTrainer) -> None:
+    asked = [(episode, player.next_prompt(episode)) for episode in active]
     playing = [(episode, ids) for episode, ids in asked if ids is not None]
     if not playing:
         return
     completions, logprobs = trainer._generate_single_turn([ids for _, ids in playing], None, {}, 1)
     scores = [None] * len(playing) if logprobs is None else logprobs
-    play(pool, [episode for episode, _ in playing], completions, scores)
+    player.play([episode for episode, _ in playing], completions, scores)
 
 
-def _columns(episode: Episode, is_window: bool, filler: int) -> dict[str, Any]:
-    """The columns of one episode; TRL wants a completion even of one that could not begin."""
-    rows = episode.rows()
+def _columns(record: Trajectory, is_window: bool, filler: int) -> dict[str, Any]:
+    """Return the columns of one episode; TRL wants a completion even where none was played."""
+    rows = rows_of(record)
     first = rows[0] if rows else RowTokens([filler], [filler], [0], [0.0])
     return {
         "prompt_ids": first.prompt_ids,
         "completion_ids": first.response_ids,
         "env_mask": first.mask,
         "logprobs": first.logprobs,
-        "episode_return": episode.episode_return,
-        **episode.outcome,
+        "episode_return": record.episode_return,
+        **outcome(record),
         **({TURN_ROWS: rows} if is_window else {}),
     }
 

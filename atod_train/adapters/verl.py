@@ -30,12 +30,14 @@ from uuid import uuid4
 import torch
 
 from atod_gym.errors import InvalidSettingError, MissingExtraError
-from atod_train.adapters.episode import Episode, PromptRoom, RowTokens, play
 from atod_train.adapters.objective import TurnWeighting, Weights, mixed_advantages
+from atod_train.adapters.rows import RowTokens, TokenPlayer, outcome, rows_of
 from atod_train.algorithm.atod import Schedule
 from atod_train.config import EnvConfig
 from atod_train.models.dialogue import DialogueEncoder
+from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.episode import Limits
 
 try:
     import transfer_queue
@@ -178,9 +180,12 @@ class ATODAgentLoop(AgentLoopBase):
             int(self.rollout_config.response_length),
         )
         completion = min(max_completion_tokens, most_response)
-        dialogue = DialogueEncoder(self.tokenizer, style, self.env_config.template_options)
-        in_all = most_prompt + (completion if style == "window" else most_response)
-        self.room = PromptRoom(dialogue, completion, in_all, most_prompt)
+        self.encoder = DialogueEncoder(self.tokenizer, style, self.env_config.template_options)
+        if style == "window":
+            self.limits = Limits(completion, most_prompt + completion)
+        else:
+            in_all = most_prompt + most_response
+            self.limits = Limits(completion, in_all, most_prompt, can_restart=False)
 
     async def run(
         self, sampling_params: dict[str, Any], **kwargs: Any
@@ -199,12 +204,12 @@ class ATODAgentLoop(AgentLoopBase):
         pool = await asyncio.to_thread(envs.borrow)
         said: list[dict[str, Any]] = []
         try:
-            [env] = await asyncio.to_thread(pool.start, [str(row["task_id"])])
-            episode = Episode(env, self.env_config, self.room)
+            player = TokenPlayer(pool, self.encoder, self.limits)
+            [episode] = await asyncio.to_thread(pool.start, [str(row["task_id"])])
             request = uuid4().hex
-            asked = {**sampling_params, "max_tokens": self.room.max_completion_tokens}
-            while not episode.over:
-                ids = await asyncio.to_thread(episode.next_prompt)
+            asked = {**sampling_params, "max_tokens": self.limits.completion}
+            while episode.stop_reason is None:
+                ids = await asyncio.to_thread(player.next_prompt, episode)
                 if ids is None:
                     break
                 sampled = await self.server_manager.generate(
@@ -212,31 +217,31 @@ class ATODAgentLoop(AgentLoopBase):
                 )
                 said.append(dict(sampled.extra_fields))
                 await asyncio.to_thread(
-                    play, pool, [episode], [sampled.token_ids], [sampled.log_probs]
+                    player.play, [episode], [sampled.token_ids], [sampled.log_probs]
                 )
         finally:
             envs.give_back(pool)
-        return self._outputs(episode, said)
+        return self._outputs(episode.trajectory(), said)
 
     def _outputs(
-        self, episode: Episode, said: Sequence[dict[str, Any]]
+        self, record: Trajectory, said: Sequence[dict[str, Any]]
     ) -> AgentLoopOutput | list[AgentLoopOutput]:
-        is_window = self.room.dialogue.style == "window"
-        end = self.room.dialogue.end_of_turn_id
+        is_window = self.encoder.style == "window"
+        end = self.encoder.end_of_turn_id
         # An episode that could not begin: verl wants a row, of which nothing is trained on.
-        rows = episode.rows() or [RowTokens([end], [end], [0], None)]
+        rows = rows_of(record) or [RowTokens([end], [end], [0], None)]
         outputs = [
             AgentLoopOutput(
                 prompt_ids=row.prompt_ids,
                 response_ids=row.response_ids,
                 response_mask=row.mask,
                 response_logprobs=row.logprobs,
-                reward_score=episode.episode_return,
-                num_turns=2 * episode.turns,
+                reward_score=record.episode_return,
+                num_turns=2 * len(record.turns),
                 metrics=AgentLoopMetrics(),
                 extra_fields={
                     **(said[number if is_window else -1] if said else {}),
-                    "reward_extra_info": dict(episode.outcome),
+                    "reward_extra_info": outcome(record),
                     "turn_scores": [],
                     "tool_rewards": [],
                 },

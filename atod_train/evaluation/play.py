@@ -22,7 +22,7 @@ from atod_gym.wrappers import agent_env, make_env
 from atod_train.config import EnvConfig
 from atod_train.evaluation.agents import Agent, Completion, EpisodeStopped
 from atod_train.evaluation.eval_records import AgentTurn, EpisodeRecord
-from atod_train.rollout.env_pool import new_messages
+from atod_train.rollout.episode import new_messages
 
 
 @dataclass(frozen=True)

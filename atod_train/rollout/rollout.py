@@ -9,13 +9,11 @@ from typing import TypeVar
 import numpy as np
 
 from atod_gym.errors import AtodError
-from atod_gym.parsing import invalid_reason
-from atod_train.config import EnvConfig
-from atod_train.models.generation import Completion, Generator
+from atod_train.models.generation import Generator
 from atod_train.progress import PhaseTimes
-from atod_train.records import StopReason, TokenizedTurn, Trajectory, TrajectoryGroup, Turn
-from atod_train.rollout.env_pool import EnvEpisode, EnvPool
-from atod_train.rollout.episode_prompts import EpisodePrompt, next_prompt
+from atod_train.records import Trajectory, TrajectoryGroup
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.episode import Episode, Limits
 
 _Task = TypeVar("_Task")
 
@@ -43,65 +41,6 @@ def tasks_for_step(task_ids: Sequence[_Task], step: int, count: int, seed: int) 
         wanted = count - len(chosen)
         chosen += [task_ids[i] for i in order[offset : offset + wanted]]
     return chosen
-
-
-class _Episode:
-    """One episode while it is played."""
-
-    def __init__(self, env: EnvEpisode, group_id: int) -> None:
-        self.env = env
-        self.group_id = group_id
-        self.turns: list[Turn] = []
-        self.stop_reason: StopReason | None = None
-
-    def prompt(self, generator: Generator, row: int) -> EpisodePrompt:
-        """Return what the model is fed before the next turn."""
-        return next_prompt(self.env.dialogue, self.env.messages, self.turns, generator, row)
-
-    def record(
-        self, completion: Completion, text: str, prompt: EpisodePrompt, config: EnvConfig
-    ) -> None:
-        """Record the turn that a completion has played."""
-        env = self.env
-        tokens = TokenizedTurn(
-            prompt_ids=prompt.ids,
-            completion_ids=completion.ids,
-            sampling_logprobs=completion.logprobs,
-            finish_reason=completion.finish_reason,
-            extends_previous=prompt.extends_previous,
-        )
-        penalty = config.invalid_action_penalty if env.info["parse_error"] else 0.0
-        reason = invalid_reason(env.info)
-        turn = Turn(
-            index=len(self.turns),
-            prompt=prompt.messages,
-            completion=text,
-            action=env.info["action"],
-            reward=env.reward * config.success_reward - penalty,
-            is_action_valid=not reason,
-            tokens=tokens,
-            penalty=penalty,
-            invalid_reason=reason,
-            turns_left_out=prompt.turns_left_out,
-        )
-        self.turns.append(turn)
-        if env.terminated or env.truncated:
-            self.stop_reason = "terminated" if env.terminated else "turn_limit"
-
-    def trajectory(self) -> Trajectory:
-        """The record of the episode, which has ended."""
-        assert self.stop_reason is not None
-        return Trajectory(
-            group_id=self.group_id,
-            task_id=self.env.info["task_id"],
-            task_type=self.env.info["task_type"],
-            turns=tuple(self.turns),
-            terminated=self.stop_reason == "terminated",
-            truncated=self.stop_reason != "terminated",
-            stop_reason=self.stop_reason,
-            success=bool(self.env.info["success"]),
-            score=float(self.env.info["score"]),
-        )
 
 
 def collect(
@@ -150,18 +89,17 @@ def collect(
     if not wanted:
         return []
     with times.phase("environment"):
-        started = pool.start([task for _, task in wanted])
-    episodes = [_Episode(env, group) for env, (group, _) in zip(started, wanted, strict=True)]
+        episodes = pool.start([task for _, task in wanted])
     active = dict(enumerate(episodes))
     while active:
         _play_turn(active, generator, pool, turn_limit, times)
-        for episode in active.values():
+        for row, episode in active.items():
             if episode.stop_reason is not None and on_end is not None:
-                on_end(episode.trajectory())
+                on_end(episode.trajectory(wanted[row][0]))
         active = {row: e for row, e in active.items() if e.stop_reason is None}
     if episodes_in_all is None and not any(episode.turns for episode in episodes):
         raise nothing_fits()
-    records = [episode.trajectory() for episode in episodes]
+    records = [e.trajectory(group) for e, (group, _) in zip(episodes, wanted, strict=True)]
     return [
         TrajectoryGroup(task, tuple(records[i * group_size : (i + 1) * group_size]))
         for i, task in enumerate(task_ids)
@@ -177,28 +115,26 @@ def nothing_fits() -> AtodError:
 
 
 def _play_turn(
-    active: dict[int, _Episode],
+    active: dict[int, Episode],
     generator: Generator,
     pool: EnvPool,
     turn_limit: int,
     times: PhaseTimes,
 ) -> None:
-    """One turn of the episodes that have not ended, by their rows in the generator."""
+    """Play one turn of the episodes that have not ended, by their rows in the generator."""
+    limits = Limits(generator.max_completion_tokens, generator.max_context)
     with times.phase("generation"):
-        prompts = [episode.prompt(generator, row) for row, episode in active.items()]
-        for row, prompt in zip(active, prompts, strict=True):
+        found = {row: e.next_prompt(generator.dialogue, limits) for row, e in active.items()}
+        prompts = {row: prompt for row, prompt in found.items() if prompt is not None}
+        for row, prompt in prompts.items():
             if not prompt.extends_previous:
                 generator.restart(row)
-        completions = generator.prompt([prompt.ids for prompt in prompts], list(active))
-        texts = ["" if c is None else generator.dialogue.decode(c.ids) for c in completions]
+        sampled = generator.prompt([prompt.ids for prompt in prompts.values()], list(prompts))
+        completions = [completion for completion in sampled if completion is not None]  # all fit
+        texts = [generator.dialogue.decode(completion.ids) for completion in completions]
     with times.phase("environment"):
-        turns = list(zip(active.values(), prompts, completions, texts, strict=True))
-        playing = [(episode.env, text) for episode, _, completion, text in turns if completion]
-        pool.play([env for env, _ in playing], [text for _, text in playing])
-        for episode, prompt, completion, text in turns:
-            if completion is None:
-                episode.stop_reason = "context_limit"
-                continue
-            episode.record(completion, text, prompt, pool.config)
+        playing = [active[row] for row in prompts]
+        pool.play(playing, texts, completions)
+        for episode in playing:
             if episode.stop_reason is None and len(episode.turns) >= turn_limit:
                 episode.stop_reason = "turn_limit"

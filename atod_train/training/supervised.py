@@ -20,7 +20,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from atod_gym.errors import AtodError, InvalidSettingError
-from atod_gym.types import Message
 from atod_train.batch import length_buckets, make_batch
 from atod_train.config import Precision, RunConfig
 from atod_train.distributed import Processes
@@ -69,21 +68,7 @@ _SCORED_WORDS = 4096
 """With a larger vocabulary so few of the environment's tokens are scored that it costs no more."""
 
 
-@dataclass(frozen=True, slots=True)
-class DemonstrationTurn:
-    """One turn of a demonstration."""
-
-    messages: tuple[Message, ...]
-    """New in this turn."""
-    completion: str
-    by_expert: bool
-    """False: a random action, executed but not trained."""
-
-
-Demonstration = tuple[DemonstrationTurn, ...]
-
-
-def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Demonstration]:
+def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Trajectory]:
     """Expert episodes on `count` tasks, each again once all were played; failures are left out.
 
     Args:
@@ -113,43 +98,39 @@ def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Demo
 
 def _demonstrate_one(
     pool: EnvPool, task_id: str, noise: float, rng: np.random.Generator
-) -> Demonstration | None:
-    [env] = pool.start([task_id])
-    expert = env.expert()
+) -> Trajectory | None:
+    [episode] = pool.start([task_id])
+    expert = episode.expert()
     limit = getattr(expert, "max_turns", math.inf)
-    turns: list[DemonstrationTurn] = []
     action: str | None = None
     seen: list[str] = []
-    while not (env.terminated or env.truncated) and len(turns) < limit:
-        seen.extend(env.actions)
-        observation = env.observation
+    while episode.stop_reason is None and len(episode.turns) < limit:
+        seen.extend(episode.actions)
+        observation = episode.observation
         chosen = expert.act(observation["text"], observation["admissible_actions"], action)
         by_expert = not (seen and rng.random() < noise)
         action = chosen if by_expert else seen[int(rng.integers(len(seen)))]
-        completion = env.dialogue.format(action)
-        turns.append(DemonstrationTurn(env.messages, completion, by_expert))
-        pool.play([env], [completion])
-    return tuple(turns) if env.info["success"] else None
+        pool.play([episode], [episode.dialogue.format(action)])
+        episode.turns[-1] = replace(episode.turns[-1], is_trained=by_expert)
+    return episode.trajectory() if episode.info["success"] else None
 
 
-def demonstration_texts(demonstrations: Iterable[Demonstration]) -> Iterable[str]:
+def demonstration_texts(demonstrations: Iterable[Trajectory]) -> Iterable[str]:
     """All text that demonstrations hold, for building a tokenizer."""
     for demonstration in demonstrations:
-        for turn in demonstration:
+        for turn in demonstration.turns:
             yield turn.completion
-            for message in turn.messages:
+            for message in turn.prompt:
                 yield message.content
 
 
-def tokenize(demonstration: Demonstration, dialogue: DialogueEncoder) -> Trajectory:
-    """A demonstration as a trajectory; `is_action_valid` marks the turns to train on."""
+def tokenize(demonstration: Trajectory, dialogue: DialogueEncoder) -> Trajectory:
+    """Return a demonstration with the tokens of its prompts and completions."""
     turns: list[Turn] = []
-    for index, turn in enumerate(demonstration):
-        extends = dialogue.style == "chat" and index > 0
+    for turn in demonstration.turns:
+        extends = dialogue.style == "chat" and turn.index > 0
         prompt = (
-            dialogue.continuation(turn.messages, "stop")
-            if extends
-            else dialogue.first(turn.messages)
+            dialogue.continuation(turn.prompt, "stop") if extends else dialogue.first(turn.prompt)
         )
         completion = tuple(dialogue.completion(turn.completion))
         tokens = TokenizedTurn(
@@ -159,11 +140,8 @@ def tokenize(demonstration: Demonstration, dialogue: DialogueEncoder) -> Traject
             finish_reason="stop",
             extends_previous=extends,
         )
-        action = Turn(
-            index, turn.messages, turn.completion, turn.completion, 0.0, turn.by_expert, tokens
-        )
-        turns.append(action)
-    return Trajectory(0, "", "", tuple(turns), True, False, "terminated", True, 1.0)
+        turns.append(replace(turn, tokens=tokens))
+    return replace(demonstration, turns=tuple(turns))
 
 
 def train_on_demonstrations(
@@ -301,7 +279,7 @@ def _token_weights(
     """
     weights = batch.attention_mask * observation_weight
     weights = weights * (torch.rand(weights.shape, generator=generator) < share) / share
-    by_expert = [turn.is_action_valid for t in trajectories for turn in t.turns]
+    by_expert = [turn.is_trained for t in trajectories for turn in t.turns]
     rows = zip(
         batch.sequence_index.tolist(),
         batch.start.tolist(),
@@ -335,7 +313,7 @@ class Starts:
     def __init__(self, config: RunConfig, pool: EnvPool) -> None:
         self._config = config
         self._pool = pool
-        self._demonstrations: list[Demonstration] | None = None
+        self._demonstrations: list[Trajectory] | None = None
 
     def policy(self, role: EvaluatedModel) -> Policy:
         """The teacher, or the student's start; the same for every method and seed."""

@@ -29,7 +29,7 @@ from atod_train.config import EnvConfig  # noqa: E402
 from atod_train.models.dialogue import DialogueEncoder  # noqa: E402
 from atod_train.models.from_scratch import ModelShape, build_policy  # noqa: E402
 from atod_train.models.word_tokenizer import build_word_tokenizer  # noqa: E402
-from atod_train.rollout.env_pool import new_messages  # noqa: E402
+from atod_train.rollout.episode import new_messages  # noqa: E402
 
 # What TRL and transformers say about each other's changes is theirs to mend.
 pytestmark = [

@@ -54,7 +54,8 @@ from atod_train.algorithm.atod import turn_weights  # noqa: E402
 from atod_train.models.dialogue import DialogueEncoder  # noqa: E402
 from atod_train.models.from_scratch import ModelShape, build_policy  # noqa: E402
 from atod_train.models.word_tokenizer import build_word_tokenizer  # noqa: E402
-from atod_train.rollout.env_pool import new_messages  # noqa: E402
+from atod_train.records import Trajectory  # noqa: E402
+from atod_train.rollout.episode import new_messages  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 WORDS = build_word_tokenizer(["go to desk 1", "take mug 1 from desk 1", "look"])
@@ -211,11 +212,9 @@ def test_rows_are_what_was_shown_and_sampled(style: str, folder: Path, queue: No
 
 
 def test_a_prompt_that_does_not_fit_trains_on_nothing(folder: Path, queue: None) -> None:
-    loop = SimpleNamespace(
-        room=SimpleNamespace(dialogue=DialogueEncoder(WORDS, "chat"), max_completion_tokens=6)
-    )
-    episode = SimpleNamespace(rows=lambda: [], episode_return=0.0, outcome={}, turns=0)
-    output = adapter.ATODAgentLoop._outputs(loop, episode, [])  # type: ignore[arg-type]
+    loop: Any = SimpleNamespace(encoder=DialogueEncoder(WORDS, "chat"))
+    record = Trajectory(0, "t", "k", (), False, True, "context_limit", False, 0.0)
+    output = adapter.ATODAgentLoop._outputs(loop, record, [])
     assert (output.response_mask, output.reward_score) == ([0], 0.0)  # type: ignore[union-attr]
 
 

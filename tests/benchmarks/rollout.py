@@ -37,8 +37,8 @@ from atod_train.models.policy import Policy
 from atod_train.models.pretrained import LoadOptions, load_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.progress import PhaseTimes
-from atod_train.rollout import rollout
 from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.episode import Episode
 from atod_train.rollout.rollout import collect
 from atod_train.training.supervised import demonstrate, demonstration_texts
 
@@ -68,7 +68,7 @@ def watched(watch: Stopwatch) -> Iterator[None]:
     """Times the parts of our generation, and counts the tokens that are fed."""
     names = {"_prefill": "prefill", "_sample": "sampling", "prompt": "generation"}
     before = {name: getattr(Generator, name) for name in names}
-    next_prompt = rollout.next_prompt
+    next_prompt = Episode.next_prompt
     for name, label in names.items():
         setattr(Generator, name, watch.around(label, before[name]))
     timed = Generator._prefill
@@ -78,13 +78,13 @@ def watched(watch: Stopwatch) -> Iterator[None]:
         return timed(self, episodes)
 
     Generator._prefill = count  # type: ignore[method-assign]
-    rollout.next_prompt = watch.around("prompts", next_prompt)
+    Episode.next_prompt = watch.around("prompts", next_prompt)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for name, function in before.items():
             setattr(Generator, name, function)
-        rollout.next_prompt = next_prompt
+        Episode.next_prompt = next_prompt  # type: ignore[method-assign]
 
 
 @contextmanager

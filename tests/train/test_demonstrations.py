@@ -16,29 +16,32 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.policy import Policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
-from atod_train.records import Trajectory
+from atod_train.records import TokenizedTurn, Trajectory, Turn
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.training import supervised
 from atod_train.training.supervised import (
-    DemonstrationTurn,
     demonstration_texts,
     tokenize,
     train_on_demonstrations,
 )
 
+NO_TOKENS = TokenizedTurn((), (), (), "stop", extends_previous=False)
 PAGE = "a long page of many words that nobody has to say but whose reading teaches to read"
 
 
 @pytest.fixture(scope="module")
 def taught() -> tuple[Policy, list[Trajectory]]:
     """A model, and eight episodes of an expert's turn and a random one."""
-    episodes = [
-        (
-            DemonstrationTurn((Message("user", f"{PAGE} {word}"),), f"take {word}", True),
-            DemonstrationTurn((Message("user", PAGE),), "look", False),
+    episodes = []
+    for word in ("mug", "pen", "lamp", "vase", "bowl", "knife", "book", "apple"):
+        played = ((f"{PAGE} {word}", f"take {word}"), (PAGE, "look"))
+        turns = tuple(
+            Turn(
+                i, (Message("user", text),), action, action, 0.0, True, NO_TOKENS, is_trained=not i
+            )
+            for i, (text, action) in enumerate(played)
         )
-        for word in ("mug", "pen", "lamp", "vase", "bowl", "knife", "book", "apple")
-    ]
+        episodes.append(Trajectory(0, "", "", turns, True, False, "terminated", True, 1.0))
     tokenizer = build_word_tokenizer(demonstration_texts(episodes))
     shape = ModelShape(layers=1, width=32, heads=2, mlp_width=64, max_positions=128)
     trajectories = [tokenize(episode, DialogueEncoder(tokenizer)) for episode in episodes]
@@ -98,8 +101,8 @@ def test_real_questions_are_demonstrated_where_a_passage_holds_the_answer(tmp_pa
     config = EnvConfig(id="atod/SearchQA-v0", data=str(tmp_path), max_turns=3)
     with closing(EnvPool(config, "train")) as pool:
         [shown] = supervised.demonstrate(pool, 2, 0.2, seed=0)
-    assert [turn.completion for turn in shown] == [
+    assert [turn.completion for turn in shown.turns] == [
         "search[hobbit]",
         "answer[Tolkien]",
     ]
-    assert "a book by J. R. R. Tolkien" in shown[1].messages[-1].content
+    assert "a book by J. R. R. Tolkien" in shown.turns[1].prompt[-1].content

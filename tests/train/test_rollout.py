@@ -216,7 +216,7 @@ def test_a_small_model_learns_from_demonstrations() -> None:
         EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=20), "train"
     )
     episodes = demonstrate(pool, 48, 0.1, seed=1)
-    assert any(not turn.by_expert for episode in episodes for turn in episode)
+    assert any(not turn.is_trained for episode in episodes for turn in episode.turns)
     tokenizer = build_word_tokenizer(demonstration_texts(episodes))
     dialogue = DialogueEncoder(tokenizer)
     policy = build_policy(SHAPE, tokenizer, seed=0)

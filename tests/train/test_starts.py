@@ -127,7 +127,7 @@ def test_without_passes_nothing_is_trained(config: RunConfig, pool: EnvPool) -> 
 
 
 def test_the_expert_may_have_fewer_turns_than_the_student(pool: EnvPool) -> None:
-    longest = max(map(len, demonstrate(pool, 16, 0.2, 0)))
+    longest = max(len(shown.turns) for shown in demonstrate(pool, 16, 0.2, 0))
 
     class Hurried:
         """An expert that says when it should be done."""
@@ -141,14 +141,14 @@ def test_the_expert_may_have_fewer_turns_than_the_student(pool: EnvPool) -> None
         task_ids, play = pool.task_ids, pool.play
 
         def start(self, task_ids: list[str]) -> Any:
-            [env] = pool.start(task_ids)
-            expert = env.expert
-            env.expert = lambda: Hurried(expert())  # type: ignore[method-assign]
-            return [env]
+            [episode] = pool.start(task_ids)
+            expert = episode.expert
+            episode.expert = lambda: Hurried(expert())  # type: ignore[method-assign]
+            return [episode]
 
     limited: Any = Pool()
     shown = demonstrate(limited, 16, 0.2, 0)
-    assert 0 < max(map(len, shown)) < longest
+    assert 0 < max(len(episode.turns) for episode in shown) < longest
 
 
 def test_a_model_from_scratch_needs_demonstrations(config: RunConfig, pool: EnvPool) -> None:

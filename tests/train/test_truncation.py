@@ -265,7 +265,7 @@ class _Pool(EnvPool):
     def __init__(self, style: PromptStyle, dialogues: Sequence[Sequence[str]]) -> None:
         self.config = EnvConfig(prompt_style=style)
         self._envs = SingleEnvs([_SayingEnv(texts) for texts in dialogues])
-        self._episodes = []
+        self._dialogues = []
 
     def _dialogue(self, env: Any) -> AgentDialogue:
         style = self.config.prompt_style

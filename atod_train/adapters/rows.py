@@ -1,0 +1,105 @@
+"""Episodes whose completions another trainer samples, and the rows that it trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.generation import Completion, StopRule
+from atod_train.records import Trajectory
+from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.episode import Episode, Limits
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """What a trainer takes for one row: an episode in chat style, a turn in window style."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    """Completions, and in chat style the environment's tokens between them."""
+    mask: list[int]
+    """1 exactly on sampled tokens."""
+    logprobs: list[float] | None
+    """While sampling; 0.0 where the mask is 0. None if the sampler gave none."""
+
+
+class TokenPlayer:
+    """Plays episodes of a pool with completions that are sampled elsewhere.
+
+    Args:
+        pool: environments.
+        encoder: encodes prompts and decodes completions.
+        limits: of the prompts.
+    """
+
+    def __init__(self, pool: EnvPool, encoder: DialogueEncoder, limits: Limits) -> None:
+        self._pool, self._encoder, self._limits = pool, encoder, limits
+        self._stop_rule = StopRule(encoder, pool.completion_format)
+
+    def next_prompt(self, episode: Episode) -> list[int] | None:
+        """Return all ids to sample the next completion from; None, and it has ended, if too many.
+
+        In window style past turns are left out where they do not fit.
+        """
+        prompt = episode.next_prompt(self._encoder, self._limits)
+        if prompt is None:
+            return None
+        return [*(episode.context if prompt.extends_previous else ()), *prompt.ids]
+
+    def play(
+        self,
+        episodes: Sequence[Episode],
+        completions: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float] | None],
+    ) -> None:
+        """Play one turn of some episodes.
+
+        Args:
+            episodes: each once.
+            completions: token ids as sampled, for each episode; those after the action are left
+                out, as in our own trainer, whose sampler stops there.
+            logprobs: of these tokens while sampling; None if the sampler gave none.
+        """
+        sampled = []
+        for given, scores in zip(completions, logprobs, strict=True):
+            ids = list(given)
+            ids = ids[: self._stop_rule.kept(ids)]
+            has_end = bool(ids) and ids[-1] in self._encoder.stop_ids
+            kept = () if scores is None else tuple(scores[: len(ids)])
+            sampled.append(Completion(tuple(ids), kept, "stop" if has_end else "length"))
+        texts = [self._encoder.decode(completion.ids) for completion in sampled]
+        self._pool.play(episodes, texts, sampled)
+
+
+def outcome(record: Trajectory) -> dict[str, float]:
+    """Return the numbers that other trainers log: success, score and turns."""
+    return {
+        "success": float(record.success),
+        "score": float(record.score),
+        "turns": float(len(record.turns)),
+    }
+
+
+def rows_of(record: Trajectory) -> list[RowTokens]:
+    """Return one row for each turn in window style, else one; none if nothing was played."""
+    rows: list[RowTokens] = []
+    for turn in record.turns:
+        tokens = turn.tokens
+        completion = list(tokens.completion_ids)
+        known = len(tokens.sampling_logprobs) == len(completion)
+        scores = list(tokens.sampling_logprobs) if known else None
+        if not tokens.extends_previous:
+            mask = [1] * len(completion)
+            rows.append(RowTokens(list(tokens.prompt_ids), completion, mask, scores))
+            continue
+        last, between = rows[-1], len(tokens.prompt_ids)
+        held = last.logprobs
+        rows[-1] = RowTokens(
+            last.prompt_ids,
+            [*last.response_ids, *tokens.prompt_ids, *completion],
+            [*last.mask, *[0] * between, *[1] * len(completion)],
+            None if held is None or scores is None else [*held, *[0.0] * between, *scores],
+        )
+    return rows

@@ -1,0 +1,274 @@
+"""THE episode: prompt -> completion -> env.step -> record, turn by turn until it ends.
+
+Rollouts, evaluations, demonstrations and the adapters for other trainers all play it. `EnvPool`
+starts episodes and plays their turns; a policy, an expert or another trainer writes completions:
+
+    [episode] = pool.start([task_id])
+    while episode.stop_reason is None and episode.next_prompt(encoder, limits):
+        pool.play([episode], [text], [completion])
+    record = episode.trajectory()
+
+In chat style a prompt is what is new since the last completion; in window style it is a whole
+prompt. Where prompt and longest completion would not fit, the oldest turns are left out and a line
+in the prompt says so: in window style the prompt is rendered with fewer past turns; in chat style a
+new sequence begins that holds the task, that line, and the latest turns with their completions as
+they were sampled. An episode ends where not even the shortest prompt fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from atod_gym.dialogue import AgentDialogue
+from atod_gym.envs.turn_env import TurnEnv
+from atod_gym.errors import AtodError
+from atod_gym.parsing import invalid_reason
+from atod_gym.prompts import left_out_note
+from atod_gym.types import Message, ParsedAction, TurnObservation
+from atod_train.config import EnvConfig
+from atod_train.records import StopReason, TokenizedTurn, Trajectory, Turn
+
+if TYPE_CHECKING:  # agents that play by text need no torch
+    from atod_train.models.dialogue import DialogueEncoder
+    from atod_train.models.generation import Completion
+
+_SHARE_KEPT = 0.5
+"""Share of the room beside the task that earlier turns may take in a dialogue that begins anew, so
+that it does not begin anew at each turn."""
+_TEXT_ONLY = TokenizedTurn((), (), (), "stop", extends_previous=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long prompts may be, in tokens."""
+
+    completion: int
+    """Kept free after each prompt."""
+    context: int
+    """Prompt and completion; in chat style the whole dialogue."""
+    first_prompt: int = 0
+    """Longest first prompt of a dialogue; what follows it may then take `context - first_prompt`.
+    0: it has no limit of its own."""
+    can_restart: bool = True
+    """Whether a dialogue that is too long begins anew with its latest turns; else it ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodePrompt:
+    """Token ids to feed, and where they come from."""
+
+    ids: tuple[int, ...]
+    messages: tuple[Message, ...]
+    """New in this turn; all of the prompt in window style."""
+    extends_previous: bool
+    """The ids follow what the model holds of this episode; else they are all it gets to see."""
+    turns_left_out: int = 0
+    """Earlier turns that the model does not see because they do not fit."""
+
+
+class Episode:
+    """One episode of an `EnvPool`.
+
+    Attributes:
+        number: of the environment in its pool.
+        env: the environment; in a vector environment it is played with others.
+        dialogue: renders the prompts and reads the completions.
+        observation: of the last turn.
+        info: of the last turn, with `action` and `parse_error`.
+        messages: what the last turn adds to the prompt; in window style the whole prompt.
+        turns: the record of the turns played.
+        stop_reason: why the episode has ended; None while it is played.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        env: Any,
+        dialogue: AgentDialogue,
+        config: EnvConfig,
+        observation: TurnObservation,
+        info: Mapping[str, Any],
+    ) -> None:
+        self.number, self.env, self.dialogue = number, env, dialogue
+        self.observation, self.info = observation, info
+        self.messages = new_messages(dialogue.reset(observation, info))
+        self.turns: list[Turn] = []
+        self.stop_reason: StopReason | None = None
+        self._config = config
+        self._prompt = EpisodePrompt((), self.messages, extends_previous=False)
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """The listed actions, without placeholders that are to be filled in."""
+        listed = self.observation["admissible_actions"]
+        return tuple([action for action in listed if not TurnEnv.is_placeholder(action)])
+
+    @property
+    def context(self) -> list[int]:
+        """All token ids that the model holds: prompts and completions of the current dialogue."""
+        ids: list[int] = []
+        if self.dialogue.style == "chat":
+            for turn in self.turns:
+                if not turn.tokens.extends_previous:
+                    ids = []
+                ids += turn.tokens.prompt_ids
+                ids += turn.tokens.completion_ids
+        return ids
+
+    def expert(self) -> Any:
+        """Return a scripted player that has been shown the first observation of this episode.
+
+        An environment's `demonstrator()`, which may know the answer, is preferred to `expert()`.
+
+        Raises:
+            AtodError: the environment has neither.
+        """
+        unwrapped = self.env.unwrapped
+        make = getattr(unwrapped, "demonstrator", None) or getattr(unwrapped, "expert", None)
+        if make is None:
+            raise AtodError(
+                f"{type(unwrapped).__name__} has no scripted expert; give model.student and "
+                "model.teacher as paths of saved models instead."
+            )
+        expert = make()
+        expert.reset(self.observation["instruction"], self.observation["text"])
+        return expert
+
+    # -- prompts -----------------------------------------------------------------------------------
+
+    def next_prompt(self, encoder: DialogueEncoder, limits: Limits) -> EpisodePrompt | None:
+        """Return the prompt of the next turn; None, and the episode has ended, if none fits."""
+        if self.dialogue.style == "window":
+            prompt, room = self._window_prompt(encoder, limits)
+        else:
+            prompt, room = self._chat_prompt(encoder, limits)
+        if len(prompt.ids) > room:
+            self.stop_reason = "context_limit"
+            return None
+        self._prompt = prompt
+        return prompt
+
+    def _window_prompt(self, encoder: DialogueEncoder, limits: Limits) -> tuple[EpisodePrompt, int]:
+        """Return the prompt with as many past turns as fit, and the tokens it may have."""
+        room = limits.context - limits.completion
+        messages, left_out = self.messages, 0
+        ids = encoder.first(messages)
+        while len(ids) > room and left_out < self.dialogue.past_turns:
+            left_out += 1
+            messages = new_messages(self.dialogue.shortened(left_out))
+            ids = encoder.first(messages)
+        return EpisodePrompt(tuple(ids), messages, False, left_out), room
+
+    def _chat_prompt(self, encoder: DialogueEncoder, limits: Limits) -> tuple[EpisodePrompt, int]:
+        """Return what follows the last completion or a new dialogue, and the tokens it may have."""
+        turns, messages = self.turns, self.messages
+        room = limits.context - limits.completion
+        if not turns:
+            ids = encoder.first(messages)
+            return EpisodePrompt(tuple(ids), messages, False), min(
+                room, limits.first_prompt or room
+            )
+        if limits.first_prompt:
+            room += len(turns[0].tokens.prompt_ids) - limits.first_prompt
+        ids = encoder.continuation(messages, turns[-1].tokens.finish_reason)
+        left = room - len(self.context)
+        if len(ids) <= left or not limits.can_restart:
+            return EpisodePrompt(tuple(ids), messages, True, turns[-1].turns_left_out), left
+        return self._new_dialogue(encoder, room), room
+
+    def _new_dialogue(self, encoder: DialogueEncoder, room: int) -> EpisodePrompt:
+        """Return the dialogue from the earliest turn on that leaves room for some more turns."""
+        turns = self.turns
+        # From the last turn backwards, each adds its completion and the messages after it.
+        after: list[int] = []
+        following = self.messages
+        best = encoder.first(self._opening(self.messages, len(turns)))
+        left_out = len(turns)
+        most = len(best) + _SHARE_KEPT * (room - len(best))
+        for turn in reversed(turns[1:]):
+            tokens = turn.tokens
+            continued = encoder.continuation(following, tokens.finish_reason)
+            after = [*tokens.completion_ids, *continued, *after]
+            ids = [*encoder.first(self._opening(turn.prompt, turn.index)), *after]
+            if len(ids) > most:
+                break
+            best, left_out, following = ids, turn.index, turn.prompt
+        return EpisodePrompt(tuple(best), self.messages, False, left_out)
+
+    def _opening(self, messages: tuple[Message, ...], left_out: int) -> tuple[Message, ...]:
+        """Put a later turn's messages into the first prompt: some templates refuse two in a row."""
+        *before, task = self.turns[0].prompt
+        parts = (task.content, left_out_note(left_out), *(message.content for message in messages))
+        return (*before, replace(task, content="\n\n".join(parts)))
+
+    # -- turns -------------------------------------------------------------------------------------
+
+    def record(
+        self, text: str, parsed: ParsedAction, result: tuple[Any, ...], sampled: Completion | None
+    ) -> None:
+        """Record a turn that was played.
+
+        Args:
+            text: the completion.
+            parsed: its action, which was executed.
+            result: what `env.step` returned.
+            sampled: the completion's tokens, sampled from the last `next_prompt`; None: they are
+                not known, and neither are those of the prompt.
+        """
+        self.observation, reward, terminated, truncated, info = result
+        self.info = {**info, "action": parsed.action, "parse_error": parsed.error}
+        prompt, tokens = self._prompt, _TEXT_ONLY
+        if sampled is not None:
+            tokens = TokenizedTurn(
+                prompt_ids=prompt.ids,
+                completion_ids=sampled.ids,
+                sampling_logprobs=sampled.logprobs,
+                finish_reason=sampled.finish_reason,
+                extends_previous=prompt.extends_previous,
+            )
+        penalty = self._config.invalid_action_penalty if parsed.error else 0.0
+        reason = invalid_reason(self.info)
+        turn = Turn(
+            index=len(self.turns),
+            prompt=prompt.messages,
+            completion=text,
+            action=parsed.action,
+            reward=float(reward) * self._config.success_reward - penalty,
+            is_action_valid=not reason,
+            tokens=tokens,
+            penalty=penalty,
+            invalid_reason=reason,
+            turns_left_out=prompt.turns_left_out,
+        )
+        self.turns.append(turn)
+        self.messages = new_messages(self.dialogue.step(text, parsed, self.observation, self.info))
+        self._prompt = EpisodePrompt((), self.messages, extends_previous=False)
+        if terminated or truncated:
+            self.stop_reason = "terminated" if terminated else "turn_limit"
+
+    def trajectory(self, group_id: int = 0) -> Trajectory:
+        """Return the record of the episode, which has ended."""
+        assert self.stop_reason is not None
+        return Trajectory(
+            group_id=group_id,
+            task_id=self.info["task_id"],
+            task_type=self.info["task_type"],
+            turns=tuple(self.turns),
+            terminated=self.stop_reason == "terminated",
+            truncated=self.stop_reason != "terminated",
+            stop_reason=self.stop_reason,
+            success=bool(self.info["success"]),
+            score=float(self.info["score"]),
+        )
+
+
+def new_messages(messages: Sequence[Mapping[str, str]]) -> tuple[Message, ...]:
+    """Return what a prompt adds to the one before: all that follows the last assistant message."""
+    new: list[Message] = []
+    for message in reversed(messages):
+        if message["role"] == "assistant":
+            break
+        new.append(Message(message["role"], message["content"]))  # type: ignore[arg-type]
+    return tuple(reversed(new))
