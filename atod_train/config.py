@@ -24,33 +24,41 @@ class EnvConfig:
     """Which tasks are played, and how they are put to the model."""
 
     id: str = "atod/ALFWorld-v0"
-    """Gymnasium id of the environment."""
+    """Gymnasium id of the environment, whose actions are text; module:id imports a module first."""
     data: str = "auto"
-    """auto, official, generated, or a path to data."""
+    """Data of the environment: auto (official where it is found, else generated), official,
+    generated, or a path."""
     options: dict[str, int | str] = field(default_factory=dict)
-    """Further keyword arguments for gym.make, such as house_size tiny or products 100; those of a
+    """Further keyword arguments of gym.make, such as house_size tiny or products 100. Those of a
     preset (houses-tiny: house_size tiny; webshop-tiny: products 300; searchqa-tiny: entities 10000,
     topk 1, task_types one_hop) stay where they are not given."""
     max_turns: int = 30
-    """Turn limit of an episode."""
+    """Turn limit of an episode. Raise it for tasks that an expert needs longer for."""
     eval_splits: tuple[str, ...] = ("valid_seen", "valid_unseen")
+    """Splits on which start, teacher and student are evaluated, every task of each. Empty: no
+    evaluation."""
     eval_tasks: int = 0
-    """Evaluate on the first this many tasks of each split; 0: all of them."""
+    """Tasks of each split that are evaluated on, the first ones; 0: all. Fewer widen intervals."""
     prompt_style: PromptStyle = "chat"
-    """chat: append-only dialogue, one sequence per trajectory; window: one row per turn."""
+    """chat: append-only dialogue, one sequence per trajectory; window: one row per turn, with the
+    last turns in one message. Use it where episodes outgrow the context."""
     template_options: dict[str, bool | str] = field(default_factory=dict)
     """Variables for the chat template of a language model, such as enable_thinking False."""
     history_window: int = 2
-    """Turns shown in window style."""
+    """Past turns that a prompt shows in window style; chat shows all."""
     show_admissible: bool = False
-    """Whether prompts list the admissible actions."""
+    """Whether prompts list the admissible actions. Use it for models that do not know the task's
+    actions; prompts become longer."""
     parse_profile: ParseProfile = "plain"
-    """plain: the completion is the action; tags: <think>/<action>; react: lines of Thought: and
-    Action:; compat: published rules."""
+    """How completions are read. plain: the completion is the action; tags: <think>, <action>;
+    react: lines of Thought: and Action:; compat: published rules. Use tags or react for language
+    models that reason before they act."""
     success_reward: float = 10.0
-    """The environment's reward is multiplied by this."""
+    """Factor of the environment's reward (published: 10). Returns are normalised in groups, so it
+    matters only relative to invalid_action_penalty."""
     invalid_action_penalty: float = 0.1
-    """Subtracted from the reward of a turn whose completion did not parse; 0: none."""
+    """Subtracted from the reward of a turn whose completion does not parse (published: 0.1, in
+    Search-QA 0.01). 0: such a turn costs nothing beyond itself."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +66,28 @@ class ModelConfig:
     """Student and teacher."""
 
     student: str = "tiny"
-    """A preset (mini, tiny, small) trained from scratch on demonstrations; or a folder or hub name
-    of a causal language model; or smollm2, whose weights are a Python package."""
+    """A shape (mini, tiny, small) that is trained from scratch on demonstrations; or a folder or
+    hub name of a causal language model; or smollm2, whose weights are a Python package."""
     teacher: str = "small"
-    """As student; or the URL of a server that scores tokens, such as http://10.0.0.2:8000: one of
-    atod-train serve-teacher, vLLM or SGLang."""
+    """As student; or the URL of a server that scores tokens, such as http://10.0.0.2:8000. Its
+    vocabulary must be the student's."""
     device: str = "auto"
-    """A torch device; auto: a GPU if there is one."""
+    """The torch device of the student, such as cpu or cuda:1. auto: a GPU if there is one."""
     teacher_device: str = ""
-    """A torch device such as cuda:1 or cpu; empty: that of the student. Name another GPU where the
-    two models do not fit on one, and serve the teacher (a URL) where no GPU is left."""
+    """The torch device of the teacher. Empty: that of the student. Give another GPU where both do
+    not fit on one."""
     dtype: Precision = "auto"
-    """Of the weights. auto: float32, on a GPU mixed. mixed: float32, while the layers run in
-    bfloat16 and the teacher's weights are bfloat16; fast on processors too that have AMX, and
-    float32 on those that would have to emulate bfloat16."""
+    """Precision. auto: float32, on a GPU mixed. mixed: float32 weights, while the layers run in
+    bfloat16 and the teacher's weights are bfloat16; also fast on processors with AMX. bfloat16 is
+    for adapters: it would round small updates of all weights away."""
     lora_rank: int = 0
-    """Rank of the student's adapters (LoRA), which are then trained instead of its weights; they
-    are scaled by 2. 0 trains all weights; use 16 where the optimiser's state does not fit."""
+    """Rank of the student's adapters (LoRA), which are then trained instead of its weights, scaled
+    by 2. 0 trains all weights. Use 16 where the optimiser's state does not fit."""
     gradient_checkpointing: bool = False
     """Compute the student's layers again in the backward pass: less memory, a third more time."""
     max_context: int = 2048
-    """Longest sequence in tokens; an episode that would outgrow it is truncated."""
+    """Longest sequence in tokens, at most the model's positions. An episode that would outgrow it
+    ends there. Less needs less memory in rollouts."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,8 @@ class AlgorithmConfig:
     """Coefficient of the teacher's term, first and last (atod). A last value of 0 withdraws the
     teacher, which helped with teachers near the student."""
     rho: tuple[float, float] = (1.0, 2.0)
-    """Coefficient of the reward's term, first and last (atod)."""
+    """Coefficient of the reward's term, first and last (atod). A larger last value follows the
+    reward more once the teacher has been imitated."""
     opd_signal: str = "sampled"
     """The teacher's term. sampled: log-ratio of the sampled token (the paper); exact: reverse KL
     over the vocabulary; top-k:64: over the student's 64 most likely tokens and the rest as one. The
@@ -134,7 +144,8 @@ class AlgorithmConfig:
     """Bounds of the ratio, [1 - clip[0], 1 + clip[1]], and the dual clip, which limits the loss
     where the advantage is negative (above 1; inf: none)."""
     aggregation: Aggregation = "token-mean"
-    """Mean of the token losses: over all tokens, or over trajectories of their means."""
+    """Mean of the token losses: over all tokens (as published), or over trajectories of their
+    means, where long trajectories weigh no more than short ones."""
     entropy_bonus: float = 0.0
     """Weight of the mean entropy, nats. The released code has 0.001; more keeps exploration up."""
 
@@ -144,17 +155,33 @@ class TrainConfig:
     """Budget, optimiser and bookkeeping."""
 
     steps: int = 100
+    """Optimiser cycles: rollout, scores, advantages, updates. The schedule has a length of its own
+    (algorithm.anneal_steps). A finished run continues with more."""
     tasks_per_step: int = 16
+    """Tasks that are played in a step, each by a group of episodes (published: 16)."""
     group_size: int = 8
+    """Episodes of each task in a step, whose returns are compared (published: 8). At least 2 for
+    methods with a reward term; more find rare successes and take longer."""
     minibatches: int = 4
-    """Optimiser updates per step."""
+    """Optimiser updates per step, each on a part of the trajectories. 1: on-policy throughout."""
     lr: float = 5e-4
+    """Learning rate of AdamW, constant. The default is for tiny models made from scratch; use 1e-6
+    for language models, 1e-5 to 1e-4 for adapters."""
     max_completion_tokens: int = 16
+    """Longest completion of a turn in tokens. A cut action is invalid: a line reports when most are
+    cut. Use 512 and more for models that reason."""
     tokens_per_microbatch: int = 2048
-    """Padded tokens that go through a model at once; small values keep a CPU's caches warm."""
+    """Padded tokens that go through a model at once. It changes memory and speed alone: use less
+    where memory runs out, 16384 and more on a GPU."""
     eval_every: int = 20
+    """Steps between evaluations of the student; 0: only after the last step. The best of them is
+    saved as models/best."""
     save_every: int = 20
+    """Steps between checkpoints, of which two are kept. A run that is killed loses the steps since
+    the last; one that is stopped or fails loses none."""
     seed: int = 0
+    """Seed of tasks, sampling and minibatches. The start does not depend on it, so runs that differ
+    in it alone are replicates."""
 
 
 SECTIONS = ("env", "model", "start", "algorithm", "train")

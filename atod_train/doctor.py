@@ -5,7 +5,6 @@ Nothing is downloaded, started or changed; a model's folder is read for its shap
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -41,23 +40,22 @@ class Finding:
     text: str
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Prints the findings; 1 if there is a problem among them."""
-    parser = argparse.ArgumentParser(
-        prog="atod-train doctor", description="What this machine can run, and what is missing."
-    )
-    parser.add_argument("--student", default="tiny", help="as model.student")
-    parser.add_argument("--teacher", default="small", help="as model.teacher; a URL is tried")
-    parser.add_argument("--max-context", type=int, default=2048)
-    parser.add_argument("--server", action="append", default=[], help="URL of a server to try")
-    chosen = parser.parse_args(arguments)
+def examine(student: str, teacher: str, max_context: int, servers: Sequence[str]) -> int:
+    """Print the findings; return 1 if there is a problem among them, else 0.
+
+    Args:
+        student: as `model.student`.
+        teacher: as `model.teacher`.
+        max_context: as `model.max_context`.
+        servers: URLs of servers to ask.
+    """
     findings = [
         *machine(),
         *packages(),
         *data_sets(),
-        *(reach(url) for url in chosen.server),
-        model_finding("student", chosen.student, chosen.max_context),
-        model_finding("teacher", chosen.teacher, chosen.max_context),
+        *(reach(url) for url in servers),
+        model_finding("student", student, max_context),
+        model_finding("teacher", teacher, max_context),
     ]
     for finding in findings:
         print(f"{finding.kind:8} {finding.text}")

@@ -6,15 +6,13 @@ It only scores: nothing is generated.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -23,6 +21,7 @@ from starlette.requests import Request
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.batch import make_batch
+from atod_train.config import Precision
 from atod_train.memory import OutOfMemory, memory_errors
 from atod_train.models.policy import Policy
 from atod_train.models.pretrained import LoadOptions, load_policy
@@ -30,7 +29,7 @@ from atod_train.models.scores import score_completions
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from env_servers import process
 from env_servers.endpoints import About, Endpoint, build_application
-from env_servers.options import ServiceOptions, add_options, read_options
+from env_servers.options import ServiceOptions
 from env_servers.service import ErrorResponder, ServiceError, program_version
 
 MOST_TOKENS = 2**16
@@ -320,36 +319,45 @@ def serve(
         process.serve(app, listener, service="teacher")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Read the options and serve; 2 with one line on standard error if it cannot start."""
-    parser = argparse.ArgumentParser(
-        prog="atod-train serve-teacher",
-        description="Score prompts for students on other machines (--model.teacher URL).",
-    )
-    parser.add_argument("model", help="a folder, a hub name or smollm2, as model.teacher")
-    add_options(parser, ServiceOptions, port=8000, max_body=_MAX_BODY)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument(
-        "--max-context",
-        type=int,
-        default=0,
-        help=f"longest prompt in tokens; 0: that of the model, at most {MOST_TOKENS}",
-    )
-    parser.add_argument("--tokens-per-microbatch", type=int, default=16384)
-    parser.add_argument("--threads", type=int, default=0, help="of the processor; 0: all")
-    chosen = parser.parse_args(arguments)
-    if chosen.threads > 0:
-        torch.set_num_threads(chosen.threads)
+def serve_with(
+    model: str,
+    *,
+    device: str,
+    dtype: Precision,
+    max_context: int,
+    tokens_per_microbatch: int,
+    threads: int,
+    **service: Any,
+) -> None:
+    """Serve with the options of a command line; see `serve`.
+
+    Args:
+        model: a folder, a hub name or smollm2.
+        device: a torch device, or auto.
+        dtype: precision of the weights, or auto.
+        max_context: longest prompt, in tokens; 0: that of the model, at most `MOST_TOKENS`.
+        tokens_per_microbatch: padded tokens that go through the model at once.
+        threads: of the processor; 0: torch's choice.
+        service: fields of `ServiceOptions`.
+
+    Raises:
+        AtodError: an option is out of range, or the server cannot start.
+    """
+    if not 0 <= service["port"] <= 65535:
+        raise InvalidSettingError(f"--port must be 0 to 65535, not {service['port']}.")
+    if service["max_body"] < 1:
+        raise InvalidSettingError(f"--max-body must be at least 1, not {service['max_body']}.")
+    if threads < 0:
+        raise InvalidSettingError(f"--threads must be 0 or more, not {threads}.")
+    if threads:
+        torch.set_num_threads(threads)
     try:
         serve(
-            chosen.model,
-            read_options(ServiceOptions, chosen),
-            load=LoadOptions(device=chosen.device, dtype=chosen.dtype),
-            max_context=chosen.max_context,
-            tokens_per_microbatch=chosen.tokens_per_microbatch,
+            model,
+            ServiceOptions(**service),
+            load=LoadOptions(device=device, dtype=dtype),
+            max_context=max_context,
+            tokens_per_microbatch=tokens_per_microbatch,
         )
-    except (AtodError, process.StartError) as error:
-        print(f"atod-train: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    except process.StartError as error:
+        raise AtodError(str(error)) from error

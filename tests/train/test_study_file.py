@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from atod_gym.errors import InvalidSettingError
-from atod_train.cli import _parsed, main
+from atod_train.cli import Train, _parsed, main
 from atod_train.config import ModelConfig
 from atod_train.files import FileError, read_json
 from atod_train.presets import PRESETS
@@ -78,8 +78,10 @@ def test_options_of_an_environment_are_added_to_those_of_the_preset(
     assert part.config.env.options == {
         "entities": 60, "topk": 1, "task_types": "one_hop", "server_url": "http://127.0.0.1:1"
     }  # fmt: skip
-    given = ["--env.options", "topk", "3", "split", "x"]
-    assert _parsed(["webshop-tiny", *given]).env.options == {
+    words = ["webshop-tiny", "--env.options", "topk", "3", "split", "x"]
+    command = _parsed(words)
+    assert isinstance(command, Train)
+    assert command.config(words).env.options == {
         "products": 300, "topk": 3, "split": "x"
     }  # fmt: skip
 

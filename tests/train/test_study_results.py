@@ -164,5 +164,5 @@ def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     assert {name: [run["label"] for run in results[name]["runs"]] for name in results} == {
         "houses": ["grpo"], "more": ["atod"]
     }  # fmt: skip
-    told = "atod-train: stopped; the same command with --resume continues from there\n"
+    told = f"atod-train: stopped. Continue with: atod-train resume {out}\n"
     assert capsys.readouterr().err == told * 2
