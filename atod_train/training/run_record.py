@@ -1,7 +1,7 @@
-"""What a run keeps in its folder while it trains: settings, numbers, checkpoints, evaluations.
+"""The folder of a run while it trains: settings, metrics, checkpoints, evaluations, models.
 
-A step is finished when its numbers are written. A checkpoint holds them too, so that a run that
-could not write them any more has them when it is resumed.
+A step is finished when its metrics are written. Its checkpoint holds them too: a run that could not
+write them has them when it is resumed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from atod_train.config import RunConfig
 from atod_train.distributed import Processes
 from atod_train.files import read_json, without_infinities
 from atod_train.models.policy import Policy
-from atod_train.reports.evaluations import EvaluatedModel, Evaluation, EvaluationMode
+from atod_train.reports.evaluations import Evaluation, EvaluationMode, EvaluationResult
 from atod_train.reports.metrics import (
     MetricsWriter,
     TrajectoryRecord,
@@ -51,37 +51,38 @@ from atod_train.training.update import Learner
 
 _CHECKPOINTS_KEPT = 2
 
-Board = tuple[EvaluatedModel, str, EvaluationMode]
-
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has done so far; saved with every checkpoint."""
+    """Totals of a run so far; saved with every checkpoint."""
 
     step: int = 0
     minutes: float = 0.0
     tokens: int = 0
     trajectories: int = 0
     annealing: dict[str, Any] = field(default_factory=dict)
-    """Of an adaptive schedule, under the key `progress`."""
+    """State of an adaptive schedule, under the key `progress`."""
 
     @property
     def anneal_progress(self) -> float:
-        """Where an adaptive schedule stands, 0 to 1; see `atod_train.algorithm.methods`."""
+        """Progress of an adaptive schedule, 0 to 1; see `atod_train.algorithm.methods`."""
         return float(self.annealing.get("progress", 0.0))
 
 
 class RunRecord:
-    """The folder of a run.
-
-    All processes call its methods alike; the main one writes.
+    """Write and read the folder of a run; all ranks call each method, rank 0 writes.
 
     Args:
         config: the settings.
-        run_dir: the folder; all processes see it.
-        learner: what checkpoints hold.
-        processes: this process among those that train the student.
+        run_dir: the folder, seen by all ranks.
+        learner: its weights and moments are saved.
+        processes: this rank among those that train the student.
         label: name of the run in tables.
+
+    Attributes:
+        done: totals after the last finished step.
+        row: metrics of the last finished step.
+        saved_step: step of the newest checkpoint; 0: none.
     """
 
     def __init__(
@@ -96,7 +97,6 @@ class RunRecord:
         self.label = label
         self.done = Progress()
         self.row: dict[str, Any] = {}
-        """The numbers of the last finished step."""
         self.saved_step = 0
         self._config, self._learner, self._processes = config, learner, processes
         self._updates = 0
@@ -113,12 +113,13 @@ class RunRecord:
 
         Args:
             resume: continue a run that is in the folder.
-            inputs: of this process's models, before anything is restored.
+            inputs: of the models before anything is restored.
             pool: environments of the training split.
-            teacher: one in this process.
+            teacher: in this process; None: on a server, or none.
 
         Raises:
-            RunFolderError: the folder holds a run that is not to be resumed, or another one.
+            RunFolderError: the folder holds a run and `resume` is false, or a run of other
+                settings or inputs, or one with more steps.
             CheckpointError: no checkpoint can be used.
         """
         # Barrier: every rank must have read the folder before rank 0 writes to it.
@@ -139,6 +140,12 @@ class RunRecord:
             self.done = Progress(**checkpoint.metadata["progress"])
             self.row = checkpoint.metadata["metrics"]
             self.saved_step = self.done.step
+            if self.done.step > self._config.train.steps:
+                raise RunFolderError(
+                    f"{self.run_dir} has {self.done.step} steps, more than train.steps="
+                    f"{self._config.train.steps}; ask for {self.done.step} or more, or "
+                    f"{ANOTHER_FOLDER}"
+                )
             for reason in passed if self._processes.is_main else ():
                 print(f"{reason}; continuing from step {self.done.step}", file=sys.stderr)
         self._processes.wait()
@@ -167,10 +174,10 @@ class RunRecord:
 
     @contextmanager
     def writing(self, known: Sequence[Evaluation]) -> Iterator[None]:
-        """Keep the files of numbers open.
+        """Keep the files of metrics open.
 
         Args:
-            known: evaluations of the start and the teacher that were made already.
+            known: evaluations of the start and the teacher, to be written once.
         """
         self._since = time.perf_counter()
         if not self._processes.is_main:
@@ -193,7 +200,7 @@ class RunRecord:
             yield
 
     def finish(self) -> None:
-        """Save the model, and write that the run is finished."""
+        """Save the last model and the summary of a finished run."""
         self._count_minutes()
         if self._processes.is_main:
             evaluations = read_evaluations(self.run_dir)
@@ -214,7 +221,13 @@ class RunRecord:
     def finish_step(
         self, done: Progress, row: dict[str, Any], shown: Iterable[TrajectoryRecord]
     ) -> None:
-        """Write the numbers of a step: from here on it is finished."""
+        """Write the metrics of a step, which is then finished.
+
+        Args:
+            done: totals after it.
+            row: its metrics.
+            shown: trajectories to keep for readers.
+        """
         self.done, self.row, self._updates = done, row, self._learner.updates
         self._count_minutes()
         if self._writer is not None:
@@ -223,20 +236,20 @@ class RunRecord:
                 self._writer.write_trajectory(trajectory)
 
     def save(self) -> None:
-        """Save a checkpoint of the last finished step, if there is none yet."""
+        """Save a checkpoint of the last finished step unless it has one."""
         if self.saved_step < self.done.step:
             self._save()
             self._processes.wait()
 
     @contextmanager
     def saving_if_it_fails(self) -> Iterator[None]:
-        """Save the last finished step when something fails while its weights are still there."""
+        """Save the last finished step when something fails before the next changes weights."""
         try:
             yield
         except Exception:
-            is_there = self._learner.updates == self._updates
-            if is_there and self.saved_step < self.done.step and self._learner.can_save_alone:
-                with suppress(AtodError, OSError):  # what failed first says more
+            is_unchanged = self._learner.updates == self._updates
+            if is_unchanged and self.saved_step < self.done.step and self._learner.can_save_alone:
+                with suppress(AtodError, OSError):  # the first error is the cause
                     self._save()
             raise
 
@@ -260,16 +273,19 @@ class RunRecord:
 
     # -- evaluations -------------------------------------------------------------------------------
 
-    def evaluated(self) -> set[Board]:
-        """Return what the student of the last finished step was evaluated on, for all processes."""
-        boards: list[Board] = []
-        if self._processes.is_main:  # it alone writes
-            made = read_evaluations(self.run_dir)
-            boards = [e.board for e in made if (e.step, e.model) == (self.done.step, "student")]
-        return set(self._processes.gather(boards))
+    def evaluated(self) -> set[tuple[str, EvaluationMode]]:
+        """Return the splits and modes in which the last finished step is evaluated already."""
+        found: list[tuple[str, EvaluationMode]] = []
+        if self._processes.is_main:  # other ranks might read what rank 0 is writing
+            found = [
+                (evaluation.result.split, evaluation.result.mode)
+                for evaluation in read_evaluations(self.run_dir)
+                if (evaluation.step, evaluation.model) == (self.done.step, "student")
+            ]
+        return set(self._processes.gather(found))
 
     def add_evaluations(self, found: Sequence[Evaluation]) -> None:
-        """Write evaluations of the student, and save it where it is the best so far."""
+        """Write evaluations of the student, and save it as models/best if it is the best so far."""
         if self._writer is None:
             return
         made = [*read_evaluations(self.run_dir), *found]
@@ -288,18 +304,15 @@ def _parameters(policy: Policy) -> int:
 
 
 def _best_step(evaluations: Sequence[Evaluation]) -> int:
-    """Return the step with the highest greedy success, the earliest of equal ones; 0: none."""
-    steps = {e.step: None for e in evaluations if e.model == "student" and e.step}
-    success = {
-        step: _greedy_success([e for e in evaluations if (e.step, e.model) == (step, "student")])
-        for step in steps
-    }
-    best = max(success.values(), default=-1.0)
-    return next((step for step in success if success[step] == best and best >= 0), 0)
+    """Return the first step with the highest greedy success on all tasks; 0: none."""
+    found: dict[int, list[EvaluationResult]] = {}
+    for evaluation in evaluations:
+        is_own = evaluation.model == "student" and evaluation.step > 0
+        if is_own and evaluation.result.mode == "greedy":
+            found.setdefault(evaluation.step, []).append(evaluation.result)
 
+    def success(step: int) -> float:
+        tasks = sum(len(result.tasks) for result in found[step])
+        return sum(result.successes for result in found[step]) / max(1, tasks)
 
-def _greedy_success(evaluations: Sequence[Evaluation]) -> float:
-    """Share of the tasks of all splits that were solved greedily; -1 where none was played."""
-    greedy = [e.result for e in evaluations if e.result.mode == "greedy"]
-    tasks = sum(len(result.tasks) for result in greedy)
-    return sum(result.successes for result in greedy) / tasks if tasks else -1.0
+    return max(found, key=success, default=0)

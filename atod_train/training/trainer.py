@@ -1,11 +1,10 @@
-"""One run: collect, score, weigh, update, and everything that makes it safe to stop.
+"""Train one student: rollout, scores, advantages, updates; evaluations, checkpoints and stopping.
 
-All randomness of a step follows from the run's seed and the step's number, so a run that is resumed
-from a checkpoint continues bit for bit (same machine, same number of threads).
+The seed of the run and the number of the step determine all randomness of a step, so a run that is
+resumed from a checkpoint continues bit for bit (same machine, same number of threads).
 
-The checkpoint of a step comes before its evaluation. Whatever fails after a finished step, or
-before the next one changes weights, saves it on the way out; a run that is resumed first makes an
-evaluation that is missing.
+A step is saved before it is evaluated. If something fails before the next step changes weights, the
+last finished step is saved. A resumed run first makes an evaluation that is missing.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ from atod_train.training.stopping import StoppedByUser, interruptible
 from atod_train.training.update import Learner, score_batch, update_policy
 
 _MOST_CUT = 0.5
-"""Share of completions that are cut above which a line says so."""
+"""A larger share of cut completions is reported."""
 _LESS_IN_ROLLOUTS = (
     "Start a new run with a smaller model.max_context, train.group_size or train.tasks_per_step."
 )
@@ -65,17 +64,17 @@ _LESS_IN_UPDATES = (
 
 
 class Trainer:
-    """Trains one student with one method and one seed.
+    """Train one student with one method and one seed.
 
     Args:
         config: the settings.
-        run_dir: the run's folder; all processes see it, the main one writes.
+        run_dir: folder of the run; all ranks see it, rank 0 writes.
         student: the start; it is changed.
         teacher: frozen; None for a method that needs none.
         train_pool: environments of the training split.
         eval_pools: environments of the evaluation splits.
-        known: evaluations of the start and the teacher that were made already.
-        processes: this process among those that train the student.
+        known: evaluations of the start and the teacher.
+        processes: this rank among those that train the student.
         label: name of the run in tables and progress; empty: its method.
     """
 
@@ -116,7 +115,8 @@ class Trainer:
         Raises:
             StoppedByUser: after Ctrl-C or SIGTERM; the last finished step is saved.
             CheckpointError, RunFolderError: files that cannot be read or written.
-            DivergedError: the student's numbers are no longer finite.
+            DivergedError: weights, gradients or log-probs are no longer finite.
+            OutOfMemory: the message says which settings need less.
             AtodError: no first prompt of the first step fits the model's context.
         """
         settings, record = self.config.train, self._record
@@ -152,7 +152,7 @@ class Trainer:
             self._record.save()
 
     def _stop_if(self, interrupted: bool) -> None:
-        """Save and stop if a signal arrived in any process and steps are left."""
+        """Save and stop if a signal has arrived on any rank and steps are left."""
         step, steps = self._record.done.step, self.config.train.steps
         if self.processes.any(interrupted) and step < steps:
             self._save()
@@ -164,13 +164,13 @@ class Trainer:
         return step > 0 and (step == settings.steps or bool(every and step % every == 0))
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate the student where the last finished step asks for it and it is not there yet."""
+        """Evaluate the last finished step if it is to be and is not yet."""
         step = self._record.done.step
         if not self._is_evaluated_after(step):
             return
         last = step == self.config.train.steps
         modes: tuple[EvaluationMode, ...] = ("greedy", "sampled") if last else ("greedy",)
-        there = self._record.evaluated()
+        evaluated = self._record.evaluated()
         found: list[Evaluation] = []
         with (
             self._times.phase("evaluation"),
@@ -178,13 +178,13 @@ class Trainer:
         ):
             for mode in modes:
                 for pool in self._eval_pools:
-                    if ("student", pool.split, mode) not in there:
+                    if (pool.split, mode) not in evaluated:
                         result = evaluate(self.student, pool, self.config, mode, self.processes)
                         found.append(Evaluation(step, "student", result))
         self._record.add_evaluations(found)
 
     def _warn_of_cut_completions(self) -> None:
-        """Report once that most completions end at their limit."""
+        """Report once that most completions end at their token limit."""
         share = self._record.row.get("completions_cut", 0.0)
         if share > _MOST_CUT and self.processes.is_main and not self._has_warned:
             self._has_warned = True
@@ -234,7 +234,7 @@ class Trainer:
         record.finish_step(done, row | self._times.take(), shown)
 
     def _collect(self, step: int) -> list[Trajectory]:
-        """Return the episodes of all processes; each plays its share of the groups."""
+        """Return the episodes of all ranks; each plays its share of the groups."""
         settings = self.config.train
         generator = Generator(
             self.student,
@@ -306,7 +306,7 @@ class Trainer:
             raise AtodError(f"Step {step}: {error}.") from error
 
     def _rounding(self) -> float:
-        """Return the disagreement, nats per token, that two equal models can have here."""
+        """Return the disagreement, nats per token, that rounding can give two equal models."""
         scored = [self.student]
         if isinstance(self.teacher, LocalTeacher):
             scored.append(self.teacher.policy)

@@ -23,6 +23,7 @@ from atod_train.config import RunConfig
 from atod_train.files import read_json
 from atod_train.models.policy import Policy
 from atod_train.reports.metrics import MetricsWriter, read_evaluations, read_metrics
+from atod_train.reports.run_folder import RunFolderError
 from atod_train.studies.study import train_one
 from atod_train.training import trainer, update
 from atod_train.training.checkpoint import checkpoint_path, saved_checkpoints
@@ -207,6 +208,13 @@ def test_weights_of_half_a_step_are_not_saved(
     with pytest.raises(AtodError, match="it is gone"):
         train_one(CONFIG, tmp_path)
     assert not saved_checkpoints(tmp_path / "atod-seed0")
+
+
+def test_fewer_steps_than_were_made_are_refused(tmp_path: Path) -> None:
+    train_one(_with(CONFIG, save_every=1, steps=2), tmp_path)
+    (tmp_path / "atod-seed0" / "summary.json").unlink()
+    with pytest.raises(RunFolderError, match=r"has 2 steps, more than train\.steps=1"):
+        train_one(_with(CONFIG, steps=1), tmp_path, resume=True)
 
 
 def test_a_broken_newest_checkpoint_is_passed_over(
