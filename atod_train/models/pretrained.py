@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
+import urllib.request
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from tokenizers.models import WordLevel
 from transformers import (
@@ -37,6 +41,9 @@ SMOLLM2 = "smollm2"
 bits each; they are used in float32)."""
 
 _WHERE = f"a folder with config.json, model.safetensors and a tokenizer, a hub name or {SMOLLM2}"
+
+_HUB_TIMEOUT = 5.0
+"""Seconds in which the hub must accept a connection."""
 
 _KEPT_IN_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -244,8 +251,22 @@ def _read_tokenizer(source: str, path: str, **extra: str) -> PreTrainedTokenizer
 
 
 def _source(name: str) -> str:
-    """The folder or hub name that transformers loads a model of this name from."""
-    return str(smollm2_folder()) if name == SMOLLM2 else name
+    """Return the folder or hub name that transformers loads a model of this name from.
+
+    A hub that cannot be reached is not asked: transformers would retry for a minute. Models that
+    were downloaded before can be used.
+    """
+    if name == SMOLLM2:
+        return str(smollm2_folder())
+    proxies = urllib.request.getproxies()
+    if not (Path(name).is_dir() or constants.HF_HUB_OFFLINE or proxies):
+        hub = urlsplit(constants.ENDPOINT)
+        address = (hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443))
+        try:
+            socket.create_connection(address, _HUB_TIMEOUT).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    return name
 
 
 def _reason(path: str, error: Exception) -> str:
@@ -258,6 +279,11 @@ def _reason(path: str, error: Exception) -> str:
     is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if is_path and not Path(path).is_dir():
         return "there is no such folder"
+    if constants.HF_HUB_OFFLINE and not Path(path).is_dir():
+        return (
+            f"there is no such folder, {constants.ENDPOINT} cannot be reached (or HF_HUB_OFFLINE "
+            "is set), and no model of this name was downloaded before"
+        )
     return str(error).rstrip(".")
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from atod_train.config import (
     TrainConfig,
 )
 from atod_train.files import read_json
+from atod_train.models import pretrained
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.generation import Generator
@@ -98,6 +101,28 @@ def test_weights_that_end_early(saved: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:500])
     with pytest.raises(AtodError, match="Cannot load a causal language model"):
         load_policy(saved)
+
+
+@pytest.mark.parametrize("load", [load_policy, pretrained.read_shape])
+def test_a_hub_that_cannot_be_reached_is_tried_once(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+
+    def refuse(*arguments: Any) -> None:
+        tried.append(arguments)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(pretrained.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(pretrained.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(pretrained.socket, "create_connection", refuse)
+    began = time.monotonic()
+    with pytest.raises(
+        AtodError, match=r"cannot be reached .* no model of this name was downloaded"
+    ):
+        load("nobody/has-this-model")
+    assert len(tried) == 1
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.filterwarnings("ignore")
