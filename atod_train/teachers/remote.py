@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -36,6 +36,8 @@ PATIENCE = 600.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds between two tries: the pause doubles from the first to the longest."""
 
+_SLOW = 60.0
+"""Seconds without an answer after which a line says so."""
 _LONGEST_SLEEP = 0.5
 """Seconds after which a signal is noticed."""
 
@@ -145,7 +147,7 @@ class RemoteTeacher:
     def __init__(
         self, url: str, student: Policy, *, max_context: int | None = None, timeout: float = 600.0
     ) -> None:
-        self._client = connect(url, timeout)
+        self._client, self._timeout = connect(url, timeout), timeout
         self._threads = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         self.url = self._client.url
         self.interrupted: Sequence[object] = ()
@@ -217,7 +219,17 @@ class RemoteTeacher:
                     errors.append(error)
 
             known = len(answers)
-            list(self._threads.map(call, [i for i in range(len(items)) if i not in answers]))
+            left = [i for i in range(len(items)) if i not in answers]
+            futures = [self._threads.submit(call, index) for index in left]
+            try:
+                if not wait(futures, _SLOW, return_when=FIRST_COMPLETED).done:
+                    what = f"an answer of the teacher's server at {self.url}"
+                    _report(self._timeout - _SLOW, what)
+                for future in futures:
+                    future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
             for failure in errors:
                 if not _is_away(failure):
                     raise failure
@@ -359,9 +371,7 @@ class _Patience:
             ) from error
         pause = max(self._pause, error.retry_after)
         if pause > FIRST_PAUSE and not self._is_reported:
-            clock = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
-            line = f"waiting until {clock} for the teacher's server: {error}"
-            print(line, file=sys.stderr, flush=True)
+            _report(left, f"the teacher's server: {error}")
             self._is_reported = True
         end = now + min(left, pause)
         while (left := end - time.monotonic()) > 0 and not interrupted:
@@ -373,6 +383,12 @@ class _Patience:
                 code=error.code,
             ) from error
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+
+def _report(seconds: float, what: str) -> None:
+    """Print what is waited for and until when."""
+    clock = time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))
+    print(f"waiting until {clock} for {what}", file=sys.stderr, flush=True)
 
 
 def _is_away(error: ServerError) -> bool:

@@ -270,6 +270,27 @@ def test_what_a_server_asks_to_wait_is_waited(monkeypatch: pytest.MonkeyPatch) -
             remote.score(random_batch())
 
 
+def test_a_server_that_accepts_a_request_and_never_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(remote_teacher, "_SLOW", 0.2)
+    monkeypatch.setattr(remote_teacher, "FIRST_PAUSE", 0.1)
+    hangs = [True]
+
+    def answer(path: str, body: Any) -> Any:
+        if hangs.pop() if hangs else False:
+            time.sleep(1.5)
+        return _vllm(path, body)
+
+    with FakeTeacher(_vllm, VLLM_MODELS) as fake:
+        remote = RemoteTeacher(fake.url, STUDENT, timeout=0.7)
+        fake.answer = answer
+        batch = random_batch()
+        torch.testing.assert_close(remote.score(batch), _expected(batch))
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"waiting until [\d:]+ for an answer of the teacher's .* {fake.url}", line)
+
+
 def test_a_signal_ends_the_waiting() -> None:
     with FakeTeacher(_vllm, VLLM_MODELS) as fake:
         remote = RemoteTeacher(fake.url, STUDENT)
