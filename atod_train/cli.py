@@ -275,7 +275,7 @@ class ServeTeacher(Command):
         """Serve until SIGTERM or Ctrl-C."""
         from atod_train.teachers import server
 
-        server.serve_with(**vars(self))
+        server.serve(**vars(self))
         return 0
 
 

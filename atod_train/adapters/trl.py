@@ -29,7 +29,7 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.episode import Episode, Limits
-from atod_train.teachers.local import require_same_vocabulary
+from atod_train.teachers.vocabulary import require_same_vocabulary
 
 try:
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel

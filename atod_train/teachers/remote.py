@@ -20,13 +20,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from atod_gym.errors import AtodError, ServerError
 from atod_gym.serving.http import JsonClient
 from atod_train.models.policy import Policy
 from atod_train.records import Batch
-from atod_train.teachers.local import require_same_vocabulary, vocabulary_error
+from atod_train.teachers.vocabulary import require_same_texts, require_same_vocabulary
 
 TOKEN_VARIABLE = "ATOD_TEACHER_TOKEN"
 """Environment variable with the bearer token of servers that require one."""
@@ -44,10 +43,6 @@ _LONGEST_SLEEP = 0.5
 _REQUESTS_AT_ONCE = 8
 _PROMPTS_PER_REQUEST = 32
 _TOKENS_PER_REQUEST = 16384
-_DECODED = 1024
-"""Ids that the server decodes in one request."""
-_ALONE = 4096
-"""Ids that it decodes alone, beside added tokens."""
 _LOWEST = -9999.0
 """Stands for the logarithm of 0, as in vLLM's answers."""
 _ROUNDING = 1e-2
@@ -154,10 +149,11 @@ class RemoteTeacher:
         """While it holds something, a server that is away is not waited for."""
         [self._served] = self._call(lambda _: describe(self._client), [None])
         self.name = self._served.name
+        self._label = f"{self.name} at {self.url}"
         longest = self._served.longest
         if longest is not None and max_context is not None and max_context > longest:
             raise AtodError(
-                f"Teacher {self.name} at {self.url} takes sequences of at most {longest} tokens, "
+                f"Teacher {self._label} takes sequences of at most {longest} tokens, "
                 f"the student's can have {max_context}. Use --model.max-context {longest}, or "
                 "start the server with a longer context."
             )
@@ -168,7 +164,7 @@ class RemoteTeacher:
             [answer] = self._call(lambda _: self._client.get("/vocabulary"), [None])
             require_same_vocabulary(ours, answer["ids"], student.name, self._label)
         else:
-            self._compare_texts(student)
+            self._require_same_texts(student)
 
     def score(self, batch: Batch) -> Tensor:
         """Return the log-probs of the completion tokens under the teacher at temperature 1.
@@ -192,10 +188,6 @@ class RemoteTeacher:
                 begin = start - prompts[sequence].first
                 scores[row, :length] = torch.tensor(logprobs[sequence][begin : begin + length])
         return scores.to(batch.completion_ids.device)
-
-    @property
-    def _label(self) -> str:
-        return f"{self.name} at {self.url}"
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -296,22 +288,14 @@ class RemoteTeacher:
                 status=200,
             ) from error
 
-    # -- the vocabulary ----------------------------------------------------------------------------
-
-    def _compare_texts(self, student: Policy) -> None:
-        """Compare the texts of all ids at the server with those of the student's tokenizer."""
-        tokenizer = student.tokenizer
-        ids = sorted(tokenizer.get_vocab().values())
-        parts = [ids[begin : begin + _DECODED] for begin in range(0, len(ids), _DECODED)]
+    def _require_same_texts(self, student: Policy) -> None:
         try:
-            texts = self._call(self._text, parts)
-            # Versions of tokenizers may differ in how they join tokens: each one alone decides.
-            found = zip(parts, texts, strict=True)
-            unlike = [i for part, text in found if text != tokenizer.decode(part) for i in part]
-            step, added = 1 + len(unlike) // _ALONE, tokenizer.added_tokens_decoder
-            left_out = [i for n, i in enumerate(unlike) if n % step and i not in added]
-            unlike = sorted(set(unlike).difference(left_out))
-            alone = self._call(lambda token_id: self._text([token_id]), unlike)
+            require_same_texts(
+                student.tokenizer,
+                lambda parts: self._call(self._text, parts),
+                student.name,
+                self._label,
+            )
         except ServerError as error:
             if error.status not in (404, 405, 501):
                 raise
@@ -320,15 +304,6 @@ class RemoteTeacher:
                 "compared with the student's; make sure that they are the same.",
                 stacklevel=3,
             )
-            return
-        different = [
-            (token_id, str(tokenizer.convert_ids_to_tokens(token_id)), text or None)
-            for token_id, text in zip(unlike, alone, strict=True)
-            if not _is_text_of(tokenizer, token_id, text)
-        ]
-        if different:
-            compared = len(ids) - len(left_out)
-            raise vocabulary_error(different, compared, student.name, self._label)
 
     def _text(self, ids: list[int]) -> str:
         """Return the text of some ids at the server."""
@@ -462,12 +437,3 @@ def _checked(logprob: Any, position: int) -> float:
     if math.isnan(logprob) or logprob > _ROUNDING:
         raise ValueError(f"log-prob {logprob} at position {position}")
     return max(float(logprob), _LOWEST)
-
-
-def _is_text_of(tokenizer: PreTrainedTokenizerBase, token_id: int, text: str) -> bool:
-    """Return whether a text is that of a token, perhaps without spaces around it."""
-    decoded = str(tokenizer.decode([token_id]))
-    # A part of a character has no text of its own.
-    if text == decoded or "\ufffd" in text or "\ufffd" in decoded:
-        return True
-    return bool(text.strip()) and text.strip() == decoded.strip()

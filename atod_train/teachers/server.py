@@ -7,8 +7,8 @@ It only scores: nothing is generated.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from atod_train.batch import make_batch
 from atod_train.config import Precision
 from atod_train.memory import OutOfMemory, memory_errors
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.pretrained import LoadOptions, is_mixed, load_policy, pick_device
 from atod_train.models.scores import score_completions
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from env_servers import process
@@ -33,8 +33,9 @@ from env_servers.options import ServiceOptions
 from env_servers.service import ErrorResponder, ServiceError, program_version
 
 MOST_TOKENS = 2**16
-"""Padded tokens of the prompts of a request; a single prompt may be as long as the model takes."""
+"""Padded tokens of the prompts of a request; a longer single prompt needs --max-context."""
 _MAX_BODY = 8 * 2**20
+_HIGHEST_PORT = 65535
 _LOWEST = -9999.0
 """Stands for the logarithm of 0, which JSON cannot hold, as in vLLM's answers."""
 _ABOUT = About(
@@ -80,11 +81,9 @@ class Choice(msgspec.Struct):
 class Completion(msgspec.Struct):
     """The scored prompts, in the order of the request."""
 
-    id: str
-    object: str
-    created: int
     model: str
     choices: list[Choice]
+    object: str = "text_completion"
 
 
 class Model(msgspec.Struct):
@@ -186,7 +185,7 @@ class _Handlers:
         self._check(body.prompt)
         loop = asyncio.get_running_loop()
         choices = await loop.run_in_executor(self._thread, self._score, body.prompt)
-        return Completion("cmpl", "text_completion", int(time.time()), name, choices)
+        return Completion(name, choices)
 
     async def models(self, request: Request) -> Models:
         return Models([Model(self._teacher.policy.name, self._teacher.max_context + 1)])
@@ -238,7 +237,7 @@ class _Handlers:
                 scored = prompt_logprobs(self._teacher.policy, prompts, budget)
         except OutOfMemory as error:
             raise ServiceError(413, "out_of_memory", str(error)) from error
-        if any(value != value for logprobs in scored for value in logprobs):
+        if any(math.isnan(value) for logprobs in scored for value in logprobs):
             raise ServiceError(422, "not_a_number", "The model gives NaN for these prompts.")
         return [
             Choice(
@@ -281,46 +280,6 @@ def prompt_logprobs(
 
 def serve(
     model: str,
-    service: ServiceOptions,
-    *,
-    load: LoadOptions,
-    max_context: int,
-    tokens_per_microbatch: int,
-) -> None:
-    """Load a model and serve it until SIGTERM or Ctrl-C.
-
-    Args:
-        model: a folder, a hub name or smollm2.
-        service: address, token and limits of the server.
-        load: device and precision.
-        max_context: longest prompt, in tokens; 0: that of the model, at most `MOST_TOKENS`.
-        tokens_per_microbatch: padded tokens that go through the model at once.
-
-    Raises:
-        AtodError: the model cannot be loaded, or an option is out of range.
-        StartError: the server cannot listen.
-    """
-    process.exit_on_signals()
-    if service.parent is not None:
-        process.watch_parent(service.parent)
-    if max_context < 0:
-        raise InvalidSettingError(f"--max-context must be 0 or more, not {max_context}.")
-    if tokens_per_microbatch < 1:
-        raise InvalidSettingError(
-            f"--tokens-per-microbatch must be at least 1, not {tokens_per_microbatch}."
-        )
-    token = process.read_token(service.token_env)
-    policy = load_policy(model, load, samples=False)
-    longest = min(max_context or MOST_TOKENS, policy.max_positions)
-    teacher = ServedTeacher(policy, longest, tokens_per_microbatch)
-    listener = process.open_socket(service.host, service.port, has_token=token is not None)
-    app = create_app(teacher, token, service.allowed_host, service.max_body)
-    with listener:
-        process.serve(app, listener, service="teacher")
-
-
-def serve_with(
-    model: str,
     *,
     device: str,
     dtype: Precision,
@@ -329,35 +288,48 @@ def serve_with(
     threads: int,
     **service: Any,
 ) -> None:
-    """Serve with the options of a command line; see `serve`.
+    """Load a model and serve it until SIGTERM or Ctrl-C.
 
     Args:
         model: a folder, a hub name or smollm2.
         device: a torch device, or auto.
-        dtype: precision of the weights, or auto.
+        dtype: precision of the weights; auto: as of a teacher in the process that trains.
         max_context: longest prompt, in tokens; 0: that of the model, at most `MOST_TOKENS`.
         tokens_per_microbatch: padded tokens that go through the model at once.
         threads: of the processor; 0: torch's choice.
-        service: fields of `ServiceOptions`.
+        **service: fields of `ServiceOptions`.
 
     Raises:
-        AtodError: an option is out of range, or the server cannot start.
+        AtodError: an option is out of range, the model cannot be loaded, or the server cannot
+            listen.
     """
-    if not 0 <= service["port"] <= 65535:
-        raise InvalidSettingError(f"--port must be 0 to 65535, not {service['port']}.")
-    if service["max_body"] < 1:
-        raise InvalidSettingError(f"--max-body must be at least 1, not {service['max_body']}.")
-    if threads < 0:
-        raise InvalidSettingError(f"--threads must be 0 or more, not {threads}.")
+    for name, value, least in (
+        ("port", service["port"], 0),
+        ("max-body", service["max_body"], 1),
+        ("max-context", max_context, 0),
+        ("tokens-per-microbatch", tokens_per_microbatch, 1),
+        ("threads", threads, 0),
+    ):
+        if value < least:
+            raise InvalidSettingError(f"--{name} must be at least {least}, not {value}.")
+    if service["port"] > _HIGHEST_PORT:
+        raise InvalidSettingError(f"--port must be at most {_HIGHEST_PORT}, not {service['port']}.")
+    options = ServiceOptions(**service)
+    process.exit_on_signals()
+    if options.parent is not None:
+        process.watch_parent(options.parent)
     if threads:
         torch.set_num_threads(threads)
+    if is_mixed(dtype, pick_device(device)):
+        dtype = "bfloat16"
     try:
-        serve(
-            model,
-            ServiceOptions(**service),
-            load=LoadOptions(device=device, dtype=dtype),
-            max_context=max_context,
-            tokens_per_microbatch=tokens_per_microbatch,
-        )
+        token = process.read_token(options.token_env)
+        policy = load_policy(model, LoadOptions(device=device, dtype=dtype), samples=False)
+        longest = min(max_context or MOST_TOKENS, policy.max_positions)
+        teacher = ServedTeacher(policy, longest, tokens_per_microbatch)
+        listener = process.open_socket(options.host, options.port, has_token=token is not None)
     except process.StartError as error:
         raise AtodError(str(error)) from error
+    app = create_app(teacher, token, options.allowed_host, options.max_body)
+    with listener:
+        process.serve(app, listener, service="teacher")

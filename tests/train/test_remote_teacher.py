@@ -24,6 +24,7 @@ from atod_train.models.policy import Policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from atod_train.teachers import remote as remote_teacher
+from atod_train.teachers import vocabulary
 from atod_train.teachers.local import LocalTeacher
 from atod_train.teachers.remote import RemoteTeacher
 
@@ -472,7 +473,7 @@ def test_texts_of_ids_are_compared(
 
 
 def test_one_of_many_texts_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_teacher, "_DECODED", 100)
+    monkeypatch.setattr(vocabulary, "_IDS_AT_ONCE", 100)
     words = build_word_tokenizer([" ".join(f"w{i}" for i in range(3000))])
     student = build_policy(TINY, words, 0)
 
@@ -489,7 +490,7 @@ def test_one_of_many_texts_differs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_of_many_texts_that_differ_some_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_teacher, "_ALONE", 20)
+    monkeypatch.setattr(vocabulary, "_MOST_ALONE", 20)
 
     def answer(path: str, body: Any) -> Any:
         return {"prompt": "x"} if path == "/detokenize" else _vllm(path, body)
