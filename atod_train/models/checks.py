@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from atod_gym.errors import AtodError
 from atod_train.models.decoding import Feed, new_cache, padded_logits
 from atod_train.models.fast.packed import can_be_packed, packed_logits
-from atod_train.models.fast.prefix_trees import crossover_of, laid_out
+from atod_train.models.fast.prefix_trees import crossover_of, lay_out
 from atod_train.models.policy import Policy, max_positions
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
@@ -123,10 +123,10 @@ def _check_model(policy: Policy, samples: bool) -> None:
             "its keys and values are cached, so samples could not be scored. Use another model."
         )
     if crossover_of(policy.model):
-        trees = laid_out([[tokens[:9], [*tokens[:6], *tokens[9:]]]], 12)
+        trees = lay_out([[tokens[:9], [*tokens[:6], *tokens[9:]]]], 12)
         inputs: Any = trees.inputs(policy.layer_dtype, policy.device)
         joined = policy.logits(policy.hidden_states(trees.ids.to(policy.device), **inputs))[0]
-        if _distance(joined[trees.place[0, :9].to(policy.device)], expected[:9]) > tolerance:
+        if _distance(joined[trees.column[0, :9].to(policy.device)], expected[:9]) > tolerance:
             raise AtodError(
                 f"Model {policy.name} ({policy.model.config.model_type}) does not follow an "
                 "attention mask, so sequences with a shared prefix could not be scored. Use "

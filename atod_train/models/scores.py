@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from atod_gym.errors import AtodError
-from atod_train.models.fast.llama import is_llama_on_cpu, last_layer_at
-from atod_train.models.fast.prefix_trees import Part, crossover_of, parts
+from atod_train.models.fast.llama import group_positions, is_llama_on_cpu, last_layer_at
+from atod_train.models.fast.prefix_trees import MicroBatch, crossover_of, split_microbatches
 from atod_train.models.policy import Policy
 from atod_train.records import Batch, TokenScores
 
@@ -43,7 +43,7 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MicroBatch(TokenScores):
+class MicroBatchScores(TokenScores):
     """Scores of some turn rows, with the graph that leads to the parameters."""
 
     rows: Tensor
@@ -75,7 +75,7 @@ def score_completions(
         AtodError: A sequence is longer than the model's positions.
     """
     found: dict[str, Tensor] = {}
-    for part in _parts(policy, batch, tokens_per_microbatch):
+    for part in _split(policy, batch, tokens_per_microbatch):
         rows = part.rows.to(policy.device)
         for name, values in _score(policy, part, with_entropy, reference).items():
             whole = found.setdefault(name, values.new_zeros(batch.completion_ids.shape))
@@ -90,7 +90,7 @@ def score_microbatches(
     *,
     with_entropy: bool = False,
     reference: Reference | None = None,
-) -> Iterator[MicroBatch]:
+) -> Iterator[MicroBatchScores]:
     """Yield differentiable scores of a batch; call backward on each part before the next.
 
     Args:
@@ -106,7 +106,7 @@ def score_microbatches(
     Raises:
         AtodError: A sequence is longer than the model's positions.
     """
-    for part in _parts(policy, batch, tokens_per_microbatch):
+    for part in _split(policy, batch, tokens_per_microbatch):
         # transformers recomputes layers in training mode only.
         policy.model.train(policy.gradient_checkpointing)
         try:
@@ -114,21 +114,21 @@ def score_microbatches(
                 scores = _score(policy, part, with_entropy, reference)
         finally:
             policy.model.eval()
-        yield MicroBatch(rows=part.rows, **scores)
+        yield MicroBatchScores(rows=part.rows, **scores)
 
 
-def _parts(policy: Policy, batch: Batch, tokens_per_microbatch: int) -> Iterator[Part]:
+def _split(policy: Policy, batch: Batch, tokens_per_microbatch: int) -> Iterator[MicroBatch]:
     longest = batch.input_ids.shape[1]
     if longest > policy.max_positions:
         raise AtodError(
             f"A sequence of {longest} tokens is longer than the {policy.max_positions} positions "
             f"of model {policy.name}. Lower max_context."
         )
-    return parts(batch, tokens_per_microbatch, crossover_of(policy.model))
+    return split_microbatches(batch, tokens_per_microbatch, crossover_of(policy.model))
 
 
 def _score(
-    policy: Policy, part: Part, with_entropy: bool, reference: Reference | None
+    policy: Policy, part: MicroBatch, with_entropy: bool, reference: Reference | None
 ) -> dict[str, Tensor]:
     """Return the scores of one micro-batch under the names of `TokenScores`, [r, T] each."""
 
@@ -160,31 +160,31 @@ def _score(
     return policy.forward_within(compute) if policy.forward_within else compute()
 
 
-def _states_before_completions(policy: Policy, part: Part) -> Tensor:
+def _states_before_completions(policy: Policy, part: MicroBatch) -> Tensor:
     """Return the hidden states [m, width] from which the m completion tokens are predicted."""
-    ids, chosen, row, column = (tensor.to(policy.device) for tensor in part.layout())
+    ids, row, position = (tensor.to(policy.device) for tensor in part.layout())
     inputs = part.trees.inputs(policy.layer_dtype, policy.device) if part.trees else {}
-    return states_at(policy, ids, chosen, **inputs)[row, column]
+    return states_at(policy, ids, row, position, **inputs)
 
 
-def states_at(policy: Policy, input_ids: Tensor, chosen: Tensor, **inputs: Any) -> Tensor:
-    """Return the last hidden states at chosen positions; where possible only those are computed.
+def states_at(
+    policy: Policy, input_ids: Tensor, row: Tensor, position: Tensor, **inputs: Any
+) -> Tensor:
+    """Return the last hidden states [m, width] at m positions.
 
     Args:
         policy: The model.
         input_ids: [s, l], see `Policy.hidden_states`.
-        chosen: [s, w] int64, positions in `input_ids`.
+        row: [m] int64, rows of `input_ids`.
+        position: [m] int64, columns of `input_ids`.
         **inputs: See `Policy.hidden_states`.
-
-    Returns:
-        [s, w, width].
     """
     # Layers that are computed again in the backward pass would then be computed in full.
     if is_llama_on_cpu(policy.model) and not policy.gradient_checkpointing:
+        chosen, position = group_positions(row, position, len(input_ids))
         with last_layer_at(policy.model, chosen):
-            return policy.hidden_states(input_ids, **inputs)
-    row = torch.arange(len(chosen), device=chosen.device)[:, None]
-    return policy.hidden_states(input_ids, **inputs)[row, chosen]
+            return policy.hidden_states(input_ids, **inputs)[row, position]
+    return policy.hidden_states(input_ids, **inputs)[row, position]
 
 
 def _score_chunk(

@@ -31,9 +31,14 @@ from atod_train.algorithm.methods import (
 from atod_train.batch import Minibatch, select_sequences, split_minibatches
 from atod_train.config import AlgorithmConfig, RunConfig
 from atod_train.distributed import Processes
-from atod_train.models.fast.prefix_trees import crossover_of, divided, sequences_of
+from atod_train.models.fast.prefix_trees import crossover_of, group_trees, sequences_of
 from atod_train.models.policy import Computation, Policy
-from atod_train.models.scores import MicroBatch, Reference, score_completions, score_microbatches
+from atod_train.models.scores import (
+    MicroBatchScores,
+    Reference,
+    score_completions,
+    score_microbatches,
+)
 from atod_train.progress import PhaseTimes
 from atod_train.records import Batch, TokenScores
 from atod_train.teachers.local import LocalTeacher, Teacher
@@ -154,7 +159,7 @@ def update_policy(
 
 
 def _loss(
-    micro: MicroBatch,
+    micro: MicroBatchScores,
     batch: Batch,
     normalizer: Tensor,
     tokens: int,
@@ -249,7 +254,7 @@ class Learner:
 
     def microbatches(
         self, part: Minibatch, tokens_per_microbatch: int, **asked: Any
-    ) -> Iterator[MicroBatch]:
+    ) -> Iterator[MicroBatchScores]:
         """Score this rank's share of a mini-batch, micro-batch by micro-batch.
 
         Args:
@@ -343,7 +348,7 @@ class Learner:
             for index in range(self.processes.count)
         ]
         passes = [
-            len(divided([sequences[i] for i in share], budget, crossover_of(self.policy.model)))
+            len(group_trees([sequences[i] for i in share], budget, crossover_of(self.policy.model)))
             for share in shares
         ]
         shortest = select_sequences(batch, batch.attention_mask.sum(dim=1).argmin()[None]).batch

@@ -21,7 +21,7 @@ from atod_train.batch import make_batch
 from atod_train.config import EnvConfig
 from atod_train.models import scores
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.fast.prefix_trees import crossover_of, joined, sequences_of
+from atod_train.models.fast.prefix_trees import crossover_of, join_sequences, sequences_of
 from atod_train.models.generation import Generator
 from atod_train.models.pretrained import LoadOptions, load_policy
 from atod_train.models.scores import score_completions, score_microbatches
@@ -61,7 +61,7 @@ def main() -> None:
             part.logprobs.sum().backward()
 
     sequences = sequences_of(batch)
-    trees = joined(sequences, 4096, crossover_of(model.model))
+    trees = join_sequences(sequences, 4096, crossover_of(model.model))
     print(
         f"{options.model}, {options.data}, {options.dtype}: {len(sequences)} dialogues in groups "
         f"of {options.group_size}, {sum(map(len, sequences))} tokens, "

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_wanted import TOKENIZER, make_model
+from test_last_layer import TOKENIZER, make_model
 
 from atod_train.models.decoding import Feed, new_cache
 from atod_train.models.fast.packed import can_be_packed, packed_logits

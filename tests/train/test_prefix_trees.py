@@ -22,7 +22,7 @@ from transformers import (
 
 from atod_train.batch import make_batch
 from atod_train.models import scores as scores_module
-from atod_train.models.fast.prefix_trees import can_take_trees, crossover_of, joined, parts
+from atod_train.models.fast.prefix_trees import crossover_of, join_sequences, split_microbatches
 from atod_train.models.from_scratch import build_policy
 from atod_train.models.policy import Policy
 from atod_train.models.scores import Reference, score_completions, score_microbatches
@@ -93,7 +93,7 @@ def crossover(tokens: int) -> Iterator[None]:
 def test_what_a_group_has_in_common_stands_there_once() -> None:
     dialogues = [[[5, 6, 7], [1, 2]], [[5, 6, 7], [1, 3]], [[5, 6, 7], [1, 2]]]
     batch = make_batch([make_trajectory(dialogue) for dialogue in dialogues], 0)
-    (part,) = parts(batch, 100, FAR)
+    (part,) = split_microbatches(batch, 100, FAR)
     assert part.trees is not None
     assert part.trees.ids.tolist() == [[5, 6, 7, 1, 2, 3]]
     assert part.trees.positions.tolist() == [[0, 1, 2, 3, 4, 4]]
@@ -132,10 +132,10 @@ def test_scores_and_gradients_are_those_of_separate_sequences(
 def test_a_reference_sees_the_same_trees() -> None:
     batch, reference = random_batch(3, 6, 2), Reference(QWEN)
     with crossover(FAR):
-        assert any(part.trees for part in parts(batch, 64, FAR))
+        assert any(part.trees for part in split_microbatches(batch, 64, FAR))
         shared = score_completions(LLAMA, batch, 64, reference=reference).divergences
     with crossover(0):
-        assert not any(part.trees for part in parts(batch, 64, 0))
+        assert not any(part.trees for part in split_microbatches(batch, 64, 0))
         apart = score_completions(LLAMA, batch, 64, reference=reference).divergences
     assert shared is not None
     assert apart is not None
@@ -150,7 +150,7 @@ def test_a_reference_sees_the_same_trees() -> None:
 def test_joining_covers_everything_and_keeps_to_the_budget(
     sequences: list[list[int]], budget: int, crossing: int
 ) -> None:
-    trees = joined(sequences, budget, crossing)
+    trees = join_sequences(sequences, budget, crossing)
     assert sorted(i for members, _ in trees for i in members) == list(range(len(sequences)))
     for members, size in trees:
         tokens = {
@@ -165,10 +165,10 @@ def test_joining_covers_everything_and_keeps_to_the_budget(
 def test_long_sequences_that_part_early_stay_apart() -> None:
     sequences = [[0] * 10 + [word] * 90 for word in (1, 2)]
     # Apart 2 (100 + 100^2 / 2000) = 210, joined 190 + 190^2 / 1000 = 226.1: attention costs more.
-    assert joined(sequences, 1000, 1000) == [([0], 100), ([1], 100)]
+    assert join_sequences(sequences, 1000, 1000) == [([0], 100), ([1], 100)]
     # Apart 2 (100 + 100^2 / 8000) = 202.5, joined 190 + 190^2 / 4000 = 199.0.
-    assert joined(sequences, 1000, 4000) == [([0, 1], 190)]
-    assert joined(sequences, 189, 4000) == [([0], 100), ([1], 100)]
+    assert join_sequences(sequences, 1000, 4000) == [([0, 1], 190)]
+    assert join_sequences(sequences, 189, 4000) == [([0], 100), ([1], 100)]
 
 
 def test_where_attention_costs_as_much_as_matrices() -> None:
@@ -179,8 +179,9 @@ def test_where_attention_costs_as_much_as_matrices() -> None:
 def test_models_with_windows_or_other_positions_share_nothing() -> None:
     mistral = make_model(MistralForCausalLM, MistralConfig)
     assert mistral.model.config.sliding_window
-    assert not can_take_trees(mistral.model)
+    assert not crossover_of(mistral.model)
     gpt2 = GPT2Config(vocab_size=9, n_positions=64, n_embd=8, n_layer=1, n_head=2)
-    assert not can_take_trees(GPT2LMHeadModel(gpt2))
-    assert can_take_trees(QWEN.model)
-    assert can_take_trees(build_policy("micro", TOKENIZER, seed=0).model)
+    gpt2._attn_implementation = "sdpa"
+    assert not crossover_of(GPT2LMHeadModel(gpt2))
+    assert crossover_of(QWEN.model)
+    assert crossover_of(build_policy("micro", TOKENIZER, seed=0).model)

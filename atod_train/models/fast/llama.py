@@ -78,6 +78,28 @@ def decoder_layer(
     return result
 
 
+def group_positions(row: Tensor, position: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Collect the positions of each row.
+
+    Args:
+        row: [m] int64.
+        position: [m] int64.
+        rows: Number of rows s.
+
+    Returns:
+        chosen: [s, w] int64, the positions of each row, padded with 0.
+        column: [m] int64: `position[i]` stands at `chosen[row[i], column[i]]`.
+    """
+    order = torch.argsort(row, stable=True)
+    counts = torch.bincount(row, minlength=rows)
+    firsts = counts.cumsum(0) - counts
+    column = torch.empty_like(row)
+    column[order] = torch.arange(len(row), device=row.device) - firsts[row[order]]
+    chosen = row.new_zeros(rows, int(counts.max()))
+    chosen[row, column] = position
+    return chosen, column
+
+
 @contextmanager
 def last_layer_at(model: PreTrainedModel, chosen: Tensor) -> Iterator[None]:
     """Make the base model return the hidden states of chosen positions instead of all.

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from atod_train.models.fast.llama import is_llama_on_cpu, last_layer_at
-from atod_train.models.fast.prefix_trees import places
+from atod_train.models.fast.llama import group_positions, is_llama_on_cpu, last_layer_at
 from atod_train.models.from_scratch import build_policy
 from atod_train.models.policy import Policy
 from atod_train.models.scores import states_at
@@ -47,10 +46,9 @@ def test_states_and_gradients_are_the_same(
     policy = make_model(layers, heads, key_heads, attention_bias=bias, mlp_bias=bias)
     assert is_llama_on_cpu(policy.model)
     ids = torch.randint(0, len(TOKENIZER), (3, 20))
-    wanted = torch.tensor([[19, 0, 7], [3, 3, 4], [12, 18, 1]])
-    rows = torch.arange(3)[:, None]
-    expected = policy.hidden_states(ids)[rows, wanted]
-    found = states_at(policy, ids, wanted)
+    row, position = torch.tensor([[0, 0, 0, 1, 1, 2, 1], [19, 0, 7, 3, 3, 12, 4]])
+    expected = policy.hidden_states(ids)[row, position]
+    found = states_at(policy, ids, row, position)
     assert torch.allclose(found, expected, atol=1e-5)
     weights = torch.randn_like(expected)
     gradients = []
@@ -79,13 +77,15 @@ def test_work_is_really_left_out() -> None:
     seen = []
     last = policy.model.model.layers[-1].mlp
     last.register_forward_hook(lambda module, given, result: seen.append(result.shape))
-    states_at(policy, torch.zeros(2, 30, dtype=torch.int64), torch.tensor([[1, 2], [3, 4]]))
+    row, position = torch.tensor([[0, 0, 1, 1], [1, 2, 3, 4]])
+    states_at(policy, torch.zeros(2, 30, dtype=torch.int64), row, position)
     assert seen == [(2, 2, 32)]
 
 
 def test_checkpointed_layers_give_the_same_gradients() -> None:
     plain = make_model(3, 2, 2)
-    ids, wanted = torch.randint(0, len(TOKENIZER), (2, 12)), torch.tensor([[11, 5], [2, 9]])
+    ids = torch.randint(0, len(TOKENIZER), (2, 12))
+    row, position = torch.tensor([[0, 0, 1, 1], [11, 5, 2, 9]])
     gradients = []
     for policy in (plain, replace(plain, gradient_checkpointing=True)):
         if policy.gradient_checkpointing:
@@ -95,7 +95,7 @@ def test_checkpointed_layers_give_the_same_gradients() -> None:
             )
             policy.model.train()
         policy.model.zero_grad()
-        states_at(policy, ids, wanted).square().sum().backward()
+        states_at(policy, ids, row, position).square().sum().backward()
         gradients.append([p.grad.clone() for p in policy.model.parameters() if p.grad is not None])
     for first, second in zip(*gradients, strict=True):
         assert torch.allclose(first, second, rtol=1e-4, atol=1e-4)
@@ -115,9 +115,9 @@ def test_layers_of_other_models_compute_everything() -> None:
     policy = Policy(Qwen3ForCausalLM(config).eval(), TOKENIZER, "other")
     assert not is_llama_on_cpu(policy.model)
     ids = torch.randint(0, len(TOKENIZER), (2, 10))
-    wanted = torch.tensor([[9], [4]])
-    expected = policy.hidden_states(ids)[torch.arange(2)[:, None], wanted]
-    assert torch.equal(states_at(policy, ids, wanted), expected)
+    row, position = torch.tensor([[0, 1], [9, 4]])
+    expected = policy.hidden_states(ids)[row, position]
+    assert torch.equal(states_at(policy, ids, row, position), expected)
 
 
 def test_models_from_scratch_take_the_short_way() -> None:
@@ -126,9 +126,9 @@ def test_models_from_scratch_take_the_short_way() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=40))
-def test_every_position_has_its_place(pairs: list[tuple[int, int]]) -> None:
-    sequence, position = (torch.tensor(values) for values in zip(*pairs, strict=True))
-    wanted, column = places(sequence, position, 5)
-    assert torch.equal(wanted[sequence, column], position)
-    assert len(set(zip(sequence.tolist(), column.tolist(), strict=True))) == len(pairs)
-    assert wanted.shape == (5, int(torch.bincount(sequence).max()))
+def test_positions_are_grouped_by_row(pairs: list[tuple[int, int]]) -> None:
+    row, position = (torch.tensor(values) for values in zip(*pairs, strict=True))
+    chosen, column = group_positions(row, position, 5)
+    assert torch.equal(chosen[row, column], position)
+    assert len(set(zip(row.tolist(), column.tolist(), strict=True))) == len(pairs)
+    assert chosen.shape == (5, int(torch.bincount(row).max()))
