@@ -79,7 +79,7 @@ def machine() -> Iterator[Finding]:
         count = torch.cuda.device_count()
         yield Finding("note", f"all GPUs: torchrun --nproc-per-node {count} -m atod_train.cli ..")
     if not torch.cuda.is_available():
-        units = "has" if computes_bfloat16() else "has no"
+        units = "has" if computes_bfloat16(torch.device("cpu")) else "has no"
         yield Finding(
             "note",
             "no GPU: models run on the processor in float32 (--model.dtype mixed: this one "

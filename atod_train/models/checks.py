@@ -1,7 +1,7 @@
-"""Checks of a model before a run: what its configuration says, and what it computes.
+"""Check a model before a run.
 
-`check_config` needs config.json alone, so that a model that cannot be used is refused within the
-first second. `check_model` compares sampling and scoring with plain forward passes on a few tokens.
+`check_config` reads the configuration alone, so that a model is refused within the first second.
+`check_model` compares sampling and scoring with plain forward passes on a few tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from atod_train.models.fast.prefix_trees import crossover_of, lay_out
 from atod_train.models.policy import Policy, max_positions
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Largest difference of two log-probs, in nats, that is taken for rounding."""
+"""Largest difference of two log-probs, in nats, that counts as rounding."""
 
 
 def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> None:
@@ -62,7 +62,7 @@ def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> N
 
 
 def attention_window(config: PretrainedConfig) -> int | None:
-    """Return the tokens that a layer with sliding attention sees; None without such layers."""
+    """Return the attention window in tokens; None: all layers have full attention."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and "sliding_attention" not in kinds:
@@ -78,11 +78,11 @@ def check_model(policy: Policy, *, samples: bool = True) -> None:
 
     Args:
         policy: the model.
-        samples: whether it is to sample, too.
+        samples: False: the model only scores texts.
 
     Raises:
-        AtodError: attention to later tokens, logits that are changed after the output layer,
-            other log-probs while sampling or with shared prefixes, or a model that cannot be run.
+        AtodError: the model attends to later tokens, changes its logits after the output layer,
+            gives other log-probs with a cache or with shared prefixes, or cannot be run.
     """
     try:
         _check_model(policy, samples)
@@ -146,6 +146,6 @@ def _sampled(policy: Policy, feeds: list[list[int]], tokens: list[int]) -> Tenso
 
 
 def _distance(logits: Tensor, logprobs: Tensor) -> float:
-    """Return the largest difference in nats among tokens that are not all but impossible."""
+    """Return the largest difference in nats, of tokens with a log-prob above -20."""
     found: Any = (logits.float().log_softmax(-1) - logprobs).abs()
     return float(found[logprobs > -20].max())

@@ -1,19 +1,20 @@
-"""Messages to token ids: what is fed to the model before each completion.
+"""Encode messages as the token ids that are fed to the model before each completion.
 
 In chat style an episode is one growing sequence of tokens,
 
     prompt_0 + completion_0 + continuation_1 + completion_1 + continuation_2 + ...
 
-in which completions stay exactly as they were sampled: text is never encoded a second time, since
-encoding what was decoded may give other tokens. In window style every turn has a prompt of its own.
+in which completions stay exactly as they were sampled: encoding a decoded completion may give other
+tokens. In window style every turn has a prompt of its own.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property, lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -23,15 +24,15 @@ from atod_gym.types import Message
 from atod_train.config import PromptStyle
 from atod_train.records import FinishReason
 
-# Stand-ins for the contents of a dialogue when the chat template is probed; words that no template
-# contains by itself.
+# Messages with which the chat template is probed; words that no template contains by itself.
 _FIRST, _SECOND, _THIRD = "Aqzuser", "Bqzuser", "Cqzuser"
 _REPLY, _LATER_REPLY = "Dqzreply", "Eqzreply"
 
 _KEPT = 50_000
+"""Continuations whose ids are kept."""
 
 _MARK = "\ue083"
-"""A character of the private use area; taken out of texts that have it."""
+"""A character of the private use area; it is removed from messages."""
 
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 TEMPLATE_DATE = datetime(2024, 7, 26)
@@ -84,10 +85,10 @@ class DialogueEncoder:
         self._template = _DATE.sub(
             lambda asked: repr(TEMPLATE_DATE.strftime(asked[2])), tokenizer.get_chat_template()
         )
-        self._encoded: dict[Hashable, tuple[int, ...]] = {}
+        # Environments give the same observations again and again.
+        self._continuation = lru_cache(_KEPT)(self._encode_continuation)
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
         longest_first = sorted(map(re.escape, special - {""}), key=len, reverse=True)
-        self._characters: Any = None
         self._control = re.compile("|".join(longest_first) or "(?!)")
         self.end_of_turn_id = self._find_end_of_turn()
         eos = tokenizer.eos_token_id
@@ -100,13 +101,13 @@ class DialogueEncoder:
             self._check_append_only()
 
     def first(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a whole prompt, up to and including the generation prompt."""
+        """Return the ids of a whole prompt, up to and including the generation prompt."""
         return self._encode(self._render(messages, generate=True))
 
     def continuation(
         self, messages: Sequence[Message], previous_finish_reason: FinishReason
     ) -> list[int]:
-        """Token ids between the previous completion and the next one (chat style).
+        """Return the ids between the previous completion and the next one (chat style).
 
         Args:
             messages: The messages that are new in this turn.
@@ -118,40 +119,35 @@ class DialogueEncoder:
         """
         if self.style != "chat":
             raise AtodError("Only chat style has continuations; in window style call first().")
-        ids = self._kept(("continuation", *messages), lambda: self._continuation(messages))
+        ids = self._continuation(tuple(messages))
         return list(ids[1:] if previous_finish_reason == "stop" else ids)
 
-    def _continuation(self, messages: Sequence[Message]) -> list[int]:
-        """With the end-of-turn token of the completion before."""
+    def _encode_continuation(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        """Return the ids from the end-of-turn token of the previous completion on."""
         dialogue = (Message("user", _FIRST), Message("assistant", _REPLY), *messages)
         rendered = self._render(dialogue, generate=True)
         _, found, after = rendered.partition(_REPLY)
         ids = self._encode(after.lstrip()) if found else []
         if not ids or ids[0] != self.end_of_turn_id:
             raise AtodError(_REWRITES.format("an assistant message lost its text or its end"))
-        return ids
+        return tuple(ids)
 
     def finished(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a dialogue whose last message is an assistant's, as the template closes it.
+        """Return the ids of a dialogue whose last message is an assistant's, closed.
 
-        All of it is encoded anew: completions get the tokenizer's own segmentation.
+        All of it is encoded: completions get the tokenizer's own segmentation.
         """
         return self._encode(self._render(messages, generate=False))
 
     def completion(self, text: str) -> list[int]:
-        """Token ids of a completion written by somebody else (an expert), with its end token."""
-        return [*self._encode(self._hidden(text)), self.end_of_turn_id]
-
-    def _kept(self, key: Hashable, encode: Callable[[], list[int]]) -> tuple[int, ...]:
-        """What was encoded before: environments say the same things again and again."""
-        if key not in self._encoded:
-            if len(self._encoded) >= _KEPT:
-                self._encoded.clear()
-            self._encoded[key] = tuple(encode())
-        return self._encoded[key]
+        """Return the ids of a completion that was not sampled, such as an expert's, closed."""
+        return [*self._encode(self._escape(text)), self.end_of_turn_id]
 
     def decode(self, completion_ids: Sequence[int]) -> str:
-        """Text of a completion without its end-of-turn token; other special tokens stay visible."""
+        """Return the text of a completion without its end-of-turn token.
+
+        Other special tokens stay visible.
+        """
         ids = list(completion_ids)
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
@@ -160,9 +156,9 @@ class DialogueEncoder:
         return text
 
     def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
-        """Return the text of a dialogue; control tokens in its messages are hidden."""
+        """Return the text of a dialogue; control tokens in its messages are escaped."""
         text = self.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": self._hidden(m.content)} for m in messages],
+            [{"role": m.role, "content": self._escape(m.content)} for m in messages],
             tokenize=False,
             chat_template=self._template,
             add_generation_prompt=generate,
@@ -171,32 +167,34 @@ class DialogueEncoder:
         assert isinstance(text, str)
         return text
 
-    def _hidden(self, text: str) -> str:
-        """Return a text in which every control token stands between two marks, as code points."""
+    def _escape(self, text: str) -> str:
+        """Replace every control token in a text by its code points between two marks."""
         return self._control.sub(
             lambda found: f"{_MARK}{' '.join(str(ord(c)) for c in found[0])}{_MARK}",
             text.replace(_MARK, ""),
         )
 
     def _encode(self, text: str) -> list[int]:
-        """Return the ids of a rendered text; hidden control tokens are encoded as characters."""
+        """Return the ids of a rendered text; escaped control tokens are encoded as characters."""
         # The template writes the special tokens itself.
         ids: list[int] = []
         for number, part in enumerate(text.split(_MARK)):
             if number % 2 == 0:
                 ids += self.tokenizer.encode(part, add_special_tokens=False)
             else:
-                ids += self._literal("".join(chr(int(code)) for code in part.split()))
+                characters = "".join(chr(int(code)) for code in part.split())
+                ids += self._text_tokenizer.encode(characters, add_special_tokens=False).ids
         return ids
 
-    def _literal(self, text: str) -> list[int]:
-        """Return the ids of a control token's characters."""
-        if self._characters is None:
-            # A copy: the setting must not change under threads that use the tokenizer.
-            copied = copy.deepcopy(self.tokenizer.backend_tokenizer)
-            copied.encode_special_tokens = True
-            self._characters = copied
-        return list(self._characters.encode(text, add_special_tokens=False).ids)
+    @cached_property
+    def _text_tokenizer(self) -> Any:
+        """A tokenizer that encodes control tokens as their characters.
+
+        A copy: the setting must not change under threads that use the tokenizer.
+        """
+        copied = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        copied.encode_special_tokens = True
+        return copied
 
     def _find_end_of_turn(self) -> int:
         dialogue = (Message("user", _FIRST), Message("assistant", _REPLY))
@@ -220,8 +218,8 @@ class DialogueEncoder:
         before_reply, _, after_reply = middle.partition(_REPLY)
         before_later, _, after_later = whole.partition(_LATER_REPLY)
         # A generation prompt may hold more than what later stands before the reply (an empty
-        # thought): what was really fed to the model stays in the sequence, so that is harmless.
-        # Some templates put a space before the reply, which the model then samples.
+        # thought). That is harmless: the sequence keeps what was fed. Some templates put a space
+        # before the reply, which the model then samples.
         if not opening.rstrip().startswith(before_reply.rstrip()):
             raise AtodError(_REWRITES.format("the first prompt changes"))
         if not middle.rstrip().startswith(before_later.rstrip()):

@@ -1,9 +1,11 @@
-"""Sample the completions of many episodes at once, with a cache that outlives the turn.
+"""Sample the completions of many episodes at once.
 
-Each turn feeds only what the cache does not hold. In chat style that is what follows the last
-completion; in window style, the part of the new prompt behind what it has in common with the last
-sequence. Episodes with the same tokens, as those of a group until they differ, are computed once.
-Each episode draws from a random stream of its own, so its samples do not depend on the others.
+The tokens that the cache lacks are fed, which gives the logits of the next token. A token is
+sampled and appended, until the completion ends. The cache is kept from turn to turn, so that in chat style
+only what follows the last completion is fed; in window style, the part of the new prompt behind
+what it has in common with the last sequence. Episodes with the same tokens, as those of a group
+until they differ, are computed once. Each episode draws from a random stream of its own, so its
+samples do not depend on the others.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ from atod_train.records import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the model sampled in one turn of one episode."""
+    """A completion, exactly as it was sampled."""
 
     ids: tuple[int, ...]
-    """With the end-of-turn token if it came, or up to the token that completed the action."""
+    """Up to and including the end-of-turn token or the token that completed the action."""
     logprobs: tuple[float, ...]
-    """One per id, under the distribution that was sampled from (temperature included); for greedy
-    decoding at temperature 1."""
+    """One per id, of the distribution that was sampled from (temperature included); of temperature
+    1 for greedy decoding."""
     finish_reason: FinishReason
 
 
@@ -67,7 +69,13 @@ class _Episode:
 
 
 class StopRule:
-    """Where completions end before they reach the limit of tokens."""
+    """Decides whether a completion ends before the limit of tokens.
+
+    Args:
+        dialogue: Gives the stop tokens and decodes.
+        form: Completions also end with the token that completes the action; None: only at a stop
+            token.
+    """
 
     def __init__(self, dialogue: DialogueEncoder, form: CompletionFormat | None) -> None:
         self._dialogue = dialogue
@@ -76,7 +84,7 @@ class StopRule:
         self._can_complete: dict[int, bool] = {}
 
     def reason(self, ids: list[int]) -> FinishReason | None:
-        """Names why a completion ends with the last of its tokens; None: it does not."""
+        """Return why a completion ends with the last of its tokens; None: it continues."""
         if ids[-1] in self._dialogue.stop_ids:
             return "stop"
         if self._format is None or not self._can_complete_action(ids[-1]):
@@ -98,7 +106,7 @@ class StopRule:
         return len(ids)
 
     def _can_complete_action(self, token: int) -> bool:
-        """Whether a token holds a character that can complete an action, such as `>`."""
+        """Return whether a token holds a character that can complete an action, such as `>`."""
         if token not in self._can_complete:
             characters = set(self._dialogue.decode([token]))
             self._can_complete[token] = not characters.isdisjoint(self._last_characters)
@@ -106,7 +114,7 @@ class StopRule:
 
 
 class Generator:
-    """Samples completions for a batch of episodes.
+    """Sample completions for a batch of episodes.
 
     Args:
         policy: The model to sample from.
@@ -151,10 +159,13 @@ class Generator:
         self._cache = new_cache(policy, 0)
 
     def start(self, episodes: int, *, before: int = 0, after: int = 0) -> None:
-        """Forget everything and begin `episodes` new episodes, the rows 0 .. episodes - 1.
+        """Discard all episodes and begin new ones, the rows 0 .. episodes - 1.
 
-        Processes that share `before + episodes + after` episodes draw the random streams of all of
-        them and take their own, so that they sample what one process would.
+        Args:
+            episodes: Number of episodes.
+            before: Where several processes share a rollout, the episodes of those before this one.
+            after: The episodes of those after it. All draw the random streams of all episodes and
+                take their own, so that they sample what one process would.
         """
         count = before + episodes + after
         seeds = torch.randint(2**62, (count,), generator=self._generator).tolist()
@@ -163,7 +174,7 @@ class Generator:
         self._cache = new_cache(self.policy, episodes)
 
     def restart(self, row: int) -> None:
-        """Forget what an episode was fed: its next feed is a whole prompt; its stream goes on.
+        """Make the next prompt of an episode a whole one; its random stream continues.
 
         Args:
             row: Number of the episode; its `context_length` is 0 from now on.
@@ -171,45 +182,53 @@ class Generator:
         self._episodes[row].is_fresh = True
 
     def fits(self, row: int, new_ids: Sequence[int]) -> bool:
-        """Whether an episode's new tokens and its longest completion fit `max_context`.
+        """Return whether a prompt and the longest completion after it fit `max_context`.
 
         Args:
-            row: Number of the episode; nothing about it changes.
-            new_ids: What `prompt` would be given for it.
-
-        Returns:
-            False exactly where `prompt` would answer None.
+            row: Number of the episode; it is not changed.
+            new_ids: As for `prompt`, which returns None where this is False.
         """
         held = 0 if self.dialogue.style == "window" else self.context_length(row)
         return held + len(new_ids) + self.max_completion_tokens <= self.max_context
 
     def context_length(self, row: int) -> int:
-        """Tokens of prompts and completions that an episode holds so far."""
+        """Return the number of tokens of an episode so far, prompts and completions."""
         episode = self._episodes[row]
         return 0 if episode.is_fresh else len(episode.ids)
 
     def prompt(
         self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]
     ) -> list[Completion | None]:
-        """Feed each given episode its new tokens and sample its next completion.
-
-        Only the rows given are computed; episodes that ended are simply not named any more.
+        """Feed some episodes their prompts and sample their next completions.
 
         Args:
-            new_ids: For each row the tokens to feed, at least one. Chat style: the first prompt,
-                later the continuation; window style: the full prompt each time.
-            rows: Distinct episode numbers.
+            new_ids: The prompts, each of at least one token. Chat style: first a whole prompt,
+                later the continuation; window style: a whole prompt each time.
+            rows: Distinct numbers of episodes.
 
         Returns:
             One completion per row, in the order of `rows`; None for an episode whose prompt and
-            longest completion would not fit `max_context` (it is left as it was).
+            longest completion would not fit `max_context` (it is not changed).
+
+        Raises:
+            AtodError: A prompt is empty.
         """
         if not all(new_ids):
-            raise AtodError("A prompt holds no token.")
-        # Within `precision` weights are converted once for all tokens; inference mode prevents it.
-        is_lower = self.policy.autocast_dtype is not None
-        with torch.no_grad() if is_lower else torch.inference_mode(), self.policy.precision():
-            return self._prompt(new_ids, rows)
+            raise AtodError("A prompt holds no token. Give at least one.")
+        if self.policy.autocast_dtype is None:
+            with torch.inference_mode():
+                return self._prompt(new_ids, rows)
+        # Autocast converts a weight once for all tokens, not for each, if it is trainable and
+        # inference mode is off.
+        frozen = [w for w in self.policy.model.parameters() if not w.requires_grad]
+        try:
+            for weight in frozen:
+                weight.requires_grad_(True)
+            with torch.no_grad(), self.policy.precision():
+                return self._prompt(new_ids, rows)
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
 
     def _prompt(
         self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]

@@ -18,14 +18,14 @@ from atod_gym.errors import AtodError, MissingExtraError
 
 _BASE, _ADAPTER = ".base_layer.", ".lora_"
 _MOST = 0.9
-"""Share of the decoder's matrices without which a warning says what is left out."""
+"""Share of the decoder's matrices below which a warning is given."""
 
 
 def add_adapters(model: PreTrainedModel, rank: int) -> None:
-    """Freeze a model and put adapters beside all linear layers of its decoder.
+    """Freeze a model and add adapters to all linear layers of its decoder.
 
-    An adapter adds `2 B A x`; B is zero at first, so the model is unchanged. A is
-    drawn alike each time, so that runs can be repeated. Adapters are float32 on weights of any
+    An adapter adds `2 B A x`; B is zero at first, so the model is unchanged. A has the same random
+    values each time, so that runs can be repeated. Adapters are float32 on weights of any
     precision: in bfloat16 small steps of the optimiser would be rounded away.
 
     Args:
@@ -51,9 +51,9 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
         1, sum(w.numel() for w in decoder.parameters() if w.ndim > 1) - embedding
     )
     if share < _MOST:
-        # Experts of a mixture are one tensor of all of them, which adapters here leave out.
+        # The experts of a mixture are one tensor, which gets no adapter.
         warnings.warn(
-            f"Adapters stand beside {share:.0%} of the decoder's matrices; the rest, such as fused "
+            f"Adapters train {share:.0%} of the decoder's matrices; the rest, such as fused "
             "experts, stays frozen.",
             stacklevel=2,
         )
@@ -72,9 +72,9 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor] | None:
-    """The state of a model with its adapters added to the weights they adapt; None without any.
+    """Return the state of a model with its adapters merged; None if it has none.
 
-    The model is left as it is: adding and taking away again would change the last bits.
+    The model is not changed: merging and unmerging would change the last bits.
     """
     adapted: dict[str, Any] = {
         name: module

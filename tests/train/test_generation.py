@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -260,8 +261,10 @@ class _Conversions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_weights_are_converted_to_lower_precision_once_a_turn() -> None:
-    policy = dataclasses.replace(POLICY, autocast_dtype=torch.bfloat16)
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "frozen"])
+def test_weights_are_converted_to_lower_precision_once_a_turn(is_frozen: bool) -> None:
+    model = copy.deepcopy(POLICY.model).requires_grad_(not is_frozen)
+    policy = dataclasses.replace(POLICY, model=model, autocast_dtype=torch.bfloat16)
     generator = Generator(policy, DialogueEncoder(POLICY.tokenizer), max_completion_tokens=8)
     generator.start(2)
     with _Conversions(policy.model.get_parameter("model.layers.0.mlp.up_proj.weight")) as seen:
@@ -269,6 +272,7 @@ def test_weights_are_converted_to_lower_precision_once_a_turn() -> None:
             completions = generator.prompt([[5, 6], [7, 8]], [0, 1])
             assert max(len(one.ids) for one in completions if one) > 1
             assert seen.count == turn
+    assert all(weight.requires_grad != is_frozen for weight in model.parameters())
 
 
 def test_bad_settings_are_refused() -> None:

@@ -145,11 +145,11 @@ def test_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         rtol=0.05,
         atol=0.05,
     )
-    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda: True)
+    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda device: True)
     mixed = load_policy(target, LoadOptions(device="cpu", dtype="mixed"))
     assert mixed.model.dtype == torch.float32
     assert mixed.autocast_dtype == torch.bfloat16
-    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda: False)
+    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match=r"no units for bfloat16.*in float32 instead"):
         emulated = load_policy(target, LoadOptions(device="cpu", dtype="mixed"))
     assert (emulated.model.dtype, emulated.autocast_dtype) == (torch.float32, None)

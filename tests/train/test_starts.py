@@ -102,7 +102,7 @@ def test_layers_in_low_precision_make_a_start_of_their_own(
         assert policy.model.dtype == torch.float32
 
     monkeypatch.setattr(supervised, "train_on_demonstrations", note)
-    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda: True)
+    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda device: True)
     start = replace(config.start, epochs=(3.0, 1.0))
     mixed = replace(config, model=replace(config.model, dtype="mixed"), start=start)
     student = Starts(mixed, pool).policy("student")
@@ -112,7 +112,7 @@ def test_layers_in_low_precision_make_a_start_of_their_own(
     assert (student.model.dtype, student.autocast_dtype) == (torch.float32, torch.bfloat16)
     assert (teacher.model.dtype, teacher.autocast_dtype) == (torch.bfloat16, None)
     # Where it would be emulated, what float32 made does.
-    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda: False)
+    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match="no units for bfloat16"):
         student = Starts(mixed, pool).policy("student")
     assert len(trained) == 3
