@@ -1,11 +1,11 @@
 """Sample the completions of many episodes at once.
 
 The tokens that the cache lacks are fed, which gives the logits of the next token. A token is
-sampled and appended, until the completion ends. The cache is kept from turn to turn, so that in chat style
-only what follows the last completion is fed; in window style, the part of the new prompt behind
-what it has in common with the last sequence. Episodes with the same tokens, as those of a group
-until they differ, are computed once. Each episode draws from a random stream of its own, so its
-samples do not depend on the others.
+sampled and appended, until the completion ends. The cache is kept from turn to turn: in chat style
+what follows the last completion is fed, in window style the part of the new prompt behind its
+common prefix with the last sequence. Episodes with the same tokens, as those of a group until they
+differ, are computed once. Each episode draws from a random stream of its own, so its samples do not
+depend on the others.
 """
 
 from __future__ import annotations

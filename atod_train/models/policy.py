@@ -195,7 +195,7 @@ def max_positions(config: Any) -> int | None:
 
 
 @cache
-def _cache_argument(kind: type[torch.nn.Module]) -> str:
+def _cache_argument(kind: Any) -> str:
     """Return the name of a model's cache argument, which depends on the version of transformers."""
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
