@@ -95,7 +95,8 @@ class Policy:
         """
         inputs["use_cache"] = cache is not None
         if cache is not None:
-            inputs[_cache_argument(type(self.model.base_model))] = cache
+            kind: Any = type(self.model.base_model)
+            inputs[_cache_argument(kind)] = cache
         with self.precision():
             output = self.model.base_model(input_ids=input_ids, **inputs)
         hidden: Tensor = output.last_hidden_state
