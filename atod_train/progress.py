@@ -5,31 +5,36 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol, TextIO
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+from tqdm import tqdm
+
+_FIRST_LINE = 5.0
+"""Seconds until the first line away from a terminal."""
 
 
 class Advance(Protocol):
     """What `progress` yields."""
 
-    def __call__(self, amount: int = 1, note: str = "") -> None:
-        """Counts `amount` more units as done; `note` is shown beside the bar."""
+    def __call__(self, amount: int = 1, note: str = "", tokens: int = 0) -> None:
+        """Count `amount` more units as done, and `tokens` more as sampled; show `note`."""
 
 
 _plain = False
 _silent = False
-_shown: Any = None
-"""The bars on the terminal; a bar that begins inside of another is a line below it."""
+_open: list[str] = []
+"""Descriptions of what is under way, outermost first."""
 
 
 def plain_lines() -> None:
-    """From now on this process shows plain lines even on a terminal."""
+    """From now on show plain lines in this process even on a terminal."""
     global _plain
     _plain = True
 
 
 def no_lines() -> None:
-    """From now on this process shows nothing; for all but one of those that work together."""
+    """From now on show nothing in this process; for all ranks but one."""
     global _silent
     _silent = True
 
@@ -39,14 +44,20 @@ def progress(
     total: int,
     description: str,
     *,
+    initial: int = 0,
+    is_part: bool = False,
     every_seconds: float = 30.0,
     stream: TextIO | None = None,
 ) -> Iterator[Advance]:
-    """Shows how far a long piece of work is.
+    """Show how far a long piece of work is: done, time left, and tokens per second.
 
     Args:
         total: units of work in all.
-        description: what is being done, such as `training`.
+        description: what is being done, such as `training`. Lines of work inside of other work
+            begin with both descriptions.
+        initial: units that were done before.
+        is_part: the work is one unit of the work around it: away from a terminal it has lines only
+            where it takes long.
         every_seconds: away from a terminal: shortest time between two lines.
         stream: where to show it; default: the standard error stream.
 
@@ -54,65 +65,74 @@ def progress(
         A function to call after each unit.
     """
     if _silent:
-        yield lambda amount=1, note="": None
+        yield lambda amount=1, note="", tokens=0: None
         return
     stream = sys.stderr if stream is None else stream
-    if stream.isatty() and not _plain:
-        with _bar(total, description, stream) as advance:
-            yield advance
-        return
-    began = last = time.monotonic()
-    done = 0
+    _open.append(description)
+    try:
+        if stream.isatty() and not _plain:
+            with _bar(total, description, initial, stream) as advance:
+                yield advance
+        else:
+            yield _lines(total, initial, is_part, every_seconds, stream)
+    finally:
+        _open.pop()
 
-    def count(amount: int = 1, note: str = "") -> None:
-        nonlocal done, last
+
+def _lines(
+    total: int, initial: int, is_part: bool, every_seconds: float, stream: TextIO
+) -> Advance:
+    """Return a function that prints a line now and then."""
+    name = ": ".join(_open)
+    began = time.monotonic()
+    due = began + (every_seconds if is_part else min(every_seconds, _FIRST_LINE))
+    done, sampled = initial, 0
+
+    def advance(amount: int = 1, note: str = "", tokens: int = 0) -> None:
+        nonlocal done, sampled, due
         done += amount
+        sampled += tokens
         now = time.monotonic()
-        if now - last < every_seconds and done < total:
+        if now < due and (is_part or done < total):
             return
-        last = now
-        print(f"{description}: {done}/{total}, {now - began:.0f} s {note}".rstrip(), file=stream)
-        stream.flush()
+        due = now + every_seconds
+        seconds = max(now - began, 1e-6)
+        parts = [f"{name}: {done}/{total}", f"{tqdm.format_interval(seconds)} gone"]
+        if initial < done < total:
+            left = (total - done) * seconds / (done - initial)
+            parts.append(f"{tqdm.format_interval(left)} left")
+        parts += _notes(note, sampled, seconds)
+        print(", ".join(parts), file=stream, flush=True)
 
-    yield count
+    return advance
+
+
+def _notes(note: str, tokens: int, seconds: float) -> list[str]:
+    return [*([f"{tokens / seconds:,.0f} tokens/s"] if tokens else []), *([note] if note else [])]
 
 
 @contextmanager
-def _bar(total: int, description: str, stream: TextIO) -> Iterator[Advance]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _bar(total: int, description: str, initial: int, stream: TextIO) -> Iterator[Advance]:
+    began = time.monotonic()
+    sampled = 0
+    is_inner = len(_open) > 1
+    with tqdm(
+        total=total,
+        desc=description,
+        initial=initial,
+        file=stream,
+        leave=not is_inner,
+        dynamic_ncols=True,
+    ) as bar:
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
-    global _shown
-    outer = _shown
-    bar = outer or Progress(*columns, console=Console(file=stream))
-    with nullcontext() if outer else bar:
-        task = bar.add_task(description, total=total, note="")
+        def advance(amount: int = 1, note: str = "", tokens: int = 0) -> None:
+            nonlocal sampled
+            sampled += tokens
+            notes = _notes(note, sampled, max(time.monotonic() - began, 1e-6))
+            bar.set_postfix_str(", ".join(notes), refresh=False)
+            bar.update(amount)
 
-        def advance(amount: int = 1, note: str = "") -> None:
-            bar.update(task, advance=amount, note=note)
-
-        _shown = bar
-        try:
-            yield advance
-        finally:
-            _shown = outer
-            if outer is not None:
-                bar.remove_task(task)
+        yield advance
 
 
 class PhaseTimes:

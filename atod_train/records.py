@@ -91,6 +91,11 @@ class Trajectory:
         return sum(turn.reward for turn in self.turns)
 
     @property
+    def sampled_tokens(self) -> int:
+        """Number of tokens that the policy sampled."""
+        return sum(len(turn.tokens.completion_ids) for turn in self.turns)
+
+    @property
     def verbs(self) -> Counter[str]:
         """How often each verb was used in a valid action."""
         return Counter(turn.verb for turn in self.turns if turn.is_action_valid)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import shlex
@@ -216,8 +215,6 @@ def _play(
     left = [task_id for task_id in task_ids if task_id not in finished]
     began = time.monotonic()
     is_human = options.agent == "human"
-    if importlib.util.find_spec("rich") is None:
-        progress.plain_lines()
     bar: Any = nullcontext() if is_human else progress.progress(len(left), "playing")
     try:
         with bar as advance:

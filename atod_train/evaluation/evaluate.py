@@ -57,7 +57,7 @@ def evaluate(
     with progress(-(-len(task_ids) // processes.count), title) as advance:
         for episodes in play_in_batches(
             policy, pool, config, task_ids, temperature=temperature, processes=processes,
-            on_end=lambda _: advance(),
+            on_end=lambda episode: advance(tokens=episode.sampled_tokens),
         ):  # fmt: skip
             results += processes.gather([_result(episode) for episode in episodes])
     if not any(result.turns for result in results):

@@ -127,12 +127,13 @@ class Trainer:
         with (
             record.writing(self._known),
             interruptible() as interrupted,
-            progress(settings.steps, f"{record.label}, seed {settings.seed}") as advance,
+            progress(
+                settings.steps, f"{record.label}, seed {settings.seed}", initial=record.done.step
+            ) as advance,
             record.saving_if_it_fails(),
         ):
             if isinstance(self.teacher, RemoteTeacher):
                 self.teacher.interrupted = interrupted
-            advance(record.done.step)
             self._evaluate_if_due()
             while record.done.step < settings.steps:
                 self._step(record.done.step + 1)
@@ -141,7 +142,7 @@ class Trainer:
                 if step == settings.steps or step % settings.save_every == 0:
                     self._save()
                 self._warn_of_cut_completions()
-                advance(note=_note(record.row))
+                advance(note=_note(record.row), tokens=int(record.row["tokens"]))
                 self._stop_if(bool(interrupted))
                 self._evaluate_if_due()
                 self._stop_if(bool(interrupted))
@@ -249,16 +250,21 @@ class Trainer:
             self._train_pool.task_ids, step, settings.tasks_per_step, settings.seed
         )
         share = self.processes.share(len(tasks))
-        with memory_errors(f"playing the episodes of step {step}", _LESS_IN_ROLLOUTS):
+        own = tasks[share.start : share.stop]
+        with (
+            memory_errors(f"playing the episodes of step {step}", _LESS_IN_ROLLOUTS),
+            progress(len(own) * settings.group_size, f"rollout {step}", is_part=True) as advance,
+        ):
             groups = collect(
                 self._train_pool,
                 generator,
-                tasks[share.start : share.stop],
+                own,
                 group_size=settings.group_size,
                 turn_limit=turn_limit(self.config.algorithm, step, self.config.env.max_turns),
                 times=self._times,
                 first_episode=share.start * settings.group_size,
                 episodes_in_all=len(tasks) * settings.group_size,
+                on_end=lambda episode: advance(tokens=episode.sampled_tokens),
             )
             return self.processes.gather([t for group in groups for t in group.trajectories])
 

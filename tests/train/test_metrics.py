@@ -251,15 +251,20 @@ def test_progress_away_from_a_terminal_is_a_line_now_and_then(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     stream = io.StringIO()
-    with progress(100, "training", every_seconds=30, stream=stream) as advance:
-        for step in range(1, 101):
+    with progress(110, "training", initial=10, every_seconds=30, stream=stream) as advance:
+        for step in range(11, 111):
             now[0] += 1.0
-            advance(note=f"loss {step}")
+            with progress(9, "rollout", is_part=True, every_seconds=30, stream=stream) as inner:
+                now[0] += 30.0 * (step == 110)
+                inner(3)
+            advance(note=f"loss {step}", tokens=20)
     assert stream.getvalue().splitlines() == [
-        "training: 30/100, 30 s loss 30",
-        "training: 60/100, 60 s loss 60",
-        "training: 90/100, 90 s loss 90",
-        "training: 100/100, 100 s loss 100",
+        "training: 15/110, 00:05 gone, 01:35 left, 20 tokens/s, loss 15",
+        "training: 45/110, 00:35 gone, 01:05 left, 20 tokens/s, loss 45",
+        "training: 75/110, 01:05 gone, 00:35 left, 20 tokens/s, loss 75",
+        "training: 105/110, 01:35 gone, 00:05 left, 20 tokens/s, loss 105",
+        "training: rollout: 3/9, 00:30 gone, 01:00 left",
+        "training: 110/110, 02:10 gone, 15 tokens/s, loss 110",
     ]
 
 
@@ -281,8 +286,8 @@ def test_a_bar_inside_of_another_is_a_line_below_it():
     with progress(2, "outer", stream=stream) as outer:
         for _ in range(2):
             with progress(3, "inner", stream=stream) as inner:
+                time.sleep(0.2)  # the terminal is drawn ten times a second
                 inner(3, note="done")
-                time.sleep(0.3)  # the terminal is drawn ten times a second
             outer()
     assert "3/3" in stream.getvalue()
     last = stream.getvalue().rpartition("outer")[2]
