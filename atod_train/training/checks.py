@@ -13,6 +13,7 @@ from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer
 from atod_train.algorithm.methods import compute_advantages, has_exact_signal
 from atod_train.batch import make_batch
 from atod_train.config import AlgorithmConfig, RunConfig
+from atod_train.models.pretrained import pick_device
 from atod_train.records import TokenizedTurn, TokenScores, Trajectory, Turn
 from atod_train.training.checkpoint import CheckpointError, check_finite, model_tensors
 
@@ -49,17 +50,28 @@ _SKIPPED_IN_A_ROW = 5
 
 
 def check_settings(config: RunConfig) -> None:
-    """Refuse numbers out of range, and what the algorithm refuses.
+    """Refuse numbers out of range, devices that are absent, and what the algorithm refuses.
 
     Raises:
-        InvalidSettingError: names the setting, its value and the range.
+        InvalidSettingError: names the value, and the setting and its range.
     """
     for section in ("env", "model", "start", "algorithm", "train"):
         for name, value in asdict(getattr(config, section)).items():
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not isinstance(number, bool):
                     _check_number(f"{section}.{name}", number)
+    _check_device(config.model.device)
+    if config.model.teacher_device:
+        _check_device(config.model.teacher_device)
     _try_algorithm(config.algorithm)
+
+
+def _check_device(name: str) -> None:
+    kind, _, index = name.partition(":")
+    is_gpu = kind == "cuda" and (not index or index.isdecimal())
+    # A GPU is only counted: touching it would take its memory in processes that do not use it.
+    if name != "auto" and not (is_gpu and int(index or 0) < torch.cuda.device_count()):
+        pick_device(name)
 
 
 def _check_number(name: str, value: float) -> None:

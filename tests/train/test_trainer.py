@@ -386,6 +386,8 @@ def test_settings_without_meaning_are_named(tmp_path: Path) -> None:
         ({"student": "/absent/model"}, "'/absent/model': there is no such folder"),
         ({"teacher": "/absent/model"}, "'/absent/model': there is no such folder"),
         ({"teacher": "http://127.0.0.1:9"}, "http://127.0.0.1:9"),
+        ({"teacher_device": "cuda:99"}, "'cuda:99' cannot be used here"),
+        ({"device": "offload"}, "'offload' cannot be used here"),
         ({"student": "bytes"}, "micro is made with the words of demonstrations as tokens, bytes"),
     ],
 )
