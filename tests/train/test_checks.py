@@ -299,10 +299,10 @@ def test_a_date_in_the_template_is_reported(
 def test_errors_of_the_system_are_what_they_are(
     error: OSError, advice: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def work() -> None:
+    def work() -> int:
         raise error
 
-    assert cli._told("the same command", work) == 2
+    assert cli._guarded(work, "the same command") == 2
     told = capsys.readouterr().err
     assert advice in told
     assert ("Free space" in told) == (advice == "Free space")
