@@ -149,6 +149,11 @@ class AgentDialogue:
         return self._prompt(observation, parsed.action)
 
     @property
+    def prompt(self) -> Prompt:
+        """The current prompt."""
+        return tuple(message.copy() for message in self._messages)
+
+    @property
     def past_turns(self) -> int:
         """The number of past turns that the current prompt shows."""
         return len(self._observation.get("history", ()))
@@ -178,7 +183,7 @@ class AgentDialogue:
         if self.style == "window":
             self._messages.clear()
         self._messages.append(self._user_message())
-        return tuple(message.copy() for message in self._messages)
+        return self.prompt
 
     def _user_message(self, left_out: int = 0) -> dict[str, str]:
         content = render_prompt(

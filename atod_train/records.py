@@ -21,9 +21,9 @@ FinishReason = Literal["stop", "length", "action"]
 """Why sampling ended: the end-of-turn token came, the token limit was reached, or the action was
 complete, see `atod_gym.parsing.CompletionFormat.end_of_action`."""
 
-StopReason = Literal["terminated", "turn_limit", "context_limit"]
-"""Why an episode ended: by the task, by the turn limit, or because not even a prompt without
-earlier turns fits the model."""
+StopReason = Literal["terminated", "turn_limit", "context_limit", "refused"]
+"""Why an episode ended: by the task, by the turn limit, because not even a prompt without earlier
+turns fits the model, or because an endpoint refuses the prompt."""
 
 
 @dataclass(frozen=True, slots=True)

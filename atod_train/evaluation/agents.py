@@ -1,7 +1,6 @@
 """Agents that answer prompts with completions: random, expert, human, or one's own; no torch.
 
-An agent plays one episode at a time; for several at once there are several agents. Its
-completion goes through the same wrappers as that of a model, see `atod_gym.wrappers.agent_env`.
+An agent plays one episode at a time; for several at once there are several agents.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from typing import Any, Literal, Protocol
 
 from atod_gym import play
 from atod_gym.errors import InvalidSettingError
-from atod_gym.parsing import ACTION_TAGS, action_tags
+from atod_gym.parsing import ACTION_TAGS
 from atod_gym.types import TurnObservation
+from atod_train.rollout.episode import Episode
 
 _PLACEHOLDER = re.compile(r"<\w+>")
 """Part of an admissible action that the agent replaces by words of its own."""
@@ -58,12 +58,14 @@ class EpisodeStopped(Exception):
 class Agent(Protocol):
     """Plays one episode after the other."""
 
-    def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
+    def reset(
+        self, episode: Episode, observation: TurnObservation, info: Mapping[str, Any]
+    ) -> None:
         """Start an episode.
 
         Args:
-            env: made by `atod_gym.wrappers.agent_env`, already reset.
-            observation: of the unwrapped environment.
+            episode: with `env`, the environment, and `dialogue`, which reads completions.
+            observation: the first one.
             info: of the reset.
         """
 
@@ -95,11 +97,13 @@ class RandomAgent:
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
 
-    def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
+    def reset(
+        self, episode: Episode, observation: TurnObservation, info: Mapping[str, Any]
+    ) -> None:
         """Start an episode."""
         del observation
-        self._format: Callable[[str], str] = env.get_wrapper_attr("completion_format").format
-        self._tags = action_tags(env.unwrapped.metadata)
+        self._format: Callable[[str], str] = episode.dialogue.format
+        self._tags = episode.dialogue.completion_format.tags
         self._random = random.Random(f"{self._seed}/{info['task_id']}")
 
     async def act(
@@ -135,19 +139,22 @@ class RandomAgent:
 class ExpertAgent:
     """Play the actions of the environment's scripted expert, which sees no more than a model."""
 
-    def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
+    def reset(
+        self, episode: Episode, observation: TurnObservation, info: Mapping[str, Any]
+    ) -> None:
         """Start an episode.
 
         Raises:
             InvalidSettingError: the environment has no expert.
         """
         del info
-        if not hasattr(env.unwrapped, "expert"):
+        env = episode.env.unwrapped
+        if not hasattr(env, "expert"):
             raise InvalidSettingError(
-                f"{type(env.unwrapped).__name__} has no scripted expert; choose another --agent."
+                f"{type(env).__name__} has no scripted expert; choose another --agent."
             )
-        self._format: Callable[[str], str] = env.get_wrapper_attr("completion_format").format
-        self._expert = env.unwrapped.expert()
+        self._format: Callable[[str], str] = episode.dialogue.format
+        self._expert = env.expert()
         self._expert.reset(observation["instruction"], observation["text"])
 
     async def act(
@@ -166,10 +173,12 @@ class ExpertAgent:
 class HumanAgent:
     """Ask a person in the terminal."""
 
-    def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
+    def reset(
+        self, episode: Episode, observation: TurnObservation, info: Mapping[str, Any]
+    ) -> None:
         """Show the task."""
-        self._format: Callable[[str], str] = env.get_wrapper_attr("completion_format").format
-        tags = action_tags(env.unwrapped.metadata)
+        self._format: Callable[[str], str] = episode.dialogue.format
+        tags = episode.dialogue.completion_format.tags
         print(f"\nTask {info['task_id']}\nGoal: {observation['instruction']}\n\n{play.HELP}")
         if tags != ACTION_TAGS:
             print(f"Actions: {', '.join(f'{tag}[..]' for tag in tags)}")

@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from atod_gym.dialogue import AgentDialogue
 from atod_gym.errors import InvalidSettingError, MissingExtraError, ServerError
 from atod_gym.parsing import CompletionFormat
 from atod_gym.types import TurnObservation
 from atod_train.evaluation.agents import Completion, EpisodeStopped
 from atod_train.evaluation.rate_limiter import RateLimiter
+from atod_train.rollout.episode import Episode
 
 if TYPE_CHECKING:
     from atod_train.evaluation.eval_options import ChatSettings, Sampling
@@ -310,10 +310,12 @@ class ChatAgent:
     def __init__(self, endpoint: ChatEndpoint) -> None:
         self._endpoint = endpoint
 
-    def reset(self, env: Any, observation: TurnObservation, info: Mapping[str, Any]) -> None:
+    def reset(
+        self, episode: Episode, observation: TurnObservation, info: Mapping[str, Any]
+    ) -> None:
         """Start an episode."""
         del observation, info
-        self._dialogue: AgentDialogue = env.get_wrapper_attr("dialogue")
+        self._dialogue = episode.dialogue
 
     async def act(
         self,

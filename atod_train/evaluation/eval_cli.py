@@ -12,8 +12,8 @@ import shlex
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,15 @@ from atod_train.evaluation.chat import ChatAgent, ChatEndpoint
 from atod_train.evaluation.eval_records import EpisodeRecord, EvaluationFolder, read_evaluated
 from atod_train.evaluation.eval_tables import comparison, result_table
 from atod_train.evaluation.local_model import PREFIX, SMOLLM2, LocalModel, find_model
-from atod_train.evaluation.play import PlayedEnv, play_tasks
+from atod_train.evaluation.play import play_tasks
 from atod_train.reports.evaluations import EvaluationMode
+from atod_train.rollout.env_pool import EnvPool
 
 if TYPE_CHECKING:
     from atod_train.evaluation.eval_options import CompareOptions, EvalOptions
 
 _AGENTS = ("random", "expert", "human", "chat", f"{PREFIX}FOLDER", SMOLLM2)
 _CHAT_EPISODES_AT_ONCE = 8
-_NEEDED = ("task_ids", "manifest", "data", "observation", "max_turns")
-"""Attributes of an environment that can be evaluated."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,35 +163,28 @@ def _evaluate(options: EvalOptions, words: Sequence[str]) -> int:
     options.check()
     agent = chosen_agent(options)
     trained = agent.found.trained if isinstance(agent, LocalModel) else None
-    played = options.played_env(trained.env if trained is not None else None)
+    config = options.env_config(trained.env if trained is not None else None)
     folder = EvaluationFolder(
-        result_folder(options, agent.label, played.config.id),
+        result_folder(options, agent.label, config.id),
         resume=options.resume,
         transcripts=options.transcripts,
     )
-    env: Any = played.make()
-    try:
-        unwrapped = env.unwrapped
-        for name in _NEEDED:
-            if not hasattr(type(unwrapped), name) and not hasattr(unwrapped, name):
-                raise InvalidSettingError(
-                    f"{played.config.id} has no {name}, so it cannot be evaluated."
-                )
-        turns = played.config.max_turns or unwrapped.max_turns
-        played = replace(played, config=replace(played.config, max_turns=turns))
-        task_ids = _chosen_tasks(unwrapped.task_ids, options)
+
+    def make_pool() -> EnvPool:
+        return EnvPool(config, options.split, options.env.template)
+
+    with closing(make_pool()) as pool:
+        task_ids = _chosen_tasks(pool.task_ids, options)
         if isinstance(agent, LocalModel):
             settings = agent.load()
-            _report(agent.described(played))
+            _report(agent.described(config))
         else:
             settings = dict(agent.settings)
         folder.begin(
-            _settings(played, unwrapped, settings, task_ids),
+            _settings(pool, settings, task_ids, options.env.template),
             {"concurrency": options.concurrency, "arguments": list(words), **agent.about},
         )
-        status = _play(folder, agent, played, env, task_ids, options, words)
-    finally:
-        env.close()
+        status = _play(folder, agent, pool, make_pool, task_ids, options, words)
     if status == 0:
         evaluated = folder.finish(
             agent=agent.label, mode=agent.mode, task_ids=task_ids, prices=options.chat.prices
@@ -204,8 +196,8 @@ def _evaluate(options: EvalOptions, words: Sequence[str]) -> int:
 def _play(
     folder: EvaluationFolder,
     agent: AgentPlayer | LocalModel,
-    played: PlayedEnv,
-    env: Any,
+    pool: EnvPool,
+    make_pool: Callable[[], EnvPool],
     task_ids: Sequence[str],
     options: EvalOptions,
     words: Sequence[str],
@@ -230,12 +222,12 @@ def _play(
 
             if isinstance(agent, LocalModel):
                 agent.play(
-                    played, left, already=len(finished), concurrency=options.concurrency,
+                    pool, left, already=len(finished), concurrency=options.concurrency,
                     on_record=keep,
                 )  # fmt: skip
             else:
                 play_tasks(
-                    played, env, agent.make, left, on_record=keep, close=agent.close,
+                    pool, make_pool, agent.make, left, on_record=keep, close=agent.close,
                     concurrency=options.concurrency or agent.concurrency,
                 )  # fmt: skip
     except (KeyboardInterrupt, AtodError, OSError) as error:
@@ -264,19 +256,20 @@ def _chosen_tasks(known: Sequence[str], options: EvalOptions) -> tuple[str, ...]
 
 
 def _settings(
-    played: PlayedEnv, unwrapped: Any, agent: Mapping[str, Any], task_ids: Sequence[str]
+    pool: EnvPool, agent: Mapping[str, Any], task_ids: Sequence[str], template: Path | None
 ) -> dict[str, Any]:
     """Return all that results depend on, as JSON values."""
-    config = asdict(played.config)
-    names = ("options", "max_turns", "prompt_style", "parse_profile", "history_window")
-    template = None if played.template is None else played.template.read_bytes()
+    config = asdict(pool.config)
+    names = ("options", "prompt_style", "parse_profile", "history_window", "show_admissible")
+    digest = None if template is None else hashlib.sha256(template.read_bytes()).hexdigest()
     return {
-        "env_id": played.config.id,
-        "split": played.split,
-        **{name: config[name] for name in (*names, "show_admissible")},
-        "data": unwrapped.data,
-        "data_hash": unwrapped.manifest.content_hash,
-        "template": None if template is None else hashlib.sha256(template).hexdigest(),
+        "env_id": pool.config.id,
+        "split": pool.split,
+        "max_turns": pool.max_turns,
+        **{name: config[name] for name in names},
+        "data": pool.data,
+        "data_hash": pool.content_hash,
+        "template": digest,
         "agent": dict(agent),
         "tasks": len(task_ids),
         "tasks_hash": hashlib.sha256("\n".join(task_ids).encode()).hexdigest(),

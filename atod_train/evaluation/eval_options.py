@@ -15,7 +15,6 @@ from tyro.conf import Positional, UseAppendAction, arg
 from atod_gym.errors import InvalidSettingError
 from atod_gym.parsing import ParseProfile
 from atod_train.config import EnvConfig, PromptStyle
-from atod_train.evaluation.play import PlayedEnv
 
 _MOST_EPISODES_AT_ONCE = 1024
 _LOWEST = {
@@ -211,8 +210,8 @@ class EvalOptions:
                     flag = part.replace("_", "-")
                     raise InvalidSettingError(f"--{flag} is for --agent {takers}.")
 
-    def played_env(self, trained: EnvConfig | None) -> PlayedEnv:
-        """Return the environment and its prompts.
+    def env_config(self, trained: EnvConfig | None) -> EnvConfig:
+        """Return the environment and its prompts; a `max_turns` of 0 is the environment's own.
 
         Args:
             trained: settings that a model was trained with. They are the defaults of the prompts,
@@ -231,8 +230,7 @@ class EvalOptions:
         names = ("data", "max_turns", "prompt_style", "parse_profile", "history_window")
         given = {name: getattr(self.env, name) for name in names}
         given = {name: value for name, value in given.items() if value is not None}
-        config = replace(config, **{"max_turns": limit, "options": options, **given})
-        return PlayedEnv(config, self.split, self.env.template)
+        return replace(config, **{"max_turns": limit, "options": options, **given})
 
 
 @dataclass(frozen=True)

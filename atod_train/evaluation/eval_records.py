@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from atod_gym.errors import AtodError, InvalidSettingError
-from atod_gym.parsing import EMPTY_REPLY, action_verb, invalid_reason
-from atod_gym.types import Message
+from atod_gym.parsing import EMPTY_REPLY
 from atod_train.evaluation.agents import Completion
 from atod_train.files import (
     end_last_line,
@@ -27,6 +26,7 @@ from atod_train.files import (
     without_infinities,
     write_json,
 )
+from atod_train.records import Trajectory, Turn
 from atod_train.reports.evaluations import EvaluationMode, EvaluationResult, TaskResult
 from atod_train.reports.run_folder import RunFolderError, package_versions
 
@@ -35,16 +35,6 @@ EPISODES_FILE = "episodes.jsonl"
 RESULT_FILE = "result.json"
 _PACKAGES = ("atod-gym", "gymnasium", "numpy", "openai")
 _TOKEN_COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens")
-
-
-class AgentTurn(NamedTuple):
-    """One turn of an agent."""
-
-    prompt: Sequence[Message]
-    """The messages that are new in this turn; in window style all of them."""
-    completion: Completion
-    info: Mapping[str, Any]
-    """Of the step: `action`, `is_action_valid` and `parse_error`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,46 +69,40 @@ class EpisodeRecord:
     @classmethod
     def of(
         cls,
-        turns: Sequence[AgentTurn],
-        info: Mapping[str, Any],
-        stop_reason: str,
+        episode: Trajectory,
+        completions: Sequence[Completion],
         seconds: float,
         stop_message: str = "",
     ) -> EpisodeRecord:
         """Record an episode.
 
         Args:
-            turns: all turns.
-            info: `task_id`, `task_type`, `success` and `score` after the last turn.
-            stop_reason: see the attribute.
+            episode: the turns and how it ended.
+            completions: one for each turn.
             seconds: wall time of the episode.
             stop_message: see the attribute.
         """
-        said = [turn.completion for turn in turns]
-        verbs: Counter[str] = Counter()
-        reasons: Counter[str] = Counter()
-        for turn in turns:
-            reason = invalid_reason(turn.info)
-            if not reason:
-                verbs[action_verb(turn.info["action"])] += 1
-            else:
-                reasons[_empty_reply(turn.completion) or reason] += 1
+        reasons = Counter(
+            _empty_reply(completion) or turn.invalid_reason
+            for turn, completion in zip(episode.turns, completions, strict=True)
+            if not turn.is_action_valid
+        )
         return cls(
-            task_id=str(info["task_id"]),
-            task_type=str(info["task_type"]),
-            success=bool(info["success"]) and stop_reason in ("terminated", "turn_limit"),
-            score=float(info["score"]),
-            turns=len(turns),
+            task_id=episode.task_id,
+            task_type=episode.task_type,
+            success=episode.success and episode.stop_reason in ("terminated", "turn_limit"),
+            score=episode.score,
+            turns=len(episode.turns),
             invalid_turns=reasons.total(),
             invalid_reasons=dict(sorted(reasons.items())),
-            actions=tuple(sorted(verbs.items())),
-            stop_reason=stop_reason,
+            actions=tuple(sorted(episode.verbs.items())),
+            stop_reason=episode.stop_reason,
             stop_message=stop_message,
-            **_token_sums(said),
-            cut_completions=sum(completion.is_cut for completion in said),
-            turns_left_out=sum(completion.turns_left_out for completion in said),
+            **_token_sums(completions),
+            cut_completions=sum(completion.is_cut for completion in completions),
+            turns_left_out=sum(completion.turns_left_out for completion in completions),
             seconds=round(seconds, 3),
-            transcript=tuple(_transcribed(turn) for turn in turns),
+            transcript=tuple(map(_transcribed, episode.turns, completions)),
         )
 
     def task_result(self) -> TaskResult:
@@ -370,14 +354,15 @@ def _empty_reply(said: Completion) -> str:
     return "" if said.text.strip() else EMPTY_REPLY
 
 
-def _transcribed(turn: AgentTurn) -> dict[str, Any]:
+def _transcribed(turn: Turn, completion: Completion) -> dict[str, Any]:
+    is_parsed = turn.invalid_reason in ("", "not admissible")
     return {
         "messages": [asdict(message) for message in turn.prompt],
-        "completion": turn.completion.text,
-        "reasoning": turn.completion.reasoning,
-        "action": turn.info["action"],
-        "is_action_valid": bool(turn.info["is_action_valid"]),
-        "parse_error": turn.info["parse_error"],
+        "completion": turn.completion,
+        "reasoning": completion.reasoning,
+        "action": turn.action,
+        "is_action_valid": turn.is_action_valid,
+        "parse_error": "" if is_parsed else turn.invalid_reason,
     }
 
 

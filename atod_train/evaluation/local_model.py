@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atod_gym.errors import InvalidSettingError, MissingExtraError
-from atod_train.config import SECTIONS, RunConfig
+from atod_train.config import SECTIONS, EnvConfig, RunConfig
 from atod_train.evaluation.agents import Completion
-from atod_train.evaluation.eval_records import AgentTurn, EpisodeRecord
-from atod_train.evaluation.play import PlayedEnv
+from atod_train.evaluation.eval_records import EpisodeRecord
 from atod_train.files import read_json
 from atod_train.reports.evaluations import EvaluationMode
 from atod_train.reports.run_folder import CONFIG_FILE, read_config
+from atod_train.rollout.env_pool import EnvPool
 
 if TYPE_CHECKING:
     from atod_train.evaluation.eval_options import Sampling
-    from atod_train.records import Trajectory, Turn
+    from atod_train.records import Trajectory
 
 PREFIX = "model:"
 SMOLLM2 = "smollm2"
@@ -185,10 +185,10 @@ class LocalModel:
             **({"seed": self._sampling.seed or 0} if self.temperature else {}),
         }
 
-    def described(self, played: PlayedEnv) -> str:
+    def described(self, env: EnvConfig) -> str:
         """Return one line about the loaded model and its prompts."""
         source = "its run" if self.found.trained is not None else "defaults and command line"
-        train, env = self._config.train, played.config
+        train = self._config.train
         return (
             f"model {self.found.source}; prompts of {source}: {env.prompt_style} style, profile "
             f"{env.parse_profile}, at most {train.max_completion_tokens} tokens a completion and "
@@ -197,7 +197,7 @@ class LocalModel:
 
     def play(
         self,
-        played: PlayedEnv,
+        pool: EnvPool,
         task_ids: Sequence[str],
         *,
         already: int,
@@ -207,7 +207,7 @@ class LocalModel:
         """Play each task once with the loaded model.
 
         Args:
-            played: the environment; its `max_turns` is set.
+            pool: environments of the split.
             task_ids: the tasks, each once.
             already: episodes of earlier sessions; sampling then draws other numbers.
             concurrency: episodes at the same time; None: as many as memory holds, at most 128.
@@ -217,56 +217,40 @@ class LocalModel:
             AtodError: an environment fails, or the tokenizer's chat template cannot be used.
         """
         from atod_train.evaluation.evaluate import play_in_batches
-        from atod_train.rollout.env_pool import EnvPool
 
+        config = replace(self._config, env=replace(pool.config, max_turns=pool.max_turns))
         began = time.monotonic()
 
         def keep(trajectory: Trajectory) -> None:
             on_record(_record(trajectory, time.monotonic() - began))
 
-        env = replace(played.config, template_options=self._config.env.template_options)
-        pool = EnvPool(env, played.split)
-        try:
-            for _ in play_in_batches(
-                self._policy, pool, replace(self._config, env=env), task_ids,
-                temperature=self.temperature, on_end=keep, stream=already, at_once=concurrency,
-            ):  # fmt: skip
-                began = time.monotonic()
-        finally:
-            pool.close()
+        for _ in play_in_batches(
+            self._policy, pool, config, task_ids,
+            temperature=self.temperature, on_end=keep, stream=already, at_once=concurrency,
+        ):  # fmt: skip
+            began = time.monotonic()
 
 
 def _record(trajectory: Trajectory, seconds: float) -> EpisodeRecord:
     """Return the record of an episode; prompt tokens are those of each turn's whole prompt."""
-    turns: list[AgentTurn] = []
+    completions: list[Completion] = []
     context = 0
     for turn in trajectory.turns:
         tokens = turn.tokens
         context = len(tokens.prompt_ids) + (context if tokens.extends_previous else 0)
-        completion = Completion(
-            turn.completion,
-            prompt_tokens=context,
-            completion_tokens=len(tokens.completion_ids),
-            is_cut=tokens.finish_reason == "length",
-            turns_left_out=turn.turns_left_out,
+        completions.append(
+            Completion(
+                turn.completion,
+                prompt_tokens=context,
+                completion_tokens=len(tokens.completion_ids),
+                is_cut=tokens.finish_reason == "length",
+                turns_left_out=turn.turns_left_out,
+            )
         )
         context += len(tokens.completion_ids)
-        turns.append(AgentTurn(turn.prompt, completion, _info(turn)))
     does_not_fit = trajectory.stop_reason == "context_limit"
     message = "The prompt does not fit --max-context." if does_not_fit else ""
-    names = ("task_id", "task_type", "success", "score")
-    ended = {name: getattr(trajectory, name) for name in names}
-    return EpisodeRecord.of(turns, ended, trajectory.stop_reason, seconds, message)
-
-
-def _info(turn: Turn) -> dict[str, Any]:
-    """Return what `info` held after a turn."""
-    is_parsed = turn.invalid_reason in ("", "not admissible")
-    return {
-        "action": turn.action,
-        "is_action_valid": turn.is_action_valid,
-        "parse_error": "" if is_parsed else turn.invalid_reason,
-    }
+    return EpisodeRecord.of(trajectory, completions, seconds, message)
 
 
 def _digest(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import gymnasium
@@ -23,11 +24,14 @@ class EnvPool:
     """Plays many episodes of a split at the same time, each turn of all in one call.
 
     Args:
-        config: which environment, and how it is put to the model.
+        config: which environment, and how it is put to the model. A `max_turns` of 0 is the
+            environment's own limit.
         split: a split of the environment.
+        template: of prompts; None: that of the prompt style.
 
     Attributes:
         task_ids: of the split, in manifest order.
+        max_turns: turn limit of an episode.
         content_hash: of the split's tasks.
         data: which data is played, see `StepInfo`.
         completion_format: how completions are written.
@@ -36,16 +40,24 @@ class EnvPool:
         AtodError: the environment refuses a setting; the message is the environment's.
     """
 
-    def __init__(self, config: EnvConfig, split: str) -> None:
+    def __init__(self, config: EnvConfig, split: str, template: Path | None = None) -> None:
         self.config = config
         self.split = split
+        self._template = template
+        self.max_turns: int = config.options.get("max_turns", config.max_turns)  # type: ignore[assignment]
         self._envs = self._make(1)
-        self._dialogues: list[AgentDialogue] = []
         first: Any = self._envs.envs[0].unwrapped
+        for name in ("task_ids", "manifest", "data", *([] if self.max_turns else ["max_turns"])):
+            if not hasattr(first, name):
+                raise InvalidSettingError(
+                    f"{config.id} has no {name}, so its tasks cannot be played one by one."
+                )
+        self.max_turns = self.max_turns or first.max_turns
         self.task_ids: tuple[str, ...] = tuple(first.task_ids)
         self.content_hash: str = first.manifest.content_hash
         self.data: str = first.data
-        self.completion_format = CompletionFormat.of(first.metadata, config.parse_profile)
+        self._dialogues = [self._dialogue(first)]
+        self.completion_format: CompletionFormat = self._dialogues[0].completion_format
 
     def start(self, task_ids: Sequence[str]) -> list[Episode]:
         """Start an episode for each task; those of the last call are over.
@@ -97,13 +109,12 @@ class EnvPool:
     def _make(self, count: int) -> _Envs:
         config = self.config
         settings: dict[str, Any] = {"split": self.split, "data": config.data}
-        limit = config.options.get("max_turns", config.max_turns)
         settings |= {name: value for name, value in config.options.items() if name != "max_turns"}
         spec = gymnasium.registry.get(config.id)
         if spec is None or spec.vector_entry_point is None:
-            return SingleEnvs(
-                [make_env(config.id, max_turns=limit, **settings) for _ in range(count)]  # type: ignore[arg-type]
-            )
+            limit = self.max_turns or None
+            return SingleEnvs([make_env(config.id, limit, **settings) for _ in range(count)])
+        limit = self.max_turns or spec.max_episode_steps
         try:
             envs = gymnasium.make_vec(
                 config.id, count, max_episode_steps=limit, autoreset_mode="Disabled", **settings
@@ -122,6 +133,7 @@ class EnvPool:
             profile=config.parse_profile,
             style=config.prompt_style,
             history_window=config.history_window,
+            template=self._template,
             show_admissible=config.show_admissible,
         )
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,22 +30,23 @@ from atod_train.evaluation.agents import (
     load_agent,
 )
 from atod_train.evaluation.eval_records import EpisodeRecord
-from atod_train.evaluation.play import PlayedEnv, play_tasks
+from atod_train.evaluation.play import play_tasks
+from atod_train.rollout.env_pool import EnvPool
 
 ECHO_ID = "tests/AgentsEcho-v0"
 
 
-def env_of(env_id: str, split: str, **options: Any) -> PlayedEnv:
-    """An environment with the prompts of models that reason."""
+def env_of(env_id: str, split: str, **options: Any) -> tuple[EnvConfig, str]:
+    """An environment with the prompts of models that reason, and a split."""
     data = "generated" if options else "auto"
     config = EnvConfig(
         env_id, data, options, max_turns=0, parse_profile="tags", show_admissible=True
     )
-    return PlayedEnv(config, split)
+    return config, split
 
 
 ECHO = env_of(ECHO_ID, "test")
-GENERATED: dict[str, PlayedEnv] = {
+GENERATED = {
     "homes": env_of("atod/ALFWorld-v0", "valid_unseen", house_size="tiny"),
     "shop": env_of("atod/WebShop-v0", "test", products=60),
     "questions": env_of("atod/SearchQA-v0", "test", entities=60),
@@ -59,22 +61,20 @@ def _echo() -> Iterator[None]:
 
 
 def played(
-    env: PlayedEnv,
+    env: tuple[EnvConfig, str],
     make_agent: Any,
     *,
     tasks: int | Sequence[str] = 8,
     concurrency: int = 1,
 ) -> list[EpisodeRecord]:
     """The records of the first tasks, sorted by task."""
-    first: Any = env.make()
     records: list[EpisodeRecord] = []
-    task_ids = first.unwrapped.task_ids[:tasks] if isinstance(tasks, int) else tasks
-    try:
+    with closing(EnvPool(*env)) as first:
+        task_ids = first.task_ids[:tasks] if isinstance(tasks, int) else tasks
         play_tasks(
-            env, first, make_agent, task_ids, concurrency=concurrency, on_record=records.append
-        )
-    finally:
-        first.close()
+            first, lambda: EnvPool(*env), make_agent, task_ids,
+            concurrency=concurrency, on_record=records.append,
+        )  # fmt: skip
     assert sorted(record.task_id for record in records) == sorted(task_ids)
     return sorted(records, key=lambda record: record.task_id)
 
@@ -97,8 +97,10 @@ def test_random_play_does_not_depend_on_concurrency(name: str) -> None:
 @pytest.mark.parametrize("name", GENERATED)
 @pytest.mark.parametrize("style", ["chat", "window"])
 def test_the_expert_solves_generated_tasks(name: str, style: Any) -> None:
-    env = replace(GENERATED[name], config=replace(GENERATED[name].config, prompt_style=style))
-    records = played(env, ExpertAgent, tasks=12, concurrency=3)
+    config, split = GENERATED[name]
+    records = played(
+        (replace(config, prompt_style=style), split), ExpertAgent, tasks=12, concurrency=3
+    )
     assert sum(record.success for record in records) >= 11
     assert sum(record.invalid_turns for record in records) == 0
     assert all(record.stop_reason == "terminated" for record in records if record.success)
@@ -125,8 +127,8 @@ class _Slow:
     def __init__(self) -> None:
         self._expert = ExpertAgent()
 
-    def reset(self, env: Any, observation: Any, info: Any) -> None:
-        self._expert.reset(env, observation, info)
+    def reset(self, episode: Any, observation: Any, info: Any) -> None:
+        self._expert.reset(episode, observation, info)
 
     async def act(self, messages: Any, observation: Any, info: Any) -> Completion:
         _Slow.now += 1
@@ -194,7 +196,7 @@ def test_an_agent_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "my_own_agent.py").write_text(
         "from atod_train.evaluation.agents import Completion\n"
         "class Mine:\n"
-        "    def reset(self, env, observation, info): pass\n"
+        "    def reset(self, episode, observation, info): pass\n"
         "    async def act(self, messages, observation, info):\n"
         "        return Completion('<action>say amber</action>', 5, 2)\n"
     )
