@@ -41,8 +41,8 @@ from atod_train.studies.file import Run, Study, StudyPart, keep_study, study_of
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher, connect, describe
 from atod_train.training.checks import check_settings
+from atod_train.training.starts import evaluate_start, policy_of
 from atod_train.training.stopping import StoppedByUser, interruptible
-from atod_train.training.supervised import Starts, evaluate_start
 from atod_train.training.trainer import Trainer
 
 
@@ -183,7 +183,7 @@ def _make_start(config: RunConfig, role: EvaluatedModel) -> None:
     """Makes a start unless it is cached or a saved model."""
     pool = EnvPool(config.env, "train")
     try:
-        Starts(config, pool).policy(role)
+        policy_of(config, role, pool)
     finally:
         pool.close()
 
@@ -192,19 +192,18 @@ def _check_teacher(config: RunConfig) -> None:
     """Refuses a teacher that cannot score the student, before minutes are spent on evaluations."""
     pool = EnvPool(config.env, "train")
     try:
-        starts = Starts(config, pool)
-        _teacher(config, starts, starts.policy("student"))
+        _teacher(config, pool, policy_of(config, "student", pool))
     finally:
         pool.close()
 
 
-def _teacher(config: RunConfig, starts: Starts, student: Policy) -> Teacher:
+def _teacher(config: RunConfig, pool: EnvPool, student: Policy) -> Teacher:
     """The teacher, in this process or behind a URL."""
     model = config.model
     if is_url(model.teacher):
         return RemoteTeacher(model.teacher, student, max_context=model.max_context)
     return LocalTeacher(
-        starts.policy("teacher"),
+        policy_of(config, "teacher", pool),
         student,
         tokens_per_microbatch=config.train.tokens_per_microbatch,
     )
@@ -216,10 +215,9 @@ def _train(run: Run, known: Sequence[Evaluation], processes: Processes) -> None:
     train_pool = EnvPool(config.env, "train")
     eval_pools = [EnvPool(config.env, split) for split in config.env.eval_splits]
     try:
-        starts = Starts(config, train_pool)
-        student = starts.policy("student")
+        student = policy_of(config, "student", train_pool)
         wanted = needs_teacher(config.algorithm.method)
-        teacher = _teacher(config, starts, student) if wanted else None
+        teacher = _teacher(config, train_pool, student) if wanted else None
         trainer = Trainer(
             config,
             run.folder,

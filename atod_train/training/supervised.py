@@ -1,84 +1,51 @@
-"""Supervised starts: expert episodes, models trained on them, and their evaluations.
+"""Supervised training on demonstrations: expert episodes, and models trained on them.
 
-Any environment whose class has `expert()` can be demonstrated; one that has `demonstrator()`, which
-may know more of a task than an agent, is demonstrated by that. An expert with an attribute
-`max_turns` has failed in an episode that is longer. Episodes contain random actions now and then
-(of those that were admissible at some turn), so that a model sees how to recover; only the expert's
-own turns are trained.
-
-What was trained is cached by a hash of everything that it depends on. The evaluations of start and
-teacher, which the runs of a folder share, are kept in it with what they depend on:
-
-    evaluations/<student or teacher>-<split>-<mode>.json
+An environment is demonstrated by the player of its `demonstrator()`, which may know more of a task
+than an agent, or else of its `expert()`. An episode longer than the player's `max_turns`, where it
+has that attribute, has failed. Some turns play a random action instead (one that was admissible at
+some turn), so that a model sees how to recover; only the expert's own turns are trained.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import closing
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from atod_gym.errors import AtodError, InvalidSettingError
+from atod_gym.errors import AtodError
 from atod_train.batch import length_buckets, make_batch
-from atod_train.config import Precision, RunConfig
-from atod_train.distributed import Processes
-from atod_train.evaluation.evaluate import evaluate
-from atod_train.files import read_json, write_json
-from atod_train.memory import memory_errors
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import (
-    LoadOptions,
-    cache_folder,
-    is_mixed,
-    load_policy,
-    pick_device,
-)
-from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.progress import progress
 from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
-from atod_train.reports.evaluations import (
-    EvaluatedModel,
-    Evaluation,
-    EvaluationMode,
-    EvaluationResult,
-)
-from atod_train.reports.run_folder import RunFolderError
-from atod_train.reports.statistics import InvalidCountsError
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import seed_for, tasks_for_step
 from atod_train.training.checks import DivergedError
 from atod_train.training.muon import Muon
 
 _WARM_UP = 0.05
+"""Share of the updates in which the learning rate rises."""
 _EXPERT_TOKENS = 180
-"""Tokens of completions that an update should hold, more or less: short episodes need more."""
+"""Completion tokens of an update, about; it takes more episodes where they are short."""
 _SCORED_WORDS = 4096
-"""With a larger vocabulary so few of the environment's tokens are scored that it costs no more."""
+"""With a larger vocabulary, fewer observation tokens are scored, so that it costs the same."""
 
 
 def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Trajectory]:
-    """Expert episodes on `count` tasks, each again once all were played; failures are left out.
+    """Return expert episodes; those that fail are left out.
 
     Args:
         pool: environments of the training split.
-        count: episodes.
+        count: episodes to play; tasks repeat when all were played.
         noise: probability that a turn plays a random action instead.
         seed: seed of tasks and noise.
 
     Raises:
-        AtodError: the environment has no scripted expert.
+        AtodError: the environment has no scripted expert, or it solved no task.
     """
     rng = np.random.default_rng(seed_for(seed, 0, "demonstrations"))
     episodes = []
@@ -90,8 +57,8 @@ def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Traj
             advance()
     if not episodes:
         raise AtodError(
-            "The scripted expert solved no task: give it more turns (env.max_turns), and where it "
-            "has to find something, more results (env.options.topk)."
+            "The scripted expert solved no task: raise env.max_turns and, where it searches, the "
+            "results of a search (env.options topk)."
         )
     return episodes
 
@@ -116,7 +83,7 @@ def _demonstrate_one(
 
 
 def demonstration_texts(demonstrations: Iterable[Trajectory]) -> Iterable[str]:
-    """All text that demonstrations hold, for building a tokenizer."""
+    """Yield all texts of demonstrations, for building a tokenizer."""
     for demonstration in demonstrations:
         for turn in demonstration.turns:
             yield turn.completion
@@ -155,11 +122,11 @@ def train_on_demonstrations(
     observation_weight: float = 0.3,
     tokens_per_microbatch: int = 16384,
 ) -> list[float]:
-    """Cross-entropy on the expert's turns and, with less weight, on what the environment says.
+    """Train a model by cross-entropy on expert turns and, with less weight, on observations.
 
-    The learning rate warms up, then decays to a tenth along a cosine. With a large vocabulary a
-    random share of the environment's tokens stands for all of them, each with so much more weight:
-    the logits of the others, which would be most of the work, are never computed.
+    The learning rate warms up, then decays to a tenth along a cosine. With a large vocabulary only
+    a random share of the observation tokens is scored, each with a larger weight, because the
+    logits of all would be most of the work.
 
     Args:
         policy: the model; it is changed.
@@ -169,7 +136,7 @@ def train_on_demonstrations(
         seed: order of episodes.
         episodes_per_update: trajectories of an optimiser update; 0: the power of two that comes
             closest to 180 completion tokens.
-        observation_weight: weight of a token of the environment; one of the expert's has 1.
+        observation_weight: loss weight of an observation token; an expert token has 1.
         tokens_per_microbatch: padded tokens that go through the model at once.
 
     Returns:
@@ -207,7 +174,7 @@ def train_on_demonstrations(
 
 
 def _episodes_per_update(trajectories: Sequence[Trajectory]) -> int:
-    """The power of two of episodes that hold about `_EXPERT_TOKENS` completion tokens."""
+    """Return the power of two of episodes that hold about `_EXPERT_TOKENS` completion tokens."""
     tokens = sum(len(turn.tokens.completion_ids) for t in trajectories for turn in t.turns)
     wanted = _EXPERT_TOKENS * len(trajectories) / max(1, tokens)
     return 2 ** max(0, round(math.log2(wanted)))
@@ -221,6 +188,7 @@ def _supervised_update(
     budget: int,
     generator: torch.Generator,
 ) -> float:
+    """Make one update; return the loss, or a gradient norm that is not finite and moved nothing."""
     batch = make_batch(trajectories, policy.pad_id)
     share = min(1.0, _SCORED_WORDS / policy.model.config.vocab_size)
     weights = _token_weights(batch, trajectories, observation_weight, share, generator)
@@ -248,7 +216,7 @@ def _supervised_update(
 
 
 def _supervised_optimizers(policy: Policy, lr: tuple[float, float]) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
+    """Return Muon for the matrices inside the layers and AdamW for embeddings and norms."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in policy.model.named_parameters():
@@ -272,10 +240,10 @@ def _token_weights(
     share: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """[S, L] float32: 1 for the expert's tokens, less for the environment's, 0 for noise.
+    """Return [S, L] float32: 1 for expert tokens, less for observations, 0 for random actions.
 
-    Of the environment's tokens a random `share` keeps a weight, so much larger that the expected
-    one stays.
+    A random `share` of the observation tokens keeps a weight, divided by `share`, so that the
+    expected weight stays.
     """
     weights = batch.attention_mask * observation_weight
     weights = weights * (torch.rand(weights.shape, generator=generator) < share) / share
@@ -290,205 +258,3 @@ def _token_weights(
     for sequence, start, length, trained in rows:
         weights[sequence, start : start + length] = float(trained)
     return weights
-
-
-_RECIPE = 6
-"""Raised whenever the way of making demonstrations or starts changes, so that caches expire."""
-
-NOISE = 0.2
-"""Probability of a random action in place of the expert's, to show how to recover."""
-
-
-class Starts:
-    """Makes or loads the student and the teacher of a run, or takes them from the cache.
-
-    Args:
-        config: the run's settings.
-        pool: environments of the training split.
-
-    Raises:
-        InvalidSettingError: a model from scratch has no passes over the demonstrations.
-    """
-
-    def __init__(self, config: RunConfig, pool: EnvPool) -> None:
-        self._config = config
-        self._pool = pool
-        self._demonstrations: list[Trajectory] | None = None
-
-    def policy(self, role: EvaluatedModel) -> Policy:
-        """The teacher, or the student's start; the same for every method and seed."""
-        name, epochs, seed = self._made_from(role)
-        choose_threads(self._config)
-        label = f"{role} ({Path(name).name})"
-        if not self._is_made(name, epochs):
-            return load_policy(name, self._options(role), name=label)
-        path = cache_folder() / self._key(name, epochs, seed)
-        if not (path / "config.json").is_file():
-            advice = "Lower --train.tokens-per-microbatch or model.max_context."
-            with memory_errors(f"training the {role}'s start", advice):
-                self._make(name, epochs, seed, label).save(path)
-        return load_policy(path, self._options(role), name=label)
-
-    def identity(self, role: EvaluatedModel) -> str:
-        """What tells a model apart from another: a hash of all that it was made from, or a name."""
-        name, epochs, seed = self._made_from(role)
-        return self._key(name, epochs, seed) if self._is_made(name, epochs) else _identity(name)
-
-    def _made_from(self, role: EvaluatedModel) -> tuple[str, float, int]:
-        """Name, passes over the demonstrations and seed."""
-        model, epochs = self._config.model, self._config.start.epochs
-        if role == "student":
-            return model.student, epochs[0], 1
-        return model.teacher, epochs[1], 0
-
-    def _is_made(self, name: str, epochs: float) -> bool:
-        """Whether a model was trained on demonstrations here."""
-        if name in MODEL_SHAPES and not epochs:
-            raise InvalidSettingError(
-                f"{name} is made from scratch: start.epochs must be above 0 for it."
-            )
-        return bool(epochs)
-
-    def _options(self, role: EvaluatedModel) -> LoadOptions:
-        model = self._config.model
-        if role == "student":
-            return LoadOptions(
-                device=model.device,
-                dtype=model.dtype,
-                lora_rank=model.lora_rank,
-                gradient_checkpointing=model.gradient_checkpointing,
-            )
-        device = model.teacher_device or model.device
-        frozen = "bfloat16" if is_mixed(model.dtype, pick_device(device)) else model.dtype
-        return LoadOptions(device=device, dtype=frozen)
-
-    def _key(self, name: str, epochs: float, seed: int) -> str:
-        env, model, start = self._config.env, self._config.model, self._config.start
-        depends: dict[str, object] = {
-            "recipe": _RECIPE,
-            "env": [env.id, sorted(env.options.items()), env.max_turns, env.prompt_style],
-            "prompt": [env.history_window, env.show_admissible, env.parse_profile],
-            "data": self._pool.content_hash,
-            "demonstrations": [start.demonstrations, NOISE],
-            "model": [name, epochs, start.lr, start.observation_weight, seed],
-        }
-        if name in MODEL_SHAPES:
-            depends["shape"] = asdict(MODEL_SHAPES[name])
-        else:
-            depends["start"] = [_identity(name), sorted(env.template_options.items())]
-            if model.dtype == "mixed" and is_mixed(model.dtype, pick_device(model.device)):
-                depends["dtype"] = model.dtype
-        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-        return f"{Path(name).name}-{digest[:20]}"
-
-    def _make(self, name: str, epochs: float, seed: int, label: str) -> Policy:
-        config = self._config
-        if self._demonstrations is None:
-            count = config.start.demonstrations
-            self._demonstrations = demonstrate(self._pool, count, NOISE, seed=0)
-        if name in MODEL_SHAPES:
-            tokenizer = build_word_tokenizer(demonstration_texts(self._demonstrations))
-            policy = build_policy(name, tokenizer, seed, name=label)
-        else:
-            # Weights that are trained stay float32 in either.
-            dtype: Precision = "mixed" if config.model.dtype == "mixed" else "auto"
-            options = LoadOptions(device=config.model.device, dtype=dtype)
-            policy = load_policy(name, options, name=label)
-        dialogue = DialogueEncoder(
-            policy.tokenizer, config.env.prompt_style, config.env.template_options
-        )
-        trajectories = [tokenize(episode, dialogue) for episode in self._demonstrations]
-        train_on_demonstrations(
-            policy,
-            trajectories,
-            epochs=epochs,
-            lr=config.start.lr,
-            seed=seed,
-            observation_weight=config.start.observation_weight,
-            tokens_per_microbatch=config.train.tokens_per_microbatch,
-        )
-        return policy
-
-
-def choose_threads(config: RunConfig) -> None:
-    """Compute with one thread where all models are tiny: more only wait for each other.
-
-    Larger models get torch's choice, and OMP_NUM_THREADS decides where it is set.
-    """
-    models = {config.model.student, config.model.teacher}
-    if "OMP_NUM_THREADS" not in os.environ and models <= set(MODEL_SHAPES):
-        torch.set_num_threads(1)
-
-
-def _identity(name: str) -> str:
-    """What tells a language model apart from another of the same name: its newest weights file."""
-    times = [file.stat().st_mtime_ns for file in Path(name).glob("*.safetensors")]
-    return f"{Path(name).resolve() if times else name} {max(times, default=0)}"
-
-
-MODES: tuple[EvaluationMode, ...] = ("greedy", "sampled")
-"""How completions are chosen."""
-
-
-def evaluate_start(
-    config: RunConfig, role: EvaluatedModel, split: str, folder: Path, processes: Processes
-) -> list[Evaluation]:
-    """Evaluate the start or the teacher on one split in every mode; what is kept is not made again.
-
-    Args:
-        config: what all runs share.
-        role: which model.
-        split: of the environment.
-        folder: that of the runs.
-        processes: share the tasks; the main one writes.
-
-    Raises:
-        AtodError: as `evaluate`.
-        RunFolderError: a file is broken.
-    """
-    advice = "Lower model.max_context, or use a smaller model."
-    with (
-        closing(EnvPool(config.env, "train")) as train_pool,
-        closing(EnvPool(config.env, split)) as pool,
-        memory_errors(f"evaluating the {role}", advice),
-    ):
-        starts = Starts(config, train_pool)
-        settings = _settings(config, starts.identity(role), pool.content_hash)
-        paths = {mode: folder / "evaluations" / f"{role}-{split}-{mode}.json" for mode in MODES}
-        # All ranks read the same: rank 0 writes only when all have evaluated.
-        kept = {mode: _kept(path, settings) for mode, path in paths.items()}
-        results = {mode: result for mode, result in kept.items() if result is not None}
-        if missing := [mode for mode in MODES if mode not in results]:
-            policy = starts.policy(role)
-            for mode in missing:
-                results[mode] = evaluate(policy, pool, config, mode, processes)
-                if processes.is_main:
-                    record = {"settings": settings, "result": results[mode].to_json()}
-                    write_json(paths[mode], record)
-    return [Evaluation(0, role, results[mode]) for mode in MODES]
-
-
-def _settings(config: RunConfig, identity: str, tasks: str) -> dict[str, Any]:
-    """Return what an evaluation depends on, as JSON; devices and a teacher's URL may change."""
-    settings = {
-        "made_from": identity,
-        "tasks": tasks,
-        "env": asdict(config.env),
-        "dtype": config.model.dtype,
-        "max_context": config.model.max_context,
-        "max_completion_tokens": config.train.max_completion_tokens,
-        "seed": config.train.seed,
-    }
-    value: dict[str, Any] = json.loads(json.dumps(settings))
-    return value
-
-
-def _kept(path: Path, settings: dict[str, Any]) -> EvaluationResult | None:
-    """The result of a file with these settings; None: there is none."""
-    record = read_json(path)
-    if not record or record.get("settings") != settings:
-        return None
-    try:
-        return EvaluationResult.from_json(record["result"])
-    except (KeyError, TypeError, InvalidCountsError) as error:
-        raise RunFolderError(f"{path} holds no evaluation ({error}); remove it") from error

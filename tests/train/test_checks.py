@@ -31,10 +31,11 @@ from atod_train.reports.metrics import read_metrics
 from atod_train.reports.run_folder import RunFolderError
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.study import train_one
-from atod_train.training import supervised, trainer
+from atod_train.training import trainer
 from atod_train.training.checkpoint import saved_checkpoints
 from atod_train.training.checks import check_settings
 from atod_train.training.inputs import HiddenInputs, fingerprint
+from atod_train.training.starts import policy_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -177,7 +178,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     """A finished run of a saved model with adapters, and its folder."""
     out = tmp_path_factory.mktemp("run")
     with closing(EnvPool(CONFIG.env, "train")) as pool:
-        made = supervised.Starts(CONFIG, pool).policy("student")
+        made = policy_of(CONFIG, "student", pool)
     for name in ("student", "teacher"):
         made.save(out / name)
     model = replace(

@@ -20,8 +20,8 @@ from atod_train.evaluation.evaluate import evaluate
 from atod_train.reports.evaluations import Evaluation
 from atod_train.reports.run_folder import FileError
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.training import supervised
-from atod_train.training.supervised import evaluate_start
+from atod_train.training import starts
+from atod_train.training.starts import evaluate_start
 
 CONFIG = RunConfig(
     env=EnvConfig(
@@ -47,7 +47,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         modes.append(mode)
         return evaluate(policy, pool, config, mode, processes)
 
-    monkeypatch.setattr(supervised, "evaluate", counted)
+    monkeypatch.setattr(starts, "evaluate", counted)
     return modes
 
 
@@ -110,7 +110,7 @@ def test_other_tasks_are_evaluated_again(
             if split != "train":
                 self.content_hash = "0" * 64
 
-    monkeypatch.setattr(supervised, "EnvPool", Changed)
+    monkeypatch.setattr(starts, "EnvPool", Changed)
     _evaluated(tmp_path)
     assert made == ["greedy", "sampled"]
 

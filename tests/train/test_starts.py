@@ -22,9 +22,10 @@ from atod_train.models.pretrained import cache_folder, load_policy
 from atod_train.models.scores import score_completions
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.training import supervised
+from atod_train.training import starts, supervised
 from atod_train.training.checks import DivergedError
-from atod_train.training.supervised import Starts, demonstrate, demonstration_texts, tokenize
+from atod_train.training.starts import policy_of
+from atod_train.training.supervised import demonstrate, demonstration_texts, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +59,22 @@ def test_a_language_model_is_trained_once_and_kept(
     config: RunConfig, pool: EnvPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     untouched = load_policy(config.model.student)
-    shown = Starts(config, pool).policy("student")
+    shown = policy_of(config, "student", pool)
     assert _likelihood(shown, pool) > _likelihood(untouched, pool) + 0.5
     # No passes over the demonstrations: as it is.
-    teacher = Starts(config, pool).policy("teacher")
+    teacher = policy_of(config, "teacher", pool)
     assert _likelihood(teacher, pool) == pytest.approx(_likelihood(untouched, pool), abs=1e-6)
 
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("trained again")
 
-    monkeypatch.setattr(supervised, "train_on_demonstrations", refuse)
-    again = Starts(config, pool).policy("student")
+    monkeypatch.setattr(starts, "train_on_demonstrations", refuse)
+    again = policy_of(config, "student", pool)
     for name, weight in again.model.named_parameters():
         assert torch.equal(weight, shown.model.get_parameter(name)), name
     # Adapters stand beside what was learnt.
     adapted = replace(config, model=replace(config.model, lora_rank=2))
-    assert _likelihood(Starts(adapted, pool).policy("student"), pool) == pytest.approx(
+    assert _likelihood(policy_of(adapted, "student", pool), pool) == pytest.approx(
         _likelihood(shown, pool), abs=1e-5
     )
 
@@ -81,12 +82,12 @@ def test_a_language_model_is_trained_once_and_kept(
 def test_other_weights_of_the_same_name_are_trained_anew(
     config: RunConfig, pool: EnvPool, tmp_path: Path
 ) -> None:
-    first = Starts(config, pool).policy("student")
+    first = policy_of(config, "student", pool)
     model = load_policy(config.model.student)
     with torch.no_grad():
         model.model.get_input_embeddings().weight.mul_(1.5)
     model.save(tmp_path / "model")
-    second = Starts(config, pool).policy("student")
+    second = policy_of(config, "student", pool)
     assert not torch.equal(
         first.model.get_input_embeddings().weight, second.model.get_input_embeddings().weight
     )
@@ -101,27 +102,27 @@ def test_layers_in_low_precision_make_a_start_of_their_own(
         trained.append(policy.autocast_dtype)
         assert policy.model.dtype == torch.float32
 
-    monkeypatch.setattr(supervised, "train_on_demonstrations", note)
+    monkeypatch.setattr(starts, "train_on_demonstrations", note)
     monkeypatch.setattr(pretrained, "computes_bfloat16", lambda device: True)
     start = replace(config.start, epochs=(3.0, 1.0))
     mixed = replace(config, model=replace(config.model, dtype="mixed"), start=start)
-    student = Starts(mixed, pool).policy("student")
-    Starts(config, pool).policy("student")
-    teacher = Starts(mixed, pool).policy("teacher")
+    student = policy_of(mixed, "student", pool)
+    policy_of(config, "student", pool)
+    teacher = policy_of(mixed, "teacher", pool)
     assert trained == [torch.bfloat16, None, torch.bfloat16]
     assert (student.model.dtype, student.autocast_dtype) == (torch.float32, torch.bfloat16)
     assert (teacher.model.dtype, teacher.autocast_dtype) == (torch.bfloat16, None)
     # Where it would be emulated, what float32 made does.
     monkeypatch.setattr(pretrained, "computes_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match="no units for bfloat16"):
-        student = Starts(mixed, pool).policy("student")
+        student = policy_of(mixed, "student", pool)
     assert len(trained) == 3
     assert (student.model.dtype, student.autocast_dtype) == (torch.float32, None)
 
 
 def test_without_passes_nothing_is_trained(config: RunConfig, pool: EnvPool) -> None:
     plain = replace(config, start=StartConfig())
-    found = Starts(plain, pool).policy("student")
+    found = policy_of(plain, "student", pool)
     for name, weight in load_policy(config.model.student).model.named_parameters():
         assert torch.equal(weight, found.model.get_parameter(name)), name
 
@@ -156,7 +157,7 @@ def test_a_model_from_scratch_needs_demonstrations(config: RunConfig, pool: EnvP
     with pytest.raises(
         InvalidSettingError, match=r"micro is made from scratch: start\.epochs must"
     ):
-        Starts(scratch, pool).policy("teacher")
+        policy_of(scratch, "teacher", pool)
 
 
 def test_a_start_that_diverges_stops_and_names_its_setting(
@@ -164,7 +165,7 @@ def test_a_start_that_diverges_stops_and_names_its_setting(
 ) -> None:
     steep = replace(config, start=replace(config.start, lr=(1e30, 0.0)))
     with pytest.raises(DivergedError, match=r"student .* diverged in update .* Lower start\.lr"):
-        Starts(steep, pool).policy("student")
+        policy_of(steep, "student", pool)
     assert not list(cache_folder().glob("*/config.json"))
 
 
@@ -192,5 +193,5 @@ def test_tiny_models_compute_with_one_thread(
         if number:
             monkeypatch.setenv("OMP_NUM_THREADS", number)
         chosen.clear()
-        supervised.choose_threads(settings)
+        starts.choose_threads(settings)
         assert chosen == expected
