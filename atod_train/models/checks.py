@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from atod_gym.errors import AtodError
 from atod_train.models.decoding import Feed, new_cache, padded_logits
@@ -32,7 +32,8 @@ def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> N
 
     Raises:
         AtodError: layers without full attention, an attention window or positions shorter than
-            `max_context`, or a language model inside a larger one.
+            `max_context`, positions as an attention bias, attention that transformers does not
+            compute with scaled_dot_product_attention, or a language model inside a larger one.
     """
     if config.get_text_config() is not config:
         raise AtodError(
@@ -45,6 +46,16 @@ def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> N
         raise AtodError(
             f"Model {name} ({config.model_type}) has {what}; sampling here needs full attention in "
             "every layer. Use another model."
+        )
+    if getattr(config, "alibi", False):
+        raise AtodError(
+            f"Model {name} ({config.model_type}) has positions as an attention bias (ALiBi), which "
+            "the masks used here would replace. Use another model."
+        )
+    if not _computes_sdpa(config):
+        raise AtodError(
+            f"Model {name} ({config.model_type}): transformers computes its attention without "
+            "scaled_dot_product_attention, which sampling and scoring here need. Use another model."
         )
     window = attention_window(config)
     if window is not None and (not max_context or window < max_context):
@@ -59,6 +70,15 @@ def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> N
             f"model.max_context={max_context} is more than the {positions} positions of model "
             f"{name}. Use --model.max-context {positions} or less."
         )
+
+
+def _computes_sdpa(config: PretrainedConfig) -> bool:
+    """Return whether transformers has a causal model for a configuration that computes SDPA."""
+    try:
+        architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        return True  # code of its own, which loading checks
+    return bool(getattr(architecture, "_supports_sdpa", False))
 
 
 def attention_window(config: PretrainedConfig) -> int | None:

@@ -72,7 +72,19 @@ def test_models_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_path
     assert "Cannot read the shape of model" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", [GPT2Config, OPTConfig, BloomConfig, FalconConfig])
+@pytest.mark.parametrize("kind", [GPT2Config, OPTConfig, FalconConfig])
 def test_configurations_with_names_of_their_own(kind: type[Any], tmp_path: Path) -> None:
     kind().save_pretrained(tmp_path)
     assert doctor.model_finding("teacher", str(tmp_path), 512).kind == "ok"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [(BloomConfig(), "scaled_dot_product"), (FalconConfig(alibi=True), "ALiBi")],
+    ids=["bloom", "alibi"],
+)
+def test_what_a_run_would_refuse_is_a_problem(config: Any, reason: str, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    found = doctor.model_finding("teacher", str(tmp_path), 512)
+    assert found.kind == "problem"
+    assert reason in found.text

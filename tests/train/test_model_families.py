@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[Made, str]] = {
         (hf.Gemma2Config, {**SIZE, "head_dim": 16, "sliding_window": 512}),
         "scaled_dot_product",
     ),
-    "falcon-alibi": ((hf.FalconConfig, {**FALCON, "alibi": True}), "cannot be used|other log"),
+    "falcon-alibi": ((hf.FalconConfig, {**FALCON, "alibi": True}), "ALiBi"),
     "bloom": (
         (hf.BloomConfig, {**NO_SIZES, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
         "scaled_dot_product",
