@@ -18,7 +18,7 @@ import gymnasium
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
-import atod_gym  # noqa: F401 - registers the environments
+import atod_gym
 from atod_gym.dialogue import AgentDialogue, TurnHistory
 from atod_gym.envs.turn_env import TurnEnv, check_max_turns
 from atod_gym.errors import InvalidSettingError
@@ -169,7 +169,9 @@ def make_env(
         # Gymnasium's checker breaks the first step after a first reset that was refused.
         return gymnasium.make(env_id, max_turns, disable_env_checker=True, **settings)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        raise InvalidSettingError(f"{env_id}: {error}") from error
+        known = f" Environments here: {', '.join(atod_gym.ENV_IDS)}."
+        advice = "" if env_id in gymnasium.registry else known
+        raise InvalidSettingError(f"{env_id}: {error}{advice}") from error
     except TypeError as error:
         raise InvalidSettingError(f"{env_id} does not take these settings: {error}") from error
 

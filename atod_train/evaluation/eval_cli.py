@@ -173,7 +173,7 @@ def _evaluate(options: EvalOptions, words: Sequence[str]) -> int:
     def make_pool() -> EnvPool:
         return EnvPool(config, options.split, options.env.template)
 
-    with closing(make_pool()) as pool:
+    with closing(make_pool()) as pool, closing(folder):
         task_ids = _chosen_tasks(pool.task_ids, options)
         if isinstance(agent, LocalModel):
             settings = agent.load()

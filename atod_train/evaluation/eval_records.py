@@ -16,6 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.parsing import EMPTY_REPLY
 from atod_train.evaluation.agents import Completion
@@ -33,6 +35,7 @@ from atod_train.reports.run_folder import RunFolderError, package_versions
 SETTINGS_FILE = "settings.json"
 EPISODES_FILE = "episodes.jsonl"
 RESULT_FILE = "result.json"
+LOCK_FILE = ".lock"
 _PACKAGES = ("atod-gym", "gymnasium", "numpy", "openai")
 _TOKEN_COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens")
 
@@ -209,6 +212,7 @@ class EvaluationFolder:
             )
         self.records = [_record(line, path) for line in lines]
         self._earlier = self._seconds = max((float(line.get("at", 0)) for line in lines), default=0)
+        self._lock = FileLock(path / LOCK_FILE, timeout=0)
 
     def begin(self, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Begin a session.
@@ -218,11 +222,12 @@ class EvaluationFolder:
             about: further facts of this session, such as the URL of an endpoint.
 
         Raises:
-            InvalidSettingError: the episodes of the folder were played with other settings.
+            InvalidSettingError: the episodes of the folder were played with other settings, or
+                another process plays there.
             RunFolderError: the folder cannot be written to.
         """
         self.settings: dict[str, Any] = json.loads(json.dumps(without_infinities(settings)))
-        if self._before:
+        if self.records:
             _check_same(self._before.get("settings", {}), self.settings, self.path)
         session = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -233,12 +238,19 @@ class EvaluationFolder:
         }
         self._sessions = [*self._before.get("sessions", ()), session]
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
             write_json(
                 self.path / SETTINGS_FILE, {"settings": self.settings, "sessions": self._sessions}
             )
             end_last_line(self.path / EPISODES_FILE)
             # The result of an earlier session does not cover the episodes of this one.
             (self.path / RESULT_FILE).unlink(missing_ok=True)
+        except Timeout as error:
+            raise InvalidSettingError(
+                f"Another atod-eval plays in {self.path}: wait for its end, or choose another "
+                "folder with --out."
+            ) from error
         except OSError as error:
             raise RunFolderError(f"Cannot write to {self.path}: {error}") from error
 
@@ -305,6 +317,10 @@ class EvaluationFolder:
         }
         write_json(self.path / RESULT_FILE, value)
         return evaluated
+
+    def close(self) -> None:
+        """Let other processes continue the evaluation."""
+        self._lock.release()
 
 
 def read_evaluated(path: Path) -> Evaluated:

@@ -16,6 +16,7 @@ import gymnasium
 import numpy as np
 import pytest
 from echo_env import TASK_IDS, EchoEnv
+from filelock import FileLock
 
 from atod_train.evaluation.eval_cli import chosen_agent, main, result_folder
 from atod_train.evaluation.eval_options import EvalOptions
@@ -127,6 +128,21 @@ def test_a_refused_folder_stays_as_it_is(tmp_path: Path, options: tuple[str, ...
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_folder_in_which_another_process_plays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FileLock(tmp_path / ".lock"):
+        assert evaluate(tmp_path, "--tasks", "2") == 2
+        assert f"Another atod-eval plays in {tmp_path}" in error_of(capsys)
+    assert evaluate(tmp_path, "--tasks", "2") == 0
+
+
+def test_without_episodes_settings_may_change(tmp_path: Path) -> None:
+    assert evaluate(tmp_path, "--tasks", "2") == 0
+    (tmp_path / "episodes.jsonl").unlink()
+    assert evaluate(tmp_path, "--tasks", "3", "--resume") == 0
+
+
 def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(tmp_path, "--tasks", "2") == 0
     first, second = lines(tmp_path)
@@ -166,6 +182,7 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("--agent", "chat", "--timeout", "0", "--model", "m"), "--timeout must be >= 0.001"),
         (("--agent", "chat", "--temperature", "nan"), "--temperature must be >= 0, not nan"),
         (("nothing/Here-v0", "--agent", "random"), "nothing/Here-v0"),
+        (("ALFWorld", "--agent", "random"), "Environments here: atod/ALFWorld-v0, atod/WebShop-v0"),
         (("no_module:Here-v0", "--agent", "random"), "no_module"),
         (("CartPole-v1", "--agent", "random"), "CartPole-v1 does not take these settings"),
     ],
@@ -173,7 +190,7 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_mistakes_are_told_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
 ) -> None:
-    env = () if "/" in options[0] or options[0][0] != "-" else (ENV_ID,)
+    env = () if "/" in options[0] or options[0] == "ALFWorld" or options[0][0] != "-" else (ENV_ID,)
     assert main([*env, *options, "--split", "test", "--out", str(tmp_path)]) == 2
     assert message in error_of(capsys)
     assert not list(tmp_path.iterdir())
