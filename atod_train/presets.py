@@ -163,7 +163,9 @@ def parse_settings(default: RunConfig, arguments: Sequence[str], prog: str) -> R
 
 
 def with_options(config: Settings, default: RunConfig) -> Settings:
-    """Return settings whose environment also has the options of a default."""
+    """Return settings whose environment also has the options of a default, if it is the same."""
+    if config.env.id != default.env.id:
+        return config
     options = default.env.options | config.env.options
     return replace(config, env=replace(config.env, options=options))
 

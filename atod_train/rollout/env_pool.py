@@ -12,9 +12,9 @@ from atod_gym.dialogue import AgentDialogue
 from atod_gym.envs.vector import TurnVectorEnv
 from atod_gym.errors import AtodError, InvalidSettingError, TaskNotFoundError
 from atod_gym.parsing import CompletionFormat
-from atod_gym.wrappers import make_env
 from atod_train.config import EnvConfig
 from atod_train.rollout.episode import Episode
+from atod_train.rollout.own_env import find_spec, is_turn_env, make_text_env
 
 if TYPE_CHECKING:
     from atod_train.models.generation import Completion
@@ -46,16 +46,11 @@ class EnvPool:
         self._template = template
         self.max_turns: int = config.options.get("max_turns", config.max_turns)  # type: ignore[assignment]
         self._envs = self._make(1)
-        first: Any = self._envs.envs[0].unwrapped
-        for name in ("task_ids", "manifest", "data", *([] if self.max_turns else ["max_turns"])):
-            if not hasattr(first, name):
-                raise InvalidSettingError(
-                    f"{config.id} has no {name}, so its tasks cannot be played one by one."
-                )
-        self.max_turns = self.max_turns or first.max_turns
-        self.task_ids: tuple[str, ...] = tuple(first.task_ids)
-        self.content_hash: str = first.manifest.content_hash
-        self.data: str = first.data
+        first: Any = self._envs.envs[0]
+        self.max_turns = self.max_turns or first.get_wrapper_attr("max_turns")
+        self.task_ids: tuple[str, ...] = tuple(first.get_wrapper_attr("task_ids"))
+        self.content_hash: str = first.get_wrapper_attr("manifest").content_hash
+        self.data: str = first.get_wrapper_attr("data")
         self._dialogues = [self._dialogue(first)]
         self.completion_format: CompletionFormat = self._dialogues[0].completion_format
 
@@ -108,13 +103,13 @@ class EnvPool:
 
     def _make(self, count: int) -> _Envs:
         config = self.config
-        settings: dict[str, Any] = {"split": self.split, "data": config.data}
-        settings |= {name: value for name, value in config.options.items() if name != "max_turns"}
-        spec = gymnasium.registry.get(config.id)
-        if spec is None or spec.vector_entry_point is None:
+        spec = find_spec(config.id)
+        if spec.vector_entry_point is None or not is_turn_env(spec):
             limit = self.max_turns or None
-            return SingleEnvs([make_env(config.id, limit, **settings) for _ in range(count)])
+            return SingleEnvs([make_text_env(config, self.split, limit) for _ in range(count)])
         limit = self.max_turns or spec.max_episode_steps
+        settings: dict[str, Any] = {"split": self.split, "data": config.data, **config.options}
+        settings.pop("max_turns", None)
         try:
             envs = gymnasium.make_vec(
                 config.id, count, max_episode_steps=limit, autoreset_mode="Disabled", **settings

@@ -37,6 +37,7 @@ from atod_train.reports.run_folder import (
 from atod_train.reports.run_summary import RunSummary
 from atod_train.reports.tables import all_tables, as_text
 from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.own_env import check_env
 from atod_train.studies.file import Run, Study, StudyPart, keep_study, study_of
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher, connect, describe
@@ -308,6 +309,10 @@ def _check_settings(config: RunConfig) -> None:
             f"algorithm.opd_signal={config.algorithm.opd_signal} needs a teacher in this process, "
             f"not the server {config.model.teacher}."
         )
+    models = [config.model.student]
+    if needs_teacher(config.algorithm.method):
+        models.append(config.model.teacher)
+    check_env(config.env, next((name for name in models if name in MODEL_SHAPES), ""))
 
 
 def _find_models(config: RunConfig, wants_teacher: bool) -> None:
