@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from atod_gym.errors import AtodError, ServerError
 from atod_gym.serving.http import JsonClient
@@ -363,7 +364,8 @@ class _Patience:
 def _report(seconds: float, what: str) -> None:
     """Print what is waited for and until when."""
     clock = time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))
-    print(f"waiting until {clock} for {what}", file=sys.stderr, flush=True)
+    # Above the bars of a run, if there are any.
+    tqdm.write(f"waiting until {clock} for {what}", file=sys.stderr)
 
 
 def _is_away(error: ServerError) -> bool:

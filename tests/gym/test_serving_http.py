@@ -89,7 +89,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_status(self, options):
         body = options.get("body", "{}") * int(options.get("repeat", 1))
-        self.say(int(options["status"]), body.encode(), Location="/")
+        headers = {"Retry-After": options["after"]} if "after" in options else {}
+        self.say(int(options["status"]), body.encode(), Location="/", **headers)
 
     def log_message(self, *arguments):
         pass
@@ -254,6 +255,22 @@ def test_errors_of_the_server_are_passed_on_at_once(server: Running) -> None:
     with pytest.raises(ServerError, match="Create a new session") as caught:
         client(server).get(path)
     assert caught.value.status == 503
+
+
+@pytest.mark.parametrize(
+    ("after", "seconds"),
+    [("7", 7), (" 0 ", 0), ("soon", 0), ("-1", 0), ("9" * 5000, 0),
+     ("Wed,%2021%20Oct%202015%2007:28:00%20GMT", 0)],
+)  # fmt: skip
+@pytest.mark.parametrize("body", ["no", '{"error":{"code":"busy"}}'])
+def test_the_pause_that_a_server_asks_for_is_passed_on(
+    server: Running, after: str, seconds: float, body: str
+) -> None:
+    after = after.replace(" ", "%20")
+    with pytest.raises(ServerError) as caught:
+        client(server).get(f"/status?status=429&body={body}&after={after}")
+    assert (caught.value.status, caught.value.retry_after) == (429, seconds)
+    assert pickle.loads(pickle.dumps(caught.value)).retry_after == seconds
 
 
 @pytest.mark.parametrize(

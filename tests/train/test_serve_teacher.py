@@ -251,6 +251,7 @@ def _kill_after(step: int, run: Path, process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_the_same_teacher_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
