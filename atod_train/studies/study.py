@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from atod_gym.errors import AtodError
 from atod_train.algorithm.methods import has_exact_signal, needs_teacher
 from atod_train.config import RunConfig, is_url
 from atod_train.distributed import Processes, join_processes
+from atod_train.files import read_json
 from atod_train.models.checks import check_config
+from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES, llama_config
 from atod_train.models.policy import Policy
 from atod_train.models.pretrained import has_word_vocabulary, read_shape
@@ -30,6 +32,7 @@ from atod_train.reports.report import REPORT_FILE, write_report
 from atod_train.reports.results import RESULTS_FILE, finished_runs, results_of, write_results
 from atod_train.reports.run_folder import (
     ANOTHER_FOLDER,
+    MANIFEST_FILE,
     RunFolderError,
     check_same_settings,
     is_finished,
@@ -42,6 +45,7 @@ from atod_train.studies.file import Run, Study, StudyPart, keep_study, study_of
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher, connect, describe
 from atod_train.training.checks import check_settings
+from atod_train.training.inputs import HiddenInputs
 from atod_train.training.starts import evaluate_start, policy_of
 from atod_train.training.stopping import StoppedByUser, interruptible
 from atod_train.training.trainer import Trainer
@@ -165,9 +169,11 @@ def _make_part(part: StudyPart, left: Sequence[Run], jobs: int, processes: Proce
             for some in (loaded, made):
                 call_all(_make_start, [(config, role) for role in some])
         processes.wait()
-        if wants_teacher and not {config.model.teacher, config.model.student} <= set(MODEL_SHAPES):
-            # Models made from the same demonstrations share their tokenizer.
-            call_all(_check_teacher, [(config,)])
+        begun = [run.folder for run in left if run.is_begun]
+        are_loaded = not {config.model.teacher, config.model.student} <= set(MODEL_SHAPES)
+        # Models made from the same demonstrations share their tokenizer.
+        if begun or (wants_teacher and are_loaded):
+            call_all(_check_models, [(config, wants_teacher, begun)])
         wanted = [
             (config, role, split, folder, processes)
             for role in roles
@@ -189,13 +195,29 @@ def _make_start(config: RunConfig, role: EvaluatedModel) -> None:
         pool.close()
 
 
-def _check_teacher(config: RunConfig) -> None:
-    """Refuses a teacher that cannot score the student, before minutes are spent on evaluations."""
-    pool = EnvPool(config.env, "train")
-    try:
-        _teacher(config, pool, policy_of(config, "student", pool))
-    finally:
-        pool.close()
+def _check_models(config: RunConfig, wants_teacher: bool, begun: Sequence[Path]) -> None:
+    """Refuse models that cannot be used, before minutes are spent on evaluations.
+
+    Args:
+        config: what all runs share.
+        wants_teacher: whether one of them has a teacher.
+        begun: folders of runs that are to be continued.
+
+    Raises:
+        AtodError: the teacher cannot score the student.
+        RunFolderError: a run was begun with other models or tasks.
+    """
+    with ExitStack() as stack:
+        splits = ("train", *config.env.eval_splits)
+        pools = [stack.enter_context(closing(EnvPool(config.env, split))) for split in splits]
+        student = policy_of(config, "student", pools[0])
+        teacher = _teacher(config, pools[0], student) if wants_teacher else None
+        dialogue = DialogueEncoder(
+            student.tokenizer, config.env.prompt_style, config.env.template_options
+        )
+        inputs = HiddenInputs.of(student, teacher, dialogue, pools)
+        for folder in begun:
+            inputs.check(read_json(folder / MANIFEST_FILE), str(student.tokenizer.chat_template))
 
 
 def _teacher(config: RunConfig, pool: EnvPool, student: Policy) -> Teacher:

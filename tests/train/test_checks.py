@@ -31,7 +31,7 @@ from atod_train.reports.metrics import read_metrics
 from atod_train.reports.run_folder import RunFolderError
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.study import train_one
-from atod_train.training import trainer
+from atod_train.training import starts, trainer
 from atod_train.training.checkpoint import saved_checkpoints
 from atod_train.training.checks import check_settings
 from atod_train.training.inputs import HiddenInputs, fingerprint
@@ -202,7 +202,7 @@ def _train_a_little(folder: Path) -> None:
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_another_model_of_the_same_name_is_not_resumed_with(
-    role: str, run: tuple[RunConfig, Path]
+    role: str, run: tuple[RunConfig, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, out = run
     inputs = read_json(out / "runs" / "atod-seed0" / "manifest.json")["inputs"]
@@ -211,6 +211,8 @@ def test_another_model_of_the_same_name_is_not_resumed_with(
     more = _with(config, steps=2)
     kept = load_policy(out / role)
     _train_a_little(out / role)
+    # It is refused before minutes of evaluations.
+    monkeypatch.setattr(starts, "evaluate", lambda *_: pytest.fail("evaluated first"))
     try:
         with pytest.raises(RunFolderError, match=f"{role}.* it is another model"):
             train_one(more, out / "runs", resume=True)
