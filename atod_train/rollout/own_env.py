@@ -148,7 +148,7 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
             self._seeds = {f"seed-{seed:010}": seed for seed in range(first, first + count)}
             self.task_ids = tuple(self._seeds)
         limit = None if env.spec is None else env.spec.max_episode_steps
-        self.max_turns: int = limit or getattr(env.unwrapped, "max_turns", 0)
+        self.max_turns: int = limit or int(getattr(env.unwrapped, "max_turns", 0))
         """Turn limit."""
         if not self.max_turns:
             raise InvalidSettingError(f"{env_id} has no turn limit; give max_turns.")
