@@ -21,13 +21,13 @@ import gymnasium
 
 from atod_gym import play
 from atod_gym.errors import AtodError, InvalidSettingError
-from atod_train import progress
 from atod_train.evaluation.agents import Agent, ExpertAgent, HumanAgent, RandomAgent, load_agent
 from atod_train.evaluation.chat import ChatAgent, ChatEndpoint
 from atod_train.evaluation.eval_records import EpisodeRecord, EvaluationFolder, read_evaluated
 from atod_train.evaluation.eval_tables import comparison, result_table
 from atod_train.evaluation.local_model import PREFIX, SMOLLM2, LocalModel, find_model
 from atod_train.evaluation.play import play_tasks
+from atod_train.progress import progress
 from atod_train.reports.evaluations import EvaluationMode
 from atod_train.rollout.env_pool import EnvPool
 
@@ -207,7 +207,9 @@ def _play(
     left = [task_id for task_id in task_ids if task_id not in finished]
     began = time.monotonic()
     is_human = options.agent == "human"
-    bar: Any = nullcontext() if is_human else progress.progress(len(left), "playing")
+    bar: Any = nullcontext()  # a person sees the episode
+    if not is_human:
+        bar = progress(len(task_ids), "playing", initial=len(finished))
     try:
         with bar as advance:
 
@@ -218,7 +220,10 @@ def _play(
                     print(f"\n{end} after {record.turns} turns (score {record.score:g}).")
                 else:
                     solved = sum(kept.success for kept in folder.records)
-                    advance(note=f"{solved} of {len(folder.records)} solved")
+                    advance(
+                        note=f"{solved} of {len(folder.records)} solved",
+                        tokens=record.completion_tokens or 0,
+                    )
 
             if isinstance(agent, LocalModel):
                 agent.play(
@@ -232,7 +237,8 @@ def _play(
                 )  # fmt: skip
     except (KeyboardInterrupt, AtodError, OSError) as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        message = "Stopped." if stopped else f"{str(error).rstrip('.')}."
+        message = "Stopped." if stopped else str(error)
+        message += "" if message.endswith((".", "?", "!")) else "."
         if folder.records:
             again = [word for word in words if word != "--resume"]
             message += (

@@ -18,7 +18,7 @@ _SHOWN_REASONS = 5
 
 
 def result_table(evaluated: Evaluated) -> str:
-    """The figures of one agent, overall and per task type, and what they took."""
+    """Return the figures of one agent, overall and per task type, and the tokens and seconds."""
     result, totals = evaluated.result, evaluated.totals
     rows = [("all", *_figures(result))]
     types = result.by_task_type()
@@ -41,12 +41,12 @@ def result_table(evaluated: Evaluated) -> str:
     if totals.invalid_reasons:
         lines.append(f"invalid turns: {_reasons(totals.invalid_reasons)}")
     if totals.cut_completions:
-        lines.append(f"completions cut by the limit of tokens: {totals.cut_completions}")
+        lines.append(f"completions cut by the token limit: {totals.cut_completions}")
     return "\n".join(lines)
 
 
 def comparison(first: Evaluated, second: Evaluated, names: tuple[str, str]) -> str:
-    """Both agents, and the interval of the first's success rate minus the second's."""
+    """Return both agents' figures, and the interval of the first's success minus the second's."""
     head = ("", "tasks", _RATE, "score", "turns", "invalid", "tokens in", "out", "cost", "seconds")
     rows = [
         (
@@ -77,7 +77,7 @@ def _figures(result: EvaluationResult) -> tuple[str, ...]:
 
 
 def _reasons(counts: Mapping[str, int]) -> str:
-    """The most frequent reasons of invalid turns; the others as one."""
+    """Return the most frequent reasons of invalid turns, and the others as one."""
     shown = sorted(counts.items(), key=lambda item: -item[1])
     others = sum(count for _, count in shown[_SHOWN_REASONS:])
     parts = [*shown[:_SHOWN_REASONS], *([("other reasons", others)] if others else [])]
@@ -93,7 +93,7 @@ def _titles(first: Evaluated, second: Evaluated) -> str:
 
 
 def _type_rows(first: EvaluationResult, second: EvaluationResult) -> list[tuple[str, ...]]:
-    """Success per task type of both, and the difference."""
+    """Return the success per task type of both, and the difference."""
     a, b = first.by_task_type(), second.by_task_type()
     return [
         (
@@ -107,7 +107,7 @@ def _type_rows(first: EvaluationResult, second: EvaluationResult) -> list[tuple[
 
 
 def _difference(first: Evaluated, second: Evaluated) -> str:
-    """One line: paired where both played the same tasks of the same data."""
+    """Return one line: paired where both played the same tasks of the same data."""
     a, b = first.result, second.result
     same = (first.env_id, first.data_hash) == (second.env_id, second.data_hash)
     found = difference_by_task(a, b) if same else None

@@ -17,6 +17,7 @@ from atod_train.config import SECTIONS, EnvConfig, RunConfig
 from atod_train.evaluation.agents import Completion
 from atod_train.evaluation.eval_records import EpisodeRecord
 from atod_train.files import read_json
+from atod_train.memory import memory_errors
 from atod_train.reports.evaluations import EvaluationMode
 from atod_train.reports.run_folder import CONFIG_FILE, read_config
 from atod_train.rollout.env_pool import EnvPool
@@ -150,7 +151,8 @@ class LocalModel:
             ) from error
         transformers.utils.logging.disable_progress_bar()
         source, trained = self.found.source, self.found.trained
-        policy = self._policy = load_policy(source, LoadOptions(device=self._device))
+        with memory_errors(f"loading {self.label}", "Use a smaller model."):
+            policy = self._policy = load_policy(source, LoadOptions(device=self._device))
         usual = trained.model.max_context if trained else _MAX_CONTEXT
         context = self._max_context or min(usual, policy.max_positions)
         if context > policy.max_positions:
@@ -224,11 +226,12 @@ class LocalModel:
         def keep(trajectory: Trajectory) -> None:
             on_record(_record(trajectory, time.monotonic() - began))
 
-        for _ in play_in_batches(
-            self._policy, pool, config, task_ids,
-            temperature=self.temperature, on_end=keep, stream=already, at_once=concurrency,
-        ):  # fmt: skip
-            began = time.monotonic()
+        with memory_errors("playing", "Use a lower --concurrency or --max-context."):
+            for _ in play_in_batches(
+                self._policy, pool, config, task_ids,
+                temperature=self.temperature, on_end=keep, stream=already, at_once=concurrency,
+            ):  # fmt: skip
+                began = time.monotonic()
 
 
 def _record(trajectory: Trajectory, seconds: float) -> EpisodeRecord:

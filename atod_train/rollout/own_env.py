@@ -31,6 +31,7 @@ import gymnasium
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
+import atod_gym
 from atod_gym.envs.turn_env import TurnEnv
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.spaces import turn_observation_space
@@ -68,7 +69,8 @@ def find_spec(env_id: str) -> EnvSpec:
         advice = (
             f"The module {module} must call gymnasium.register(id={name!r}, entry_point=...)."
             if module
-            else f"Name the module of an environment of your own: env.id my_module:{name}."
+            else f"Environments here: {', '.join(atod_gym.ENV_IDS)}. "
+            f"Name the module of an environment of your own: env.id my_module:{name}."
         )
         raise InvalidSettingError(f"env.id {env_id} is not registered: {error} {advice}") from error
 

@@ -184,7 +184,7 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("nothing/Here-v0", "--agent", "random"), "nothing/Here-v0"),
         (("ALFWorld", "--agent", "random"), "Environments here: atod/ALFWorld-v0, atod/WebShop-v0"),
         (("no_module:Here-v0", "--agent", "random"), "no_module"),
-        (("CartPole-v1", "--agent", "random"), "CartPole-v1 does not take these settings"),
+        (("CartPole-v1", "--agent", "random"), "CartPole-v1 has actions Discrete(2)"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

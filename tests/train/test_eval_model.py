@@ -21,6 +21,7 @@ from atod_train.evaluation.evaluate import episodes_at_once, evaluate
 from atod_train.models import pretrained
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES, ModelShape, build_policy
+from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.models.pretrained import load_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
@@ -226,6 +227,18 @@ def test_a_prompt_that_does_not_fit_is_told(
 ) -> None:
     assert play(tmp_path, run, "--max-context", "8") == 2
     assert "The prompt does not fit --max-context." in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(Generator, "prompt", fail)
+    assert play(tmp_path, run) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "Memory ran out while playing (CUDA out of memory). Use a lower --concurrency" in error
 
 
 def test_an_evaluation_counts_its_tasks(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
