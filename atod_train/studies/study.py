@@ -17,15 +17,13 @@ import transformers
 from filelock import FileLock, Timeout
 
 from atod_gym.errors import AtodError
-from atod_train.algorithm.methods import has_exact_signal, needs_teacher
+from atod_train.algorithm.methods import needs_teacher
 from atod_train.config import RunConfig, is_url
 from atod_train.distributed import Processes, join_processes
 from atod_train.files import read_json
-from atod_train.models.checks import check_config
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.from_scratch import MODEL_SHAPES, llama_config
+from atod_train.models.from_scratch import MODEL_SHAPES
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import has_word_vocabulary, read_shape
 from atod_train.progress import no_lines, plain_lines
 from atod_train.reports.evaluations import EvaluatedModel, Evaluation
 from atod_train.reports.report import REPORT_FILE, write_report
@@ -40,10 +38,10 @@ from atod_train.reports.run_folder import (
 from atod_train.reports.run_summary import RunSummary
 from atod_train.reports.tables import all_tables, as_text
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.rollout.own_env import check_env
+from atod_train.studies.checks import check_folder, header, is_taught
 from atod_train.studies.file import Run, Study, StudyPart, keep_study, study_of
 from atod_train.teachers.local import LocalTeacher, Teacher
-from atod_train.teachers.remote import RemoteTeacher, connect, describe
+from atod_train.teachers.remote import RemoteTeacher
 from atod_train.training.checks import check_settings
 from atod_train.training.inputs import HiddenInputs
 from atod_train.training.starts import evaluate_start, policy_of
@@ -72,15 +70,19 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
         StoppedByUser: after Ctrl-C or SIGTERM; the last finished steps are saved.
     """
     for run in study.runs:
-        _check_settings(run.config)
+        check_settings(run.config)
     first = study.runs[0].config.model
     processes = join_processes(first.device, first.teacher_device)
     if processes.is_main:
-        _check_folder(out)
+        check_folder(out)
     else:
         no_lines()
+    left = {part.name: _left(part, resume) for part in study.parts}
+    if processes.is_main:
+        for part in study.parts:
+            _announce(part, left[part.name], study.jobs)
+        out.mkdir(parents=True, exist_ok=True)
     with _held(out) if processes.is_main else nullcontext():
-        left = {part.name: _left(part, resume) for part in study.parts}
         # Barrier: every rank must have read the folder before rank 0 writes to it.
         processes.wait()
         kept = keep_study(study, out) if processes.is_main else study
@@ -140,6 +142,15 @@ def _left(part: StudyPart, resume: bool) -> list[Run]:
     return left
 
 
+def _announce(part: StudyPart, left: Sequence[Run], jobs: int) -> None:
+    """Check what the runs on an environment need, and print what they are."""
+    kept = len(part.runs) - len(left)
+    if kept:
+        print(f"{part.name}: finished runs that are kept: {kept}", file=sys.stderr)
+    if left:
+        print("\n".join(header(part, left, jobs)), file=sys.stderr, flush=True)
+
+
 def _write_results(study: Study, out: Path) -> dict[str, list[RunSummary]]:
     """Write results.json from all finished runs of a folder; return them by environment."""
     finished = {}
@@ -156,13 +167,12 @@ def _write_results(study: Study, out: Path) -> dict[str, list[RunSummary]]:
 def _make_part(part: StudyPart, left: Sequence[Run], jobs: int, processes: Processes) -> None:
     """Make what all runs on an environment share, then the runs that are left."""
     config, folder = part.config, part.folder
-    wants_teacher = any(needs_teacher(run.config.algorithm.method) for run in part.runs)
+    wants_teacher = is_taught(part.runs)
     teacher_is_here = wants_teacher and not is_url(config.model.teacher)
     roles: list[EvaluatedModel] = ["teacher", "student"] if teacher_is_here else ["student"]
     # Processes that train together make one run after the other.
     with _workers(jobs if processes.count == 1 else 1) as call_all:
         if processes.is_main:
-            _find_models(config, wants_teacher)
             # Models that are loaded come first: whether they can be used is known at once.
             made = [role for role in roles if getattr(config.model, role) in MODEL_SHAPES]
             loaded = [role for role in roles if role not in made]
@@ -314,62 +324,6 @@ def _set_up_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     plain_lines()
     transformers.utils.logging.disable_progress_bar()
-
-
-# -- checks ---------------------------------------------------------------------------------------
-
-
-def _check_settings(config: RunConfig) -> None:
-    check_settings(config)
-    if config.model.dtype == "bfloat16" and not config.model.lora_rank:
-        raise AtodError(
-            "model.dtype=bfloat16 rounds away the small updates of a student whose weights are "
-            "all trained. Use --model.dtype mixed, or adapters (--model.lora-rank 16)."
-        )
-    if has_exact_signal(config.algorithm) and is_url(config.model.teacher):
-        raise AtodError(
-            f"algorithm.opd_signal={config.algorithm.opd_signal} needs a teacher in this process, "
-            f"not the server {config.model.teacher}."
-        )
-    models = [config.model.student]
-    if needs_teacher(config.algorithm.method):
-        models.append(config.model.teacher)
-    check_env(config.env, next((name for name in models if name in MODEL_SHAPES), ""))
-
-
-def _find_models(config: RunConfig, wants_teacher: bool) -> None:
-    """Looks for models that have a name or a URL before minutes are spent on making others."""
-    model = config.model
-    names = {model.student, model.teacher} if wants_teacher else {model.student}
-    servers = {name for name in names if is_url(name)}
-    presets = names & set(MODEL_SHAPES)
-    saved = names - servers - presets
-    for name in sorted(servers):
-        describe(connect(name))
-    for name in sorted(presets):
-        check_config(llama_config(MODEL_SHAPES[name], vocabulary=1), name, model.max_context)
-    for name in sorted(saved):
-        read_shape(name, model.max_context)
-        if presets and not has_word_vocabulary(name):
-            raise AtodError(
-                f"{min(presets)} is made with the words of demonstrations as tokens, {name} has "
-                "other tokens, and student and teacher must share theirs. Give --model.student "
-                "and --model.teacher models of one family, or train without a teacher (method "
-                "grpo)."
-            )
-
-
-def _check_folder(out: Path) -> None:
-    """Tries to write before minutes are spent on what could not be kept."""
-    probe = out / ".probe"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise AtodError(
-            f"The folder {out} cannot be written ({error.strerror}); {ANOTHER_FOLDER}."
-        ) from error
 
 
 @contextmanager

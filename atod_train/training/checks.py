@@ -12,7 +12,7 @@ from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer
 from atod_train.algorithm.methods import compute_advantages, has_exact_signal
 from atod_train.batch import make_batch
-from atod_train.config import AlgorithmConfig, RunConfig
+from atod_train.config import AlgorithmConfig, RunConfig, is_url
 from atod_train.models.pretrained import pick_device
 from atod_train.records import TokenizedTurn, TokenScores, Trajectory, Turn
 from atod_train.training.checkpoint import CheckpointError, check_finite, model_tensors
@@ -50,10 +50,10 @@ _SKIPPED_IN_A_ROW = 5
 
 
 def check_settings(config: RunConfig) -> None:
-    """Refuse numbers out of range, devices that are absent, and what the algorithm refuses.
+    """Refuse numbers out of range, absent devices, settings that exclude each other, and others.
 
     Raises:
-        InvalidSettingError: names the value, and the setting and its range.
+        InvalidSettingError: names the setting, its value, and what to change.
     """
     for section in ("env", "model", "start", "algorithm", "train"):
         for name, value in asdict(getattr(config, section)).items():
@@ -64,6 +64,16 @@ def check_settings(config: RunConfig) -> None:
     if config.model.teacher_device:
         _check_device(config.model.teacher_device)
     _try_algorithm(config.algorithm)
+    if config.model.dtype == "bfloat16" and not config.model.lora_rank:
+        raise InvalidSettingError(
+            "model.dtype=bfloat16 rounds away the small updates of a student whose weights are "
+            "all trained. Use --model.dtype mixed, or adapters (--model.lora-rank 16)."
+        )
+    if has_exact_signal(config.algorithm) and is_url(config.model.teacher):
+        raise InvalidSettingError(
+            f"algorithm.opd_signal={config.algorithm.opd_signal} needs a teacher in this process, "
+            f"not the server {config.model.teacher}."
+        )
 
 
 def _check_device(name: str) -> None:

@@ -165,4 +165,4 @@ def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
         "houses": ["grpo"], "more": ["atod"]
     }  # fmt: skip
     told = f"atod-train: stopped. Continue with: atod-train resume {out}\n"
-    assert capsys.readouterr().err == told * 2
+    assert capsys.readouterr().err.count(told) == 2
