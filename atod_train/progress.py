@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,28 +75,39 @@ def progress(
             with _bar(total, description, initial, stream) as advance:
                 yield advance
         else:
-            yield _lines(total, initial, is_part, every_seconds, stream)
+            with _lines(total, initial, is_part, every_seconds, stream) as advance:
+                yield advance
     finally:
         _open.pop()
 
 
+@contextmanager
 def _lines(
     total: int, initial: int, is_part: bool, every_seconds: float, stream: TextIO
-) -> Advance:
-    """Return a function that prints a line now and then."""
+) -> Iterator[Advance]:
+    """Yield a function that prints a line now and then."""
     name = ": ".join(_open)
     began = time.monotonic()
     due = began + (every_seconds if is_part else min(every_seconds, _FIRST_LINE))
-    done, sampled = initial, 0
+    done, sampled, has_line = initial, 0, False
+
+    def begin() -> None:  # a first unit that takes long is not without a line
+        if not has_line:
+            print(f"{name}: {done}/{total}", file=stream, flush=True)
+
+    timer = threading.Timer(_FIRST_LINE, begin)
+    timer.daemon = True
+    if not is_part:
+        timer.start()
 
     def advance(amount: int = 1, note: str = "", tokens: int = 0) -> None:
-        nonlocal done, sampled, due
+        nonlocal done, sampled, due, has_line
         done += amount
         sampled += tokens
         now = time.monotonic()
         if now < due and (is_part or done < total):
             return
-        due = now + every_seconds
+        due, has_line = now + every_seconds, True
         seconds = max(now - began, 1e-6)
         parts = [f"{name}: {done}/{total}", f"{tqdm.format_interval(seconds)} gone"]
         if initial < done < total:
@@ -104,7 +116,10 @@ def _lines(
         parts += _notes(note, sampled, seconds)
         print(", ".join(parts), file=stream, flush=True)
 
-    return advance
+    try:
+        yield advance
+    finally:
+        timer.cancel()
 
 
 def _notes(note: str, tokens: int, seconds: float) -> list[str]:

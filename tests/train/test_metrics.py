@@ -268,6 +268,16 @@ def test_progress_away_from_a_terminal_is_a_line_now_and_then(monkeypatch):
     ]
 
 
+def test_a_first_unit_that_takes_long_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atod_train.progress._FIRST_LINE", 0.05)
+    stream = io.StringIO()
+    with progress(4, "evaluating", stream=stream) as advance:
+        time.sleep(0.5)
+        assert stream.getvalue() == "evaluating: 0/4\n"
+        advance(4)
+    assert stream.getvalue().count("\n") == 2
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
