@@ -43,7 +43,7 @@ def build_policy(
     Args:
         shape: A `ModelShape`, or the name of a preset of `MODEL_SHAPES`.
         tokenizer: Its vocabulary sets the size of the embedding.
-        seed: Seed of the weights; the global random state is left as it was.
+        seed: Seed of the weights; the global random state is not changed.
         name: Name for reports; by default the preset's name, or "custom".
 
     Raises:

@@ -34,7 +34,7 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
 
     Raises:
         MissingExtraError: peft is not installed.
-        AtodError: a model without linear layers that peft knows.
+        AtodError: peft cannot adapt the model.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -243,7 +243,7 @@ def _read_tokenizer(source: str, path: str, **extra: str) -> PreTrainedTokenizer
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AtodError(
             f"{path!r} holds a model but no tokenizer ({str(error).splitlines()[0]}). Put "
-            "tokenizer.json and tokenizer_config.json beside the weights."
+            "tokenizer.json and tokenizer_config.json next to the weights."
         ) from error
     return tokenizer
 

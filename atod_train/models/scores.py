@@ -245,9 +245,9 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0) -
 
 
 def _log_rest(logprobs: Tensor, ids: Tensor) -> Tensor:
-    """Log of the probability that [m, V] log-probs leave beside the [m, k] tokens `ids`; [m].
+    """Return the log-probability [m] of all tokens but the [m, k] `ids`, from [m, V] log-probs.
 
-    Summed up, not as 1 - p: of a small rest that would leave rounding alone.
+    It is a sum, since 1 - p of a small rest is mostly rounding.
     """
     # Finite where tokens are ruled out, for gradients without NaN.
     others = logprobs.clamp(min=_LEAST_LOGPROB).scatter(-1, ids, 2 * _LEAST_LOGPROB)

@@ -8,7 +8,7 @@ own keys and no further. The last layer is computed at the last token of each ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +18,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from atod_train.models.decoding import Feed, KVCache
 from atod_train.models.fast.llama import decoder_layer, is_llama_on_cpu
 from atod_train.models.policy import Policy
-
-_MASK_STEP = 512
-"""A mask is made for a multiple of this many tokens."""
 
 _TOKENS = 2**14
 """New tokens of one forward pass; more rows are fed in several passes."""
@@ -45,23 +42,28 @@ def packed_logits(policy: Policy, cache: KVCache, feeds: Sequence[Feed]) -> Tens
     rows = torch.tensor([feed.row for feed in feeds]).repeat_interleave(widths)
     states = base.embed_tokens(ids[None])
     rotary = base.rotary_emb(states, positions[None])
-    attend = partial(_attend, feeds, (rows, positions), _masks(feeds))
-    for layer, stored in zip(base.layers[:-1], cache.layers[:-1], strict=True):
-        states = decoder_layer(layer, states, rotary, partial(attend, layer.self_attn, stored))
-    # The last token of each feed sees everything.
-    last = base.layers[-1]
-    attend = partial(_attend, feeds, (rows, positions), [None] * len(feeds))
-    attend = partial(attend, last.self_attn, cache.layers[-1])
-    states = decoder_layer(last, states, rotary, attend, widths.cumsum(0)[None] - 1)
+    # A token sees those up to itself; a lone one, like the last one, everything.
+    masks = [
+        torch.full((len(feed.ids), feed.end), -torch.inf).triu_(feed.start + 1)
+        if len(feed.ids) > 1
+        else None
+        for feed in feeds
+    ]
+    ends = widths.cumsum(0)[None] - 1
+    for layer, stored in zip(base.layers, cache.layers, strict=True):
+        is_last = layer is base.layers[-1]
+        seen = [None] * len(feeds) if is_last else masks
+        attend = partial(_attend, layer.self_attn, stored, feeds, (rows, positions), seen)
+        states = decoder_layer(layer, states, rotary, attend, ends if is_last else None)
     return policy.logits(base.norm(states)[0])
 
 
 def _attend(
+    attention: Any,
+    stored: Any,
     feeds: Sequence[Feed],
     index: tuple[Tensor, Tensor],
     masks: Sequence[Tensor | None],
-    attention: Any,
-    stored: Any,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -83,18 +85,3 @@ def _attend(
         for feed, part, mask in zip(feeds, queries.split(widths, dim=2), masks, strict=True)
     ]
     return torch.cat(attended, dim=2)
-
-
-def _masks(feeds: Sequence[Feed]) -> list[Tensor | None]:
-    """Return [w, end] additive masks: a token sees those up to itself; None for a lone token."""
-    longest = max((feed.end for feed in feeds if len(feed.ids) > 1), default=0)
-    whole = _causal(-(-longest // _MASK_STEP) * _MASK_STEP)
-    return [
-        whole[feed.start : feed.end, : feed.end] if len(feed.ids) > 1 else None for feed in feeds
-    ]
-
-
-@lru_cache(maxsize=2)
-def _causal(size: int) -> Tensor:
-    """Return the causal mask [size, size], additive."""
-    return torch.full((size, size), float("-inf")).triu_(1)
