@@ -158,7 +158,7 @@ def padded_logits(policy: Policy, cache: KVCache, feeds: Sequence[Feed]) -> Tens
 
     Args:
         policy: The model.
-        cache: It is extended, and has room for the new tokens.
+        cache: It is extended; rows have room for at least one token more than are fed.
         feeds: Of n rows in ascending order; shorter ones are padded on the right.
     """
     width = max(len(feed.ids) for feed in feeds)
