@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,26 @@ def test_importing_an_adapter_imports_nothing_heavy() -> None:
     command = [sys.executable, "-W", "error", "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+def test_the_recipe_for_verl_prints_its_settings_without_it(tmp_path: Path) -> None:
+    arguments = ["webshop", "--student", "a", "--teacher", "b", "--out", str(tmp_path)]
+    code = (
+        "import runpy, sys; sys.modules['hydra'] = None\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "runpy.run_module('atod_train.examples.verl_recipe', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "not checked, and no tasks written: hydra is not installed" in result.stderr
+    assert f"data.train_files={tmp_path}/train.parquet" in result.stdout
+    assert "trainer.n_gpus_per_node=8" in result.stdout
+    refused = subprocess.run(
+        [sys.executable, "-m", "atod_train.examples.verl_recipe", "webshop", "--student", "a",
+         "--teacher", "b", "--gpus", "3"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (refused.returncode, "--gpus must divide" in refused.stderr) == (2, True)
 
 
 def test_prompt_options_of_an_environment_are_checked() -> None:

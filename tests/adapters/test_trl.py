@@ -407,11 +407,42 @@ def _teach(student: Any, prompts: list[list[int]], completion: list[int]) -> Non
 
 
 def test_the_example_trains_one_step(tmp_path: Path) -> None:
-    script = REPOSITORY / "atod_train" / "adapters" / "examples" / "trl_atod.py"
-    assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
+    command = [sys.executable, "-m", "atod_train.examples.trl_atod", "--style", "window"]
     result = subprocess.run(
-        [sys.executable, str(script), "--style", "window", "--out", str(tmp_path / "out")],
-        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120,
+        [*command, "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False, cwd=REPOSITORY, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert "'atod/kappa': 0.1" in result.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A tiny model in a folder."""
+    tokenizer = build_word_tokenizer(["go to desk 1", "take mug 1 from desk 1"])
+    shape = ModelShape(layers=1, width=16, heads=2, mlp_width=32, max_positions=1024)
+    build_policy(shape, tokenizer, seed=0).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_example_takes_a_model_of_ones_own(saved: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "atod_train.examples.trl_atod", "--model", str(saved)]
+    result = subprocess.run(
+        [*command, "--teacher", str(saved), "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False, cwd=REPOSITORY, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    # Student and teacher are the same model.
+    assert "'atod/log_ratio': 0.0" in result.stdout.splitlines()[-1]
+
+
+def test_the_snippet_of_the_readme_makes_a_trainer(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    [snippet] = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "trl" in b]
+    snippet = snippet.replace("Qwen/Qwen3-0.6B", str(saved)).replace("<folder>", str(saved))
+    monkeypatch.chdir(tmp_path)
+    made: dict[str, Any] = {}
+    exec(compile(snippet.replace("delta=", "use_cpu=True, delta="), "README.md", "exec"), made)
+    assert isinstance(made["trainer"], ATODTrainer)

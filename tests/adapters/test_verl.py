@@ -406,13 +406,14 @@ def test_their_configuration_finds_the_trainer() -> None:
 def test_the_recipe_is_one_that_verl_accepts(
     run: str, split: str, folder: Path, tmp_path: Path
 ) -> None:
-    script = REPOSITORY / "atod_train" / "adapters" / "examples" / "verl_recipe.py"
-    assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
-    command = [sys.executable, str(script), run, "--data", "generated", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "atod_train.examples.verl_recipe", run, "--gpus", "4"]
+    command += ["--data", "generated", "--out", str(tmp_path)]
     command += ["--student", f"{folder}/student", "--teacher", f"{folder}/teacher"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "trainer.v1.trainer_mode=atod" in result.stdout.splitlines()[-1]
+    [line] = [line for line in result.stdout.splitlines() if "verl.trainer.main_ppo" in line]
+    for setting in ("v1.trainer_mode=atod", "n_gpus_per_node=4", "save_freq=25", "test_freq=5"):
+        assert f"trainer.{setting}" in line
     assert {path.name for path in tmp_path.iterdir()} == {
         "loop.yaml", "train.parquet", f"{split}.parquet"
     }  # fmt: skip

@@ -1,1 +1,0 @@
-"""Short programs that show the adapters: run them with `python -m`."""
