@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from atod_gym.errors import AtodError
 
 PARTIAL = ".partial"
@@ -68,6 +70,32 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path, otherwise: str) -> Iterator[None]:
+    """Lock a folder for this process; the lock ends with the process, however it ends.
+
+    Args:
+        folder: that exists.
+        otherwise: what to do instead of waiting, for the error.
+
+    Raises:
+        FileError: another process has locked it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FileError(
+            f"Another process writes to {folder}: wait for it, or {otherwise}."
+        ) from error
+    except NotImplementedError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

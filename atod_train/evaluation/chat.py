@@ -101,7 +101,7 @@ class ChatEndpoint:
         if not key and (settings.api_key_env or not base_url):
             raise InvalidSettingError(
                 f"The environment variable {self._key_variable} holds no key; set it, or name "
-                "another one with --api-key-env or a server that wants none with --base-url."
+                "another one with --api-key-env or a server that needs none with --base-url."
             )
         self._client = openai.AsyncOpenAI(
             base_url=base_url, api_key=key or _NO_KEY, timeout=settings.timeout, max_retries=0

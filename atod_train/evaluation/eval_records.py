@@ -11,18 +11,18 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.parsing import EMPTY_REPLY
 from atod_train.evaluation.agents import Completion
 from atod_train.files import (
     end_last_line,
+    locked,
     read_json,
     read_json_lines,
     without_infinities,
@@ -35,7 +35,6 @@ from atod_train.reports.run_folder import RunFolderError, package_versions
 SETTINGS_FILE = "settings.json"
 EPISODES_FILE = "episodes.jsonl"
 RESULT_FILE = "result.json"
-LOCK_FILE = ".lock"
 _PACKAGES = ("atod-gym", "gymnasium", "numpy", "openai")
 _TOKEN_COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens")
 
@@ -198,6 +197,7 @@ class EvaluationFolder:
 
     def __init__(self, path: Path, *, resume: bool, transcripts: bool = False) -> None:
         self.path = path
+        self._lock = ExitStack()
         self._keeps_transcripts = transcripts
         self._before = read_json(path / SETTINGS_FILE) if resume else {}
         lines = list(read_json_lines(path / EPISODES_FILE))
@@ -212,7 +212,6 @@ class EvaluationFolder:
             )
         self.records = [_record(line, path) for line in lines]
         self._earlier = self._seconds = max((float(line.get("at", 0)) for line in lines), default=0)
-        self._lock = FileLock(path / LOCK_FILE, timeout=0)
 
     def begin(self, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Begin a session.
@@ -222,9 +221,8 @@ class EvaluationFolder:
             about: further facts of this session, such as the URL of an endpoint.
 
         Raises:
-            InvalidSettingError: the episodes of the folder were played with other settings, or
-                another process plays there.
-            RunFolderError: the folder cannot be written to.
+            InvalidSettingError: the episodes of the folder were played with other settings.
+            FileError: the folder cannot be written to, or another process writes to it.
         """
         self.settings: dict[str, Any] = json.loads(json.dumps(without_infinities(settings)))
         if self.records:
@@ -239,18 +237,13 @@ class EvaluationFolder:
         self._sessions = [*self._before.get("sessions", ()), session]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            self._lock.enter_context(locked(self.path, "choose another folder with --out"))
             write_json(
                 self.path / SETTINGS_FILE, {"settings": self.settings, "sessions": self._sessions}
             )
             end_last_line(self.path / EPISODES_FILE)
             # The result of an earlier session does not cover the episodes of this one.
             (self.path / RESULT_FILE).unlink(missing_ok=True)
-        except Timeout as error:
-            raise InvalidSettingError(
-                f"Another atod-eval plays in {self.path}: wait for its end, or choose another "
-                "folder with --out."
-            ) from error
         except OSError as error:
             raise RunFolderError(f"Cannot write to {self.path}: {error}") from error
 
@@ -320,7 +313,7 @@ class EvaluationFolder:
 
     def close(self) -> None:
         """Let other processes continue the evaluation."""
-        self._lock.release()
+        self._lock.close()
 
 
 def read_evaluated(path: Path) -> Evaluated:

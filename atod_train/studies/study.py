@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from filelock import FileLock, Timeout
 
 from atod_gym.errors import AtodError
 from atod_train.algorithm.methods import needs_teacher
 from atod_train.config import RunConfig, is_url
 from atod_train.distributed import Processes, join_processes
-from atod_train.files import read_json
+from atod_train.files import locked, read_json
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES
 from atod_train.models.policy import Policy
@@ -82,7 +81,7 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
         for part in study.parts:
             _announce(part, left[part.name], study.jobs)
         out.mkdir(parents=True, exist_ok=True)
-    with _held(out) if processes.is_main else nullcontext():
+    with locked(out, ANOTHER_FOLDER) if processes.is_main else nullcontext():
         # Barrier: every rank must have read the folder before rank 0 writes to it.
         processes.wait()
         kept = keep_study(study, out) if processes.is_main else study
@@ -324,21 +323,3 @@ def _set_up_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     plain_lines()
     transformers.utils.logging.disable_progress_bar()
-
-
-@contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """Lock a folder for this process; the lock ends with the process, however it ends."""
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise AtodError(
-            f"Another process is making runs in {out}: wait for it, or {ANOTHER_FOLDER}."
-        ) from error
-    except NotImplementedError:
-        pass  # a file system without locks
-    try:
-        yield
-    finally:
-        lock.release()

@@ -133,7 +133,10 @@ def test_a_folder_in_which_another_process_plays(
 ) -> None:
     with FileLock(tmp_path / ".lock"):
         assert evaluate(tmp_path, "--tasks", "2") == 2
-        assert f"Another atod-eval plays in {tmp_path}" in error_of(capsys)
+        assert (
+            f"Another process writes to {tmp_path}: wait for it, or choose another folder"
+            in error_of(capsys)
+        )
     assert evaluate(tmp_path, "--tasks", "2") == 0
 
 

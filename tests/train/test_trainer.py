@@ -268,7 +268,7 @@ def test_a_folder_has_one_process_at_a_time(whole_run: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", script, str(out)], **pipes) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(AtodError, match="Another process is making runs in"):
+        with pytest.raises(AtodError, match="Another process writes to"):
             train_one(CONFIG, out, resume=True)
         other.kill()
     train_one(CONFIG, out, resume=True)
