@@ -11,8 +11,21 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+ELSEWHERE = ("from trl import", "adapters.openenv import")
+"""Snippets that need a package or a server: tests/adapters runs them."""
+
+
+def _blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("**/README.md")), ids=str)
+def test_every_snippet_of_python_runs(
+    path: Path, capsys: pytest.CaptureFixture[str], no_user_data: None
+) -> None:
+    for snippet in _blocks("python", path.read_text(encoding="utf-8")):
+        if not any(mark in snippet for mark in ELSEWHERE):
+            exec(compile(snippet, str(path), "exec"), {})
 
 
 def test_the_first_example_is_eight_lines_and_runs(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -44,6 +45,7 @@ EXAMPLE = (
     Path(__file__).resolve().parents[2] / "atod_gym" / "adapters" / "examples" / "openenv_client.py"
 )
 ALFWORLD = "atod/ALFWorld-v0"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @contextlib.contextmanager
@@ -386,3 +388,12 @@ def test_the_example_runs(
     ends = [line for line in capsys.readouterr().out.splitlines() if line[0] != " "]
     assert len(ends) == 4
     assert any("reward 1, score 1" in end for end in ends)
+
+
+def test_the_snippet_of_the_readme_plays() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    [snippet] = [block for block in blocks if "openenv" in block]
+    played: dict[str, Any] = {}
+    with served("atod/WebShop-v0") as url:
+        exec(compile(snippet.replace("http://127.0.0.1:8000", url), "README.md", "exec"), played)
+    assert played["result"].observation.text
