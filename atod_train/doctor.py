@@ -63,7 +63,7 @@ def examine(student: str, teacher: str, max_context: int, servers: Sequence[str]
 
 
 def machine() -> Iterator[Finding]:
-    """Python, torch, processors, memory and devices."""
+    """Describe Python, torch, processors, memory and devices."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIGABYTE
     yield Finding(
         "ok",
@@ -88,7 +88,7 @@ def machine() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """For each extra what is missing or of a version that clashes."""
+    """Find for each extra what is missing or has a version that clashes."""
     wanted = [Requirement(line) for line in metadata.requires("atod-gym") or ()]
     extras = metadata.metadata("atod-gym").get_all("Provides-Extra") or []
     for extra in ("", *(name for name in extras if name not in ("all", "dev"))):
@@ -116,20 +116,23 @@ def packages() -> Iterator[Finding]:
 
 
 def data_sets() -> Iterator[Finding]:
-    """What data="auto" would play in each environment."""
+    """Find what data="auto" would play in each environment."""
     for env_id in ENV_IDS:
         entry = gymnasium.registry[env_id].entry_point
         assert isinstance(entry, str)
         module, _, name = entry.partition(":")
         folder = getattr(importlib.import_module(module), name).found_data()
         if folder is None:
-            yield Finding("note", f"{env_id}: no official data found, plays generated tasks")
+            yield Finding(
+                "note",
+                f"{env_id}: no official data found, plays generated tasks; see atod-data list",
+            )
         else:
             yield Finding("ok", f"{env_id}: data in {folder}")
 
 
 def reach(url: str) -> Finding:
-    """Whether a server answers at /health, and as what."""
+    """Ask a server what it is, at /health."""
     address = f"{url.rstrip('/')}/health"
     try:
         with urllib.request.urlopen(address, timeout=_SECONDS) as answer:

@@ -114,7 +114,7 @@ PRESETS: dict[str, Preset] = {
             env=EnvConfig(
                 id="atod/SearchQA-v0",
                 data="generated",
-                # So many entities that nobody can learn them by heart: names must be copied.
+                # More entities than a model can memorise: names must be copied.
                 options={"entities": 10000, "topk": 1, "task_types": "one_hop"},
                 max_turns=4,
                 eval_splits=("test",),

@@ -196,7 +196,7 @@ def _make_part(part: StudyPart, left: Sequence[Run], jobs: int, processes: Proce
 
 
 def _make_start(config: RunConfig, role: EvaluatedModel) -> None:
-    """Makes a start unless it is cached or a saved model."""
+    """Make a start unless it is cached or a saved model."""
     pool = EnvPool(config.env, "train")
     try:
         policy_of(config, role, pool)
@@ -268,12 +268,12 @@ def _train(run: Run, known: Sequence[Evaluation], processes: Processes) -> None:
 
 
 CallAll = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
-"""Calls a function with each of the argument lists, some at the same time."""
+"""Call a function with each of the argument lists, some at the same time."""
 
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[CallAll]:
-    """Calls in this process if `jobs` is 1, else in that many processes."""
+    """Yield a function that calls in this process if `jobs` is 1, else in that many processes."""
     if jobs == 1:
         yield lambda function, calls: [function(*arguments) for arguments in calls]
         return
@@ -309,7 +309,7 @@ def _terminate_workers() -> None:
 
 
 def _set_up_worker() -> None:
-    """Ends the worker with its parent, however that ends, and keeps its progress in plain lines.
+    """End the worker with its parent, however that ends, and show its progress in plain lines.
 
     Several progress bars would overwrite each other.
     """
