@@ -156,7 +156,7 @@ def locate(
     if data == "generated":
         return None
     if data not in ("auto", "official"):
-        found = source.find(Path(os.path.expanduser(data)))
+        found = source.find(expanded(data))
         if found is None:
             raise DataNotFoundError(
                 f"No {source.title} data in {os.fspath(data)!r}: expected auto, official, "
@@ -211,6 +211,11 @@ def cache_folder() -> Path:
     return Path(configured) if configured else Path.home() / ".cache"
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with `~` and `~name` replaced; `~` with an unknown user name stays."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises for unknown names
+
+
 def data_folders(name: str, variables: Iterable[str] = ()) -> tuple[Path, ...]:
     """Return the folders in which data is looked for, in order of preference.
 
@@ -224,8 +229,7 @@ def data_folders(name: str, variables: Iterable[str] = ()) -> tuple[Path, ...]:
         folder; those that are not set are left out, those that do not exist are not.
     """
     configured = [os.environ.get(variable) for variable in (DATA_VARIABLE, *variables)]
-    # Unlike Path.expanduser, this leaves `~` with an unknown user name as it is.
-    folders = [Path(os.path.expanduser(folder)) for folder in configured if folder]
+    folders = [expanded(folder) for folder in configured if folder]
     folders += [Path.home() / ".cache" / name, cache_folder() / "atod" / name]
     return tuple(dict.fromkeys(folders))
 

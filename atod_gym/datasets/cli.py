@@ -14,7 +14,7 @@ from tqdm import tqdm
 from atod_gym.datasets import DataSet, catalogue, data_set, verify
 from atod_gym.datasets.get import DOWNLOADS, get
 from atod_gym.errors import AtodError, DownloadError
-from atod_gym.tasks import data_folders
+from atod_gym.tasks import data_folders, expanded
 
 _EPILOG = f"""\
 Data sets: {", ".join(catalogue())}.
@@ -126,7 +126,7 @@ def _show(findings: list[verify.Finding]) -> int:
 def _folder(data: DataSet, chosen: str | None) -> Path:
     """Return where a data set lies, or else would lie."""
     if chosen is not None:
-        return Path(os.path.expanduser(chosen)) / ("webshop-full" * (data.name == "webshop-full"))
+        return expanded(chosen) / ("webshop-full" * (data.name == "webshop-full"))
     folders = data_folders(data.cache.removesuffix("-full"), (data.variable,))
     for place in (place for folder in folders for place in (folder, folder / data.cache)):
         if _there(data, place) - {"items_human_ins.json"}:  # Both shops have these goals.

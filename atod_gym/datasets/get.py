@@ -25,6 +25,7 @@ from urllib3.util import Retry
 
 from atod_gym.datasets import DataFile, DataSet, verify
 from atod_gym.errors import DownloadError
+from atod_gym.tasks import expanded
 
 DOWNLOADS = ".atod-downloads"
 """Folder of what is not complete yet, beside the data; a hyphen and the data set's name follow."""
@@ -67,7 +68,7 @@ def source_url(data: DataSet, file: DataFile, mirror: str | None) -> str:
     """Return the URL or path of a file, which is `<data set>/<name>` in a mirror."""
     if not mirror:
         return file.url.replace(_HUB, os.environ.get("HF_ENDPOINT", "").rstrip("/") or _HUB, 1)
-    root = mirror.rstrip("/") if "://" in mirror else Path(os.path.expanduser(mirror)).absolute()
+    root = mirror.rstrip("/") if "://" in mirror else expanded(mirror).absolute()
     return f"{root}/{data.name}/{file.name}"
 
 

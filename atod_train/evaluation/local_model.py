@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atod_gym.errors import InvalidSettingError, MissingExtraError
+from atod_gym.tasks import expanded
 from atod_train.config import SECTIONS, EnvConfig, RunConfig
 from atod_train.evaluation.agents import Completion
 from atod_train.evaluation.eval_records import EpisodeRecord
@@ -59,7 +60,7 @@ def find_model(name: str) -> ModelFolder:
         InvalidSettingError: no model there; names what to give.
         RunFolderError: the run's settings cannot be read.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not (name and path.is_dir()):
         if name in _FROM_SCRATCH:
             raise InvalidSettingError(

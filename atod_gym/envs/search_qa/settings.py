@@ -8,7 +8,6 @@ server, and `ServerError` if the server does not start, fails or sends malformed
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from atod_gym.envs.search_qa.questions import (
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
 from atod_gym.serving.connection import ServedConnection, ServerSettings, connect
 from atod_gym.serving.http import RETRY_STATUSES, in_batches
-from atod_gym.tasks import DataSource, announce_once, locate
+from atod_gym.tasks import DataSource, announce_once, expanded, locate
 
 BATCH_LIMIT = 1024
 """Most queries of one request."""
@@ -94,7 +93,7 @@ class SearchQASettings:
         try:
             found = locate(self.data, SOURCE, lambda found: not missing_official(found))
         except DataNotFoundError as error:
-            folder = Path(os.path.expanduser(self.data))
+            folder = expanded(self.data)
             raise DataNotFoundError(f"{error}{_there(scan(folder), folder)}") from None
         if found is None and self.corpus is not None:
             raise DataNotFoundError(
@@ -139,7 +138,7 @@ class SearchQASettings:
         """The file that was given as corpus; None: none was."""
         if self.corpus is None:
             return None
-        return Path(os.path.expanduser(self.corpus)).resolve()
+        return expanded(self.corpus).resolve()
 
 
 def _there(files: Sequence[DataFile], folder: Path) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from atod_gym.errors import InvalidSettingError
 from atod_gym.serving.connection import ServedConnection, ServerSettings, connect
-from atod_gym.tasks import DataSource, data_label, locate
+from atod_gym.tasks import DataSource, data_label, expanded, locate
 
 CHOICES = {"split_rule": ("original", "verl-agent"), "text_style": ("text", "text_rich")}
 
@@ -144,5 +143,5 @@ class ShopSettings:
         if self.data in ("official", "generated"):
             return False
         # Where there is no home folder of the name, `~user` stays.
-        folder = _find(Path(os.path.expanduser(self.data)))
+        folder = _find(expanded(self.data))
         return folder is not None and str(folder) == connection.health.get("folder")
