@@ -260,7 +260,7 @@ class Learner:
         Args:
             part: the mini-batch; the same on all ranks.
             tokens_per_microbatch: padded tokens that go through the model at once.
-            **asked: see `Policy.microbatches`.
+            **asked: see `score_microbatches`.
 
         Yields:
             Scores of some rows of the whole batch; call `backward` before the next.
