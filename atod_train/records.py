@@ -102,14 +102,6 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
-class TrajectoryGroup:
-    """G trajectories of the same task."""
-
-    task_id: str
-    trajectories: tuple[Trajectory, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
     """Trajectories as tensors: packed sequences for the model, turn rows for the algorithm.
 

@@ -108,7 +108,7 @@ def play_in_batches(
     for start in range(0, len(task_ids), at_once):
         part = task_ids[start : start + at_once]
         share = processes.share(len(part))
-        groups = collect(
+        trajectories = collect(
             pool,
             generator,
             part[share.start : share.stop],
@@ -119,7 +119,7 @@ def play_in_batches(
             on_end=on_end,
         )
         give_back()
-        yield [group.trajectories[0] for group in groups]
+        yield trajectories
 
 
 def episodes_at_once(policy: Policy, max_context: int, processes: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""Collects trajectories: many episodes at once, generation batched over the active ones only."""
+"""Collect trajectories: many episodes at once, generation batched over the active ones only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from atod_gym.errors import AtodError
 from atod_train.models.generation import Generator
 from atod_train.progress import PhaseTimes
-from atod_train.records import Trajectory, TrajectoryGroup
+from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.episode import Episode, Limits
 
@@ -54,8 +54,8 @@ def collect(
     first_episode: int = 0,
     episodes_in_all: int | None = None,
     on_end: Callable[[Trajectory], None] | None = None,
-) -> list[TrajectoryGroup]:
-    """Plays `group_size` episodes of each task, all at once, and records them.
+) -> list[Trajectory]:
+    """Play `group_size` episodes of each task, all at once, and record them.
 
     Args:
         pool: environments of the split that the tasks belong to.
@@ -70,39 +70,35 @@ def collect(
         on_end: takes each trajectory as soon as its episode has ended.
 
     Returns:
-        One group per task, in the order given; group ids count from `first_episode / group_size`.
-        An episode whose first prompt does not fit the model's context has no turns.
+        The trajectories, task after task in the order given; `group_id` counts the tasks from
+        `first_episode / group_size`. An episode whose first prompt does not fit the model's context
+        has no turns.
 
     Raises:
-        AtodError: no first prompt fits, and `episodes_in_all` is None: who shares a rollout is to
-            look at the episodes of all processes.
+        AtodError: no first prompt fits, and `episodes_in_all` is None. Processes that share a
+            rollout must look at the episodes of all.
     """
     times = times or PhaseTimes()
-    wanted = [
-        (first_episode // group_size + number, task)
-        for number, task in enumerate(task_ids)
-        for _ in range(group_size)
-    ]
-    in_all = first_episode + len(wanted) if episodes_in_all is None else episodes_in_all
-    after = in_all - first_episode - len(wanted)
-    generator.start(len(wanted), before=first_episode, after=after)
-    if not wanted:
+    tasks = [task for task in task_ids for _ in range(group_size)]
+    in_all = first_episode + len(tasks) if episodes_in_all is None else episodes_in_all
+    after = in_all - first_episode - len(tasks)
+    generator.start(len(tasks), before=first_episode, after=after)
+    if not tasks:
         return []
     with times.phase("environment"):
-        episodes = pool.start([task for _, task in wanted])
+        episodes = pool.start(tasks)
     active = dict(enumerate(episodes))
     while active:
         _play_turn(active, generator, pool, turn_limit, times)
         for row, episode in active.items():
             if episode.stop_reason is not None and on_end is not None:
-                on_end(episode.trajectory(wanted[row][0]))
+                on_end(episode.trajectory((first_episode + row) // group_size))
         active = {row: e for row, e in active.items() if e.stop_reason is None}
     if episodes_in_all is None and not any(episode.turns for episode in episodes):
         raise nothing_fits()
-    records = [e.trajectory(group) for e, (group, _) in zip(episodes, wanted, strict=True)]
     return [
-        TrajectoryGroup(task, tuple(records[i * group_size : (i + 1) * group_size]))
-        for i, task in enumerate(task_ids)
+        episode.trajectory((first_episode + row) // group_size)
+        for row, episode in enumerate(episodes)
     ]
 
 

@@ -255,7 +255,7 @@ class Trainer:
             memory_errors(f"playing the episodes of step {step}", _LESS_IN_ROLLOUTS),
             progress(len(own) * settings.group_size, f"rollout {step}", is_part=True) as advance,
         ):
-            groups = collect(
+            own_episodes = collect(
                 self._train_pool,
                 generator,
                 own,
@@ -266,7 +266,7 @@ class Trainer:
                 episodes_in_all=len(tasks) * settings.group_size,
                 on_end=lambda episode: advance(tokens=episode.sampled_tokens),
             )
-            return self.processes.gather([t for group in groups for t in group.trajectories])
+            return self.processes.gather(own_episodes)
 
     def _score(self, batch: Batch, step: int) -> TokenScores:
         """Score the sampled tokens with the student before the update and with the teacher."""

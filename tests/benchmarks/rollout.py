@@ -105,7 +105,7 @@ def ours(policy: Policy, pool: EnvPool, options: argparse.Namespace) -> tuple[in
     tasks = pool.task_ids[: options.episodes // options.group_size]
     watch, times = Stopwatch(), PhaseTimes()
     with watched(watch):
-        groups = collect(
+        records = collect(
             pool,
             generator,
             tasks,
@@ -113,17 +113,16 @@ def ours(policy: Policy, pool: EnvPool, options: argparse.Namespace) -> tuple[in
             turn_limit=options.turns,
             times=times,
         )
-    turns = [turn for group in groups for record in group.trajectories for turn in record.turns]
+    turns = [turn for record in records for turn in record.turns]
     whole = 0
-    for group in groups:
-        for record in group.trajectories:
-            context = 0
-            for turn in record.turns:
-                tokens = turn.tokens
-                context = context if tokens.extends_previous else 0
-                context += len(tokens.prompt_ids)
-                whole += context
-                context += len(tokens.completion_ids)
+    for record in records:
+        context = 0
+        for turn in record.turns:
+            tokens = turn.tokens
+            context = context if tokens.extends_previous else 0
+            context += len(tokens.prompt_ids)
+            whole += context
+            context += len(tokens.completion_ids)
     seconds = watch.seconds
     decode = seconds["generation"] - seconds["prefill"] - seconds["sampling"]
     environment = times.take()["seconds/environment"]

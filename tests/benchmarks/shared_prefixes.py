@@ -51,9 +51,9 @@ def main() -> None:
         model, DialogueEncoder(model.tokenizer), max_completion_tokens=32, max_context=1024
     )
     tasks = pool.task_ids[: options.tasks]
-    groups = collect(pool, generator, tasks, group_size=options.group_size, turn_limit=3)
+    trajectories = collect(pool, generator, tasks, group_size=options.group_size, turn_limit=3)
     pool.close()
-    batch = make_batch([t for group in groups for t in group.trajectories], model.pad_id)
+    batch = make_batch(trajectories, model.pad_id)
 
     def update() -> None:
         model.model.zero_grad()

@@ -81,8 +81,7 @@ def main() -> None:
     def play() -> list[Trajectory]:
         generator = Generator(model, dialogue, max_completion_tokens=10)
         tasks = pool.task_ids[: options.tasks]
-        groups = collect(pool, generator, tasks, group_size=options.group_size, turn_limit=20)
-        return [trajectory for group in groups for trajectory in group.trajectories]
+        return collect(pool, generator, tasks, group_size=options.group_size, turn_limit=20)
 
     batch = make_batch(play(), model.pad_id)
 

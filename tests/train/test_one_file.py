@@ -55,8 +55,7 @@ def played(pool: EnvPool, policy: Policy, temperature: float) -> list[Trajectory
         max_completion_tokens=TOKENS, completion_format=pool.completion_format, max_context=2048,
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
-    groups = collect(pool, generator, pool.task_ids[:TASKS], group_size=GROUP, turn_limit=TURNS)
-    return [trajectory for group in groups for trajectory in group.trajectories]
+    return collect(pool, generator, pool.task_ids[:TASKS], group_size=GROUP, turn_limit=TURNS)
 
 
 def as_rows(trajectories: Sequence[Trajectory]) -> list[one_file.Row]:

@@ -17,6 +17,7 @@ from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, seed_for, tasks_for_step
 from atod_train.training.supervised import (
@@ -78,12 +79,11 @@ def test_groups_hold_what_was_played(policy: Policy, style: str) -> None:
     dialogue = DialogueEncoder(policy.tokenizer, config.prompt_style)
     generator = Generator(policy, dialogue, max_completion_tokens=5)
     tasks = chosen.task_ids[:2]
-    groups = collect(chosen, generator, tasks, group_size=3, turn_limit=3)
-    assert [group.task_id for group in groups] == list(tasks)
-    for number, group in enumerate(groups):
-        assert len(group.trajectories) == 3
-        for record in group.trajectories:
-            assert (record.group_id, record.task_id) == (number, group.task_id)
+    records = collect(chosen, generator, tasks, group_size=3, turn_limit=3)
+    assert [record.group_id for record in records] == [0, 0, 0, 1, 1, 1]
+    for number, task_id in enumerate(tasks):
+        for record in records[3 * number : 3 * number + 3]:
+            assert record.task_id == task_id
             assert record.truncated
             assert record.stop_reason == "turn_limit"
             assert [turn.index for turn in record.turns] == [0, 1, 2]
@@ -121,21 +121,21 @@ def test_context_limit_ends_an_episode(pool: EnvPool, policy: Policy) -> None:
     with pytest.raises(AtodError, match="context"):
         collect(pool, short, pool.task_ids[:1], group_size=1, turn_limit=4)
     # Where other processes play on, it is for the caller to say so.
-    [group] = collect(pool, short, pool.task_ids[:1], group_size=1, turn_limit=4, episodes_in_all=3)
-    assert [(r.stop_reason, r.turns) for r in group.trajectories] == [("context_limit", ())]
+    records = collect(pool, short, pool.task_ids[:1], group_size=1, turn_limit=4, episodes_in_all=3)
+    assert [(r.stop_reason, r.turns) for r in records] == [("context_limit", ())]
 
 
 def test_processes_that_share_a_rollout_sample_what_one_would(
     pool: EnvPool, policy: Policy
 ) -> None:
-    def play(first: int, last: int) -> list[object]:
+    def play(first: int, last: int) -> list[Trajectory]:
         generator = Generator(
             policy,
             DialogueEncoder(policy.tokenizer),
             max_completion_tokens=5,
             generator=torch.Generator().manual_seed(5),
         )
-        found: list[object] = []
+        found: list[Trajectory] = []
         for _ in range(2):  # the streams of a second rollout follow
             found += collect(
                 pool,
@@ -151,16 +151,14 @@ def test_processes_that_share_a_rollout_sample_what_one_would(
     whole, parts = play(0, 3), [play(0, 2), play(2, 2), play(2, 3)]
     assert not parts[1]
     for rollout in (0, 1):
-        shared = [*parts[0][2 * rollout : 2 * rollout + 2], parts[2][rollout]]
-        for one, other in zip(shared, whole[3 * rollout : 3 * rollout + 3], strict=True):
+        shared = parts[0][4 * rollout :][:4] + parts[2][2 * rollout :][:2]
+        for one, other in zip(shared, whole[6 * rollout :][:6], strict=True):
             assert _without_logprobs(one) == _without_logprobs(other)
 
 
-def _without_logprobs(group: Any) -> object:
-    return [
-        (record.group_id, record.task_id, [turn.tokens.completion_ids for turn in record.turns])
-        for record in group.trajectories
-    ]
+def _without_logprobs(record: Trajectory) -> object:
+    completions = [turn.tokens.completion_ids for turn in record.turns]
+    return record.group_id, record.task_id, completions
 
 
 def test_unknown_environments_and_options_are_named() -> None:
@@ -198,13 +196,12 @@ def test_a_sampled_evaluation_plays_in_batches_with_the_streams_of_its_seed(
         max_completion_tokens=config.train.max_completion_tokens,
         generator=torch.Generator().manual_seed(seed_for(0, 0, "evaluation")),
     )
-    groups = [
-        group
+    plays = [
+        play
         for part in (chosen.task_ids[:42], chosen.task_ids[42:50])
-        for group in collect(chosen, generator, part, group_size=1, turn_limit=3)
+        for play in collect(chosen, generator, part, group_size=1, turn_limit=3)
     ]
-    for task, group in zip(result.tasks, groups, strict=True):
-        [play] = group.trajectories
+    for task, play in zip(result.tasks, plays, strict=True):
         invalid = sum(not turn.is_action_valid for turn in play.turns)
         assert (task.turns, task.invalid_turns) == (3, invalid)
         assert (task.success, task.score) == (play.success, play.score)
@@ -244,9 +241,8 @@ def test_a_turn_of_all_episodes_in_a_server_is_one_request(
     )
     shops = EnvPool(config, "train")
     generator = Generator(policy, DialogueEncoder(policy.tokenizer), max_completion_tokens=5)
-    groups = collect(shops, generator, shops.task_ids[:2], group_size=2, turn_limit=3)
+    records = collect(shops, generator, shops.task_ids[:2], group_size=2, turn_limit=3)
     shops.close()
-    records = [record for group in groups for record in group.trajectories]
     assert [record.task_id for record in records] == [t for t in shops.task_ids[:2] for _ in "ab"]
     assert all(len(record.turns) == 3 and record.score == 0.0 for record in records)
     assert sizes == [4] * 4

@@ -60,8 +60,7 @@ def _play(
     pool = EnvPool(replace(ENV, prompt_style=style), "train")
     dialogue = DialogueEncoder(tokenizer, style)
     generator = Generator(policy, dialogue, max_completion_tokens=5, max_context=max_context)
-    groups = collect(pool, generator, pool.task_ids[:6], group_size=2, turn_limit=12)
-    return policy, [record for group in groups for record in group.trajectories]
+    return policy, collect(pool, generator, pool.task_ids[:6], group_size=2, turn_limit=12)
 
 
 @pytest.mark.parametrize("style", ["chat", "window"])
@@ -331,10 +330,9 @@ def test_what_was_fed_is_what_is_trained_on(
     )
     pool: Any = _Pool(style, dialogues)
     tasks = ["t"] * len(dialogues)
-    groups = collect(
+    records = collect(
         pool, generator, tasks, group_size=1, turn_limit=8, episodes_in_all=len(dialogues)
     )
-    records = [record for group in groups for record in group.trajectories]
     assert [len(record.turns) for record in records] == [len(seen) for seen in generator.seen]
     for record in records:
         _check_turns(record, generator)
