@@ -135,7 +135,7 @@ class Evaluation:
     result: EvaluationResult
 
     @property
-    def board(self) -> tuple[EvaluatedModel, str, EvaluationMode]:
+    def key(self) -> tuple[EvaluatedModel, str, EvaluationMode]:
         """What was evaluated on which split, and how completions were chosen."""
         return self.model, self.result.split, self.result.mode
 

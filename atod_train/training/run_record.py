@@ -193,9 +193,9 @@ class RunRecord:
             if is_lost:
                 self._writer.write(self.row)
             if self.done.step == 0:
-                there = {evaluation.board for evaluation in read_evaluations(self.run_dir)}
+                there = {evaluation.key for evaluation in read_evaluations(self.run_dir)}
                 for evaluation in known:
-                    if evaluation.board not in there:
+                    if evaluation.key not in there:
                         self._writer.write_evaluation(evaluation)
             yield
 

@@ -20,7 +20,7 @@ def evaluation(bits: str, step: int | None = None) -> dict[str, Any]:
     return record if step is None else {"step": step, **record}
 
 
-def boards(by_split: Mapping[str, str], step: int | None = None) -> dict[str, Any]:
+def evaluations(by_split: Mapping[str, str], step: int | None = None) -> dict[str, Any]:
     """Both modes of every split with the same successes."""
     return {
         f"{split}/{mode}": evaluation(bits, step)
@@ -46,9 +46,9 @@ def run(
         "tokens": 4000,
         "episodes": 48,
         "seconds": {"environment": 10.0, "generation": 60.0, "update": 20.0, "other": 10.0},
-        "last": boards(last, 3),
-        "best": boards(best or last, 2),
-        "course": {board: [[3, found["success_rate"]]] for board, found in boards(last).items()},
+        "last": evaluations(last, 3),
+        "best": evaluations(best or last, 2),
+        "course": {key: [[3, found["success_rate"]]] for key, found in evaluations(last).items()},
         "metrics": {"kappa": [1.0, 0.5, 0.1], "rho": [1.0, None, 2.0]},
         **more,
     }
@@ -69,8 +69,8 @@ def environment(
             split: [f"{split}-{number}" for number in range(len(bits))]
             for split, bits in start.items()
         },
-        "start": boards(start),
-        "teacher": boards(teacher),
+        "start": evaluations(start),
+        "teacher": evaluations(teacher),
         "runs": list(runs),
         **more,
     }

@@ -65,11 +65,11 @@ def merged(tmp_path: Path) -> Results:
 
 def test_several_plays_of_a_task_count_by_their_share(tmp_path: Path) -> None:
     run = files.run("a", 0, {"s": "0134"}, best={"s": "0011"})
-    for board in run["last"].values():
-        board["plays"] = 4
+    for evaluation in run["last"].values():
+        evaluation["plays"] = 4
     record = files.environment([run], start={"s": "0011"}, teacher={"s": "0222"})
-    for board in record["teacher"].values():
-        board["plays"] = 2
+    for evaluation in record["teacher"].values():
+        evaluation["plays"] = 2
     environment = one(files.write(tmp_path / "1.json", houses=record))
     assert rate(environment, "a", GREEDY) == estimate(np.array([[0, 0.25, 0.75, 1]]))
     gap = difference(environment, "a", "teacher", GREEDY)

@@ -52,15 +52,19 @@ def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
     [
         pytest.param(without("start"), "start", id="no-start"),
         pytest.param({**sound(), "runs": []}, "has no runs", id="no-runs"),
-        pytest.param(run_with(last=files.boards({"s": "011"})), "of 2 tasks", id="too-many-bits"),
-        pytest.param(run_with(last=files.boards({"s": "02"})), "0 to 1, for", id="digit-too-big"),
+        pytest.param(
+            run_with(last=files.evaluations({"s": "011"})), "of 2 tasks", id="too-many-bits"
+        ),
+        pytest.param(
+            run_with(last=files.evaluations({"s": "02"})), "0 to 1, for", id="digit-too-big"
+        ),
         pytest.param(
             run_with(last={"s/greedy": {"success": "02", "plays": 10}}), "0 to 10", id="plays"
         ),
         pytest.param(
             run_with(last={"s/greedy": {"success": "0.", "plays": 1.0}}), "'float'", id="half-plays"
         ),
-        pytest.param(run_with(best=files.boards({"t": "01"})), "'t'", id="unknown-split"),
+        pytest.param(run_with(best=files.evaluations({"t": "01"})), "'t'", id="unknown-split"),
         pytest.param(
             run_with(last={"s/greedy": {"success": "01"}}), "s/greedy has no score", id="no-score"
         ),

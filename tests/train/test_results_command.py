@@ -23,7 +23,7 @@ def parts(tmp_path: Path) -> list[Path]:
     def record(label: str, seed: int, solved: str) -> dict:
         greedy = [[1, 0.25], [2, 0.5], [3, solved.count("1") / 4]]
         last = {"s": solved, "t": "01"}
-        course = dict.fromkeys(files.boards(last), greedy[2:]) | {"s/greedy": greedy}
+        course = dict.fromkeys(files.evaluations(last), greedy[2:]) | {"s/greedy": greedy}
         return files.run(label, seed, last, course=course)
 
     still = {"start": {"s": "0001", "t": "01"}, "teacher": {"s": "1110", "t": "11"}}

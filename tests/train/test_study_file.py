@@ -216,14 +216,14 @@ def test_a_killed_study_goes_on_and_writes_its_results(
         folder = out / f"{run['label']}-seed{run['seed']}"
         assert [step["step"] for step in read_metrics(folder)] == [1, 2]
         assert run["minutes"] == read_json(folder / "summary.json")["minutes"]
-        boards = [(e.step, e.model, e.result.mode) for e in read_evaluations(folder)]
-        assert len(boards) == len(set(boards))
+        found = [(e.step, e.model, e.result.mode) for e in read_evaluations(folder)]
+        assert len(found) == len(set(found))
         last = [e for e in read_evaluations(folder) if e.step == 2 and e.result.mode == "greedy"]
         bits = "".join("1" if task.success else "0" for task in last[0].result.tasks)
         assert run["last"]["valid_seen/greedy"]["success"] == bits
         assert run["seconds"]["generation"] >= 0
-        board = "valid_seen/greedy"
-        assert run["course"][board][-1] == [2, round(run["last"][board]["success_rate"], 4)]
+        key = "valid_seen/greedy"
+        assert run["course"][key][-1] == [2, round(run["last"][key]["success_rate"], 4)]
         steps = [f"{step['rho']:.4g}" for step in read_metrics(folder)]
         assert [f"{value:.4g}" for value in run["metrics"]["rho"]] == steps
     assert houses["env"]["max_turns"] == 12

@@ -120,10 +120,10 @@ def test_a_run_writes_what_it_promises(whole_run: Path) -> None:
     for phase in ("environment", "generation", "teacher", "update"):
         assert all(row[f"seconds/{phase}"] > 0 for row in rows)
     run = read_run(whole_run)
-    board = ("valid_seen", "greedy")
-    assert run.start(board) is not None
-    assert run.teacher(board) is not None
-    assert [e.step for e in run.course(board)] == [0, 3, 6]
+    key = ("valid_seen", "greedy")
+    assert run.start(key) is not None
+    assert run.teacher(key) is not None
+    assert [e.step for e in run.course(key)] == [0, 3, 6]
     manifest = read_json(whole_run / "manifest.json")
     assert manifest["data"]["name"] == "generated"
     assert len(manifest["data"]["hash"]) == 64
