@@ -8,18 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from atod_train.algorithm.atod import masked, sampled_log_ratio, segment_sum, turn_weights
+from atod_train.algorithm.atod import (
+    MIN_DISAGREEMENT,
+    masked,
+    sampled_log_ratio,
+    segment_sum,
+    turn_weights,
+)
+from atod_train.algorithm.methods import LOW_PRECISION_DISAGREEMENT
 
-Weights = Literal["soft_or", "uniform", "disagreement", "uncertainty"]
-
-
-@dataclass(frozen=True)
-class TurnWeighting:
-    """T-DUR as other trainers are given it, see `atod_train.algorithm.atod.turn_weights`."""
-
-    variant: Weights = "soft_or"
-    min_turns: int = 3
-    min_disagreement: float = 0.01
+Variant = Literal["soft_or", "uniform", "disagreement", "uncertainty"]
+"""The turn weights that other trainers can have, see `atod_train.algorithm.atod.turn_weights`."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ def mixed_advantages(
     *,
     kappa: float,
     rho: float,
-    weighting: TurnWeighting,
+    variant: Variant = "soft_or",
+    is_low_precision: bool = False,
 ) -> MixedAdvantages:
     """Eq. 8, kappa w_k delta_t + rho A, where A is another trainer's advantage.
 
@@ -64,20 +64,28 @@ def mixed_advantages(
         episode: [B] int64, which episode a row belongs to, counted from 0.
         kappa: coefficient of the teacher's part.
         rho: coefficient of the return's part.
-        weighting: of the turns.
+        variant: of the turn weights.
+        is_low_precision: whether student or teacher computes in less than float32, which makes the
+            smallest disagreement that counts larger.
 
     Raises:
         ValueError: as `atod_train.algorithm.atod.sampled_log_ratio`.
     """
     log_ratio = sampled_log_ratio(student_logprobs, teacher_logprobs, mask)
-    weights = _token_weights(student_logprobs, teacher_logprobs, mask, episode, weighting)
+    least = LOW_PRECISION_DISAGREEMENT if is_low_precision else MIN_DISAGREEMENT
+    weights = _token_weights(student_logprobs, teacher_logprobs, mask, episode, variant, least)
     base = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages
     mixed = kappa * (weights * log_ratio) + rho * base
     return MixedAdvantages(masked(mixed, mask).detach(), log_ratio, weights)
 
 
 def _token_weights(
-    student: Tensor, teacher: Tensor, mask: Tensor, episode: Tensor, weighting: TurnWeighting
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    episode: Tensor,
+    variant: Variant,
+    min_disagreement: float,
 ) -> Tensor:
     """Return [B, T] T-DUR weights; every token is visited once, however many turns there are."""
     starts = mask & ~torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
@@ -87,9 +95,8 @@ def _token_weights(
     weights = turn_weights(
         segment_sum(gaps, turn) / tokens,
         segment_sum(-student[mask], turn) / tokens,
-        min_turns=weighting.min_turns,
-        min_disagreement=weighting.min_disagreement,
-        variant=weighting.variant,
+        min_disagreement=min_disagreement,
+        variant=variant,
         trajectory_index=episode[starts.nonzero()[:, 0]],
     )
     spread = torch.zeros(mask.shape, dtype=weights.dtype, device=mask.device)

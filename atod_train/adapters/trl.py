@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
-from atod_train.adapters.objective import TurnWeighting, mixed_advantages
+from atod_train.adapters.objective import Variant, mixed_advantages
 from atod_train.adapters.rows import RowTokens, TokenPlayer, outcome, rows_of
 from atod_train.algorithm.atod import Schedule
 from atod_train.config import EnvConfig
@@ -145,7 +145,8 @@ class ATODTrainer(GRPOTrainer):
         teacher: the model that scores the student's tokens, as a model, folder or hub name; None:
             no teacher's part, whatever kappa is.
         schedule: kappa and rho over the optimiser steps; the paper's by default.
-        weighting: T-DUR's variant and guards; `TurnWeighting("uniform")` is none.
+        turn_weights: `soft_or` is T-DUR, `uniform` none; `disagreement` and `uncertainty` are
+            its parts.
         **kwargs: those of `GRPOTrainer`.
 
     Raises:
@@ -158,14 +159,14 @@ class ATODTrainer(GRPOTrainer):
         *args: Any,
         teacher: PreTrainedModel | str | None = None,
         schedule: Schedule | None = None,
-        weighting: TurnWeighting | None = None,
+        turn_weights: Variant = "soft_or",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if getattr(self.args, "use_liger_kernel", False):
             raise InvalidSettingError("ATODTrainer needs use_liger_kernel=False.")
         self.schedule = schedule or Schedule()
-        self.weighting = weighting or TurnWeighting()
+        self.turn_weights = turn_weights
         self.teacher = None if teacher is None else self._prepared(teacher)
 
     def _prepared(self, teacher: PreTrainedModel | str) -> Any:
@@ -257,8 +258,18 @@ class ATODTrainer(GRPOTrainer):
         old = self._scores(self.model, rows) if old is None else old
         teacher = self._scores(self.teacher, rows)
         base = rows["advantages"]
+        dtypes = {model.dtype for model in (self.model, self.teacher) if hasattr(model, "dtype")}
+        is_low = self.accelerator.mixed_precision != "no" or dtypes != {torch.float32}
         mixed = mixed_advantages(
-            base, old, teacher, mask, episode, kappa=kappa, rho=rho, weighting=self.weighting
+            base,
+            old,
+            teacher,
+            mask,
+            episode,
+            kappa=kappa,
+            rho=rho,
+            variant=self.turn_weights,
+            is_low_precision=is_low,
         )
         for name, value in mixed.metrics(mask).items():
             metrics[f"atod/{name}"].append(value)

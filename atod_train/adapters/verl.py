@@ -3,9 +3,9 @@
 Load this module in every process of verl: VERL_USE_EXTERNAL_MODULES=atod_train.adapters.verl in
 the environment. Then `trainer.v1.trainer_mode=atod` is verl's synchronous trainer, and after its
 own advantages, such as those of GRPO, come ATOD's: kappa w_k delta_t + rho A (Eq. 8). The teacher
-is what verl's reference worker holds; `+trainer.v1.atod.teacher=<model>` names it. Settings: see
-`ATODSettings`; each is given as `+trainer.v1.atod.<name>=<value>`. An advantage estimator of verl
-would not do: it is given rewards and masks, neither log-probs nor the step.
+is what verl's reference worker holds; `+trainer.v1.atod.teacher=<model>` names it. The other
+settings have the names of `AlgorithmConfig`, as in `+trainer.v1.atod.kappa=[1,0.1]`. An advantage
+estimator of verl would not do: it is given rewards and masks, neither log-probs nor the step.
 
 `ATODAgentLoop` plays a row of `atod_gym.adapters.verl.task_dataset`; a file for
 `actor_rollout_ref.rollout.agent.agent_loop_config_path` says how:
@@ -23,17 +23,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast, get_args
 from uuid import uuid4
 
 import torch
 
 from atod_gym.errors import InvalidSettingError, MissingExtraError
-from atod_train.adapters.objective import TurnWeighting, Weights, mixed_advantages
+from atod_train.adapters.objective import Variant, mixed_advantages
 from atod_train.adapters.rows import RowTokens, TokenPlayer, outcome, rows_of
 from atod_train.algorithm.atod import Schedule
-from atod_train.config import EnvConfig
+from atod_train.algorithm.methods import schedule_of
+from atod_train.config import AlgorithmConfig, EnvConfig
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
@@ -67,50 +68,40 @@ MODE = "atod"
 
 @dataclass(frozen=True)
 class ATODSettings:
-    """The settings under `trainer.v1.atod`; defaults are the paper's."""
+    """The settings under `trainer.v1.atod`; those left out are the paper's."""
 
+    schedule: Schedule
+    """Kappa and rho over the steps."""
+    turn_weights: Variant
     teacher: str = ""
     """Folder or hub name of the teacher; empty: no teacher's part, whatever kappa is."""
-    kappa_init: float = 1.0
-    kappa_min: float = 0.1
-    rho_init: float = 1.0
-    rho_max: float = 2.0
-    anneal_steps: int = 80
-    shape: Literal["linear", "cosine", "constant"] = "linear"
-    weights: Weights = "soft_or"
-    min_turns: int = 3
-    min_disagreement: float = 0.01
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> ATODSettings:
-        """Reads what a user gave.
+        """Read what a user gave: `teacher`, and settings named as in `AlgorithmConfig`.
 
         Raises:
-            InvalidSettingError: an unknown name, or values that make no sense.
+            InvalidSettingError: an unknown name, or values out of range.
         """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(config) - known)
-        if unknown:
+        known = ("anneal_steps", "kappa", "rho", "shape", "teacher", "turn_weights")
+        if unknown := sorted(set(config) - set(known)):
             raise InvalidSettingError(
-                f"trainer.v1.atod has no setting {unknown[0]!r}; known: {', '.join(sorted(known))}."
+                f"trainer.v1.atod has no setting {unknown[0]!r}; known: {', '.join(known)}."
             )
-        settings = cls(**config)
+        values: dict[str, Any] = {
+            k: v if isinstance(v, float | int | str) else tuple(v) for k, v in config.items()
+        }
+        teacher = str(values.pop("teacher", ""))
+        settings = AlgorithmConfig(**values)
+        if settings.shape == "adaptive" or settings.turn_weights not in get_args(Variant):
+            raise InvalidSettingError(
+                "trainer.v1.atod: shape adaptive and turn weights other than "
+                f"{', '.join(get_args(Variant))} are those of atod-train alone."
+            )
         try:
-            settings.schedule  # noqa: B018 - checks the values
+            return cls(schedule_of(settings), cast(Variant, settings.turn_weights), teacher)
         except (TypeError, ValueError) as error:
             raise InvalidSettingError(f"trainer.v1.atod: {error}") from error
-        return settings
-
-    @property
-    def schedule(self) -> Schedule:
-        """Kappa and rho over the steps."""
-        ends = (self.kappa_init, self.kappa_min, self.rho_init, self.rho_max)
-        return Schedule(*ends, self.anneal_steps, self.shape)
-
-    @property
-    def weighting(self) -> TurnWeighting:
-        """T-DUR."""
-        return TurnWeighting(self.weights, self.min_turns, self.min_disagreement)
 
 
 # -- environments ---------------------------------------------------------------------------------
@@ -332,7 +323,8 @@ class ATODTrainer(PPOTrainerSync):
                 _episodes(batch.keys),
                 kappa=kappa,
                 rho=rho,
-                weighting=self.settings.weighting,
+                variant=self.settings.turn_weights,
+                is_low_precision=True,  # the workers compute in bfloat16
             )
             metrics.update({f"atod/{k}": v for k, v in mixed.metrics(mask).items()})
             advantages = mixed.advantages

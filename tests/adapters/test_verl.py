@@ -246,7 +246,7 @@ def trainer(folder: Path, kind: type[Any] = ATODTrainer, **settings: Any) -> Any
     made = object.__new__(kind)
     made.config = composed(folder)
     made.global_steps = 2
-    made.settings = ATODSettings(teacher="teacher", **settings)
+    made.settings = ATODSettings.read({"teacher": "teacher", **settings})
     return made
 
 
@@ -285,7 +285,7 @@ def test_advantages_are_those_of_the_paper(style: str, folder: Path, queue: None
     theirs, _ = advantages_of(trainer(folder, PPOTrainerSync), rows)
     assert any(bool(row.any()) for row in theirs)
     # Without the teacher's part it is their GRPO.
-    equal = {"kappa_init": 0.0, "kappa_min": 0.0, "rho_init": 1.0, "rho_max": 1.0}
+    equal = {"kappa": (0.0, 0.0), "rho": (1.0, 1.0)}
     ours, _ = advantages_of(trainer(folder, **equal), rows)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -382,7 +382,9 @@ def test_settings_that_make_no_sense(folder: Path) -> None:
     with pytest.raises(InvalidSettingError, match="no setting 'kapa'"):
         ATODSettings.read({"kapa": 1})
     with pytest.raises(InvalidSettingError, match="kappa falls"):
-        ATODSettings.read({"kappa_min": 2.0})
+        ATODSettings.read({"kappa": [1.0, 2.0]})
+    with pytest.raises(InvalidSettingError, match="of atod-train alone"):
+        ATODSettings.read({"turn_weights": "token"})
     more = ("+trainer.v1.atod.teacher=x", "actor_rollout_ref.actor.use_kl_loss=False")
     with pytest.raises(InvalidSettingError, match="use_kl_loss=True"):
         ATODTrainer(composed(folder, "chat", *more))
