@@ -126,7 +126,7 @@ class StudyCommand(Command):
     """Make the runs of a study file: several methods, seeds and environments."""
 
     file: Positional[Path]
-    """TOML file. Its format is described in atod_train/studies/file.py; quickstart.toml beside that
+    """TOML file. Its format is described in atod_train/studies/file.py; quickstart.toml next to it
     is an example."""
     out: Unset[Path] = None
     """Folder of the study. Default: runs/<name of the file>."""

@@ -15,7 +15,7 @@ Precision = Literal["auto", "float32", "bfloat16", "mixed"]
 
 
 def is_url(model: str) -> bool:
-    """Whether a model is named by the URL of a server."""
+    """Return whether a model is named by the URL of a server."""
     return model.startswith(("http://", "https://"))
 
 

@@ -33,7 +33,7 @@ _BUCKET = 2**23
 
 @dataclass(frozen=True)
 class Sharding:
-    """How weights are sharded for training (FSDP2), as accelerate was configured."""
+    """Sharding of weights for training (FSDP2), as accelerate was configured."""
 
     reshard_after_forward: bool = True
     """Gather a layer's weights a second time for the backward pass instead of keeping them."""

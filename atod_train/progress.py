@@ -16,7 +16,7 @@ _FIRST_LINE = 5.0
 
 
 class Advance(Protocol):
-    """What `progress` yields."""
+    """The function that `progress` yields."""
 
     def __call__(self, amount: int = 1, note: str = "", tokens: int = 0) -> None:
         """Count `amount` more units as done, and `tokens` more as sampled; show `note`."""
@@ -182,7 +182,7 @@ class PhaseTimes:
             self._open.pop()
 
     def take(self) -> dict[str, float]:
-        """Return the seconds since the last take as `seconds/<phase>`, and begin anew.
+        """Return the seconds since the last take as `seconds/<phase>`, and reset them.
 
         `seconds/other` is the wall time spent in no phase.
         """

@@ -56,7 +56,7 @@ class Turn:
     """Strictly: the completion parsed and the action was admissible."""
     tokens: TokenizedTurn
     penalty: float = 0.0
-    """What `reward` was lessened by for an invalid action."""
+    """Invalid-action penalty, already subtracted from `reward`."""
     invalid_reason: str = ""
     """Why the action was not valid, see `atod_gym.parsing.invalid_reason`; empty if it was."""
     is_trained: bool = True
@@ -97,7 +97,7 @@ class Trajectory:
 
     @property
     def verbs(self) -> Counter[str]:
-        """How often each verb was used in a valid action."""
+        """Verb -> number of valid actions that begin with it."""
         return Counter(turn.verb for turn in self.turns if turn.is_action_valid)
 
 

@@ -23,7 +23,7 @@ Variant = Literal["soft_or", "uniform", "disagreement", "uncertainty"]
 
 @dataclass(frozen=True)
 class MixedAdvantages:
-    """What `mixed_advantages` gives: detached, 0 outside the mask."""
+    """Results of `mixed_advantages`: detached, 0 outside the mask."""
 
     advantages: Tensor
     """[B, T]."""

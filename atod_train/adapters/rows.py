@@ -14,7 +14,7 @@ from atod_train.rollout.episode import Episode, Limits
 
 @dataclass(frozen=True)
 class RowTokens:
-    """What a trainer takes for one row: an episode in chat style, a turn in window style."""
+    """Tokens of one row of a trainer: an episode in chat style, a turn in window style."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -26,7 +26,7 @@ class RowTokens:
 
 
 class TokenPlayer:
-    """Plays episodes of a pool with completions that are sampled elsewhere.
+    """A player of episodes whose completions are sampled elsewhere.
 
     Args:
         pool: environments.

@@ -65,7 +65,7 @@ class Rollouts:
         self._dialogue: DialogueEncoder | None = None
 
     def __call__(self, prompts: Sequence[str], trainer: GRPOTrainer) -> dict[str, Any]:
-        """Plays the tasks.
+        """Play the tasks.
 
         Args:
             prompts: task ids, one for each episode.
@@ -198,7 +198,7 @@ class ATODTrainer(GRPOTrainer):
     def _with_turn_rows(
         self, output: dict[str, Any], episodes: Sequence[Sequence[RowTokens]]
     ) -> tuple[dict[str, Any], Tensor]:
-        """Replaces the rows of episodes by those of their turns; gives each row's episode."""
+        """Replace the rows of episodes by those of their turns; return each row's episode."""
         if self.beta != 0.0 or (self.use_vllm and self.vllm_importance_sampling_correction):
             raise InvalidSettingError(
                 "In window style set beta=0.0 and vllm_importance_sampling_correction=False: TRL "

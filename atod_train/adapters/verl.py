@@ -139,7 +139,7 @@ def _envs_of(config: EnvConfig, split: str) -> _Envs:
 
 
 class ATODAgentLoop(AgentLoopBase):
-    """Plays the task that a row of the data set names, token for token as our own trainer does.
+    """Play the task that a row of the data set names, token for token as our own trainer does.
 
     Args:
         *args: verl's.
@@ -181,7 +181,7 @@ class ATODAgentLoop(AgentLoopBase):
     async def run(
         self, sampling_params: dict[str, Any], **kwargs: Any
     ) -> AgentLoopOutput | list[AgentLoopOutput]:
-        """Plays one episode.
+        """Play one episode.
 
         Args:
             sampling_params: verl's.
@@ -285,7 +285,7 @@ class ATODTrainer(PPOTrainerSync):
         if self.settings.teacher and not config.actor_rollout_ref.actor.use_kl_loss:
             raise InvalidSettingError(
                 "The teacher is scored by verl's reference worker, which verl starts only with "
-                "actor_rollout_ref.actor.use_kl_loss=True; add kl_loss_coef=0.0 beside it."
+                "actor_rollout_ref.actor.use_kl_loss=True; and kl_loss_coef=0.0."
             )
         with open_dict(config):
             # Where verl asks for the mode by name, it is the synchronous one.
@@ -302,7 +302,7 @@ class ATODTrainer(PPOTrainerSync):
                 self.role_worker_mapping[role] = ray.remote(TeacherWorker)
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        """Replaces verl's advantages by the mix; rows of one session are one episode."""
+        """Replace verl's advantages by the mix; rows of one session are one episode."""
         batch = super()._compute_advantage(batch, metrics)
         kappa, rho = self.settings.schedule.coefficients(self.global_steps)
         has_teacher = bool(self.settings.teacher) and kappa != 0.0

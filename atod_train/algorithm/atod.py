@@ -47,7 +47,7 @@ MIN_DISAGREEMENT = 0.01  # nats per token; below it T-DUR's weights are 1 throug
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How the mix moves from teacher to return (Eq. 10-12).
+    """Kappa and rho over the steps: from teacher to return (Eq. 10-12).
 
     `shape` is linear (the paper), cosine (half a wave between the same end points) or constant:
     the initial values stay, as they do when `anneal_steps` <= 0. ValueError for anything else, for
@@ -200,7 +200,7 @@ def atod_advantages(
 
 @dataclass(frozen=True, slots=True)
 class LossStats:
-    """What `clipped_policy_loss` saw: detached 0-d tensors, over the tokens of one call.
+    """Statistics of `clipped_policy_loss`: detached 0-d tensors, over the tokens of one call.
 
     To join micro-batches, weight the means by `tokens`.
     """
@@ -222,7 +222,7 @@ def loss_normalizer(
     aggregation: Literal["token-mean", "trajectory-mean"] = "token-mean",
     trajectory_index: Tensor | None = None,
 ) -> Tensor:
-    """What each row's token losses are divided by, so that their sum is the mean; [R] int64.
+    """Return the divisor of each row's token losses that makes their sum the mean; [R] int64.
 
     token-mean: all tokens. trajectory-mean (over a trajectory's tokens, then over trajectories):
     tokens of the row's trajectory times the number of trajectories with tokens.

@@ -166,7 +166,7 @@ def schedule_of(settings: AlgorithmConfig) -> Schedule:
 
 
 def is_adaptive(settings: AlgorithmConfig) -> bool:
-    """Whether progress comes from the run itself, see `moved_on`."""
+    """Return whether progress comes from the run itself, see `moved_on`."""
     return settings.method == "atod" and settings.shape == "adaptive"
 
 
@@ -384,7 +384,7 @@ def auxiliary_loss(
     coefficient: float = SDAR_COEFFICIENT,
     gate_sharpness: float = SDAR_GATE_SHARPNESS,
 ) -> Tensor | None:
-    """What a method adds to the policy loss, its coefficient included; None for all but sdar.
+    """Return the term that a method adds to the policy loss, with its coefficient; sdar alone.
 
     sdar: coefficient * mean(gate * (teacher_logprobs - logprobs)) with the detached gate
     sigmoid(gate_sharpness * (teacher_logprobs - logprobs)). Its gradient is that of -gate *

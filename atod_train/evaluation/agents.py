@@ -44,7 +44,7 @@ class Completion:
     turns_left_out: int = 0
     """Past turns that the prompt left out, because they would not fit the context."""
     instead: str = ""
-    """What the answer holds instead of a text, such as tool calls; empty if there is a text."""
+    """Content of an answer without text, such as tool calls; empty if there is a text."""
 
 
 class EpisodeStopped(Exception):
@@ -56,7 +56,7 @@ class EpisodeStopped(Exception):
 
 
 class Agent(Protocol):
-    """Plays one episode after the other."""
+    """An agent that plays one episode after the other."""
 
     def reset(
         self, episode: Episode, observation: TurnObservation, info: Mapping[str, Any]

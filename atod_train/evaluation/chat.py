@@ -120,7 +120,7 @@ class ChatEndpoint:
             "keep_reasoning": settings.keep_reasoning,
             "stop_at_action": settings.stop_at_action,
         }
-        """What results depend on, as JSON values; where the model is served is not part of it."""
+        """Settings that results depend on, as JSON values; not the server's address."""
         self._has_answered = False
         self._takes_stop = settings.stop_at_action and "stop" not in self._extra_fields
         # Jitter of the waits; no result depends on it.

@@ -89,12 +89,12 @@ class AgentPlayer:
     mode: EvaluationMode
     make: Callable[[], Agent]
     settings: Mapping[str, Any]
-    """What results depend on."""
+    """Settings that results depend on."""
     concurrency: int = 1
     """Usual number of episodes at the same time."""
     close: Callable[[], Awaitable[None]] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
-    """What results do not depend on."""
+    """Settings that results do not depend on."""
 
 
 def chosen_agent(options: EvalOptions) -> AgentPlayer | LocalModel:

@@ -41,7 +41,7 @@ _TOKEN_COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens")
 
 @dataclass(frozen=True, slots=True)
 class EpisodeRecord:
-    """How one episode went; counts of tokens are None where they are not known."""
+    """The result of one episode; counts of tokens are None where they are unknown."""
 
     task_id: str
     task_type: str
@@ -54,7 +54,7 @@ class EpisodeRecord:
     stop_reason: str
     """`terminated`, `turn_limit`, `context_limit` (the prompt was too long) or `refused`."""
     stop_message: str
-    """What the endpoint said in the last two cases."""
+    """The endpoint's message in the last two cases."""
     prompt_tokens: int | None
     completion_tokens: int | None
     """Including those of the reasoning."""

@@ -221,7 +221,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0) -
 
     Outputs padded to different sizes are compared over the ids that both have. With `top_k` the
     student's k most likely tokens are compared one by one and all others together as one token,
-    which gives a lower bound (the divergence of the coarser distributions); the k are chosen anew
+    which gives a lower bound (the divergence of the coarser distributions); the k are chosen again
     from the logits given.
 
     Args:

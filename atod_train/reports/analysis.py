@@ -1,4 +1,4 @@
-"""What results say: success and differences with intervals, courses, metrics and cost."""
+"""Success and differences with intervals, courses, metrics and cost of results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Selection:
     """Which evaluations and tasks a number is about."""
 
     mode: str
-    """How completions were chosen: `greedy` or `sampled`."""
+    """Decoding: `greedy` or `sampled`."""
     split: str | None = None
     """Tasks of this split; None: those of all splits together."""
     which: Which = "last"
@@ -39,7 +39,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run of a label takes on average."""
+    """Mean cost of a run of a label."""
 
     minutes: float
     episodes: float

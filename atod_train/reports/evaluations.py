@@ -18,14 +18,14 @@ from atod_train.reports.statistics import (
 )
 
 EvaluationMode = Literal["greedy", "sampled"]
-"""How completions were chosen: the likeliest token each time, or at the sampling temperature."""
+"""Decoding: the likeliest token each time, or at the sampling temperature."""
 
 EvaluatedModel = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """How one task of a split went."""
+    """The result of one task of a split."""
 
     task_id: str
     task_type: str
@@ -136,7 +136,7 @@ class Evaluation:
 
     @property
     def key(self) -> tuple[EvaluatedModel, str, EvaluationMode]:
-        """What was evaluated on which split, and how completions were chosen."""
+        """(model, split, mode)."""
         return self.model, self.result.split, self.result.mode
 
 

@@ -17,7 +17,7 @@ from atod_train.reports.analysis import Selection, courses, mean_course, mean_me
 from atod_train.reports.results import REFERENCES, Results
 
 Paint = Callable[[Any], None]
-"""Draws into an empty figure of matplotlib."""
+"""A function that draws into an empty figure of matplotlib."""
 
 METHOD_COLOURS = {
     "atod": "#2f7ed8",
@@ -63,7 +63,7 @@ class Figure:
     note: str
     """One sentence on how to read it."""
     alt: str
-    """What a reader who cannot see it should know."""
+    """Description for readers who cannot see it."""
     source: str
     """The picture as a data URI."""
 

@@ -3,7 +3,7 @@
 `results.json` holds, for each environment, what was played, with which settings and versions, and
 for each finished run its label, seed, settings, cost, course and evaluations. Success is one
 digit a task, in the order of `tasks`, so that any difference can be computed again, paired by task.
-Older files have `plays` beside: the digit is then how many of so many plays succeeded. `course` has
+Older files have `plays` too: the digit is then how many of these plays succeeded. `course` has
 [step, success rate] of every evaluation after the start, and `metrics` one value for each step
 from 1 on (null: not measured). A run takes one line of the file.
 
@@ -30,7 +30,7 @@ from atod_train.reports.run_summary import RunSummary, SplitMode, read_run
 
 RESULTS_FILE = "results.json"
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
-"""What an environment or a run of a study may be called."""
+"""Allowed names of environments and runs."""
 
 REFERENCES = ("start", "teacher")
 """Models that a run does not train; no run may have their names."""
@@ -88,7 +88,7 @@ class Results:
     task_types: Mapping[str, tuple[str, ...]]
     """Split -> the type of each task; older files have none."""
     parts: tuple[Mapping[str, Any], ...]
-    """What the runs of a part share: start, teacher, data, versions."""
+    """Shared by the runs of each part: start, teacher, data, versions."""
     runs: tuple[RunResult, ...]
 
     @property
@@ -98,7 +98,7 @@ class Results:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """How completions were chosen in evaluations, in order of appearance."""
+        """Modes of the evaluations, in order of appearance."""
         keys = (key for part in self.parts for key in part["start"])
         return tuple(dict.fromkeys(key.rpartition("/")[2] for key in keys))
 

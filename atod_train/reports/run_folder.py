@@ -56,12 +56,12 @@ class OtherSettingsError(RunFolderError):
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
-    """Writes the resolved settings as config.json."""
+    """Write the resolved settings as config.json."""
     write_json(run_dir / CONFIG_FILE, asdict(config))
 
 
 def read_config(run_dir: Path) -> RunConfig:
-    """Reads config.json back.
+    """Read config.json.
 
     Raises:
         RunFolderError: it is absent, or has settings that this version does not know.
@@ -160,7 +160,7 @@ def write_manifest(
     inputs: Mapping[str, Any] | None = None,
     command: Sequence[str] | None = None,
 ) -> None:
-    """Writes manifest.json: what was run, on which data, with which versions.
+    """Write manifest.json: method, data, seeds, models and versions.
 
     A manifest that is there already stays as it is, and the fact of resuming is added to its
     list `resumed`, with the versions and the devices of the resuming program.
@@ -176,7 +176,7 @@ def write_manifest(
         teacher_parameters: number of weights of the teacher; None: there is no teacher.
         device: such as `cpu` or the name of the GPU.
         processes: number of processes that train together.
-        inputs: what the run depends on beside its settings.
+        inputs: of the run that are not settings, see `training.inputs`.
         command: the command line; default: that of this process.
     """
     now = {
@@ -213,7 +213,7 @@ def write_summary(
     trajectories: int = 0,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes summary.json at the end of a run.
+    """Write summary.json at the end of a run.
 
     Args:
         run_dir: the run folder.
@@ -228,7 +228,7 @@ def write_summary(
 
 
 def is_finished(run_dir: Path, config: RunConfig) -> bool:
-    """Whether a run has ended with all the steps wanted; one with fewer can go on.
+    """Return whether a run has all the steps wanted; one with fewer can be continued.
 
     Args:
         run_dir: the run folder; it need not exist.

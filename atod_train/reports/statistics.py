@@ -48,7 +48,7 @@ class Estimate:
 
 @lru_cache(maxsize=16)
 def _counts(repeats: tuple[int, ...], axis: int, seed: int) -> NDArray[np.float64]:
-    """How often each row (axis 0) or column (1), there `repeats` times, is drawn: [draws, size]."""
+    """Draw rows (axis 0) or columns (1), each there `repeats` times; counts [draws, size]."""
     rng = np.random.default_rng((seed, axis))
     total = sum(repeats)
     return rng.multinomial(total, np.array(repeats) / total, size=DRAWS).astype(np.float64)

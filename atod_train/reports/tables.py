@@ -21,7 +21,7 @@ from atod_train.reports.results import REFERENCES, Results
 from atod_train.reports.statistics import Estimate
 
 NOTHING = "\u2013"
-"""What a cell without a value shows."""
+"""Text of a cell without a value."""
 
 _PHASES = ("environment", "generation", "teacher", "update")
 

@@ -35,14 +35,14 @@ if TYPE_CHECKING:  # agents that play by text need no torch
     from atod_train.models.generation import Completion
 
 _SHARE_KEPT = 0.5
-"""Share of the room beside the task that earlier turns may take in a dialogue that begins anew, so
-that it does not begin anew at each turn."""
+"""Share of the tokens left by the task that earlier turns may take in a restarted dialogue, so that
+it is not restarted at each turn."""
 _TEXT_ONLY = TokenizedTurn((), (), (), "stop", extends_previous=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long prompts may be, in tokens."""
+    """Limits of prompts, in tokens."""
 
     completion: int
     """Kept free after each prompt."""
@@ -52,7 +52,7 @@ class Limits:
     """Longest first prompt of a dialogue; what follows it may then take `context - first_prompt`.
     0: it has no limit of its own."""
     can_restart: bool = True
-    """Whether a dialogue that is too long begins anew with its latest turns; else it ends."""
+    """Whether a dialogue that is too long is restarted with its latest turns; else it ends."""
 
 
 @dataclass(frozen=True, slots=True)

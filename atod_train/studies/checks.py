@@ -1,4 +1,4 @@
-"""What is checked before any work of a study, and the header that describes it."""
+"""Checks before any work of a study, and its header."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def header(part: StudyPart, left: Sequence[Run], jobs: int) -> list[str]:
 
 
 def is_taught(runs: Sequence[Run]) -> bool:
-    """Whether any of some runs has a teacher."""
+    """Return whether any run has a teacher."""
     return any(needs_teacher(run.config.algorithm.method) for run in runs)
 
 
@@ -110,7 +110,7 @@ def _models(config: RunConfig, has_teacher: bool) -> dict[str, str]:
             check_config(shape, name, model.max_context)
             lines[role] = (
                 f"{name}, from scratch by {passes:g} passes over {config.start.demonstrations:,} "
-                f"demonstrations, {_parameters(shape)} beside its word embeddings"
+                f"demonstrations, {_parameters(shape)} besides its word embeddings"
             )
         else:
             shape = read_shape(name, model.max_context)

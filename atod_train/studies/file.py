@@ -81,7 +81,7 @@ class StudyPart:
 
     @property
     def config(self) -> RunConfig:
-        """What all runs share, whichever are selected: start and teacher are evaluated once."""
+        """Settings that all runs share; start and teacher are evaluated once."""
         return next(iter(self.settings.values())).with_seed(0)
 
 
@@ -106,7 +106,7 @@ class Selection:
     environments: Sequence[str] | None = None
     runs: Sequence[str] | None = None
     jobs: int | None = None
-    """How many runs at the same time."""
+    """Number of runs at the same time."""
 
 
 def study_of(config: RunConfig, out: Path, *, name: str = "run", label: str = "") -> Study:

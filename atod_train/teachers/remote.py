@@ -58,7 +58,7 @@ _O = TypeVar("_O")
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a server says of its model."""
+    """Description of a server's model."""
 
     name: str
     longest: int | None
@@ -112,7 +112,7 @@ class _Prompt:
 
 
 class RemoteTeacher:
-    """Scores the student's tokens with a model that a server holds.
+    """A teacher that scores the student's tokens on a server.
 
     A server that is away (it refuses connections, does not answer in time, or answers 408, 429 or
     5xx) is tried again for `PATIENCE` seconds after its last answer.
@@ -324,7 +324,7 @@ class _Patience:
         self.renew()
 
     def renew(self) -> None:
-        """Begin anew: the server has answered."""
+        """Reset: the server has answered."""
         self._until = math.inf
         self._pause = FIRST_PAUSE
         self._is_reported = False

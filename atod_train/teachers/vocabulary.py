@@ -1,4 +1,4 @@
-"""Whether student and teacher share a vocabulary: every token of the student has the same id there.
+"""Check that every token of the student has the same id at the teacher.
 
 The teacher may have more tokens, since the student samples none of them.
 """
@@ -14,7 +14,7 @@ from atod_gym.errors import AtodError
 _IDS_AT_ONCE = 1024
 """Ids whose common text is compared."""
 _MOST_ALONE = 4096
-"""Ids, beside added tokens, whose own text is compared."""
+"""Ids, besides added tokens, whose own text is compared."""
 
 
 def require_same_vocabulary(

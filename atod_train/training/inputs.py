@@ -1,4 +1,4 @@
-"""What a run depends on beside its settings, compared when it is resumed.
+"""Inputs of a run that are not settings, compared when it is resumed.
 
 The tasks that are played, the ids of a prompt (a chat template may write the date), the weights
 that are frozen below adapters, and the teacher. They are kept in the manifest.
@@ -32,7 +32,7 @@ _SAMPLED_WEIGHTS = 1024
 
 @dataclass(frozen=True)
 class HiddenInputs:
-    """What a run depends on beside its settings; JSON values."""
+    """Inputs of a run that are not settings; JSON values."""
 
     data: dict[str, str]
     """Split -> content hash of its tasks."""
