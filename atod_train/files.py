@@ -46,10 +46,14 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
 
     Yields:
         The path to write to. It gets its name when the block ends, and is deleted when it raises.
+        The file is readable for those that the umask allows, also if a library makes it private.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)
         if sync:
             _sync(partial)
         os.replace(partial, path)

@@ -147,6 +147,9 @@ class Policy:
             # One file of weights: it is replaced as a whole.
             self.model.save_pretrained(partial, state_dict=weights, max_shard_size="10TB")
             self.tokenizer.save_pretrained(partial)
+            # safetensors makes files that only their owner can read; others serve the model too.
+            for weights_file in partial.glob("*.safetensors"):
+                weights_file.chmod((partial / "config.json").stat().st_mode)
             if card:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             _put_in_place(partial, target)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,17 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
         partial.write_text('{"a": 1}')
     assert read_json(path) == {"a": 1}
     assert [file.name for file in path.parent.iterdir()] == ["file.json"]
+
+
+def test_files_are_readable_for_those_that_the_umask_allows(tmp_path: Path) -> None:
+    def private(path: Path) -> None:
+        path.unlink()
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "weights") as partial:
+            private(partial)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "weights").stat().st_mode) == 0o640
