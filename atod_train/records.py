@@ -59,11 +59,11 @@ class Turn:
     """Invalid-action penalty, already subtracted from `reward`."""
     invalid_reason: str = ""
     """Why the action was not valid, see `atod_gym.parsing.invalid_reason`; empty if it was."""
+    turns_left_out: int = 0
+    """Earlier turns that the model did not see because they did not fit; also in turns that
+    continue a prompt without them."""
     is_trained: bool = True
     """False: a random action in a demonstration, which is played and not trained."""
-    turns_left_out: int = 0
-    """Earlier turns that the model did not see, because they would not have fitted; also in turns
-    that go on after a prompt that left them out."""
 
     @property
     def verb(self) -> str:

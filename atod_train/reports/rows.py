@@ -10,7 +10,8 @@ A row is one episode. Its keys are those of `Trajectory`, and
       sampling_logprobs   of each token, at the sampling temperature; 0.0 where the mask is 0
     turns                 in order, each with
       index, prompt, completion, action, reward, penalty, is_action_valid, turns_left_out,
-      invalid_reason, finish_reason  as in `Turn`; prompt is a list of {role, content}
+      invalid_reason, is_trained, finish_reason
+                          as in `Turn`; prompt is a list of {role, content}
       sequence            number of its sequence
       prompt_start        where the new tokens of this turn begin in it
       start, end          its completion is input_ids[start:end]
@@ -41,8 +42,10 @@ _SAME = (
 )  # fmt: skip
 _SAME_IN_TURN = (
     "index", "completion", "action", "reward", "penalty", "is_action_valid", "turns_left_out",
-    "invalid_reason",
+    "invalid_reason", "is_trained",
 )  # fmt: skip
+_LATER = {"invalid_reason", "is_trained"}
+"""Keys that rows of earlier versions do not have."""
 
 
 class TurnStatistics(NamedTuple):
@@ -138,8 +141,7 @@ def _turn(row: Mapping[str, Any], sequences: Sequence[Mapping[str, Any]]) -> Tur
         extends_previous=first > 0,
     )
     prompt = tuple(Message(message["role"], message["content"]) for message in row["prompt"])
-    # Rows written before there were reasons have none.
-    same = {name: row[name] for name in _SAME_IN_TURN if name in row or name != "invalid_reason"}
+    same = {name: row[name] for name in _SAME_IN_TURN if name in row or name not in _LATER}
     return Turn(**same, prompt=prompt, tokens=tokens)
 
 
@@ -196,7 +198,7 @@ def to_dataset(rows: Iterable[Mapping[str, Any]]) -> Any:
         **typed(("index", "turns_left_out", "sequence", "prompt_start", "start", "end"), "int64"),
         **typed(("completion", "action", "invalid_reason", "finish_reason"), "string"),
         **typed(("reward", "penalty", *TurnStatistics._fields), "float64"),
-        **typed(("is_action_valid",), "bool"),
+        **typed(("is_action_valid", "is_trained"), "bool"),
         "prompt": List(typed(("role", "content"), "string")),
     }
     sequence = {

@@ -55,8 +55,10 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         turns.append(
             Turn(
                 index, prompt, draw(TEXT), draw(TEXT), draw(NUMBERS), draw(st.booleans()), tokens,
-                draw(NUMBERS), draw(st.integers(0, 9)),
-                draw(st.sampled_from(["", "not admissible"])),
+                penalty=draw(NUMBERS),
+                invalid_reason=draw(st.sampled_from(["", "not admissible"])),
+                turns_left_out=draw(st.integers(0, 9)),
+                is_trained=draw(st.booleans()),
             )
         )  # fmt: skip
     over = draw(st.booleans())
@@ -91,7 +93,7 @@ def test_rows_without_reasons_are_read() -> None:
     record = Trajectory(0, "", "", (turn,), True, False, "terminated", False, 0.0)
     row = to_row(record)
     assert from_row(row)[0] == record
-    del row["turns"][0]["invalid_reason"]
+    del row["turns"][0]["invalid_reason"], row["turns"][0]["is_trained"]
     assert from_row(row)[0].turns == (replace(turn, invalid_reason=""),)
 
 
