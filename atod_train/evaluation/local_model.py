@@ -54,7 +54,8 @@ class ModelFolder:
 def find_model(name: str) -> ModelFolder:
     """Find a model by the folder of a run, the folder of a model, a hub name or smollm2.
 
-    Of a run's folder `models/best` is taken if it is there, else `models/last`.
+    Of a run's folder `models/best` is taken if it is there, else `models/last`; of a study's folder
+    its only run.
 
     Raises:
         InvalidSettingError: no model there; names what to give.
@@ -84,6 +85,8 @@ def find_model(name: str) -> ModelFolder:
         return _of_run(run, path) if is_of_run else ModelFolder(str(path), path.name, None)
     configs = path.glob(f"*/{CONFIG_FILE}")
     runs = sorted(file.parent.name for file in configs if (file.parent / "models").is_dir())
+    if len(runs) == 1:
+        return find_model(str(path / runs[0]))
     advice = f"; it has the runs {', '.join(runs)}: give one of them" if runs else ""
     raise InvalidSettingError(
         f"{path} is neither the folder of a run ({CONFIG_FILE}, models/best or models/last) nor "

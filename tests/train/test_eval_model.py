@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 import torch
 from echo_env import EchoEnv
 
+from atod_gym.errors import AtodError
 from atod_train.config import EnvConfig, ModelConfig, RunConfig, TrainConfig
 from atod_train.evaluation import local_model
 from atod_train.evaluation.eval_cli import main
 from atod_train.evaluation.evaluate import episodes_at_once, evaluate
+from atod_train.evaluation.local_model import find_model
 from atod_train.models import pretrained
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES, ModelShape, build_policy
@@ -166,12 +169,20 @@ def test_other_weights_do_not_continue_a_result(
     assert "was played with weights" in capsys.readouterr().err
 
 
+def test_a_study_with_one_run_names_its_model(run: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(run, study / "opd-seed0")
+    assert find_model(str(study)) == find_model(str(study / "opd-seed0"))
+    shutil.copytree(run, study / "atod-seed0")
+    with pytest.raises(AtodError, match="it has the runs atod-seed0, opd-seed0: give one of them"):
+        find_model(str(study))
+
+
 @pytest.mark.parametrize(
     ("agent", "options", "message"),
     [
         ("{tmp}/none", (), "There is no folder"),
         ("{tmp}", (), "neither the folder of a run"),
-        ("{run}/..", (), "it has the runs atod-seed0: give one of them"),
         ("", (), "There is no folder"),
         ("tiny", (), "is trained from scratch in a run; give the folder"),
         ("{run}", ("--template", "x"), "--template is not for local models"),
