@@ -23,7 +23,7 @@ from atod_train.files import locked, read_json
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES
 from atod_train.models.policy import Policy
-from atod_train.progress import no_lines, plain_lines
+from atod_train.progress import no_lines, plain_lines, progress
 from atod_train.reports.evaluations import EvaluatedModel, Evaluation
 from atod_train.reports.report import REPORT_FILE, write_report
 from atod_train.reports.results import RESULTS_FILE, finished_runs, results_of, write_results
@@ -197,11 +197,15 @@ def _make_part(part: StudyPart, left: Sequence[Run], jobs: int, processes: Proce
 
 def _make_start(config: RunConfig, role: EvaluatedModel) -> None:
     """Make a start unless it is cached or a saved model."""
-    pool = EnvPool(config.env, "train")
-    try:
+    name = getattr(config.model, role)
+    is_loaded = name not in MODEL_SHAPES
+    with (
+        closing(EnvPool(config.env, "train")) as pool,
+        progress(1, f"loading {role} ({Path(name).name})") if is_loaded else nullcontext() as done,
+    ):
         policy_of(config, role, pool)
-    finally:
-        pool.close()
+        if done is not None:
+            done()
 
 
 def _check_models(config: RunConfig, wants_teacher: bool, begun: Sequence[Path]) -> None:

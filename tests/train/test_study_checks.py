@@ -82,7 +82,7 @@ def test_the_header_describes_the_runs(tmp_path: Path) -> None:
     for line in (
         rf"houses in {tmp_path}: atod, opd; seed 0; 6 steps of 2 tasks x 2 episodes; 2 runs at a",
         r"environment  atod/ALFWorld-v0, data generated; tasks: train 3,000, valid_seen 200",
-        r"student      micro, from scratch by .* demonstrations, 0\.\d+ M parameters beside its",
+        r"student      micro, from scratch by .* demonstrations, 0\.\d+ M parameters besides its",
         r"teacher      micro, from scratch",
         r"device       cpu, weights in float32$",
     ):
