@@ -150,11 +150,6 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def is_main_process() -> bool:
-    """Return whether this process prints; known before it is connected with others."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def end_process(code: int) -> int:
     """End this process with an exit code if it trains with others; else return the code.
 
