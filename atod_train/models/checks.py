@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from atod_gym.errors import AtodError
-from atod_train.models.decoding import Feed, new_cache, padded_logits
-from atod_train.models.fast.packed import can_be_packed, packed_logits
+from atod_train.models.decoding import Feed, KVCache, padded_logits
+from atod_train.models.fast.llama import can_be_packed, packed_logits
 from atod_train.models.fast.prefix_trees import crossover_of, lay_out
 from atod_train.models.policy import Policy, max_positions
 
@@ -156,7 +156,7 @@ def _check_model(policy: Policy, samples: bool) -> None:
 
 def _sampled(policy: Policy, feeds: list[list[int]], tokens: list[int]) -> Tensor:
     """Return [2 k, vocabulary]: logits after each row's feed, then after its next token."""
-    cache = new_cache(policy, len(feeds))
+    cache = KVCache(len(feeds), policy.device)
     cache.reserve(len(tokens))
     next_logits = packed_logits if can_be_packed(policy) else padded_logits
     first = [Feed(row, 0, ids) for row, ids in enumerate(feeds)]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache
 
 from atod_train.models.policy import Policy, additive_mask
 
@@ -40,90 +42,38 @@ class Feed:
         return self.start + len(self.ids)
 
 
-class _Layer(CacheLayerMixin):
-    """Keys and values of one decoder layer, [rows, heads, capacity, head_width] each."""
-
-    is_sliding = False
-
-    def __init__(self, cache: KVCache) -> None:
-        super().__init__()
-        self.cache = cache
-        self.keys: Any
-        self.values: Any
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (
-            states.new_zeros(self.cache.rows, states.shape[1], 0, states.shape[-1])
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-        self.grow()
-
-    def write(self, keys: Tensor, values: Tensor, index: tuple[Tensor, Tensor]) -> None:
-        """Store keys and values [.., heads, head_width] at rows and positions [..]."""
-        self.keys.transpose(1, 2).index_put_(index, keys)
-        self.values.transpose(1, 2).index_put_(index, values)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store [n, heads, q, head_width] states; return what they may attend to."""
-        # Under autocast rotary tables are float32, and so would be the keys.
-        key_states = key_states.to(value_states.dtype)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.write(key_states.transpose(1, 2), value_states.transpose(1, 2), self.cache.index)
-        rows, visible = self.cache.selection, self.cache.visible
-        return self.keys[rows, :, :visible], self.values[rows, :, :visible]
-
-    def grow(self) -> None:
-        """Enlarge the storage to the capacity of the cache."""
-        if self.is_initialized:
-            # Zeros: a masked NaN would still spoil the attention sum.
-            missing = (0, 0, 0, self.cache.capacity - self.keys.shape[2])
-            self.keys = torch.nn.functional.pad(self.keys, missing)
-            self.values = torch.nn.functional.pad(self.values, missing)
-
-    def get_seq_length(self) -> int:
-        return self.cache.visible
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.visible, 0
-
-    def get_max_length(self) -> int:
-        return self.cache.capacity
-
-    # The name of get_max_length in earlier releases of transformers 5.
-    get_max_cache_shape = get_max_length
-
-
 class KVCache(Cache):
-    """Keys and values of several sequences in all layers.
+    """Keys and values of several sequences, each a row, in all layers.
 
     Args:
-        layers: Number of decoder layers.
         rows: Number of sequences.
         device: Device of the model.
+
+    Attributes:
+        capacity: Tokens for which every row has room.
+        stored: Keys and values of a layer by its number, [rows, heads, capacity, head_width] each.
     """
 
-    layers: list[Any]
-
-    def __init__(self, layers: int, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, device: torch.device) -> None:
+        super().__init__(layers=[])
         self.rows = rows
         self.device = device
         self.capacity = 0
-        self.index: tuple[Tensor, Tensor]
-        self.selection: slice | Tensor
-        self.visible = 0
-        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+        self.stored: dict[int, list[Tensor]] = {}
+        self._index: tuple[Tensor, Tensor]
+        self._selection: slice | Tensor
+        self._visible = 0
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in every row."""
-        if tokens > self.capacity:
-            tokens = max(tokens, self.capacity + self.capacity // 4)
-            self.capacity = -(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP
-            for layer in self.layers:
-                layer.grow()
+        if tokens <= self.capacity:
+            return
+        tokens = max(tokens, self.capacity + self.capacity // 4)
+        missing = -(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP - self.capacity
+        self.capacity += missing
+        for layer, states in self.stored.items():
+            # Zeros: a masked NaN would still spoil the attention sum.
+            self.stored[layer] = [pad(held, (0, 0, 0, missing)) for held in states]
 
     def aim(self, rows: Tensor, positions: Tensor, visible: int) -> None:
         """Set where the next forward pass writes and what it reads.
@@ -135,22 +85,52 @@ class KVCache(Cache):
         """
         first, end = int(rows[0]), int(rows[-1]) + 1
         rows_there = rows.to(self.device)
-        self.index = (rows_there[:, None], positions)
-        self.selection = slice(first, end) if len(rows) == end - first else rows_there
-        self.visible = visible
+        self._index = (rows_there[:, None], positions)
+        self._selection = slice(first, end) if len(rows) == end - first else rows_there
+        self._visible = visible
+
+    def write(
+        self, layer: int, states: Sequence[Tensor], index: tuple[Tensor, Tensor]
+    ) -> list[Tensor]:
+        """Store [n, heads, q, head_width] keys and values; return all that the layer stores.
+
+        Args:
+            layer: Number of the layer.
+            states: The new keys and values.
+            index: Their rows and positions, [n, q] after broadcasting.
+        """
+        if layer not in self.stored:
+            self.stored[layer] = [
+                new.new_zeros(self.rows, new.shape[1], self.capacity, new.shape[-1])
+                for new in states
+            ]
+        for held, new in zip(self.stored[layer], states, strict=True):
+            held.transpose(1, 2).index_put_(index, new.transpose(1, 2))
+        return self.stored[layer]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the states of a transformers model; return what they may attend to."""
+        # Under autocast rotary tables are float32, and so would be the keys.
+        states = (key_states.to(value_states.dtype), value_states)
+        keys, values = self.write(layer_idx, states, self._index)
+        return (
+            keys[self._selection, :, : self._visible],
+            values[self._selection, :, : self._visible],
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the positions that are attended to."""
+        return self._visible
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy the first `length` tokens of some rows onto others."""
-        source, target = (torch.tensor(rows).to(self.device) for rows in (sources, targets))
-        for layer in self.layers:
-            for stored in (layer.keys, layer.values):
-                if sources and layer.is_initialized:
-                    stored[target, :, :length] = stored[source, :, :length]
-
-
-def new_cache(policy: Policy, rows: int) -> KVCache:
-    """Make an empty cache for sequences of a model."""
-    return KVCache(policy.model.config.num_hidden_layers, rows, policy.device)
+        source, target = (
+            torch.tensor(rows, dtype=torch.int64, device=self.device) for rows in (sources, targets)
+        )
+        for held in chain.from_iterable(self.stored.values()):
+            held[target, :, :length] = held[source, :, :length]
 
 
 def padded_logits(policy: Policy, cache: KVCache, feeds: Sequence[Feed]) -> Tensor:
@@ -168,23 +148,22 @@ def padded_logits(policy: Policy, cache: KVCache, feeds: Sequence[Feed]) -> Tens
         return torch.cat(
             [padded_logits(policy, cache, part) for part in (feeds[:half], feeds[half:])]
         )
-    ids = torch.tensor([[*feed.ids, *[policy.pad_id] * (width - len(feed.ids))] for feed in feeds])
-    starts = torch.tensor([feed.start for feed in feeds])
-    ends = torch.tensor([len(feed.ids) - 1 for feed in feeds])
-    rows = torch.tensor([feed.row for feed in feeds])
     # Padding is written beyond the context of its row; later tokens overwrite it before they see
     # it. The model may not have positions as far as padding reaches.
     last = min(cache.capacity, policy.max_positions) - 1
-    number = torch.arange(len(feeds))
-    if width == 1 and len(feeds) <= rows[-1] - rows[0]:
+    first_row, number = feeds[0].row, torch.arange(len(feeds))
+    ends = torch.tensor([len(feed.ids) - 1 for feed in feeds])
+    if width == 1:
         # Rows in between, whose completions have ended, are computed too: copying the keys of the
         # others would cost more.
-        number = rows - rows[0]
-        rows = torch.arange(int(rows[0]), int(rows[-1]) + 1)
-        ids = torch.full((len(rows), 1), policy.pad_id).index_put_((number,), ids)
-        starts = torch.full((len(rows),), last).index_put_((number,), starts)
-    positions = (starts[:, None] + torch.arange(width)).clamp(max=last).to(policy.device)
-    cache.aim(rows, positions, visible)
+        fed = {feed.row: feed for feed in feeds}
+        number = torch.tensor([row - first_row for row in fed])
+        between = range(first_row, feeds[-1].row + 1)
+        feeds = [fed.get(row, Feed(row, last, [policy.pad_id])) for row in between]
+    ids = torch.tensor([[*feed.ids, *[policy.pad_id] * (width - len(feed.ids))] for feed in feeds])
+    starts = torch.tensor([[feed.start] for feed in feeds])
+    positions = (starts + torch.arange(width)).clamp(max=last).to(policy.device)
+    cache.aim(torch.tensor([feed.row for feed in feeds]), positions, visible)
     future = torch.arange(visible, device=policy.device) > positions[:, :, None]
     hidden = policy.hidden_states(
         ids.to(policy.device),

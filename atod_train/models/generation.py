@@ -19,9 +19,9 @@ from torch import Tensor
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.parsing import CompletionFormat
 from atod_train.models.checks import check_config
-from atod_train.models.decoding import Feed, new_cache, padded_logits
+from atod_train.models.decoding import Feed, KVCache, padded_logits
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.fast.packed import can_be_packed, packed_logits
+from atod_train.models.fast.llama import can_be_packed, packed_logits
 from atod_train.models.fast.prefix_trees import common_prefix
 from atod_train.models.policy import Policy
 from atod_train.records import FinishReason
@@ -156,7 +156,7 @@ class Generator:
         self._generator = generator or torch.Generator().manual_seed(0)
         self._next_logits = packed_logits if can_be_packed(policy) else padded_logits
         self._episodes: list[_Episode] = []
-        self._cache = new_cache(policy, 0)
+        self._cache = KVCache(0, policy.device)
 
     def start(self, episodes: int, *, before: int = 0, after: int = 0) -> None:
         """Discard all episodes and begin new ones, the rows 0 .. episodes - 1.
@@ -171,7 +171,7 @@ class Generator:
         seeds = torch.randint(2**62, (count,), generator=self._generator).tolist()
         own = seeds[before : before + episodes]
         self._episodes = [_Episode(row, seed) for row, seed in enumerate(own)]
-        self._cache = new_cache(self.policy, episodes)
+        self._cache = KVCache(episodes, self.policy.device)
 
     def restart(self, row: int) -> None:
         """Make the next prompt of an episode a whole one; its random stream continues.

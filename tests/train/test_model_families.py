@@ -296,8 +296,8 @@ def test_keys_are_cached_in_the_precision_of_the_layers(
     generator = Generator(lower, DialogueEncoder(policy.tokenizer), max_completion_tokens=2)
     generator.start(1)
     generator.prompt([[5, 6, 7]], [0])
-    layer: Any = generator._cache.layers[0]
-    assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
+    keys, values = generator._cache.stored[0]
+    assert keys.dtype == values.dtype == torch.bfloat16
 
 
 def test_sampling_settings_of_a_checkpoint_are_dropped(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_last_layer import TOKENIZER, make_model
 
-from atod_train.models.decoding import Feed, new_cache, padded_logits
-from atod_train.models.fast.packed import can_be_packed, packed_logits
+from atod_train.models.decoding import Feed, KVCache, padded_logits
+from atod_train.models.fast.llama import can_be_packed, packed_logits
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_rows_of_any_length(
     policy = make_model(layers, heads, key_heads)
     policy.model.config.max_position_embeddings = 512
     assert can_be_packed(policy)
-    cache = new_cache(policy, 4)
+    cache = KVCache(4, policy.device)
     random = torch.Generator().manual_seed(1)
     rows: dict[int, list[int]] = {0: [], 1: [], 2: [], 3: []}
     short = ({3: 5, 0: 9}, {0: 1, 3: 1}, {1: 4, 0: 7, 3: 2, 2: 11}, {2: 1})
@@ -46,7 +46,7 @@ def test_no_padding_is_computed() -> None:
     seen: list[tuple[int, ...]] = []
     for layer in policy.model.model.layers:
         layer.mlp.register_forward_hook(lambda _, given, result: seen.append(tuple(result.shape)))
-    cache = new_cache(policy, 2)
+    cache = KVCache(2, policy.device)
     cache.reserve(10)
     with torch.no_grad():
         packed_logits(policy, cache, [Feed(0, 0, [1, 2, 3, 4, 5, 6]), Feed(1, 0, [7])])

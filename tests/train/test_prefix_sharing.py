@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from atod_train.batch import make_batch
 from atod_train.config import PromptStyle
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.fast.packed import packed_logits
+from atod_train.models.fast.llama import packed_logits
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.models.scores import score_completions

@@ -1,15 +1,18 @@
-"""Decoder layers of Llama, computed only where it is needed.
+"""Layers of Llama on processors, computed only where they are needed.
 
-Of the last layer, keys and values are needed at all positions; queries, output projection and
-feed-forward network only where the hidden state is used. Where completions are a tenth of a
+Scoring: of the last layer, keys and values are needed at all positions; queries, output projection
+and feed-forward network only where the hidden state is used. Where completions are a tenth of a
 dialogue, that saves a decoder of two layers a third of its work.
+
+Sampling: padding is computed like any other token, and on a processor a batch saves little. The new
+tokens of all rows are one list: matrices multiply all of them at once, and each row attends to its
+own keys and no further. The last layer is computed at the last token of each row only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,64 +21,26 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
 
-from atod_train.models.policy import additive_mask
+from atod_train.models.decoding import Feed, KVCache
+from atod_train.models.policy import Policy, additive_mask
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries [s, heads, w, head_dim], keys and values [s, key_heads, l, head_dim] to the result, of
-the queries' shape."""
+Attention = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+"""Of an attention module, queries [s, heads, w, head_dim], keys and values [s, key_heads, l,
+head_dim]; the result has the queries' shape."""
+
+_TOKENS = 2**14
+"""New tokens of one forward pass of `packed_logits`; more rows are fed in several passes."""
 
 
 def is_llama_on_cpu(model: PreTrainedModel) -> bool:
-    """Return whether `decoder_layer` computes the layers of a model, and on a processor."""
-    layers: Any = getattr(model.base_model, "layers", ())
-    return (
-        model.device.type == "cpu"
-        and len(layers) > 0
-        and type(layers[-1]) is LlamaDecoderLayer
-        and not layers[-1].self_attn.attention_dropout
-        and model.config._attn_implementation == "sdpa"
-    )
+    """Return whether `last_layer_at` takes a model."""
+    layers: Any = getattr(model.base_model, "layers", None)
+    return model.device.type == "cpu" and bool(layers) and type(layers[-1]) is LlamaDecoderLayer
 
 
-def decoder_layer(
-    layer: Any,
-    states: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    attend: Attention,
-    chosen: Tensor | None = None,
-) -> Tensor:
-    """Compute what `LlamaDecoderLayer.forward` computes, at chosen positions.
-
-    Args:
-        layer: The layer.
-        states: [s, l, width].
-        rotary: Cosines and sines, [s, l, head_dim] each.
-        attend: Computes the attention.
-        chosen: [s, w] int64, positions in `states`; None: all.
-
-    Returns:
-        [s, w, width].
-    """
-    attention = layer.self_attn
-
-    def heads(projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-    def rotated(states: Tensor) -> Tensor:
-        turned: Tensor = rotate_half(states)
-        return states * cos[:, None] + turned * sin[:, None]
-
-    cos, sin = rotary
-    normed = layer.input_layernorm(states)
-    keys = rotated(heads(attention.k_proj(normed)))
-    values = heads(attention.v_proj(normed))
-    if chosen is not None:
-        states, normed, cos, sin = (take(each, chosen) for each in (states, normed, cos, sin))
-    queries = rotated(heads(attention.q_proj(normed)))
-    attended = attend(queries, keys, values).transpose(1, 2).flatten(2)
-    states = states + attention.o_proj(attended)
-    result: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
-    return result
+def can_be_packed(policy: Policy) -> bool:
+    """Return whether `packed_logits` takes a policy."""
+    return policy.autocast_dtype is None and is_llama_on_cpu(policy.model)
 
 
 def group_positions(row: Tensor, position: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +59,7 @@ def group_positions(row: Tensor, position: Tensor, rows: int) -> tuple[Tensor, T
     counts = torch.bincount(row, minlength=rows)
     firsts = counts.cumsum(0) - counts
     column = torch.empty_like(row)
-    column[order] = torch.arange(len(row), device=row.device) - firsts[row[order]]
+    column[order] = torch.arange(len(row)) - firsts[row[order]]
     chosen = row.new_zeros(rows, int(counts.max()))
     chosen[row, column] = position
     return chosen, column
@@ -111,45 +76,133 @@ def last_layer_at(model: PreTrainedModel, chosen: Tensor) -> Iterator[None]:
     """
     base: Any = model.base_model
     layer = base.layers[-1]
+    index = (torch.arange(len(chosen))[:, None], chosen)
+
+    def forward(
+        states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        if attention_mask is None:
+            future = torch.arange(states.shape[1]) > chosen[:, :, None]
+            mask = additive_mask(future, states.dtype)
+        else:
+            mask = attention_mask[:, 0][index]
+
+        def attend(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return _attended(attention, queries, keys, values, mask[:, None].to(queries.dtype))
+
+        cos, sin = (table.expand(len(chosen), -1, -1) for table in position_embeddings)
+        return _decoder_layer(layer, states, (cos, sin), attend, index)
+
     # An attribute of the instance hides the method of its class; hooks around it still run.
-    layer.forward = partial(_forward, layer, chosen)
+    layer.forward = forward
     try:
         yield
     finally:
         del layer.forward
 
 
-def _forward(
-    layer: Any,
-    chosen: Tensor,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    **_: Any,
-) -> Tensor:
-    """Take the place of `LlamaDecoderLayer.forward`."""
-    assert position_embeddings is not None
-    cos, sin = (table.expand(len(chosen), -1, -1) for table in position_embeddings)
-    if attention_mask is None:
-        future = torch.arange(hidden_states.shape[1]) > chosen[:, :, None]
-        mask = additive_mask(future, hidden_states.dtype)
-    else:
-        mask = take(attention_mask[:, 0], chosen)
+def packed_logits(policy: Policy, cache: KVCache, feeds: Sequence[Feed]) -> Tensor:
+    """Compute what `decoding.padded_logits` computes, with the same arguments."""
+    widths = [len(feed.ids) for feed in feeds]
+    if len(feeds) > 1 and sum(widths) > _TOKENS:
+        half = len(feeds) // 2
+        return torch.cat(
+            [packed_logits(policy, cache, part) for part in (feeds[:half], feeds[half:])]
+        )
+    base: Any = policy.model.base_model
+    ids = torch.tensor([[token for feed in feeds for token in feed.ids]])
+    rows = torch.tensor([[feed.row for feed in feeds for _ in feed.ids]])
+    positions = torch.cat([torch.arange(feed.start, feed.end) for feed in feeds])[None]
+    ends = torch.tensor([widths]).cumsum(1) - 1
+    # A token sees those up to itself; a lone one, like the last one, everything.
+    masks = [
+        torch.full((len(feed.ids), feed.end), -torch.inf).triu_(feed.start + 1)
+        if len(feed.ids) > 1
+        else None
+        for feed in feeds
+    ]
 
-    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask[:, None].to(queries.dtype),
-            scale=layer.self_attn.scaling,
-            enable_gqa=layer.self_attn.num_key_value_groups > 1,
+    def attend(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        keys, values = cache.write(attention.layer_idx, (keys, values), (rows, positions))
+        are_last = queries.shape[2] == len(feeds)
+        return torch.cat(
+            [
+                _attended(
+                    attention,
+                    part,
+                    keys[feed.row, :, : feed.end][None],
+                    values[feed.row, :, : feed.end][None],
+                    None if are_last else mask,
+                )
+                for feed, part, mask in zip(
+                    feeds, queries.split(1 if are_last else widths, dim=2), masks, strict=True
+                )
+            ],
+            dim=2,
         )
 
-    return decoder_layer(layer, hidden_states, (cos, sin), attend, chosen)
+    states = base.embed_tokens(ids)
+    rotary = base.rotary_emb(states, positions)
+    for layer in base.layers[:-1]:
+        states = _decoder_layer(layer, states, rotary, attend)
+    last = (torch.zeros_like(ends), ends)
+    states = _decoder_layer(base.layers[-1], states, rotary, attend, last)
+    return policy.logits(base.norm(states)[0])
 
 
-def take(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return [s, w, k]: of values [s, l, k] those at positions [s, w]."""
-    row = torch.arange(len(chosen), device=chosen.device)[:, None]
-    return values[row, chosen]
+def _decoder_layer(
+    layer: Any,
+    states: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    attend: Attention,
+    chosen: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Compute what `LlamaDecoderLayer.forward` computes, at chosen positions.
+
+    Args:
+        layer: The layer.
+        states: [s, l, width].
+        rotary: Cosines and sines, [s, l, head_dim] each.
+        attend: Computes the attention.
+        chosen: Index of [s, w] positions in `states`; None: all.
+
+    Returns:
+        [s, w, width].
+    """
+    attention = layer.self_attn
+
+    def heads(projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    def rotated(states: Tensor) -> Tensor:
+        turned: Tensor = rotate_half(states)
+        return states * cos[:, None] + turned * sin[:, None]
+
+    cos, sin = rotary
+    normed = layer.input_layernorm(states)
+    keys = rotated(heads(attention.k_proj(normed)))
+    values = heads(attention.v_proj(normed))
+    if chosen is not None:
+        states, normed, cos, sin = (each[chosen] for each in (states, normed, cos, sin))
+    queries = rotated(heads(attention.q_proj(normed)))
+    attended = attend(attention, queries, keys, values).transpose(1, 2).flatten(2)
+    states = states + attention.o_proj(attended)
+    result: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
+    return result
+
+
+def _attended(
+    attention: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+) -> Tensor:
+    return scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=mask,
+        scale=attention.scaling,
+        enable_gqa=attention.num_key_value_groups > 1,
+    )
