@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,16 +11,10 @@ from torch import Tensor
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.records import Batch, TokenizedTurn, Trajectory
 
-
-@dataclass(frozen=True, slots=True)
-class Minibatch:
-    """A part of a batch, and which rows of the whole it holds."""
-
-    batch: Batch
-    """T is that of the whole batch, L that of the longest sequence here. `trajectory_index` still
-    counts the trajectories of the whole batch, whose `group_index` and `returns` are kept whole."""
-    rows: Tensor
-    """[r] int64, ascending: `whole[rows]` slices any [R, T] tensor of the whole batch alike."""
+_OVER_ROWS = (
+    "completion_ids", "completion_mask", "sampling_logprobs", "start",
+    "trajectory_index", "turn_index", "turn_penalties", "rows",
+)  # fmt: skip
 
 
 def make_batch(trajectories: Sequence[Trajectory], pad_id: int, *, pack: bool = True) -> Batch:
@@ -67,6 +61,7 @@ def make_batch(trajectories: Sequence[Trajectory], pad_id: int, *, pack: bool = 
         returns=torch.tensor(
             [record.episode_return for record in trajectories], dtype=torch.float32
         ),
+        rows=torch.arange(len(turns)),
     )
 
 
@@ -116,43 +111,33 @@ def _pad(rows: Sequence[list[int]], value: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def select_sequences(batch: Batch, sequences: Tensor) -> Minibatch:
-    """The part of a batch that lives in some of its sequences.
+def select_sequences(batch: Batch, sequences: Tensor) -> Batch:
+    """Return the part of a batch that lives in some of its sequences.
 
     Args:
         batch: A batch of S sequences and R rows.
         sequences: [s] int64, distinct indices into the S sequences, in the order wanted.
-
-    Returns:
-        The part with these s sequences and all of their rows.
     """
     sequences = sequences.to(batch.input_ids.device)
     place = torch.full_like(batch.attention_mask[:, 0], -1, dtype=torch.int64)
     place[sequences] = torch.arange(len(sequences), device=place.device)
-    new_index = place[batch.sequence_index]
-    rows = (new_index >= 0).nonzero().squeeze(1)
+    sequence_index = place[batch.sequence_index]
+    kept = sequence_index >= 0
     attention_mask = batch.attention_mask[sequences]
     longest = int(attention_mask.sum(dim=1).max())
-    part = replace(
+    return replace(
         batch,
         input_ids=batch.input_ids[sequences, :longest],
         attention_mask=attention_mask[:, :longest],
-        completion_ids=batch.completion_ids[rows],
-        completion_mask=batch.completion_mask[rows],
-        sampling_logprobs=batch.sampling_logprobs[rows],
-        sequence_index=new_index[rows],
-        start=batch.start[rows],
-        trajectory_index=batch.trajectory_index[rows],
-        turn_index=batch.turn_index[rows],
-        turn_penalties=batch.turn_penalties[rows],
+        sequence_index=sequence_index[kept],
+        **{name: getattr(batch, name)[kept] for name in _OVER_ROWS},
     )
-    return Minibatch(batch=part, rows=rows)
 
 
-def split_minibatches(batch: Batch, count: int, generator: torch.Generator) -> list[Minibatch]:
+def split_minibatches(batch: Batch, count: int, generator: torch.Generator) -> list[Batch]:
     """Split a batch at random into parts for several optimiser updates.
 
-    Whole sequences are drawn, so a packed trajectory never falls apart; without packing a sequence
+    Whole sequences are drawn, so a packed trajectory never falls apart. In window style a sequence
     is one turn row, which gives the published mini-batches of turn rows.
 
     Args:

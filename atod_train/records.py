@@ -106,7 +106,8 @@ class Batch:
     """Trajectories as tensors: packed sequences for the model, turn rows for the algorithm.
 
     Completion token `t` of turn row `r` stands at `input_ids[sequence_index[r], start[r] + t]`;
-    the model predicts it from the position before.
+    the model predicts it from the position before. A mini-batch or micro-batch is a batch too: it
+    has T, N and the tensors over trajectories of the whole.
     """
 
     input_ids: Tensor
@@ -133,6 +134,9 @@ class Batch:
     """[N] int64: group of each trajectory."""
     returns: Tensor
     """[N] float32: sum of turn rewards of each trajectory."""
+    rows: Tensor
+    """[R] int64, ascending: row of each turn in the batch that this one is a part of (0..R-1 if it
+    is none). `whole[rows]` slices any [R, T] tensor of the whole batch alike."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from atod_gym.errors import AtodError
 from atod_train.models.fast.llama import group_positions, is_llama_on_cpu, last_layer_at
-from atod_train.models.fast.prefix_trees import MicroBatch, crossover_of, split_microbatches
+from atod_train.models.fast.prefix_trees import PrefixTrees, crossover_of, split_microbatches
 from atod_train.models.policy import Policy
 from atod_train.records import Batch, TokenScores
 
@@ -42,14 +42,6 @@ class Reference:
     top_k: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class MicroBatchScores(TokenScores):
-    """Scores of some turn rows, with the graph that leads to the parameters."""
-
-    rows: Tensor
-    """[r] int64: rows of the batch that was given."""
-
-
 @torch.no_grad()
 def score_completions(
     policy: Policy,
@@ -59,27 +51,17 @@ def score_completions(
     with_entropy: bool = False,
     reference: Reference | None = None,
 ) -> TokenScores:
-    """Score a batch in one forward pass, without gradient.
-
-    Args:
-        policy: The model.
-        batch: Packed or unpacked batch, on any device.
-        tokens_per_microbatch: Padded tokens that go through the model at once.
-        with_entropy: Compute entropies.
-        reference: Compute its log-probs and the divergences from it.
-
-    Returns:
-        Scores of the rows 0..R-1, on the model's device.
-
-    Raises:
-        AtodError: A sequence is longer than the model's positions.
-    """
+    """Score a batch without gradient, on the model's device; arguments of `score_microbatches`."""
     found: dict[str, Tensor] = {}
-    for part in _split(policy, batch, tokens_per_microbatch):
+    whole = replace(batch, rows=torch.arange(len(batch.rows)))
+    for part, scores in score_microbatches(
+        policy, whole, tokens_per_microbatch, with_entropy=with_entropy, reference=reference
+    ):
         rows = part.rows.to(policy.device)
-        for name, values in _score(policy, part, with_entropy, reference).items():
-            whole = found.setdefault(name, values.new_zeros(batch.completion_ids.shape))
-            whole.index_copy_(0, rows, values)
+        for name, values in vars(scores).items():
+            if values is not None:
+                empty = values.new_zeros(batch.completion_ids.shape)
+                found.setdefault(name, empty).index_copy_(0, rows, values)
     return TokenScores(**found)
 
 
@@ -90,8 +72,8 @@ def score_microbatches(
     *,
     with_entropy: bool = False,
     reference: Reference | None = None,
-) -> Iterator[MicroBatchScores]:
-    """Yield differentiable scores of a batch; call backward on each part before the next.
+) -> Iterator[tuple[Batch, TokenScores]]:
+    """Score a batch part by part; differentiable scores: call backward before the next part.
 
     Args:
         policy: The model.
@@ -101,45 +83,45 @@ def score_microbatches(
         reference: Compute its log-probs and the divergences from it.
 
     Yields:
-        Parts whose rows together are 0..R-1, each row once.
+        Parts that together hold every row once, and the scores of their rows.
 
     Raises:
         AtodError: A sequence is longer than the model's positions.
     """
-    for part in _split(policy, batch, tokens_per_microbatch):
-        # transformers recomputes layers in training mode only.
-        policy.model.train(policy.gradient_checkpointing)
-        try:
-            with torch.enable_grad():
-                scores = _score(policy, part, with_entropy, reference)
-        finally:
-            policy.model.eval()
-        yield MicroBatchScores(rows=part.rows, **scores)
-
-
-def _split(policy: Policy, batch: Batch, tokens_per_microbatch: int) -> Iterator[MicroBatch]:
     longest = batch.input_ids.shape[1]
     if longest > policy.max_positions:
         raise AtodError(
             f"A sequence of {longest} tokens is longer than the {policy.max_positions} positions "
             f"of model {policy.name}. Lower max_context."
         )
-    return split_microbatches(batch, tokens_per_microbatch, crossover_of(policy.model))
+    crossover = crossover_of(policy.model)
+    for part, trees in split_microbatches(batch, tokens_per_microbatch, crossover):
+        # transformers recomputes layers in training mode only.
+        policy.model.train(policy.gradient_checkpointing and torch.is_grad_enabled())
+        try:
+            scores = _score(policy, part, trees, with_entropy, reference)
+        finally:
+            policy.model.eval()
+        yield part, TokenScores(**scores)
 
 
 def _score(
-    policy: Policy, part: MicroBatch, with_entropy: bool, reference: Reference | None
+    policy: Policy,
+    part: Batch,
+    trees: PrefixTrees | None,
+    with_entropy: bool,
+    reference: Reference | None,
 ) -> dict[str, Tensor]:
     """Return the scores of one micro-batch under the names of `TokenScores`, [r, T] each."""
 
     def compute() -> dict[str, Tensor]:
-        mask = part.batch.completion_mask.to(policy.device)
-        targets = part.batch.completion_ids.to(policy.device)[mask]
+        mask = part.completion_mask.to(policy.device)
+        targets = part.completion_ids.to(policy.device)[mask]
         theirs = None
         if reference is not None:
             with torch.no_grad():
-                theirs = _states_before_completions(reference.policy, part)
-        ours = _states_before_completions(policy, part)
+                theirs = _states_before_completions(reference.policy, part, trees)
+        ours = _states_before_completions(policy, part, trees)
         at_once = max(1, LOGITS_PER_CHUNK // policy.embedding_rows)
         chunks = ours.split(at_once)
         others = [None] * len(chunks) if theirs is None else theirs.split(at_once)
@@ -160,10 +142,17 @@ def _score(
     return policy.forward_within(compute) if policy.forward_within else compute()
 
 
-def _states_before_completions(policy: Policy, part: MicroBatch) -> Tensor:
+def _states_before_completions(policy: Policy, part: Batch, trees: PrefixTrees | None) -> Tensor:
     """Return the hidden states [m, width] from which the m completion tokens are predicted."""
-    ids, row, position = (tensor.to(policy.device) for tensor in part.layout())
-    inputs = part.trees.inputs(policy.layer_dtype, policy.device) if part.trees else {}
+    turn, token = part.completion_mask.cpu().nonzero(as_tuple=True)
+    row = part.sequence_index.cpu()[turn]
+    # The token at position p is predicted from position p - 1.
+    position = part.start.cpu()[turn] + token - 1
+    ids, inputs = part.input_ids, {}
+    if trees is not None:
+        ids, row, position = trees.ids, trees.tree[row], trees.column[row, position]
+        inputs = trees.inputs(policy.layer_dtype, policy.device)
+    ids, row, position = (tensor.to(policy.device) for tensor in (ids, row, position))
     return states_at(policy, ids, row, position, **inputs)
 
 

@@ -28,17 +28,12 @@ from atod_train.algorithm.methods import (
     exact_top_k,
     has_exact_signal,
 )
-from atod_train.batch import Minibatch, select_sequences, split_minibatches
+from atod_train.batch import select_sequences, split_minibatches
 from atod_train.config import AlgorithmConfig, RunConfig
 from atod_train.distributed import Processes
 from atod_train.models.fast.prefix_trees import crossover_of, group_trees, sequences_of
 from atod_train.models.policy import Computation, Policy
-from atod_train.models.scores import (
-    MicroBatchScores,
-    Reference,
-    score_completions,
-    score_microbatches,
-)
+from atod_train.models.scores import Reference, score_completions, score_microbatches
 from atod_train.progress import PhaseTimes
 from atod_train.records import Batch, TokenScores
 from atod_train.teachers.local import LocalTeacher, Teacher
@@ -82,14 +77,14 @@ def score_batch(
         with times.phase("teacher" if exact else "update"):
             scores = score_completions(
                 learner.student,
-                mine.batch,
+                mine,
                 config.train.tokens_per_microbatch,
                 with_entropy=True,
                 reference=_reference(teacher, config.algorithm),
             )
         if teacher is not None and not exact:
             with times.phase("teacher"):
-                scores = replace(scores, reference_logprobs=teacher.score(mine.batch))
+                scores = replace(scores, reference_logprobs=teacher.score(mine))
         for name, values in found.items():
             values[mine.rows] = getattr(scores, name).cpu()
     learner.processes.add(list(found.values()))
@@ -126,20 +121,18 @@ def update_policy(
     norms: list[float] = []
     reference = _reference(teacher, algorithm)
     for part in minibatches:
-        own_normalizer = loss_normalizer(
-            part.batch.completion_mask, algorithm.aggregation, part.batch.trajectory_index
-        )
-        normalizer = own_normalizer.new_zeros(len(batch.start))
-        normalizer[part.rows] = own_normalizer
-        tokens = int(part.batch.completion_mask.sum())
+        mask, index = part.completion_mask, part.trajectory_index
+        normalizer = torch.zeros(len(batch.rows), dtype=torch.int64)
+        normalizer[part.rows] = loss_normalizer(mask, algorithm.aggregation, index)
+        tokens = int(mask.sum())
         part_sums = torch.zeros_like(sums)
-        for micro in learner.microbatches(
+        for micro, found in learner.microbatches(
             part,
             config.train.tokens_per_microbatch,
             with_entropy=algorithm.entropy_bonus > 0,
             reference=reference,
         ):
-            loss, counts = _loss(micro, batch, normalizer, tokens, scores, advantages, algorithm)
+            loss, counts = _loss(micro, found, normalizer, tokens, scores, advantages, algorithm)
             learner.backward(loss)
             part_sums += counts
         norm = learner.step()
@@ -159,8 +152,8 @@ def update_policy(
 
 
 def _loss(
-    micro: MicroBatchScores,
-    batch: Batch,
+    micro: Batch,
+    found: TokenScores,
     normalizer: Tensor,
     tokens: int,
     scores: TokenScores,
@@ -169,24 +162,22 @@ def _loss(
 ) -> tuple[Tensor, Tensor]:
     """Return a micro-batch's share of its mini-batch's loss, and [3]: it, clipped tokens, tokens.
 
-    All tensors but the micro-batch's own have a row for each of the batch's R turns.
-
     Args:
-        micro: r rows of the batch, with the graph.
-        batch: of the step.
+        micro: part of the step's batch; `normalizer`, `scores` and `advantages` have its R rows.
+        found: scores of the micro-batch, with the graph.
         normalizer: [R] of the mini-batch, see `loss_normalizer`.
         tokens: sampled tokens of the mini-batch.
         scores: before the update.
-        advantages: of the batch.
+        advantages: of the step's batch.
         algorithm: coefficients and variants.
     """
 
     def own(values: Tensor) -> Tensor:
-        return values[micro.rows].to(micro.logprobs.device)
+        return values[micro.rows].to(found.logprobs.device)
 
-    mask, scale = own(batch.completion_mask), own(normalizer)
+    mask, scale = micro.completion_mask.to(found.logprobs.device), own(normalizer)
     loss, stats = clipped_policy_loss(
-        micro.logprobs,
+        found.logprobs,
         own(scores.logprobs),
         own(advantages.values),
         mask,
@@ -198,7 +189,7 @@ def _loss(
     theirs = scores.reference_logprobs
     extra = auxiliary_loss(
         algorithm.method,
-        micro.logprobs,
+        found.logprobs,
         None if theirs is None else own(theirs),
         mask,
         normalizer=scale,
@@ -206,11 +197,11 @@ def _loss(
     if extra is not None:
         loss = loss + extra
     if advantages.divergence_weights is not None:
-        assert micro.divergences is not None
+        assert found.divergences is not None
         weights = own(advantages.divergence_weights)
-        loss = loss + divergence_loss(micro.divergences, weights, mask, scale)
-    if micro.entropies is not None:
-        entropy = masked(micro.entropies, mask).sum()
+        loss = loss + divergence_loss(found.divergences, weights, mask, scale)
+    if found.entropies is not None:
+        entropy = masked(found.entropies, mask).sum()
         loss = loss - algorithm.entropy_bonus * entropy / max(1, tokens)
     count = float(mask.sum())
     seen = (float(loss.detach()), float(stats.clip_fraction) * count, count)
@@ -253,8 +244,8 @@ class Learner:
         )
 
     def microbatches(
-        self, part: Minibatch, tokens_per_microbatch: int, **asked: Any
-    ) -> Iterator[MicroBatchScores]:
+        self, part: Batch, tokens_per_microbatch: int, **asked: Any
+    ) -> Iterator[tuple[Batch, TokenScores]]:
         """Score this rank's share of a mini-batch, micro-batch by micro-batch.
 
         Args:
@@ -263,18 +254,18 @@ class Learner:
             **asked: see `score_microbatches`.
 
         Yields:
-            Scores of some rows of the whole batch; call `backward` before the next.
+            Some rows and their scores; call `backward` before the next.
         """
-        own = share_of_sequences(part.batch, self.processes)
-        if len(own):
-            mine = select_sequences(part.batch, own)
-            rows = part.rows[mine.rows]
-            for micro in score_microbatches(
-                self.policy, mine.batch, tokens_per_microbatch, **asked
-            ):
-                yield replace(micro, rows=rows[micro.rows])
-        if self.processes.sharding is not None:
-            self._keep_step(part.batch, tokens_per_microbatch)
+        own, sharding = share_of_sequences(part, self.processes), self.processes.sharding
+        mine = select_sequences(part, own) if len(own) else None
+        missing = 0 if sharding is None else self._missing_passes(mine, tokens_per_microbatch)
+        if mine is not None:
+            yield from score_microbatches(self.policy, mine, tokens_per_microbatch, **asked)
+        # Dummy passes: every rank joins the same number of FSDP collectives.
+        shortest = part.attention_mask.sum(dim=1).argmin()[None]
+        for _ in range(missing):
+            for _, scores in score_microbatches(self.policy, select_sequences(part, shortest)):
+                (0.0 * scores.logprobs.sum()).backward()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a part of the loss."""
@@ -340,21 +331,11 @@ class Learner:
         for name, weight in self.policy.model.named_parameters():
             weight.copy_(divided_like(self.student.model.get_parameter(name).detach(), weight))
 
-    def _keep_step(self, batch: Batch, budget: int) -> None:
-        """Run dummy passes so that every rank joins the same number of FSDP collectives."""
-        sequences = sequences_of(batch)
-        shares = [
-            share_of_sequences(batch, replace(self.processes, index=index)).tolist()
-            for index in range(self.processes.count)
-        ]
-        passes = [
-            len(group_trees([sequences[i] for i in share], budget, crossover_of(self.policy.model)))
-            for share in shares
-        ]
-        shortest = select_sequences(batch, batch.attention_mask.sum(dim=1).argmin()[None]).batch
-        for _ in range(max(passes) - passes[self.processes.index]):
-            for micro in score_microbatches(self.policy, shortest, budget):
-                (0.0 * micro.logprobs.sum()).backward()
+    def _missing_passes(self, mine: Batch | None, budget: int) -> int:
+        """Return how many passes this rank makes less than the one that makes the most."""
+        crossover = crossover_of(self.policy.model)
+        own = 0 if mine is None else len(group_trees(sequences_of(mine), budget, crossover))
+        return max(self.processes.gather([own])) - own
 
 
 def share_of_sequences(batch: Batch, processes: Processes) -> Tensor:

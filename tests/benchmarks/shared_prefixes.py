@@ -57,8 +57,8 @@ def main() -> None:
 
     def update() -> None:
         model.model.zero_grad()
-        for part in score_microbatches(model, batch, 4096):
-            part.logprobs.sum().backward()
+        for _, found in score_microbatches(model, batch, 4096):
+            found.logprobs.sum().backward()
 
     sequences = sequences_of(batch)
     trees = join_sequences(sequences, 4096, crossover_of(model.model))

@@ -87,8 +87,8 @@ def main() -> None:
 
     def update() -> None:
         model.model.zero_grad()
-        for part in score_microbatches(model, batch, 2048):
-            part.logprobs.sum().backward()
+        for _, found in score_microbatches(model, batch, 2048):
+            found.logprobs.sum().backward()
 
     optimizers: dict[type, list[torch.optim.Optimizer]] = {}
 

@@ -69,14 +69,13 @@ def dialogues(count: int, turns: int, vocabulary: int) -> list[Trajectory]:
 def lean_update(policy: Policy, batch: Batch, advantages: Tensor, budget: int) -> None:
     """The trainer's forward and backward passes."""
     normalizer = loss_normalizer(batch.completion_mask)
-    for micro in score_microbatches(policy, batch, budget):
-        rows = micro.rows
+    for part, scores in score_microbatches(policy, batch, budget):
         loss, _ = clipped_policy_loss(
-            micro.logprobs,
-            micro.logprobs.detach(),
-            advantages[rows].to(policy.device),
-            batch.completion_mask[rows].to(policy.device),
-            normalizer=normalizer[rows].to(policy.device),
+            scores.logprobs,
+            scores.logprobs.detach(),
+            advantages[part.rows].to(policy.device),
+            part.completion_mask.to(policy.device),
+            normalizer=normalizer[part.rows].to(policy.device),
         )
         loss.backward()
 

@@ -42,6 +42,7 @@ def turn_rows(
         sampling_logprobs=nothing,
         sequence_index=nothing,
         start=nothing,
+        rows=nothing,
         trajectory_index=trajectory_index,
         turn_index=turn_index,
         turn_penalties=torch.zeros(len(mask)) if turn_penalties is None else turn_penalties,

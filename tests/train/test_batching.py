@@ -136,10 +136,10 @@ def gradient(records: list[Trajectory], *, pack: bool, budget: int) -> tuple[tor
     scale = torch.linspace(0.5, 1.5, batch.completion_ids.numel()).view_as(batch.completion_ids)
     POLICY.model.zero_grad()
     logprobs = torch.zeros(batch.completion_ids.shape)
-    for part in score_microbatches(POLICY, batch, budget, with_entropy=True):
-        loss = (part.logprobs * scale[part.rows]).sum() + 0.1 * part.entropies.sum()
+    for part, scores in score_microbatches(POLICY, batch, budget, with_entropy=True):
+        loss = (scores.logprobs * scale[part.rows]).sum() + 0.1 * scores.entropies.sum()
         loss.backward()
-        logprobs[part.rows] = part.logprobs.detach()
+        logprobs[part.rows] = scores.logprobs.detach()
     flat = torch.cat([p.grad.flatten() for p in POLICY.model.parameters() if p.grad is not None])
     return logprobs, flat
 
@@ -166,15 +166,14 @@ def test_minibatches_hold_every_row_once(
     assert [p.rows.tolist() for p in parts] == [p.rows.tolist() for p in again]
     rows = [row for part in parts for row in part.rows.tolist()]
     assert sorted(rows) == list(range(len(batch.start)))
-    sizes = [len(part.batch.input_ids) for part in parts]
+    sizes = [len(part.input_ids) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     assert len(parts) == min(count, len(batch.input_ids))
-    for part in parts:
-        small = part.batch
-        assert torch.equal(small.completion_ids, batch.completion_ids[part.rows])
-        assert torch.equal(small.trajectory_index, batch.trajectory_index[part.rows])
+    for small in parts:
+        assert torch.equal(small.completion_ids, batch.completion_ids[small.rows])
+        assert torch.equal(small.trajectory_index, batch.trajectory_index[small.rows])
         assert torch.equal(small.returns, batch.returns)
-        for row in range(len(part.rows)):
+        for row in range(len(small.rows)):
             length = int(small.completion_mask[row].sum())
             start = int(small.start[row])
             held = small.input_ids[small.sequence_index[row], start : start + length]
@@ -185,7 +184,7 @@ def test_whole_selection_is_the_batch() -> None:
     batch = make_batch([make_trajectory([make_turn(0, [11], [21], False)])], PAD)
     part = select_sequences(batch, torch.tensor([0]))
     for field in dataclasses.fields(batch):
-        assert torch.equal(getattr(part.batch, field.name), getattr(batch, field.name))
+        assert torch.equal(getattr(part, field.name), getattr(batch, field.name))
 
 
 def test_no_minibatch_is_refused() -> None:

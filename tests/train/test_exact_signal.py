@@ -212,8 +212,8 @@ def test_scores_equal_those_of_all_logits(
     for limit in (2**26, 7 * student.embedding_rows):
         monkeypatch.setattr(scores_module, "LOGITS_PER_CHUNK", limit)
         student.model.zero_grad()
-        for part in score_microbatches(student, batch, budget, reference=reference):
-            assert part.divergences is not None
-            part.divergences.sum().backward()
+        for _, scores in score_microbatches(student, batch, budget, reference=reference):
+            assert scores.divergences is not None
+            scores.divergences.sum().backward()
         for name, weight in student.model.named_parameters():
             torch.testing.assert_close(weight.grad, wanted[name], rtol=1e-3, atol=1e-4)

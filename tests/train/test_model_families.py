@@ -238,8 +238,8 @@ def test_all_paths_give_the_log_probs_of_a_plain_forward_pass(
             torch.testing.assert_close(
                 score_completions(policy, batch, budget).logprobs, expected, **near
             )
-        for part in score_microbatches(policy, batch, 4096):
-            torch.testing.assert_close(part.logprobs, expected[part.rows], **near)
+        for part, scores in score_microbatches(policy, batch, 4096):
+            torch.testing.assert_close(scores.logprobs, expected[part.rows], **near)
 
 
 @pytest.mark.parametrize("name", REFUSED)

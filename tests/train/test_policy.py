@@ -76,10 +76,10 @@ def test_logprobs_equal_those_of_all_logits(budget: int) -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
     assert (found[~batch.completion_mask] == 0).all()
     rows = []
-    for part in score_microbatches(policy, batch, budget, with_entropy=True):
-        torch.testing.assert_close(part.logprobs, expected[part.rows], rtol=1e-5, atol=1e-5)
+    for part, scores in score_microbatches(policy, batch, budget, with_entropy=True):
+        torch.testing.assert_close(scores.logprobs, expected[part.rows], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
-            part.entropies, expected_entropies[part.rows], rtol=1e-5, atol=1e-5
+            scores.entropies, expected_entropies[part.rows], rtol=1e-5, atol=1e-5
         )
         rows += part.rows.tolist()
     assert sorted(rows) == list(range(len(batch.start)))
@@ -91,8 +91,8 @@ def test_chunks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     for limit in (2**26, 7 * policy.embedding_rows):
         monkeypatch.setattr(scores_module, "LOGITS_PER_CHUNK", limit)
         policy.model.zero_grad()
-        for part in score_microbatches(policy, batch, with_entropy=True):
-            (part.logprobs.sum() + part.entropies.sum()).backward()
+        for _, scores in score_microbatches(policy, batch, with_entropy=True):
+            (scores.logprobs.sum() + scores.entropies.sum()).backward()
         grads = [p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]
         gradients.append(torch.cat(grads))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)

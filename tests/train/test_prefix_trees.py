@@ -93,11 +93,11 @@ def crossover(tokens: int) -> Iterator[None]:
 def test_what_a_group_has_in_common_stands_there_once() -> None:
     dialogues = [[[5, 6, 7], [1, 2]], [[5, 6, 7], [1, 3]], [[5, 6, 7], [1, 2]]]
     batch = make_batch([make_trajectory(dialogue) for dialogue in dialogues], 0)
-    (part,) = split_microbatches(batch, 100, FAR)
-    assert part.trees is not None
-    assert part.trees.ids.tolist() == [[5, 6, 7, 1, 2, 3]]
-    assert part.trees.positions.tolist() == [[0, 1, 2, 3, 4, 4]]
-    assert part.trees.visible[0].int().tolist() == [
+    ((part, trees),) = split_microbatches(batch, 100, FAR)
+    assert trees is not None
+    assert trees.ids.tolist() == [[5, 6, 7, 1, 2, 3]]
+    assert trees.positions.tolist() == [[0, 1, 2, 3, 4, 4]]
+    assert trees.visible[0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
@@ -121,8 +121,8 @@ def test_scores_and_gradients_are_those_of_separate_sequences(
         with crossover(tokens):
             scores = score_completions(policy, batch, budget, with_entropy=True)
             policy.model.zero_grad()
-            for micro in score_microbatches(policy, batch, budget):
-                (micro.logprobs * weights[micro.rows]).sum().backward()
+            for part, found_here in score_microbatches(policy, batch, budget):
+                (found_here.logprobs * weights[part.rows]).sum().backward()
         gradients = [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
         found.append((scores.logprobs, scores.entropies, *gradients))
     for first, second in zip(*found, strict=True):
@@ -132,10 +132,10 @@ def test_scores_and_gradients_are_those_of_separate_sequences(
 def test_a_reference_sees_the_same_trees() -> None:
     batch, reference = random_batch(3, 6, 2), Reference(QWEN)
     with crossover(FAR):
-        assert any(part.trees for part in split_microbatches(batch, 64, FAR))
+        assert any(trees for _, trees in split_microbatches(batch, 64, FAR))
         shared = score_completions(LLAMA, batch, 64, reference=reference).divergences
     with crossover(0):
-        assert not any(part.trees for part in split_microbatches(batch, 64, 0))
+        assert not any(trees for _, trees in split_microbatches(batch, 64, 0))
         apart = score_completions(LLAMA, batch, 64, reference=reference).divergences
     assert shared is not None
     assert apart is not None

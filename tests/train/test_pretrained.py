@@ -64,8 +64,8 @@ def _trajectory(policy: Policy, text: str = "go to desk 2") -> Trajectory:
 
 def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
     policy.model.zero_grad()
-    for part in score_microbatches(policy, make_batch([_trajectory(policy)], policy.pad_id)):
-        part.logprobs.sum().backward()
+    for _, scores in score_microbatches(policy, make_batch([_trajectory(policy)], policy.pad_id)):
+        scores.logprobs.sum().backward()
     named = policy.model.named_parameters()
     return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
 

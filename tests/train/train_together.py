@@ -70,8 +70,8 @@ def adapters_after_three_updates(processes: Processes, start: Path) -> dict[str,
     learner = Learner(student, 1e-2, processes)
     [whole_batch] = split_minibatches(batch, 1, torch.Generator())
     for _ in range(3):
-        for micro in learner.microbatches(whole_batch, 60):
-            learner.backward(-micro.logprobs.sum())
+        for _, scores in learner.microbatches(whole_batch, 60):
+            learner.backward(-scores.logprobs.sum())
         learner.step()
     return {"logprobs": score_completions(student, batch).logprobs}
 

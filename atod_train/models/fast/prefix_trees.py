@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atod_train.batch import Minibatch, length_buckets, select_sequences
+from atod_train.batch import length_buckets, select_sequences
 from atod_train.models.policy import additive_mask
 from atod_train.records import Batch
 
@@ -49,26 +49,9 @@ class PrefixTrees:
         return {"attention_mask": mask[:, None], "position_ids": self.positions.to(device)}
 
 
-@dataclass(frozen=True)
-class MicroBatch(Minibatch):
-    """Rows of a batch that go through a model at once."""
-
-    trees: PrefixTrees | None = None
-    """Of its sequences; None where nothing is shared."""
-
-    def layout(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the ids [t, l], and for each sampled token the row and column before it, [m]."""
-        batch = self.batch
-        turn, token = batch.completion_mask.cpu().nonzero(as_tuple=True)
-        row = batch.sequence_index.cpu()[turn]
-        # The token at position p is predicted from position p - 1.
-        position = batch.start.cpu()[turn] + token - 1
-        if self.trees is None:
-            return batch.input_ids, row, position
-        return self.trees.ids, self.trees.tree[row], self.trees.column[row, position]
-
-
-def split_microbatches(batch: Batch, tokens_at_once: int, crossover: int) -> Iterator[MicroBatch]:
+def split_microbatches(
+    batch: Batch, tokens_at_once: int, crossover: int
+) -> Iterator[tuple[Batch, PrefixTrees | None]]:
     """Split a batch into parts that go through a model one after the other.
 
     Args:
@@ -77,8 +60,8 @@ def split_microbatches(batch: Batch, tokens_at_once: int, crossover: int) -> Ite
         crossover: See `join_sequences`.
 
     Yields:
-        Parts that together hold every sequence once: first those that share nothing, then trees,
-        both from the longest to the shortest.
+        Parts that together hold every sequence once, and the trees of their sequences: first those
+        that share nothing (None), then trees, both from the longest to the shortest.
     """
     sequences = sequences_of(batch)
     for trees in group_trees(sequences, tokens_at_once, crossover):
@@ -88,7 +71,7 @@ def split_microbatches(batch: Batch, tokens_at_once: int, crossover: int) -> Ite
         if len(members) > len(trees):
             groups = [[sequences[index] for index in tree] for tree, _ in trees]
             layout = lay_out(groups, max(size for _, size in trees))
-        yield MicroBatch(part.batch, part.rows, layout)
+        yield part, layout
 
 
 def sequences_of(batch: Batch) -> list[list[int]]:
