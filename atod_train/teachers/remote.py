@@ -12,11 +12,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from atod_gym.errors import AtodError, ServerError
 from atod_gym.serving.http import JsonClient
+from atod_train.batch import length_buckets
 from atod_train.models.policy import Policy
 from atod_train.records import Batch
 from atod_train.teachers.vocabulary import require_same_texts, require_same_vocabulary
@@ -56,13 +57,12 @@ _I = TypeVar("_I")
 _O = TypeVar("_O")
 
 
-@dataclass(frozen=True, slots=True)
-class ServedModel:
+class ServedModel(NamedTuple):
     """Description of a server's model."""
 
     name: str
-    longest: int | None
-    """Longest sequence that is scored, in tokens; None: not known."""
+    longest: float
+    """Longest sequence that is scored, in tokens; inf: not known."""
     server: str
     """Name of the software: atod, vllm or sglang; others have the dialect of vLLM."""
 
@@ -93,18 +93,13 @@ def describe(client: JsonClient) -> ServedModel:
     if not models:
         raise AtodError(f"The server at {client.url} lists no model at /v1/models. {_ADVICE}")
     # Adapters are listed without a length; it is their base model's.
-    lengths = [entry["max_model_len"] for entry in models if entry.get("max_model_len")]
-    longest = next((length for length in lengths if isinstance(length, int)), None)
+    lengths = [model.get("max_model_len") for model in models]
+    longest = next((length for length in lengths if isinstance(length, int)), math.inf)
     # Servers refuse a prompt that leaves no room for one more token.
-    return ServedModel(
-        name=str(models[0]["id"]),
-        longest=None if longest is None else longest - 1,
-        server=str(models[0].get("owned_by", "")),
-    )
+    return ServedModel(str(models[0]["id"]), longest - 1, str(models[0].get("owned_by", "")))
 
 
-@dataclass(frozen=True, slots=True)
-class _Prompt:
+class _Prompt(NamedTuple):
     """A sequence of ids, and the first position whose log-prob is asked for (at least 1)."""
 
     ids: list[int]
@@ -121,9 +116,8 @@ class RemoteTeacher:
     strictly that is checked depends on the server:
 
     - `atod-train serve-teacher` lists its vocabulary: all tokens are compared.
-    - vLLM and SGLang decode ids (`/detokenize`): the texts of all tokens are compared, a thousand
-      at a time. Where they differ, the text of each token decides (of every n-th one if there are
-      more than some thousand, and of all added ones); parts of characters have none.
+    - vLLM and SGLang decode ids (`/detokenize`): the texts of all tokens are compared, see
+      `require_same_texts`.
     - Nothing is compared, with a warning, if the server has neither.
 
     vLLM and SGLang count rows that are padded beyond the vocabulary into the distribution, this
@@ -132,7 +126,7 @@ class RemoteTeacher:
     Args:
         url: Where the server listens, such as http://10.0.0.2:8000.
         student: The student whose tokens are to be scored.
-        max_context: Longest sequence that will be scored, in tokens; None: not known.
+        max_context: Longest sequence that will be scored, in tokens; 0: not known.
         timeout: Seconds to wait for an answer.
 
     Raises:
@@ -141,31 +135,25 @@ class RemoteTeacher:
     """
 
     def __init__(
-        self, url: str, student: Policy, *, max_context: int | None = None, timeout: float = 600.0
+        self, url: str, student: Policy, *, max_context: int = 0, timeout: float = 600.0
     ) -> None:
         self._client, self._timeout = connect(url, timeout), timeout
         self._threads = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         self.url = self._client.url
         self.interrupted: Sequence[object] = ()
         """While it holds something, a server that is away is not waited for."""
-        [self._served] = self._call(lambda _: describe(self._client), [None])
-        self.name = self._served.name
-        self._label = f"{self.name} at {self.url}"
-        longest = self._served.longest
-        if longest is not None and max_context is not None and max_context > longest:
+        [served] = self._call(describe, [self._client])
+        self.name, self._server = served.name, served.server
+        label = f"{self.name} at {self.url}"
+        if max_context > served.longest:
             raise AtodError(
-                f"Teacher {self._label} takes sequences of at most {longest} tokens, "
-                f"the student's can have {max_context}. Use --model.max-context {longest}, or "
-                "start the server with a longer context."
+                f"Teacher {label} takes sequences of at most {served.longest} tokens, "
+                f"the student's can have {max_context}. Use --model.max-context {served.longest}, "
+                "or start the server with a longer context."
             )
-        ours = student.tokenizer.get_vocab()
         # A server that cannot score is refused now, not after the first rollout.
-        self._logprobs([_Prompt([min(ours.values())] * 2, 1)])
-        if self._served.server == "atod":
-            [answer] = self._call(lambda _: self._client.get("/vocabulary"), [None])
-            require_same_vocabulary(ours, answer["ids"], student.name, self._label)
-        else:
-            self._require_same_texts(student)
+        self._logprobs([_Prompt([min(student.tokenizer.get_vocab().values())] * 2, 1)])
+        self._check_vocabulary(student, label)
 
     def score(self, batch: Batch) -> Tensor:
         """Return the log-probs of the completion tokens under the teacher at temperature 1.
@@ -179,16 +167,18 @@ class RemoteTeacher:
         Raises:
             ServerError: The server is away, refuses a request, or its answer is malformed.
         """
-        prompts = _prompts(batch)
-        logprobs = dict(zip(prompts, self._logprobs(list(prompts.values())), strict=True))
-        scores = torch.zeros(batch.completion_ids.shape, dtype=torch.float32)
-        lengths = batch.completion_mask.sum(dim=1).tolist()
-        rows = zip(batch.sequence_index.tolist(), batch.start.tolist(), lengths, strict=True)
-        for row, (sequence, start, length) in enumerate(rows):
-            if length:
-                begin = start - prompts[sequence].first
-                scores[row, :length] = torch.tensor(logprobs[sequence][begin : begin + length])
-        return scores.to(batch.completion_ids.device)
+        lengths = batch.attention_mask.sum(dim=1)
+        first = lengths.scatter_reduce(0, batch.sequence_index, batch.start, "amin")
+        sequences = zip(batch.input_ids, lengths.tolist(), first.tolist(), strict=True)
+        prompts = [_Prompt(ids[:length].tolist(), begin) for ids, length, begin in sequences]
+        scores = torch.zeros(batch.input_ids.shape, dtype=torch.float32)
+        for row, prompt, logprobs in zip(scores, prompts, self._logprobs(prompts), strict=True):
+            row[prompt.first : len(prompt.ids)] = logprobs
+        scores = scores.to(batch.start.device)
+        offset = torch.arange(batch.completion_ids.shape[1], device=scores.device)
+        position = (batch.start[:, None] + offset).clamp(max=scores.shape[1] - 1)
+        found = scores[batch.sequence_index[:, None], position]
+        return found.masked_fill(~batch.completion_mask, 0.0)
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -199,20 +189,20 @@ class RemoteTeacher:
             ServerError: the server refuses, or is away for longer than `PATIENCE`.
         """
         answers: dict[int, _O] = {}
-        patience = _Patience()
+        outage = _Outage()
         while len(answers) < len(items):
-            errors: list[ServerError] = []
+            failures: list[ServerError] = []
 
-            def call(index: int, errors: list[ServerError] = errors) -> None:
-                if errors:  # one is enough to pause, or to end, all of them
+            def call(index: int, failures: list[ServerError] = failures) -> None:
+                if failures:  # one is enough to pause, or to end, all of them
                     return
                 try:
                     answers[index] = ask(items[index])
                 except ServerError as error:
-                    errors.append(error)
+                    failures.append(error)
 
             known = len(answers)
-            left = [i for i in range(len(items)) if i not in answers]
+            left = [index for index in range(len(items)) if index not in answers]
             futures = [self._threads.submit(call, index) for index in left]
             try:
                 if not wait(futures, _SLOW, return_when=FIRST_COMPLETED).done:
@@ -223,64 +213,49 @@ class RemoteTeacher:
             finally:
                 for future in futures:
                     future.cancel()
-            for failure in errors:
-                if not _is_away(failure):
-                    raise failure
             if len(answers) > known:
-                patience.renew()
-            if errors:
-                patience.wait(errors[-1], self.interrupted)
+                outage = _Outage()
+            if failures:
+                outage.wait(failures[0], self.interrupted)
         return [answers[index] for index in range(len(items))]
 
-    def _logprobs(self, prompts: Sequence[_Prompt]) -> list[list[float]]:
+    def _logprobs(self, prompts: Sequence[_Prompt]) -> list[Tensor]:
         """Return the log-probs of each prompt's tokens from its position `first` on."""
-        if self._served.server == "sglang":
+        if self._server == "sglang":
             # It schedules single prompts as well as several.
             return self._call(self._ask_sglang, prompts)
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].ids))
-        requests = list(_requests([prompts[index] for index in order]))
-        answers = [row for rows in self._call(self._ask_vllm, requests) for row in rows]
-        return [row for _, row in sorted(zip(order, answers, strict=True))]
+        lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+        buckets = length_buckets(lengths, _TOKENS_PER_REQUEST)
+        parts = [part.tolist() for bucket in buckets for part in bucket.split(_PROMPTS_PER_REQUEST)]
+        answers = self._call(self._ask_vllm, [[prompts[i] for i in part] for part in parts])
+        found = dict(zip(chain(*parts), chain(*answers), strict=True))
+        return [found[i] for i in range(len(prompts))]
 
-    def _ask_vllm(self, prompts: Sequence[_Prompt]) -> list[list[float]]:
-        answer = self._client.post(
-            "/v1/completions",
-            {
-                "model": self.name,
-                "prompt": [prompt.ids for prompt in prompts],
-                "max_tokens": 1,
-                "temperature": 1.0,
-                "prompt_logprobs": 0,
-            },
-        )
-        with self._reading("/v1/completions"):
-            choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
-            if [choice["index"] for choice in choices] != list(range(len(prompts))):
-                raise ValueError(f"{len(choices)} choices for {len(prompts)} prompts")
-            return [
-                _vllm_logprobs(prompt, choice)
-                for prompt, choice in zip(prompts, choices, strict=True)
-            ]
+    def _ask_vllm(self, prompts: Sequence[_Prompt]) -> list[Tensor]:
+        body = {
+            "model": self.name,
+            "prompt": [prompt.ids for prompt in prompts],
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": 0,
+        }
+        return self._ask("/v1/completions", body, partial(_read_vllm, prompts))
 
-    def _ask_sglang(self, prompt: _Prompt) -> list[float]:
-        answer = self._client.post(
-            "/generate",
-            {
-                "input_ids": prompt.ids,
-                "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
-                "return_logprob": True,
-                # The first entry that comes has no log-prob.
-                "logprob_start_len": prompt.first - 1,
-            },
-        )
-        with self._reading("/generate"):
-            return _sglang_logprobs(prompt, answer)
+    def _ask_sglang(self, prompt: _Prompt) -> Tensor:
+        body = {
+            "input_ids": prompt.ids,
+            "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+            "return_logprob": True,
+            # The first entry that comes has no log-prob.
+            "logprob_start_len": prompt.first - 1,
+        }
+        return self._ask("/generate", body, partial(_read_sglang, prompt))
 
-    @contextmanager
-    def _reading(self, path: str) -> Iterator[None]:
-        """Turn what a malformed answer raises into an error that names the server."""
+    def _ask(self, path: str, body: object, read: Callable[[dict[str, Any]], _O]) -> _O:
+        """Send a request and read its answer; what a malformed one raises names the server."""
+        answer = self._client.post(path, body)
         try:
-            yield
+            return read(answer)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ServerError(
@@ -289,14 +264,14 @@ class RemoteTeacher:
                 status=200,
             ) from error
 
-    def _require_same_texts(self, student: Policy) -> None:
+    def _check_vocabulary(self, student: Policy, label: str) -> None:
+        if self._server == "atod":
+            [answer] = self._call(self._client.get, ["/vocabulary"])
+            ours = student.tokenizer.get_vocab()
+            return require_same_vocabulary(ours, answer["ids"], student.name, label)
         try:
-            require_same_texts(
-                student.tokenizer,
-                lambda parts: self._call(self._text, parts),
-                student.name,
-                self._label,
-            )
+            decode = partial(self._call, self._text)
+            require_same_texts(student.tokenizer, decode, student.name, label)
         except ServerError as error:
             if error.status not in (404, 405, 501):
                 raise
@@ -317,46 +292,39 @@ class RemoteTeacher:
         return text
 
 
-class _Patience:
+class _Outage:
     """Pauses while a server is away, and an end to them."""
 
     def __init__(self) -> None:
-        self.renew()
-
-    def renew(self) -> None:
-        """Reset: the server has answered."""
         self._until = math.inf
         self._pause = FIRST_PAUSE
-        self._is_reported = False
 
     def wait(self, error: ServerError, interrupted: Sequence[object]) -> None:
-        """Pause before the next try; report the first pause of an outage that is not short.
+        """Pause before the next try; the second pause and unusually long ones are reported.
 
         Raises:
-            ServerError: the server is away for longer than `PATIENCE`, or asks for a longer pause;
-                or `interrupted` holds something.
+            ServerError: the server refuses; it is away for longer than `PATIENCE`, or asks for a
+                longer pause; or `interrupted` holds something.
         """
+        # 0 is a failed connection, 501 a request that the server does not know.
+        if error.status not in (0, 408, 429) and (error.status < 500 or error.status == 501):
+            raise error
         now = time.monotonic()
         self._until = min(self._until, now + PATIENCE)
         left = self._until - now
         if left <= 0 or error.retry_after > left:
             raise ServerError(
-                f"The teacher's server was away for too long (more than {PATIENCE:.0f} s). {error}",
-                status=error.status,
-                code=error.code,
+                f"The teacher's server was away for too long (more than {PATIENCE:.0f} s). {error}"
             ) from error
         pause = max(self._pause, error.retry_after)
-        if pause > FIRST_PAUSE and not self._is_reported:
+        if self._pause == 2 * FIRST_PAUSE or pause > LONGEST_PAUSE:
             _report(left, f"the teacher's server: {error}")
-            self._is_reported = True
         end = now + min(left, pause)
         while (left := end - time.monotonic()) > 0 and not interrupted:
             time.sleep(min(left, _LONGEST_SLEEP))
         if interrupted:
             raise ServerError(
-                f"The run was stopped while the teacher's server was away. {error}",
-                status=error.status,
-                code=error.code,
+                f"The run was stopped while the teacher's server was away. {error}"
             ) from error
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
@@ -368,74 +336,35 @@ def _report(seconds: float, what: str) -> None:
     tqdm.write(f"waiting until {clock} for {what}", file=sys.stderr)
 
 
-def _is_away(error: ServerError) -> bool:
-    """Return whether the same request may be answered later: 0 is a failed connection."""
-    return error.status in (0, 408, 429) or (error.status >= 500 and error.status != 501)
-
-
-def _prompts(batch: Batch) -> dict[int, _Prompt]:
-    """One prompt for each sequence that has sampled tokens."""
-    has_tokens = batch.completion_mask.any(dim=1)
-    count, longest = batch.input_ids.shape
-    first = torch.full((count,), longest, dtype=torch.int64, device=batch.start.device)
-    first = first.scatter_reduce(
-        0, batch.sequence_index[has_tokens], batch.start[has_tokens], "amin"
-    )
-    lengths = batch.attention_mask.sum(dim=1).tolist()
-    rows = zip(batch.input_ids.tolist(), lengths, first.tolist(), strict=True)
-    return {
-        sequence: _Prompt(ids[:length], begin)
-        for sequence, (ids, length, begin) in enumerate(rows)
-        if begin < length
-    }
-
-
-def _requests(prompts: Sequence[_Prompt]) -> Iterator[list[_Prompt]]:
-    """Divide prompts, longest first, into requests with a limit of padded tokens."""
-    begin = 0
-    while begin < len(prompts):
-        fitting = _TOKENS_PER_REQUEST // len(prompts[begin].ids)
-        end = begin + max(1, min(_PROMPTS_PER_REQUEST, fitting))
-        yield list(prompts[begin:end])
-        begin = end
-
-
-def _vllm_logprobs(prompt: _Prompt, choice: dict[str, Any]) -> list[float]:
-    """Read the answer of vLLM: one entry per position, a mapping from ids."""
-    entries = choice.get("prompt_logprobs")
-    if entries is None:
-        raise ValueError("there are no prompt_logprobs")
-    if len(entries) != len(prompt.ids):
-        raise ValueError(f"{len(entries)} entries for {len(prompt.ids)} tokens")
+def _read_vllm(prompts: Sequence[_Prompt], answer: dict[str, Any]) -> list[Tensor]:
+    """Read an answer of vLLM: for each prompt one entry per position, a mapping from ids."""
+    choices = {choice["index"]: choice for choice in answer["choices"]}
+    if sorted(choices) != list(range(len(prompts))):
+        raise ValueError(f"{len(choices)} choices for {len(prompts)} prompts")
     found = []
-    for position in range(prompt.first, len(prompt.ids)):
-        token = (entries[position] or {}).get(str(prompt.ids[position]))
-        if token is None:
-            raise ValueError(f"id {prompt.ids[position]} is missing at position {position}")
-        found.append(_checked(token["logprob"], position))
+    for index, (ids, first) in enumerate(prompts):
+        entries = choices[index].get("prompt_logprobs") or []
+        if len(entries) != len(ids):
+            raise ValueError(f"{len(entries)} prompt_logprobs for {len(ids)} tokens")
+        scored = zip(ids[first:], entries[first:], strict=True)
+        found.append(_checked([entry[str(token)]["logprob"] for token, entry in scored]))
     return found
 
 
-def _sglang_logprobs(prompt: _Prompt, answer: dict[str, Any]) -> list[float]:
-    """Read the answer of SGLang: (log-prob, id, ..) of some positions up to the last one."""
-    entries = answer["meta_info"].get("input_token_logprobs")
-    if entries is None:
-        raise ValueError("there are no input_token_logprobs")
-    count = len(prompt.ids) - prompt.first
-    if len(entries) < count:
-        raise ValueError(f"{len(entries)} entries for {count} tokens")
-    found = []
-    for position, entry in enumerate(entries[len(entries) - count :], start=prompt.first):
-        if entry[1] != prompt.ids[position]:
-            raise ValueError(f"id {entry[1]} at position {position}, not {prompt.ids[position]}")
-        found.append(_checked(entry[0], position))
-    return found
+def _read_sglang(prompt: _Prompt, answer: dict[str, Any]) -> Tensor:
+    """Read an answer of SGLang: (log-prob, id, ..) of some positions up to the last one."""
+    entries = answer["meta_info"].get("input_token_logprobs") or []
+    scored = prompt.ids[prompt.first :]
+    entries = entries[max(0, len(entries) - len(scored)) :]
+    if [entry[1] for entry in entries] != scored:
+        raise ValueError(f"input_token_logprobs are not of the prompt's last {len(scored)} tokens")
+    return _checked([entry[0] for entry in entries])
 
 
-def _checked(logprob: Any, position: int) -> float:
-    """Return a log-prob, the logarithm of 0 as a finite number."""
-    if isinstance(logprob, bool) or not isinstance(logprob, int | float):
-        raise ValueError(f"no log-prob at position {position}: {logprob!r}")
-    if math.isnan(logprob) or logprob > _ROUNDING:
-        raise ValueError(f"log-prob {logprob} at position {position}")
-    return max(float(logprob), _LOWEST)
+def _checked(logprobs: list[Any]) -> Tensor:
+    """Return log-probs as float32, the logarithm of 0 as a finite number."""
+    for value in logprobs:
+        # NaN is not below anything.
+        if type(value) not in (int, float) or not value <= _ROUNDING:
+            raise ValueError(f"log-prob {value!r}")
+    return torch.tensor([max(float(value), _LOWEST) for value in logprobs], dtype=torch.float32)

@@ -11,8 +11,8 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import msgspec
 import torch
@@ -29,13 +29,10 @@ from atod_train.models.scores import score_completions
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from env_servers import process
 from env_servers.endpoints import About, Endpoint, build_application
-from env_servers.options import ServiceOptions
 from env_servers.service import ErrorResponder, ServiceError, program_version
 
 MOST_TOKENS = 2**16
 """Padded tokens of the prompts of a request; a longer single prompt needs --max-context."""
-_MAX_BODY = 8 * 2**20
-_HIGHEST_PORT = 65535
 _LOWEST = -9999.0
 """Stands for the logarithm of 0, which JSON cannot hold, as in vLLM's answers."""
 _ABOUT = About(
@@ -112,35 +109,90 @@ class Vocabulary(msgspec.Struct):
 class Health(msgspec.Struct):
     """That the server is up, and what it serves."""
 
-    status: str
-    service: str
-    version: str
-    pid: int
     model: str
     device: str
     max_context: int
+    version: str = program_version()
+    pid: int = msgspec.field(default_factory=os.getpid)
+    service: str = "teacher"
+    status: str = "ok"
 
 
 @dataclass(frozen=True)
 class ServedTeacher:
-    """A model and its limits.
-
-    Attributes:
-        policy: the model.
-        max_context: longest prompt, in tokens.
-        tokens_per_microbatch: padded tokens that go through the model at once.
-    """
+    """A model, its limits, and the handlers of its endpoints."""
 
     policy: Policy
     max_context: int
+    """Longest prompt, in tokens."""
     tokens_per_microbatch: int
+    """Padded tokens that go through the model at once."""
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
+    """One request after the other goes through the model."""
+
+    async def completions(self, request: Request, body: CompletionRequest) -> Completion:
+        """Score prompts."""
+        name = self.policy.name
+        if body.model not in (None, name):
+            raise ServiceError(404, "no_such_model", f"This server has the model {name!r} only.")
+        self._check(body.prompt)
+        loop = asyncio.get_running_loop()
+        return Completion(name, await loop.run_in_executor(self._thread, self._score, body.prompt))
+
+    async def models(self, request: Request) -> Models:
+        """Name the model."""
+        return Models([Model(self.policy.name, self.max_context + 1)])
+
+    async def vocabulary(self, request: Request) -> Vocabulary:
+        """List all tokens."""
+        return Vocabulary(self.policy.tokenizer.get_vocab())
+
+    async def health(self, request: Request) -> Health:
+        """Report what is served."""
+        return Health(self.policy.name, str(self.policy.device), self.max_context)
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        count, longest, highest = len(prompts), max(map(len, prompts)), max(map(max, prompts))
+        limit, vocabulary = self.max_context, self.policy.vocabulary
+        if longest > limit:
+            message = f"A prompt of {longest} tokens; at most {limit}."
+            raise ServiceError(422, "prompt_too_long", message)
+        if count > 1 and count * longest > MOST_TOKENS:
+            message = (
+                f"{count} prompts, padded to {longest} tokens, are more than {MOST_TOKENS} tokens "
+                "in one request. Send fewer at once."
+            )
+            raise ServiceError(413, "too_many_tokens", message)
+        if highest >= vocabulary:
+            message = f"Token id {highest} is out of vocabulary, which has {vocabulary} ids."
+            raise ServiceError(422, "unknown_token", message)
+
+    def _score(self, prompts: Sequence[Sequence[int]]) -> list[Choice]:
+        budget = self.tokens_per_microbatch
+        advice = (
+            "Send fewer tokens, or start the server with a smaller --tokens-per-microbatch (now "
+            f"{budget})."
+        )
+        try:
+            with memory_errors("scoring prompts", advice):
+                scored = prompt_logprobs(self.policy, prompts, budget)
+        except OutOfMemory as error:
+            raise ServiceError(413, "out_of_memory", str(error)) from error
+        choices = []
+        for index, (ids, logprobs) in enumerate(zip(prompts, scored, strict=True)):
+            if any(map(math.isnan, logprobs)):
+                raise ServiceError(422, "not_a_number", "The model gives NaN for these prompts.")
+            entries = zip(ids[1:], logprobs, strict=True)
+            own = [{str(token): TokenLogprob(max(value, _LOWEST))} for token, value in entries]
+            choices.append(Choice(index, [None, *own]))
+        return choices
 
 
 def create_app(
     teacher: ServedTeacher,
     token: str | None = None,
     allowed_hosts: Sequence[str] = (),
-    max_body: int = _MAX_BODY,
+    max_body: int = 8 * 2**20,
 ) -> Starlette:
     """Make the application.
 
@@ -150,18 +202,17 @@ def create_app(
         allowed_hosts: further host names of the server.
         max_body: bytes that a request may have.
     """
-    handlers = _Handlers(teacher)
     return build_application(
         _ABOUT,
         [
             Endpoint(
-                "POST", "/v1/completions", handlers.completions,
+                "POST", "/v1/completions", teacher.completions,
                 "Score prompts, in the dialect of vLLM.", Completion, CompletionRequest,
                 errors=(404,),
             ),
-            Endpoint("GET", "/v1/models", handlers.models, "Name the model.", Models),
-            Endpoint("GET", "/vocabulary", handlers.vocabulary, "List all tokens.", Vocabulary),
-            Endpoint("GET", "/health", handlers.health, "Report what is served.", Health),
+            Endpoint("GET", "/v1/models", teacher.models, "Name the model.", Models),
+            Endpoint("GET", "/vocabulary", teacher.vocabulary, "List all tokens.", Vocabulary),
+            Endpoint("GET", "/health", teacher.health, "Report what is served.", Health),
         ],
         errors=ErrorResponder(),
         metrics=list,
@@ -169,89 +220,6 @@ def create_app(
         token=token,
         allowed_hosts=allowed_hosts,
     )  # fmt: skip
-
-
-class _Handlers:
-    """The handlers. One request after the other goes through the model, in a thread."""
-
-    def __init__(self, teacher: ServedTeacher) -> None:
-        self._teacher = teacher
-        self._thread = ThreadPoolExecutor(1)
-
-    async def completions(self, request: Request, body: CompletionRequest) -> Completion:
-        name = self._teacher.policy.name
-        if body.model not in (None, name):
-            raise ServiceError(404, "no_such_model", f"This server has the model {name!r} only.")
-        self._check(body.prompt)
-        loop = asyncio.get_running_loop()
-        choices = await loop.run_in_executor(self._thread, self._score, body.prompt)
-        return Completion(name, choices)
-
-    async def models(self, request: Request) -> Models:
-        return Models([Model(self._teacher.policy.name, self._teacher.max_context + 1)])
-
-    async def vocabulary(self, request: Request) -> Vocabulary:
-        return Vocabulary(self._teacher.policy.tokenizer.get_vocab())
-
-    async def health(self, request: Request) -> Health:
-        policy = self._teacher.policy
-        return Health(
-            status="ok",
-            service="teacher",
-            version=program_version(),
-            pid=os.getpid(),
-            model=policy.name,
-            device=str(policy.device),
-            max_context=self._teacher.max_context,
-        )
-
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        limit, vocabulary = self._teacher.max_context, self._teacher.policy.vocabulary
-        longest, highest = max(map(len, prompts)), max(map(max, prompts))
-        if longest > limit:
-            raise ServiceError(
-                422, "prompt_too_long", f"A prompt of {longest} tokens; at most {limit}."
-            )
-        if len(prompts) > 1 and len(prompts) * longest > MOST_TOKENS:
-            raise ServiceError(
-                413,
-                "too_many_tokens",
-                f"{len(prompts)} prompts, padded to {longest} tokens, are more than {MOST_TOKENS} "
-                "tokens in one request. Send fewer at once.",
-            )
-        if highest >= vocabulary:
-            raise ServiceError(
-                422,
-                "unknown_token",
-                f"Token id {highest} is out of vocabulary, which has {vocabulary} ids.",
-            )
-
-    def _score(self, prompts: Sequence[Sequence[int]]) -> list[Choice]:
-        budget = self._teacher.tokens_per_microbatch
-        advice = (
-            "Send fewer tokens, or start the server with a smaller --tokens-per-microbatch (now "
-            f"{budget})."
-        )
-        try:
-            with memory_errors("scoring prompts", advice):
-                scored = prompt_logprobs(self._teacher.policy, prompts, budget)
-        except OutOfMemory as error:
-            raise ServiceError(413, "out_of_memory", str(error)) from error
-        if any(math.isnan(value) for logprobs in scored for value in logprobs):
-            raise ServiceError(422, "not_a_number", "The model gives NaN for these prompts.")
-        return [
-            Choice(
-                index,
-                [
-                    None,
-                    *(
-                        {str(token): TokenLogprob(max(value, _LOWEST))}
-                        for token, value in zip(ids[1:], logprobs, strict=True)
-                    ),
-                ],
-            )
-            for index, (ids, logprobs) in enumerate(zip(prompts, scored, strict=True))
-        ]
 
 
 def prompt_logprobs(
@@ -268,9 +236,8 @@ def prompt_logprobs(
         For each prompt one number less than it has tokens, in nats.
     """
     records = []
-    for ids in prompts:
-        scored = tuple(ids[1:])
-        tokens = TokenizedTurn((ids[0],), scored, (0.0,) * len(scored), "stop", False)
+    for first, *scored in prompts:
+        tokens = TokenizedTurn((first,), tuple(scored), (0.0,) * len(scored), "stop", False)
         turn = Turn(0, (), "", "", 0.0, True, tokens)
         records.append(Trajectory(0, "", "", (turn,), True, False, "terminated", True, 0.0))
     batch = make_batch(records, policy.pad_id)
@@ -281,55 +248,49 @@ def prompt_logprobs(
 def serve(
     model: str,
     *,
+    host: str,
+    port: int,
+    max_body: int,
+    token_env: str | None,
+    allowed_host: Sequence[str],
+    parent: int | None,
     device: str,
     dtype: Precision,
     max_context: int,
     tokens_per_microbatch: int,
     threads: int,
-    **service: Any,
 ) -> None:
-    """Load a model and serve it until SIGTERM or Ctrl-C.
-
-    Args:
-        model: a folder, a hub name or smollm2.
-        device: a torch device, or auto.
-        dtype: precision of the weights; auto: as of a teacher in the process that trains.
-        max_context: longest prompt, in tokens; 0: that of the model, at most `MOST_TOKENS`.
-        tokens_per_microbatch: padded tokens that go through the model at once.
-        threads: of the processor; 0: torch's choice.
-        **service: fields of `ServiceOptions`.
+    """Load a model and serve it until SIGTERM or Ctrl-C; see `ServeTeacher` for the options.
 
     Raises:
         AtodError: an option is out of range, the model cannot be loaded, or the server cannot
             listen.
     """
-    for name, value, least in (
-        ("port", service["port"], 0),
-        ("max-body", service["max_body"], 1),
-        ("max-context", max_context, 0),
-        ("tokens-per-microbatch", tokens_per_microbatch, 1),
-        ("threads", threads, 0),
+    for name, value, least, most in (
+        ("port", port, 0, 65535),
+        ("max-body", max_body, 1, math.inf),
+        ("max-context", max_context, 0, math.inf),
+        ("tokens-per-microbatch", tokens_per_microbatch, 1, math.inf),
+        ("threads", threads, 0, math.inf),
     ):
-        if value < least:
-            raise InvalidSettingError(f"--{name} must be at least {least}, not {value}.")
-    if service["port"] > _HIGHEST_PORT:
-        raise InvalidSettingError(f"--port must be at most {_HIGHEST_PORT}, not {service['port']}.")
-    options = ServiceOptions(**service)
+        if not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise InvalidSettingError(f"--{name} must be {limit}, not {value}.")
     process.exit_on_signals()
-    if options.parent is not None:
-        process.watch_parent(options.parent)
+    if parent is not None:
+        process.watch_parent(parent)
     if threads:
         torch.set_num_threads(threads)
     if is_mixed(dtype, pick_device(device)):
         dtype = "bfloat16"
     try:
-        token = process.read_token(options.token_env)
+        token = process.read_token(token_env)
         policy = load_policy(model, LoadOptions(device=device, dtype=dtype), samples=False)
         longest = min(max_context or MOST_TOKENS, policy.max_positions)
         teacher = ServedTeacher(policy, longest, tokens_per_microbatch)
-        listener = process.open_socket(options.host, options.port, has_token=token is not None)
+        listener = process.open_socket(host, port, has_token=token is not None)
     except process.StartError as error:
         raise AtodError(str(error)) from error
-    app = create_app(teacher, token, options.allowed_host, options.max_body)
     with listener:
+        app = create_app(teacher, token, allowed_host, max_body)
         process.serve(app, listener, service="teacher")

@@ -1,6 +1,6 @@
 """Check that every token of the student has the same id at the teacher.
 
-The teacher may have more tokens, since the student samples none of them.
+The teacher may have more tokens, since the student samples none of them. Errors name both models.
 """
 
 from __future__ import annotations
@@ -20,16 +20,10 @@ _MOST_ALONE = 4096
 def require_same_vocabulary(
     ours: Mapping[str, int], theirs: Mapping[str, int], student: str, teacher: str
 ) -> None:
-    """Check that every token of the student has the same id at the teacher.
-
-    Args:
-        ours: token -> id of the student.
-        theirs: token -> id of the teacher.
-        student: its name, for the message.
-        teacher: its name, for the message.
+    """Check the student's ids of tokens against the teacher's.
 
     Raises:
-        AtodError: a token has another id or none.
+        AtodError: a token has another id or none at the teacher.
     """
     token_of = {token_id: token for token, token_id in theirs.items()}
     different = [
@@ -37,8 +31,7 @@ def require_same_vocabulary(
         for token, token_id in ours.items()
         if theirs.get(token) != token_id
     ]
-    if different:
-        raise _error(different, len(ours), student, teacher)
+    _refuse(different, len(ours), student, teacher)
 
 
 def require_same_texts(
@@ -51,58 +44,44 @@ def require_same_texts(
 
     Texts of many ids are compared first. Where they differ, the text of each id alone decides:
     versions of tokenizers may join tokens differently. If most of the vocabulary differs, every
-    n-th id and all added tokens are compared.
+    n-th id and all added tokens are compared. Parts of characters have no text to compare.
 
     Args:
         tokenizer: of the student.
         decode: returns the teacher's text of each list of ids.
-        student: its name, for the message.
-        teacher: its name, for the message.
+        student: its name.
+        teacher: its name.
 
     Raises:
-        AtodError: an id has another text or none.
+        AtodError: an id has another text or none at the teacher.
     """
     ids = sorted(tokenizer.get_vocab().values())
     parts = [ids[begin : begin + _IDS_AT_ONCE] for begin in range(0, len(ids), _IDS_AT_ONCE)]
-    found = zip(parts, decode(parts), strict=True)
-    unlike = [i for part, text in found if text != tokenizer.decode(part) for i in part]
+    texts = zip(parts, decode(parts), strict=True)
+    unlike = [i for part, text in texts if text != tokenizer.decode(part) for i in part]
     step, added = 1 + len(unlike) // _MOST_ALONE, tokenizer.added_tokens_decoder
-    left_out = {i for n, i in enumerate(unlike) if n % step and i not in added}
-    alone = [i for i in unlike if i not in left_out]
-    different = [
-        (token_id, str(tokenizer.convert_ids_to_tokens(token_id)), text or None)
-        for token_id, text in zip(alone, decode([[i] for i in alone]), strict=True)
-        if not _is_text_of(tokenizer, token_id, text)
-    ]
-    if different:
-        raise _error(different, len(ids) - len(left_out), student, teacher)
+    alone = [i for n, i in enumerate(unlike) if n % step == 0 or i in added]
+    different = []
+    for token_id, theirs in zip(alone, decode([[i] for i in alone]), strict=True):
+        ours = str(tokenizer.decode([token_id]))
+        is_part = "\ufffd" in ours or "\ufffd" in theirs
+        is_same = theirs == ours or theirs.strip() == ours.strip() != ""
+        if not (is_part or is_same):
+            token = str(tokenizer.convert_ids_to_tokens(token_id))
+            different.append((token_id, token, theirs or None))
+    _refuse(different, len(ids) - len(unlike) + len(alone), student, teacher)
 
 
-def _is_text_of(tokenizer: PreTrainedTokenizerBase, token_id: int, text: str) -> bool:
-    """Return whether a text is that of a token, perhaps without spaces around it."""
-    decoded = str(tokenizer.decode([token_id]))
-    # A part of a character has no text of its own.
-    if text == decoded or "\ufffd" in text or "\ufffd" in decoded:
-        return True
-    return bool(text.strip()) and text.strip() == decoded.strip()
-
-
-def _error(
+def _refuse(
     different: Sequence[tuple[int, str, str | None]], compared: int, student: str, teacher: str
-) -> AtodError:
-    """Return the error for two vocabularies that are not the same.
-
-    Args:
-        different: id, the student's token and the teacher's (None: it has none), at least one.
-        compared: number of tokens that were compared.
-        student: its name.
-        teacher: its name.
-    """
-    token_id, ours, theirs = min(different, key=lambda entry: entry[0])
-    other = "none" if theirs is None else repr(theirs)
-    return AtodError(
-        f"Teacher {teacher} and student {student} do not share a vocabulary: {len(different)} of "
-        f"{compared} tokens of the student that were compared are others at the teacher (for "
-        f"example id {token_id} is {ours!r} for the student and {other} for the teacher). Use a "
-        "teacher of the same model family, or train both on one tokenizer."
-    )
+) -> None:
+    """Raise an error if there are different tokens: id, the student's, the teacher's or None."""
+    if different:
+        token_id, ours, theirs = min(different, key=lambda entry: entry[0])
+        other = "none" if theirs is None else repr(theirs)
+        raise AtodError(
+            f"Teacher {teacher} and student {student} do not share a vocabulary: {len(different)} "
+            f"of {compared} tokens of the student that were compared are others at the teacher "
+            f"(for example id {token_id} is {ours!r} for the student and {other} for the teacher). "
+            "Use a teacher of the same model family, or train both on one tokenizer."
+        )
