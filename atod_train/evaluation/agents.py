@@ -5,14 +5,13 @@ An agent plays one episode at a time; for several at once there are several agen
 
 from __future__ import annotations
 
-import importlib
+import os
+import pkgutil
 import random
 import re
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -24,8 +23,6 @@ from atod_train.rollout.episode import Episode
 
 _PLACEHOLDER = re.compile(r"<\w+>")
 """Part of an admissible action that the agent replaces by words of its own."""
-
-_MOST_WORDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +123,7 @@ class RandomAgent:
         """Return one to three consecutive words of the observation."""
         words = re.findall(r"\w+", f"{observation['instruction']} {observation['text']}")
         first = self._below(len(words)) if words else 0
-        return " ".join(words[first : first + 1 + self._below(_MOST_WORDS)])
+        return " ".join(words[first : first + 1 + self._below(3)])
 
     def _one_of(self, choices: Sequence[str]) -> str:
         return choices[self._below(len(choices))]
@@ -197,12 +194,15 @@ class HumanAgent:
         del messages
         print(f"\n{play.page(observation, info)}")
         while True:
-            # Blocking the event loop is harmless: a person plays one episode at a time.
+            # Blocking the event loop is harmless: a person plays one episode at a time. But the
+            # loop would handle Ctrl-C only after the input.
+            of_loop = signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
-                with _ctrl_c_at_once():
-                    action = play.ask(observation)
+                action = play.ask(observation)
             except EOFError:
                 action = None
+            finally:
+                signal.signal(signal.SIGINT, of_loop)
             if action is None:
                 raise KeyboardInterrupt
             try:
@@ -221,30 +221,13 @@ def load_agent(name: str) -> Callable[[], Agent]:
     Raises:
         InvalidSettingError: there is no such module or attribute.
     """
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, "")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        found: Any = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InvalidSettingError(f"There is no agent {name!r}: {error}.") from error
-    finally:
-        sys.path.remove("")
     if not callable(found):
-        raise InvalidSettingError(f"{name} cannot be called to make an agent.")
+        raise InvalidSettingError(f"There is no agent {name!r}: that cannot be called to make one.")
     made: Callable[[], Agent] = found
     return made
-
-
-@contextmanager
-def _ctrl_c_at_once() -> Iterator[None]:
-    """Let Ctrl-C interrupt waiting for input; the event loop would handle it only afterwards."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, fields, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,24 +14,27 @@ from tyro.conf import Positional, UseAppendAction, arg
 from atod_gym.errors import InvalidSettingError
 from atod_gym.parsing import ParseProfile
 from atod_train.config import EnvConfig, PromptStyle
+from atod_train.evaluation.local_model import LOCAL
 
 _MOST_EPISODES_AT_ONCE = 1024
 _LOWEST = {
     "tasks": 0,
     "concurrency": 1,
-    "env.max_turns": 1,
-    "sampling.temperature": 0,
-    "sampling.max_tokens": 1,
-    "local.max_context": 1,
-    "chat.top_p": 0,
-    "chat.timeout": 1e-3,
-    "chat.retries": 0,
-    "chat.requests_per_minute": 1,
-    "chat.tokens_per_minute": 1,
-    "chat.price_in": 0,
-    "chat.price_out": 0,
+    "max_turns": 1,
+    "temperature": 0,
+    "max_tokens": 1,
+    "max_context": 1,
+    "top_p": 0,
+    "timeout": 1e-3,
+    "retries": 0,
+    "requests_per_minute": 1,
+    "tokens_per_minute": 1,
+    "price_in": 0,
+    "price_out": 0,
 }
 """Lowest values of options."""
+_TAKERS = {"sampling": ("chat", LOCAL), "local": (LOCAL,), "chat": ("chat",)}
+"""Groups of options and the agents that take them; random play takes a seed, too."""
 
 _T = TypeVar("_T")
 Unset = Annotated[_T | None, arg(help_behavior_hint="")]
@@ -172,17 +174,21 @@ class EvalOptions:
     local: ModelOptions = field(default_factory=ModelOptions)
     chat: ChatSettings = field(default_factory=ChatSettings)
 
-    def check(self) -> None:
-        """Check the numbers.
+    def check(self, kind: str) -> None:
+        """Check the numbers, and that the chosen agent takes the options that are given.
+
+        Args:
+            kind: the name of the agent; of a local model `model:FOLDER`.
 
         Raises:
             InvalidSettingError: one is out of range, or two options exclude or need each other.
         """
+        groups = (self, self.env, self.sampling, self.local, self.chat)
+        values: dict[str, Any] = {k: v for group in groups for k, v in vars(group).items()}
         for name, lowest in _LOWEST.items():
-            value = attrgetter(name)(self)
+            value = values[name]
             if value is not None and not (value >= lowest and math.isfinite(value)):
-                flag = name.rpartition(".")[2].replace("_", "-")
-                raise InvalidSettingError(f"--{flag} must be >= {lowest:g}, not {value}.")
+                raise InvalidSettingError(f"{_flag(name)} must be >= {lowest:g}, not {value}.")
         if (self.concurrency or 0) > _MOST_EPISODES_AT_ONCE:
             raise InvalidSettingError(
                 f"--concurrency must be <= {_MOST_EPISODES_AT_ONCE}, not {self.concurrency}."
@@ -191,24 +197,19 @@ class EvalOptions:
             raise InvalidSettingError("Give --tasks or --task-ids, not both.")
         if (self.chat.price_in is None) != (self.chat.price_out is None):
             raise InvalidSettingError("Give both --price-in and --price-out, or neither.")
-
-    def refuse(self, takers: str, *names: str) -> None:
-        """Refuse options that the chosen agent does not take.
-
-        Args:
-            takers: the agents that take them, for the message.
-            names: of options, or of groups of options.
-
-        Raises:
-            InvalidSettingError: one of them is given.
-        """
-        for name in names:
-            group, _, option = name.partition(".")
-            given, usual = getattr(self, group), getattr(EvalOptions("", ""), group)
-            for part in [option] if option else [part.name for part in fields(given)]:
-                if getattr(given, part) != getattr(usual, part):
-                    flag = part.replace("_", "-")
-                    raise InvalidSettingError(f"--{flag} is for --agent {takers}.")
+        for group, takers in _TAKERS.items():
+            for part in fields(getattr(self, group)):
+                allowed = ("random", *takers) if part.name == "seed" else takers
+                if kind not in allowed and values[part.name] != part.default:
+                    raise InvalidSettingError(
+                        f"{_flag(part.name)} is for --agent {', '.join(allowed)}."
+                    )
+        if kind == LOCAL and self.env.template is not None:
+            raise InvalidSettingError(
+                "--template is not for local models, which are played with the prompts of training."
+            )
+        if kind == "human" and self.concurrency not in (None, 1):
+            raise InvalidSettingError("A person plays one episode at a time: --concurrency 1.")
 
     def env_config(self, trained: EnvConfig | None) -> EnvConfig:
         """Return the environment and its prompts; a `max_turns` of 0 is the environment's own.
@@ -256,6 +257,10 @@ def read_options(kind: type[_T], program: str, words: list[str]) -> _T:
     """
     config = (tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
     return tyro.cli(kind, prog=program, args=words, config=config)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _key_and_value(text: str) -> tuple[str, Any]:

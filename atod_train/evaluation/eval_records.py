@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -36,25 +37,17 @@ SETTINGS_FILE = "settings.json"
 EPISODES_FILE = "episodes.jsonl"
 RESULT_FILE = "result.json"
 _PACKAGES = ("atod-gym", "gymnasium", "numpy", "openai")
-_TOKEN_COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens")
 
 
 @dataclass(frozen=True, slots=True)
-class EpisodeRecord:
+class EpisodeRecord(TaskResult):
     """The result of one episode; counts of tokens are None where they are unknown."""
 
-    task_id: str
-    task_type: str
-    success: bool
-    score: float
-    turns: int
-    invalid_turns: int
     actions: tuple[tuple[str, int], ...]
     """(verb, how often it was used in a valid action), sorted."""
     stop_reason: str
-    """`terminated`, `turn_limit`, `context_limit` (the prompt was too long) or `refused`."""
     stop_message: str
-    """The endpoint's message in the last two cases."""
+    """Why the agent could not continue the episode; empty if it ended in the usual way."""
     prompt_tokens: int | None
     completion_tokens: int | None
     """Including those of the reasoning."""
@@ -63,27 +56,15 @@ class EpisodeRecord:
     """Completions that reached the token limit."""
     turns_left_out: int
     """Past turns that prompts left out, because they would not fit, summed over prompts."""
-    seconds: float
     transcript: tuple[dict[str, Any], ...] = ()
     invalid_reasons: dict[str, int] = field(default_factory=dict)
     """Why turns were not valid, and how many; records of version 0.1 have none."""
 
     @classmethod
     def of(
-        cls,
-        episode: Trajectory,
-        completions: Sequence[Completion],
-        seconds: float,
-        stop_message: str = "",
+        cls, episode: Trajectory, completions: Sequence[Completion], stop_message: str = ""
     ) -> EpisodeRecord:
-        """Record an episode.
-
-        Args:
-            episode: the turns and how it ended.
-            completions: one for each turn.
-            seconds: wall time of the episode.
-            stop_message: see the attribute.
-        """
+        """Record an episode with one completion for each of its turns."""
         reasons = Counter(
             _empty_reply(completion) or turn.invalid_reason
             for turn, completion in zip(episode.turns, completions, strict=True)
@@ -103,21 +84,8 @@ class EpisodeRecord:
             **_token_sums(completions),
             cut_completions=sum(completion.is_cut for completion in completions),
             turns_left_out=sum(completion.turns_left_out for completion in completions),
-            seconds=round(seconds, 3),
             transcript=tuple(map(_transcribed, episode.turns, completions)),
         )
-
-    def task_result(self) -> TaskResult:
-        """Return the part that tables and intervals are made of."""
-        names = [part.name for part in fields(TaskResult)]
-        return TaskResult(**{name: getattr(self, name) for name in names})
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON values; an empty transcript is left out."""
-        record = asdict(self)
-        if not self.transcript:
-            del record["transcript"]
-        return record
 
 
 @dataclass(frozen=True)
@@ -143,21 +111,13 @@ class Totals:
         seconds: float,
         prices: tuple[float, float] | None,
     ) -> Totals:
-        """Sum up episodes.
-
-        Args:
-            records: the episodes.
-            seconds: wall time.
-            prices: of a million tokens of prompts and of completions.
-        """
+        """Sum up episodes; `prices` are those of a million tokens of prompts and completions."""
         counts = _token_sums(records)
-        reasons: Counter[str] = Counter()
-        for record in records:
-            reasons.update(record.invalid_reasons)
         asked, said = counts["prompt_tokens"], counts["completion_tokens"]
         cost = 0.0 if asked == 0 and said == 0 else None
         if prices is not None and asked is not None and said is not None:
             cost = (asked * prices[0] + said * prices[1]) / 1e6
+        reasons = sum((Counter(record.invalid_reasons) for record in records), Counter[str]())
         return cls(
             **counts,
             cost=cost,
@@ -188,7 +148,7 @@ class EvaluationFolder:
         transcripts: keep prompts and completions.
 
     Attributes:
-        records: of all episodes, those of earlier sessions too.
+        records: of all episodes, those of earlier sessions too; without transcripts.
 
     Raises:
         InvalidSettingError: the folder holds episodes and `resume` is off.
@@ -210,8 +170,17 @@ class EvaluationFolder:
             raise RunFolderError(
                 f"{path} has episodes but no {SETTINGS_FILE}; choose another --out"
             )
-        self.records = [_record(line, path) for line in lines]
-        self._earlier = self._seconds = max((float(line.get("at", 0)) for line in lines), default=0)
+        names = {part.name for part in fields(EpisodeRecord)} - {"transcript"}
+        try:
+            self.records = [
+                EpisodeRecord(**{name: value for name, value in line.items() if name in names})
+                for line in lines
+            ]
+            self._seconds = max((float(line.get("at", 0)) for line in lines), default=0.0)
+        except (TypeError, ValueError) as error:
+            raise RunFolderError(
+                f"{path / EPISODES_FILE} is not of this version: {error}"
+            ) from error
 
     def begin(self, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Begin a session.
@@ -224,9 +193,9 @@ class EvaluationFolder:
             InvalidSettingError: the episodes of the folder were played with other settings.
             FileError: the folder cannot be written to, or another process writes to it.
         """
-        self.settings: dict[str, Any] = json.loads(json.dumps(without_infinities(settings)))
+        self._settings: dict[str, Any] = json.loads(json.dumps(without_infinities(settings)))
         if self.records:
-            _check_same(self._before.get("settings", {}), self.settings, self.path)
+            _check_same(self._before.get("settings", {}), self._settings, self.path)
         session = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "python": platform.python_version(),
@@ -239,25 +208,26 @@ class EvaluationFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(locked(self.path, "choose another folder with --out"))
             write_json(
-                self.path / SETTINGS_FILE, {"settings": self.settings, "sessions": self._sessions}
+                self.path / SETTINGS_FILE, {"settings": self._settings, "sessions": self._sessions}
             )
             end_last_line(self.path / EPISODES_FILE)
             # The result of an earlier session does not cover the episodes of this one.
             (self.path / RESULT_FILE).unlink(missing_ok=True)
         except OSError as error:
             raise RunFolderError(f"Cannot write to {self.path}: {error}") from error
+        self._began = time.monotonic() - self._seconds
 
-    def add(self, record: EpisodeRecord, seconds: float) -> None:
-        """Append an episode that ended some seconds after the start of this session."""
+    def add(self, record: EpisodeRecord) -> None:
+        """Append an episode that has just ended."""
+        self._seconds = round(time.monotonic() - self._began, 3)
+        line = {**asdict(record), "session": len(self._sessions), "at": self._seconds}
         if not self._keeps_transcripts:
-            record = replace(record, transcript=())
-        self._seconds = round(self._earlier + seconds, 3)
-        line = {**record.to_json(), "session": len(self._sessions), "at": self._seconds}
+            del line["transcript"]
         text = json.dumps(without_infinities(line), ensure_ascii=False)
         path = self.path / EPISODES_FILE
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
-        self.records.append(record)
+        self.records.append(replace(record, transcript=()))
 
     def finish(
         self,
@@ -286,19 +256,15 @@ class EvaluationFolder:
                 "longer context, a smaller --max-tokens or shorter prompts (--hide-admissible); "
                 f"{self.path} holds nothing else."
             )
-        settings = self.settings
-        result = EvaluationResult(
-            split=settings["split"],
-            data=settings["data"],
-            mode=mode,
-            tasks=tuple(record.task_result() for record in records),
+        settings = self._settings
+        result = EvaluationResult.from_json(
+            {**settings, "mode": mode, "tasks": [asdict(record) for record in records]}
         )
         totals = Totals.of(records, self._seconds, prices)
-        evaluated = Evaluated(settings["env_id"], agent, settings["data_hash"], result, totals)
         value = {
-            "env_id": evaluated.env_id,
+            "env_id": settings["env_id"],
             "agent": agent,
-            "data_hash": evaluated.data_hash,
+            "data_hash": settings["data_hash"],
             "mean_score": result.mean_score,
             "mean_turns": result.mean_turns,
             "invalid_share": result.invalid_share,
@@ -309,7 +275,7 @@ class EvaluationFolder:
             **result.to_json(),
         }
         write_json(self.path / RESULT_FILE, value)
-        return evaluated
+        return Evaluated(settings["env_id"], agent, settings["data_hash"], result, totals)
 
     def close(self) -> None:
         """Let other processes continue the evaluation."""
@@ -337,20 +303,10 @@ def read_evaluated(path: Path) -> Evaluated:
         raise RunFolderError(f"{path / RESULT_FILE} is not of this version: {error}") from error
 
 
-def _record(line: Mapping[str, Any], path: Path) -> EpisodeRecord:
-    names = {part.name for part in fields(EpisodeRecord)}
-    chosen = {name: value for name, value in line.items() if name in names}
-    try:
-        actions = tuple((str(verb), int(count)) for verb, count in chosen["actions"])
-        return EpisodeRecord(**{**chosen, "actions": actions})
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunFolderError(f"{path / EPISODES_FILE} is not of this version: {error}") from error
-
-
-def _token_sums(parts: Sequence[Completion] | Sequence[EpisodeRecord]) -> dict[str, int | None]:
+def _token_sums(parts: Sequence[Completion | EpisodeRecord]) -> dict[str, int | None]:
     """Sum each count of tokens; a sum with an unknown part is unknown."""
     sums: dict[str, int | None] = {}
-    for name in _TOKEN_COUNTS:
+    for name in ("prompt_tokens", "completion_tokens", "reasoning_tokens"):
         values = [getattr(part, name) for part in parts]
         sums[name] = None if None in values else sum(values)
     return sums

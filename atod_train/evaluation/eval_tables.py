@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from atod_train.evaluation.eval_records import Evaluated, Totals
 from atod_train.reports.evaluations import EvaluationResult, difference_by_task
 from atod_train.reports.statistics import unpaired_difference
 from atod_train.reports.tables import Table, difference_text, rate_text
 
-UNKNOWN = "unknown"
-
-_RATE = "success [95 % interval]"
+_UNKNOWN = "unknown"
+_FIGURES = ("tasks", "success [95 % interval]", "score", "turns", "invalid")
 _ENDS = ("terminated", "turn_limit")
 """Reasons why an episode stops in the usual way."""
-_SHOWN_REASONS = 5
 
 
 def result_table(evaluated: Evaluated) -> str:
     """Return the figures of one agent, overall and per task type, and the tokens and seconds."""
     result, totals = evaluated.result, evaluated.totals
-    rows = [("all", *_figures(result))]
     types = result.by_task_type()
+    rows = [("all", *_figures(result))]
     if len(types) > 1:
         rows += [(task_type, *_figures(found)) for task_type, found in types.items()]
-    head = ("task type", "tasks", _RATE, "score", "turns", "invalid")
+    cost = _cost(totals)
+    thoughts = totals.reasoning_tokens
     lines = [
-        f"{evaluated.env_id}, {result.split} ({result.data} data), {evaluated.agent}",
+        f"{_title(evaluated)}, {evaluated.agent}",
         "",
-        Table("", head, tuple(rows)).text,
+        Table("", ("task type", *_FIGURES), tuple(rows)).text,
         "",
         f"tokens {_tokens(totals.prompt_tokens)} in, {_tokens(totals.completion_tokens)} out"
-        f"{_of_reasoning(totals.reasoning_tokens)}{_cost(totals, '; cost ')}; "
-        f"{totals.seconds:.1f} s",
+        + (f" ({_tokens(thoughts)} of reasoning)" if thoughts != 0 else "")
+        + (f"; cost {cost}" if cost else "")
+        + f"; {totals.seconds:.1f} s",
     ]
     early = {name: n for name, n in totals.stop_reasons.items() if name not in _ENDS}
     if early:
         counts = ", ".join(f"{name} {count}" for name, count in early.items())
         lines.append(f"episodes that could not be continued and count as failed: {counts}")
     if totals.invalid_reasons:
-        lines.append(f"invalid turns: {_reasons(totals.invalid_reasons)}")
+        counts = "; ".join(f"{reason}: {count}" for reason, count in totals.invalid_reasons.items())
+        lines.append(f"invalid turns: {counts}")
     if totals.cut_completions:
         lines.append(f"completions cut by the token limit: {totals.cut_completions}")
     return "\n".join(lines)
@@ -47,8 +46,7 @@ def result_table(evaluated: Evaluated) -> str:
 
 def comparison(first: Evaluated, second: Evaluated, names: tuple[str, str]) -> str:
     """Return both agents' figures, and the interval of the first's success minus the second's."""
-    head = ("", "tasks", _RATE, "score", "turns", "invalid", "tokens in", "out", "cost", "seconds")
-    rows = [
+    rows = tuple(
         (
             f"{letter}: {name}",
             *_figures(evaluated.result),
@@ -58,12 +56,31 @@ def comparison(first: Evaluated, second: Evaluated, names: tuple[str, str]) -> s
             f"{evaluated.totals.seconds:.1f}",
         )
         for letter, name, evaluated in zip("AB", names, (first, second), strict=True)
+    )
+    titles = [_title(first), _title(second)]
+    lines = [
+        titles[0] if titles[0] == titles[1] else f"A: {titles[0]}\nB: {titles[1]}",
+        "",
+        Table("", ("", *_FIGURES, "tokens in", "out", "cost", "seconds"), rows).text,
+        "",
     ]
-    lines = [_titles(first, second), "", Table("", head, tuple(rows)).text, ""]
-    types = _type_rows(first.result, second.result)
+    a, b = first.result.by_task_type(), second.result.by_task_type()
+    types = tuple(
+        (
+            name,
+            rate_text(a[name].success),
+            rate_text(b[name].success),
+            f"{100 * (a[name].success_rate - b[name].success_rate):+.1f}",
+        )
+        for name in sorted(a.keys() & b.keys())
+    )
     if len(types) > 1:
-        lines += [Table("", ("task type", "A", "B", "A - B, points"), tuple(types)).text, ""]
+        lines += [Table("", ("task type", "A", "B", "A - B, points"), types).text, ""]
     return "\n".join([*lines, _difference(first, second)])
+
+
+def _title(evaluated: Evaluated) -> str:
+    return f"{evaluated.env_id}, {evaluated.result.split} ({evaluated.result.data} data)"
 
 
 def _figures(result: EvaluationResult) -> tuple[str, ...]:
@@ -74,36 +91,6 @@ def _figures(result: EvaluationResult) -> tuple[str, ...]:
         f"{result.mean_turns:.1f}",
         f"{100 * result.invalid_share:.0f} %",
     )
-
-
-def _reasons(counts: Mapping[str, int]) -> str:
-    """Return the most frequent reasons of invalid turns, and the others as one."""
-    shown = sorted(counts.items(), key=lambda item: -item[1])
-    others = sum(count for _, count in shown[_SHOWN_REASONS:])
-    parts = [*shown[:_SHOWN_REASONS], *([("other reasons", others)] if others else [])]
-    return "; ".join(f"{reason}: {count}" for reason, count in parts)
-
-
-def _titles(first: Evaluated, second: Evaluated) -> str:
-    titles = [
-        f"{evaluated.env_id}, {evaluated.result.split} ({evaluated.result.data} data)"
-        for evaluated in (first, second)
-    ]
-    return titles[0] if titles[0] == titles[1] else f"A: {titles[0]}\nB: {titles[1]}"
-
-
-def _type_rows(first: EvaluationResult, second: EvaluationResult) -> list[tuple[str, ...]]:
-    """Return the success per task type of both, and the difference."""
-    a, b = first.by_task_type(), second.by_task_type()
-    return [
-        (
-            name,
-            rate_text(a[name].success),
-            rate_text(b[name].success),
-            f"{100 * (a[name].success_rate - b[name].success_rate):+.1f}",
-        )
-        for name in sorted(a.keys() & b.keys())
-    ]
 
 
 def _difference(first: Evaluated, second: Evaluated) -> str:
@@ -119,15 +106,11 @@ def _difference(first: Evaluated, second: Evaluated) -> str:
 
 
 def _tokens(count: int | None) -> str:
-    return UNKNOWN if count is None else f"{count:,}"
+    return _UNKNOWN if count is None else f"{count:,}"
 
 
-def _of_reasoning(count: int | None) -> str:
-    return f" ({_tokens(count)} of reasoning)" if count != 0 else ""
-
-
-def _cost(totals: Totals, label: str = "") -> str:
-    """Return label and cost; empty without prices."""
+def _cost(totals: Totals) -> str:
+    """Return the cost; empty without prices."""
     if totals.cost is not None:
-        return f"{label}{totals.cost:.4f}"
-    return f"{label}{UNKNOWN}" if None in (totals.prompt_tokens, totals.completion_tokens) else ""
+        return f"{totals.cost:.4f}"
+    return _UNKNOWN if None in (totals.prompt_tokens, totals.completion_tokens) else ""

@@ -6,7 +6,7 @@ Importing this loads no torch; `LocalModel.load` does.
 from __future__ import annotations
 
 import hashlib
-import time
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,15 +24,13 @@ from atod_train.reports.run_folder import CONFIG_FILE, read_config
 from atod_train.rollout.env_pool import EnvPool
 
 if TYPE_CHECKING:
-    from atod_train.evaluation.eval_options import Sampling
+    from atod_train.evaluation.eval_options import ModelOptions, Sampling
     from atod_train.records import Trajectory
 
 PREFIX = "model:"
+LOCAL = f"{PREFIX}FOLDER"
 SMOLLM2 = "smollm2"
 _FROM_SCRATCH = ("micro", "mini", "tiny", "small")
-_SAVED = ("best", "last")
-"""Folders of a run's `models`, the preferred one first."""
-
 _COMPLETION_TOKENS = 512
 _MAX_CONTEXT = 8192
 """Defaults for models that no run of the trainer describes."""
@@ -66,23 +64,24 @@ def find_model(name: str) -> ModelFolder:
         if name in _FROM_SCRATCH:
             raise InvalidSettingError(
                 f"Model {name!r} is trained from scratch in a run; give the folder of that run: "
-                f"--agent {PREFIX}FOLDER."
+                f"--agent {LOCAL}."
             )
         if name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
-            raise InvalidSettingError(f"There is no folder {name!r}: --agent {PREFIX}FOLDER.")
+            raise InvalidSettingError(f"There is no folder {name!r}: --agent {LOCAL}.")
         return ModelFolder(name, Path(name).name, None)
     config = read_json(path / CONFIG_FILE)
-    if set(SECTIONS) <= config.keys():
-        for saved in _SAVED:
-            if (path / "models" / saved / CONFIG_FILE).is_file():
-                return _of_run(path, path / "models" / saved)
-        raise InvalidSettingError(
-            f"The run {path} has no models/{' or models/'.join(_SAVED)} yet; give another folder."
-        )
     if "model_type" in config:
         run = path.absolute().parent.parent
-        is_of_run = path.absolute().parent.name == "models" and (run / CONFIG_FILE).is_file()
-        return _of_run(run, path) if is_of_run else ModelFolder(str(path), path.name, None)
+        if path.absolute().parent.name == "models" and (run / CONFIG_FILE).is_file():
+            return ModelFolder(str(path), f"{run.name}/{path.name}", read_config(run))
+        return ModelFolder(str(path), path.name, None)
+    if set(SECTIONS) <= config.keys():
+        for saved in (path / "models" / "best", path / "models" / "last"):
+            if (saved / CONFIG_FILE).is_file():
+                return find_model(str(saved))
+        raise InvalidSettingError(
+            f"The run {path} has no models/best or models/last yet; give another folder."
+        )
     configs = path.glob(f"*/{CONFIG_FILE}")
     runs = sorted(file.parent.name for file in configs if (file.parent / "models").is_dir())
     if len(runs) == 1:
@@ -94,19 +93,13 @@ def find_model(name: str) -> ModelFolder:
     )
 
 
-def _of_run(run: Path, folder: Path) -> ModelFolder:
-    return ModelFolder(str(folder), f"{run.name}/{folder.name}", read_config(run))
-
-
 class LocalModel:
     """A local model that plays greedily or sampled, as evaluations in training do.
 
     Args:
         found: the model.
         sampling: how completions are sampled.
-        max_context: longest sequence in tokens; None: as trained, else 8192, at most the model's
-            positions.
-        device: a torch device; None: a GPU if there is one.
+        options: its context and device.
 
     Attributes:
         label: for tables and the names of folders.
@@ -117,26 +110,21 @@ class LocalModel:
         InvalidSettingError: a seed is given without a temperature.
     """
 
-    def __init__(
-        self,
-        found: ModelFolder,
-        sampling: Sampling,
-        max_context: int | None = None,
-        device: str | None = None,
-    ) -> None:
+    def __init__(self, found: ModelFolder, sampling: Sampling, options: ModelOptions) -> None:
+        if sampling.seed is not None and not sampling.temperature:
+            raise InvalidSettingError("--seed of a local model needs --temperature above 0.")
         self.found = found
         self.label = found.label
-        self.temperature = sampling.temperature or 0.0
-        self.mode: EvaluationMode = "sampled" if self.temperature else "greedy"
+        self.mode: EvaluationMode = "sampled" if sampling.temperature else "greedy"
         self.about = {"source": found.source}
-        if sampling.seed is not None and not self.temperature:
-            raise InvalidSettingError("--seed of a local model needs --temperature above 0.")
         self._sampling = sampling
-        self._max_context = max_context
-        self._device = device or "auto"
+        self._options = options
 
-    def load(self) -> dict[str, Any]:
-        """Load the model and resolve the settings that depend on it.
+    def load(self, env: EnvConfig) -> dict[str, Any]:
+        """Load the model, resolve the settings that depend on it, and print a line about them.
+
+        Args:
+            env: the prompts that it is going to see.
 
         Returns:
             What results depend on, as JSON values.
@@ -156,9 +144,9 @@ class LocalModel:
         transformers.utils.logging.disable_progress_bar()
         source, trained = self.found.source, self.found.trained
         with memory_errors(f"loading {self.label}", "Use a smaller model."):
-            policy = self._policy = load_policy(source, LoadOptions(device=self._device))
+            policy = load_policy(source, LoadOptions(device=self._options.device or "auto"))
         usual = trained.model.max_context if trained else _MAX_CONTEXT
-        context = self._max_context or min(usual, policy.max_positions)
+        context = self._options.max_context or min(usual, policy.max_positions)
         if context > policy.max_positions:
             raise InvalidSettingError(
                 f"--max-context {context} is more than the {policy.max_positions} positions of "
@@ -172,52 +160,49 @@ class LocalModel:
                 f"--max-tokens {longest} leaves no room for a prompt in a context of {context} "
                 "tokens. Lower it, or raise --max-context."
             )
+        seed, temperature = self._sampling.seed or 0, self._sampling.temperature or 0.0
+        print(
+            f"atod-eval: model {source}; prompts of "
+            f"{'its run' if trained else 'defaults and command line'}: {env.prompt_style} style, "
+            f"profile {env.parse_profile}, at most {longest} tokens a completion and {context} a "
+            f"sequence, temperature {temperature:g}",
+            file=sys.stderr,
+        )
         config = trained or RunConfig()
+        self._policy = policy
         self._config = replace(
             config,
             model=replace(config.model, max_context=context),
-            train=replace(
-                config.train, max_completion_tokens=longest, seed=self._sampling.seed or 0
-            ),
+            train=replace(config.train, max_completion_tokens=longest, seed=seed),
         )
         return {
             "kind": "model",
             "model": self.label,
             "weights": _digest(Path(source)) if Path(source).is_dir() else source,
-            "temperature": self.temperature,
+            "temperature": temperature,
             "max_completion_tokens": longest,
             "max_context": context,
             "template_options": dict(config.env.template_options),
-            **({"seed": self._sampling.seed or 0} if self.temperature else {}),
+            **({"seed": seed} if temperature else {}),
         }
-
-    def described(self, env: EnvConfig) -> str:
-        """Return one line about the loaded model and its prompts."""
-        source = "its run" if self.found.trained is not None else "defaults and command line"
-        train = self._config.train
-        return (
-            f"model {self.found.source}; prompts of {source}: {env.prompt_style} style, profile "
-            f"{env.parse_profile}, at most {train.max_completion_tokens} tokens a completion and "
-            f"{self._config.model.max_context} a sequence, temperature {self.temperature:g}"
-        )
 
     def play(
         self,
         pool: EnvPool,
         task_ids: Sequence[str],
-        *,
-        already: int,
-        concurrency: int | None,
         on_record: Callable[[EpisodeRecord], None],
+        *,
+        concurrency: int | None = None,
+        already: int = 0,
     ) -> None:
         """Play each task once with the loaded model.
 
         Args:
             pool: environments of the split.
             task_ids: the tasks, each once.
-            already: episodes of earlier sessions; sampling then draws other numbers.
-            concurrency: episodes at the same time; None: as many as memory holds, at most 128.
             on_record: receives each record when its episode has ended.
+            concurrency: episodes at the same time; None: as many as memory holds, at most 128.
+            already: episodes of earlier sessions; sampling then draws other numbers.
 
         Raises:
             AtodError: an environment fails, or the tokenizer's chat template cannot be used.
@@ -225,20 +210,16 @@ class LocalModel:
         from atod_train.evaluation.evaluate import play_in_batches
 
         config = replace(self._config, env=replace(pool.config, max_turns=pool.max_turns))
-        began = time.monotonic()
-
-        def keep(trajectory: Trajectory) -> None:
-            on_record(_record(trajectory, time.monotonic() - began))
-
         with memory_errors("playing", "Use a lower --concurrency or --max-context."):
             for _ in play_in_batches(
                 self._policy, pool, config, task_ids,
-                temperature=self.temperature, on_end=keep, stream=already, at_once=concurrency,
+                temperature=self._sampling.temperature or 0.0, stream=already, at_once=concurrency,
+                on_end=lambda trajectory: on_record(_record(trajectory)),
             ):  # fmt: skip
-                began = time.monotonic()
+                pass
 
 
-def _record(trajectory: Trajectory, seconds: float) -> EpisodeRecord:
+def _record(trajectory: Trajectory) -> EpisodeRecord:
     """Return the record of an episode; prompt tokens are those of each turn's whole prompt."""
     completions: list[Completion] = []
     context = 0
@@ -257,7 +238,7 @@ def _record(trajectory: Trajectory, seconds: float) -> EpisodeRecord:
         context += len(tokens.completion_ids)
     does_not_fit = trajectory.stop_reason == "context_limit"
     message = "The prompt does not fit --max-context." if does_not_fit else ""
-    return EpisodeRecord.of(trajectory, completions, seconds, message)
+    return EpisodeRecord.of(trajectory, completions, message)
 
 
 def _digest(folder: Path) -> str:

@@ -6,75 +6,96 @@ A local model plays with `atod_train.evaluation.local_model` instead.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from typing import Any
 
 from atod_gym.errors import AtodError
+from atod_train.config import EnvConfig
 from atod_train.evaluation.agents import Agent, Completion, EpisodeStopped
 from atod_train.evaluation.eval_records import EpisodeRecord
+from atod_train.reports.evaluations import EvaluationMode
 from atod_train.rollout.env_pool import EnvPool
 
 
-def play_tasks(
-    first: EnvPool,
-    make_pool: Callable[[], EnvPool],
-    make_agent: Callable[[], Agent],
-    task_ids: Sequence[str],
-    *,
-    concurrency: int,
-    on_record: Callable[[EpisodeRecord], None],
-    close: Callable[[], Awaitable[None]] | None = None,
-) -> None:
-    """Play each task once.
+@dataclass(frozen=True)
+class AgentPlayer:
+    """Agents that play one episode each at a time; a `LocalModel` plays many in one batch."""
 
-    Args:
-        first: a pool that exists already, which the caller closes.
-        make_pool: makes a pool for each further episode that is played at the same time.
-        make_agent: makes an agent for each episode that is played at the same time.
-        task_ids: the tasks, each once; they begin in this order.
-        concurrency: episodes at the same time.
-        on_record: receives each record when its episode has ended.
-        close: closes what the agents share.
+    label: str
+    """For tables and folders."""
+    mode: EvaluationMode
+    make: Callable[[], Agent]
+    """Makes an agent for each episode that is played at the same time."""
+    settings: Mapping[str, Any]
+    """Settings that results depend on."""
+    concurrency: int = 1
+    """Usual number of episodes at the same time."""
+    close: Callable[[], Awaitable[None]] | None = None
+    """Closes what the agents share."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that results do not depend on."""
 
-    Raises:
-        AtodError: an environment or an agent fails; unfinished episodes are dropped.
-        KeyboardInterrupt: Ctrl-C was pressed.
-    """
-    pools = [first]
-    idle = [first]
-    waiting = deque(task_ids)
+    def load(self, env: EnvConfig) -> Mapping[str, Any]:
+        """Return the settings that results depend on."""
+        del env
+        return self.settings
 
-    def made() -> EnvPool:
-        pools.append(make_pool())
-        return pools[-1]
+    def play(
+        self,
+        pool: EnvPool,
+        task_ids: Sequence[str],
+        on_record: Callable[[EpisodeRecord], None],
+        *,
+        concurrency: int | None = None,
+        already: int = 0,
+    ) -> None:
+        """Play each task once.
 
-    async def work() -> None:
-        pool = idle.pop() if idle else await asyncio.to_thread(made)
-        agent = make_agent()
-        while waiting:
-            on_record(await play_episode(pool, agent, waiting.popleft()))
+        Args:
+            pool: environments of the split; there are others for further episodes at the same time.
+            task_ids: the tasks, each once; they begin in this order.
+            on_record: receives each record when its episode has ended.
+            concurrency: episodes at the same time; None: the usual number.
+            already: episodes of earlier sessions; agents do not depend on them.
 
-    async def run() -> None:
-        count = min(concurrency, len(task_ids))
-        # In threads a slow step blocks no other episode. asyncio.run waits for their end.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max(1, count)))
-        workers = [asyncio.create_task(work()) for _ in range(count)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-            if close is not None:
-                await close()
+        Raises:
+            AtodError: an environment or an agent fails; unfinished episodes are dropped.
+            KeyboardInterrupt: Ctrl-C was pressed.
+        """
+        del already
+        waiting = deque(task_ids)
+        count = min(concurrency or self.concurrency, len(task_ids))
 
-    try:
-        asyncio.run(run())
-    finally:
-        for pool in pools[1:]:
-            pool.close()
+        async def work(number: int) -> None:
+            own = await asyncio.to_thread(another) if number else pool
+            agent = self.make()
+            while waiting:
+                on_record(await play_episode(own, agent, waiting.popleft()))
+
+        async def run() -> None:
+            # In threads a slow step blocks no other episode. asyncio.run waits for their end.
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max(1, count)))
+            workers = [asyncio.create_task(work(number)) for number in range(count)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+                if self.close is not None:
+                    await self.close()
+
+        with ExitStack() as others:
+
+            def another() -> EnvPool:
+                made = EnvPool(pool.config, pool.split, pool.template)
+                return others.enter_context(closing(made))
+
+            asyncio.run(run())
 
 
 async def play_episode(pool: EnvPool, agent: Agent, task_id: str) -> EpisodeRecord:
@@ -83,7 +104,6 @@ async def play_episode(pool: EnvPool, agent: Agent, task_id: str) -> EpisodeReco
     Raises:
         AtodError: the environment or the agent fails.
     """
-    began = time.monotonic()
     [episode] = await asyncio.to_thread(pool.start, [task_id])
     agent.reset(episode, episode.observation, episode.info)
     completions: list[Completion] = []
@@ -105,5 +125,4 @@ async def play_episode(pool: EnvPool, agent: Agent, task_id: str) -> EpisodeReco
         completions.append(completion)
         if episode.stop_reason is None and len(completions) >= pool.max_turns:
             episode.stop_reason = "turn_limit"
-    seconds = time.monotonic() - began
-    return EpisodeRecord.of(episode.trajectory(), completions, seconds, stop_message)
+    return EpisodeRecord.of(episode.trajectory(), completions, stop_message)

@@ -43,7 +43,7 @@ class EnvPool:
     def __init__(self, config: EnvConfig, split: str, template: Path | None = None) -> None:
         self.config = config
         self.split = split
-        self._template = template
+        self.template = template
         self.max_turns: int = config.options.get("max_turns", config.max_turns)  # type: ignore[assignment]
         self._envs = self._make(1)
         first: Any = self._envs.envs[0]
@@ -128,7 +128,7 @@ class EnvPool:
             profile=config.parse_profile,
             style=config.prompt_style,
             history_window=config.history_window,
-            template=self._template,
+            template=self.template,
             show_admissible=config.show_admissible,
         )
 
