@@ -5,26 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from importlib import metadata
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
-
-from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
-from atod_train.config import SECTIONS, RunConfig
-from atod_train.presets import PRESETS, keep_loaded_models, with_options
-
-if TYPE_CHECKING:
-    from atod_train.reports.results import Results
-    from atod_train.studies.file import Study
+from typing import Annotated, Any, Literal, Protocol
 
 try:
     import tyro
-    from tyro.conf import Positional, Suppress, UseAppendAction, arg
+    from tyro.conf import Positional, Suppress, UseAppendAction
 except ImportError as error:
     print(
         f"atod-train needs the package {error.name}: pip install 'atod-gym[train]'",
@@ -32,23 +23,31 @@ except ImportError as error:
     )
     raise SystemExit(2) from None
 
-_T = TypeVar("_T")
-Unset = Annotated[_T | None, arg(help_behavior_hint="")]
-"""An argument whose default depends on others; the help shows no default but that of its text."""
+from atod_gym.errors import AtodError, InvalidSettingError
+from atod_train.config import SECTIONS, Method, RunConfig
+from atod_train.presets import PRESETS, completed
+from atod_train.studies.file import (
+    Selection,
+    Study,
+    Unset,
+    read_kept_study,
+    read_study,
+    study_of,
+)
+from atod_train.training.stopping import StoppedByUser
 
 _DESCRIPTION = """Train small agents with ATOD and other methods. Each command has --help.
 `atod-train --version` prints the version."""
 
 
-class Command:
-    """A command of the command line."""
+class Command(Protocol):
+    """A command of the command line; its fields are the arguments."""
 
-    @abstractmethod
     def run(self, words: Sequence[str]) -> int:
         """Do it, and return the exit code.
 
         Args:
-            words: the command line after the command.
+            words: the command line after the program's name.
 
         Raises:
             AtodError: a mistake of the user, for one line on the standard error stream.
@@ -59,7 +58,7 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Train(RunConfig, Command):
+class Train(RunConfig):
     """Make one run. Another method or seed with the same --out shares start, teacher and report."""
 
     out: Unset[Path] = None
@@ -71,36 +70,27 @@ class Train(RunConfig, Command):
     def run(self, words: Sequence[str]) -> int:
         """Make the run."""
         out = self.out or Path("runs") / self.preset
-        return _train(lambda: self.study(self.config(words), out), out, self.resume)
+        return _train(study_of(self.config(words), out, name=self.preset), out, self.resume)
 
     def config(self, words: Sequence[str]) -> RunConfig:
         """Return the settings of the run."""
         config = RunConfig(*(getattr(self, name) for name in SECTIONS))
-        config = with_options(config, PRESETS[self.preset].config)
-        has_epochs = any(word.startswith("--start.epochs") for word in words)
-        return config if has_epochs else keep_loaded_models(config)
-
-    def study(self, config: RunConfig, out: Path) -> Study:
-        """Return the study of the run."""
-        from atod_train.studies.file import study_of
-
-        return study_of(config, out, name=self.preset)
+        return completed(config, PRESETS[self.preset].config, words)
 
 
 @dataclass(frozen=True)
 class Quickstart(Train):
     """ATOD and OPD on the same start, teacher and tasks: generated houses, on a processor."""
 
-    runs: Unset[tuple[str, ...]] = None
-    """Which runs are made. Default: atod opd."""
-    seeds: Unset[tuple[int, ...]] = None
-    """Seeds that each run is made with. Default: 0."""
-    jobs: Unset[int] = None
-    """Runs at the same time, each in a process of its own. Default: 2."""
+    runs: tuple[Method, ...] = ("atod", "opd")
+    """Methods, a run of each."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds that each run is made with."""
+    jobs: int = 2
+    """Runs at the same time, each in a process of its own."""
 
     def run(self, words: Sequence[str]) -> int:
         """Make the runs."""
-        out = self.out or Path("runs") / "quickstart"
         default = PRESETS[self.preset].config
         for name, old, new in (
             ("algorithm.method", default.algorithm.method, self.algorithm.method),
@@ -111,54 +101,40 @@ class Quickstart(Train):
                     f"{name}={new} is not for the quickstart, whose runs have their own (--runs, "
                     f"--seeds). For one run: atod-train {self.preset} --{name} {new}"
                 )
-        return _train(lambda: self.study(self.config(words), out), out, self.resume)
-
-    def study(self, config: RunConfig, out: Path) -> Study:
-        """Return the study of the runs."""
-        from atod_train.studies.file import QUICKSTART, Selection, read_study
-
-        selection = Selection(self.seeds, None, self.runs, self.jobs)
-        return read_study(QUICKSTART, out, selection, config)
+        out = self.out or Path("runs") / "quickstart"
+        study = study_of(
+            self.config(words), out, self.runs, self.seeds, name=self.preset, jobs=self.jobs
+        )
+        return _train(study, out, self.resume)
 
 
-@dataclass(frozen=True)
-class StudyCommand(Command):
+@dataclass(frozen=True, kw_only=True)
+class StudyCommand(Selection):
     """Make the runs of a study file: several methods, seeds and environments."""
 
     file: Positional[Path]
-    """TOML file. Its format is described in atod_train/studies/file.py; quickstart.toml next to it
-    is an example."""
+    """TOML file. Its format is described in atod_train/studies/file.py."""
     out: Unset[Path] = None
     """Folder of the study. Default: runs/<name of the file>."""
     resume: bool = False
     """Continue runs that the folder holds; finished ones too, if train.steps is larger."""
-    seeds: Unset[tuple[int, ...]] = None
-    """Seeds that each run is made with. Default: those of the file."""
-    environments: Unset[tuple[str, ...]] = None
-    """Environments of the file to make runs on. Default: all."""
-    runs: Unset[tuple[str, ...]] = None
-    """Runs of the file to make. Default: all."""
-    jobs: Unset[int] = None
-    """Runs at the same time, each in a process of its own. Default: that of the file."""
     results_only: bool = False
     """Train nothing: write results and report of the runs that are finished."""
 
     def run(self, words: Sequence[str]) -> int:
         """Make the runs."""
-        from atod_train.studies.file import Selection, read_study
-
         out = self.out or Path("runs") / self.file.stem
-        selection = Selection(self.seeds, self.environments, self.runs, self.jobs)
+        study = read_study(self.file, out, self)
         if not self.results_only:
-            return _train(lambda: read_study(self.file, out, selection), out, self.resume)
+            return _train(study, out, self.resume)
         from atod_train.studies.study import report_study
 
-        report_study(read_study(self.file, out, selection), out)
+        report_study(study, out)
         return 0
 
 
 @dataclass(frozen=True)
-class Resume(Command):
+class Resume:
     """Continue every run of a folder with the settings kept there, those not begun too."""
 
     folder: Positional[Path]
@@ -166,17 +142,15 @@ class Resume(Command):
 
     def run(self, words: Sequence[str]) -> int:
         """Continue the runs."""
-        from atod_train.studies.file import read_kept_study
-
         study, out = read_kept_study(self.folder)
-        return _train(lambda: study, out, True)
+        return _train(study, out, resume=True)
 
 
 # -- other commands --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ResultsCommand(Command):
+class ResultsCommand:
     """Print the tables of a study as Markdown, from the results.json of all its parts."""
 
     files: Positional[tuple[Path, ...]]
@@ -192,13 +166,16 @@ class ResultsCommand(Command):
     def run(self, words: Sequence[str]) -> int:
         """Print the tables."""
         from atod_train.reports.report import write_report
-        from atod_train.reports.results import read_results
+        from atod_train.reports.results import REFERENCES, read_results
         from atod_train.reports.tables import all_tables, claims_table, describe
 
         if not self.files:
             raise InvalidSettingError("results needs at least one results.json.")
         environments = read_results(self.files)
-        _check_pairs(self.pair, environments)
+        labels = dict.fromkeys(label for found in environments for label in found.labels)
+        known = (*labels, *REFERENCES)
+        for name in (name for pair in self.pair for name in pair if name not in known):
+            raise InvalidSettingError(f"--pair: no {name!r}; known: {', '.join(known)}.")
         for environment in environments:
             print(f"## {environment.name}\n\n{describe(environment)}\n")
             for table in all_tables(environment, self.pair, by_split=self.splits):
@@ -211,18 +188,8 @@ class ResultsCommand(Command):
         return 0
 
 
-def _check_pairs(pairs: Iterable[tuple[str, str]], environments: Sequence[Results]) -> None:
-    from atod_train.reports.results import REFERENCES
-
-    known = dict.fromkeys(label for environment in environments for label in environment.labels)
-    names = (*known, *REFERENCES)
-    for name in (name for pair in pairs for name in pair):
-        if name not in names:
-            raise InvalidSettingError(f"--pair: there is no {name!r}; known: {', '.join(names)}.")
-
-
 @dataclass(frozen=True)
-class Doctor(Command):
+class Doctor:
     """Print what this machine can run, what is missing, and whether models can be used."""
 
     student: str = "tiny"
@@ -242,7 +209,7 @@ class Doctor(Command):
 
 
 @dataclass(frozen=True)
-class ServeTeacher(Command):
+class ServeTeacher:
     """Score prompts for students on other machines, which name this server: --model.teacher URL."""
 
     model: Positional[str]
@@ -292,11 +259,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 for a mistake of the user, 130 after Ctrl-C or SIGTERM.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in each worker
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would break up the lines
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in (["--version"], ["-V"]):
         print(f"atod-train {metadata.version('atod-gym')}")
         return 0
-    return _guarded(lambda: _parsed(words).run(words), "")
+    return _guarded(lambda: _parsed(words).run(words))
 
 
 def _parsed(words: Sequence[str]) -> Command:
@@ -314,17 +282,15 @@ def _parsed(words: Sequence[str]) -> Command:
         _subcommand("doctor", "what this machine can run, and whether models can be used", Doctor),
         _subcommand("serve-teacher", "score tokens for students on other machines", ServeTeacher),
     ]
-    union = reduce(or_, commands)
-    return cast(
-        Command,
-        tyro.cli(
-            union,
-            prog="atod-train",
-            description=_DESCRIPTION,
-            args=list(words),
-            config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
-        ),
+    config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    command: Command = tyro.cli(
+        reduce(or_, commands),
+        prog="atod-train",
+        description=_DESCRIPTION,
+        args=list(words),
+        config=config,
     )
+    return command
 
 
 def _subcommand(name: str, about: str, kind: type[Command], **default: Any) -> Any:
@@ -338,28 +304,20 @@ def _bare(preset: str) -> dict[str, Any]:
     return {**sections, "env": replace(config.env, options={})}
 
 
-def _train(study: Callable[[], Study], out: Path, resume: bool) -> int:
+def _train(study: Study, out: Path, resume: bool) -> int:
     """Make the runs of a study, and end the process where it trains with others."""
     from atod_train.distributed import end_process
+    from atod_train.studies.study import run_study
 
     def work() -> int:
-        import transformers
-
-        from atod_train.studies.study import run_study
-        from atod_train.training.stopping import StoppedByUser
-
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            run_study(study(), out, resume)
-        except StoppedByUser as stop:
-            raise KeyboardInterrupt(str(stop)) from None
+        run_study(study, out, resume)
         return 0
 
     return end_process(_guarded(work, f"Continue with: atod-train resume {out}"))
 
 
-def _guarded(work: Callable[[], int], again: str) -> int:
-    """Do something, and report what goes wrong in a line.
+def _guarded(work: Callable[[], int], again: str = "") -> int:
+    """Do something and return its exit code; report what goes wrong in a line.
 
     Args:
         work: returns the exit code.
@@ -368,21 +326,17 @@ def _guarded(work: Callable[[], int], again: str) -> int:
     try:
         return work()
     except ModuleNotFoundError as error:
-        _report(str(_missing(error)))
-        return 2
+        package = (error.name or "").partition(".")[0]
+        extra = "servers" if package in ("starlette", "uvicorn") else "train"
+        text, code = f"{package} is not installed: pip install 'atod-gym[{extra}]'", 2
     except AtodError as error:
-        _report(f"error: {error}")
-        return 2
+        text, code = f"error: {error}", 2
     except OSError as error:
-        _report(" ".join(filter(None, (f"error: {error}. {_advice(error)}", again))))
-        return 2
-    except KeyboardInterrupt as stop:
-        _report(". ".join(filter(None, (str(stop) or "stopped at once", again))))
-        return 130
-
-
-def _report(text: str) -> None:
-    print(f"atod-train: {text}", file=sys.stderr)
+        text, code = f"error: {error}. {_advice(error)} {again}", 2
+    except (KeyboardInterrupt, StoppedByUser) as stop:
+        text, code = f"{str(stop) or 'stopped at once'}. {again}", 130
+    print(f"atod-train: {text.rstrip()}", file=sys.stderr)
+    return code
 
 
 def _advice(error: OSError) -> str:
@@ -394,12 +348,6 @@ def _advice(error: OSError) -> str:
     if isinstance(error, ConnectionError | TimeoutError):
         return "Check that the server is up and reachable."
     return "Check the file or device that is named."
-
-
-def _missing(error: ModuleNotFoundError) -> AtodError:
-    package = (error.name or "").partition(".")[0]
-    extra = "servers" if package in ("starlette", "uvicorn") else "train"
-    return MissingExtraError(f"{package} is not installed: pip install 'atod-gym[{extra}]'")
 
 
 if __name__ == "__main__":

@@ -29,12 +29,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import tyro
 
 from atod_gym.errors import InvalidSettingError
-from atod_train.config import RunConfig
+from atod_train.config import Method, RunConfig
 from atod_train.files import FileError, read_json, write_json
-from atod_train.presets import PRESETS, keep_loaded_models, parse_settings
+from atod_train.presets import PRESETS, completed
 from atod_train.reports.results import FOLDER_NAME, REFERENCES
 from atod_train.reports.run_folder import (
     ANOTHER_FOLDER,
@@ -49,9 +51,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-QUICKSTART = Path(__file__).with_name("quickstart.toml")
 STUDY_FILE = "study.json"
 _KEYS = {"seeds", "jobs", "environments", "runs"}
+_T = TypeVar("_T")
+Unset = Annotated[_T | None, tyro.conf.arg(help_behavior_hint="")]
+"""An argument whose default depends on others; the help shows no default but that of its text."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,18 @@ class StudyPart:
 
 @dataclass(frozen=True)
 class Study:
-    """Runs, and how many of them are made at the same time."""
+    """Runs, and how many of them are made at the same time.
+
+    Raises:
+        InvalidSettingError: fewer than one run is made at the same time.
+    """
 
     parts: tuple[StudyPart, ...]
     jobs: int = 1
+
+    def __post_init__(self) -> None:
+        if type(self.jobs) is not int or self.jobs < 1:
+            raise InvalidSettingError(f"jobs must be a whole number >= 1, not {self.jobs!r}.")
 
     @property
     def runs(self) -> list[Run]:
@@ -102,37 +114,70 @@ class Study:
 class Selection:
     """Which part of a study is made, and how; None: what the file says."""
 
-    seeds: Sequence[int] | None = None
-    environments: Sequence[str] | None = None
-    runs: Sequence[str] | None = None
-    jobs: int | None = None
-    """Number of runs at the same time."""
+    seeds: Unset[tuple[int, ...]] = None
+    """Seeds that each run is made with. Default: those of the file."""
+    environments: Unset[tuple[str, ...]] = None
+    """Environments of the file to make runs on. Default: all."""
+    runs: Unset[tuple[str, ...]] = None
+    """Runs of the file to make. Default: all."""
+    jobs: Unset[int] = None
+    """Runs at the same time, each in a process of its own. Default: that of the file."""
 
 
-def study_of(config: RunConfig, out: Path, *, name: str = "run", label: str = "") -> Study:
-    """Return the study of one run.
+def study_of(
+    config: RunConfig,
+    out: Path,
+    methods: Sequence[Method] = (),
+    seeds: Sequence[int] = (),
+    *,
+    name: str = "run",
+    jobs: int = 1,
+) -> Study:
+    """Return the study of some methods on one environment.
 
     Args:
-        config: its settings.
+        config: settings of all runs.
         out: folder of the study.
-        name: of its environment in the results.
-        label: of the run; empty: its method.
+        methods: none: that of the settings.
+        seeds: of each method; none: that of the settings.
+        name: of the environment in the results.
+        jobs: number of runs at the same time.
     """
-    label = label or config.algorithm.method
-    run = Run(label, config, out / f"{label}-seed{config.train.seed}")
-    return Study((StudyPart(name, out, (run,), {label: config}),))
+    settings: dict[str, RunConfig] = {
+        method: replace(config, algorithm=replace(config.algorithm, method=method))
+        for method in methods or [config.algorithm.method]
+    }
+    return Study((_part(name, out, settings, seeds or [config.train.seed], settings),), jobs)
 
 
-def read_study(
-    path: Path, out: Path, selection: Selection | None = None, base: RunConfig | None = None
-) -> Study:
+def _part(
+    name: str,
+    folder: Path,
+    settings: Mapping[str, RunConfig],
+    seeds: Sequence[int],
+    labels: Iterable[str],
+) -> StudyPart:
+    if len(set(seeds)) != len(seeds):
+        raise InvalidSettingError("seeds has a number twice.")
+    # By seeds, so that a study that is stopped early has all lines of its table.
+    runs = [
+        Run(label, settings[label].with_seed(seed), folder / f"{label}-seed{seed}")
+        for seed in seeds
+        for label in labels
+    ]
+    return StudyPart(name, folder, tuple(runs), settings)
+
+
+# -- study files -----------------------------------------------------------------------------------
+
+
+def read_study(path: Path, out: Path, selection: Selection | None = None) -> Study:
     """Read a study file.
 
     Args:
         path: the file.
         out: folder of the study.
         selection: makes a part of the study only.
-        base: settings of the environment, in place of those of the file.
 
     Returns:
         A part for every environment of the file; one that is not selected has no runs.
@@ -145,58 +190,46 @@ def read_study(
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidSettingError(f"Cannot read the study {path}: {error}.") from error
     try:
-        return _study(content, out, selection or Selection(), base)
+        return _study(content, out, selection or Selection())
     except InvalidSettingError as error:
         raise InvalidSettingError(f"{path}: {error}") from error
 
 
-def _study(
-    content: Mapping[str, Any], out: Path, selection: Selection, base: RunConfig | None
-) -> Study:
+def _study(content: Mapping[str, Any], out: Path, selection: Selection) -> Study:
     if unknown := sorted(set(content) - _KEYS):
         raise InvalidSettingError(f"unknown key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
-    seeds, jobs = content.get("seeds", [0]), content.get("jobs", 1)
-    if selection.seeds is not None:
-        seeds = list(selection.seeds)
-    if selection.jobs is not None:
-        jobs = selection.jobs
+    seeds = content.get("seeds", [0]) if selection.seeds is None else list(selection.seeds)
+    jobs = content.get("jobs", 1) if selection.jobs is None else selection.jobs
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
         raise InvalidSettingError("seeds must be a list of whole numbers, such as [0, 1, 2].")
-    if len(set(seeds)) != len(seeds):
-        raise InvalidSettingError("seeds has a number twice.")
-    if type(jobs) is not int or jobs < 1:
-        raise InvalidSettingError(f"jobs must be a whole number >= 1, not {jobs!r}.")
     environments, runs = (_tables(content, name) for name in ("environments", "runs"))
     chosen = _chosen("environment", selection.environments, environments)
     labels = _chosen("run", selection.runs, runs)
     parts = []
     for name, settings in environments.items():
-        folder = out / name if len(environments) > 1 else out
-        shared = _shared(name, settings) if base is None else base
-        configs = {
-            label: _changed(
-                shared,
-                f"environments.{name}, runs.{label}",
-                _arguments(changes, f"runs.{label}", ("env", "model", "start")),
+        where = f"environments.{name}"
+        changes = dict(settings)
+        preset = changes.pop("preset", "")
+        if preset not in PRESETS:
+            raise InvalidSettingError(
+                f"{where}: preset must be one of {', '.join(PRESETS)}, not {preset!r}."
             )
+        shared = _changed(PRESETS[preset].config, changes, where)
+        configs = {
+            label: _changed(shared, changes, f"{where}, runs.{label}", ("env", "model", "start"))
             for label, changes in runs.items()
         }
-        # By seeds, so that a study that is stopped early has all lines of its table.
-        made = tuple(
-            Run(label, configs[label].with_seed(seed), folder / f"{label}-seed{seed}")
-            for seed in seeds
-            for label in (labels if name in chosen else ())
-        )
-        parts.append(StudyPart(name, folder, made, configs))
+        folder = out / name if len(environments) > 1 else out
+        parts.append(_part(name, folder, configs, seeds, labels if name in chosen else ()))
     return Study(tuple(parts), jobs)
 
 
-def _chosen(kind: str, names: Sequence[str] | None, known: Iterable[str]) -> tuple[str, ...]:
-    """The chosen ones in the order of the file; all of them if there was no choice."""
+def _chosen(kind: str, names: Sequence[str] | None, known: Iterable[str]) -> list[str]:
+    """Return the chosen names in the order of the file; all of them if there was no choice."""
     for name in names or ():
         if name not in known:
             raise InvalidSettingError(f"there is no {kind} {name!r}; known: {', '.join(known)}.")
-    return tuple(name for name in known if names is None or name in names)
+    return [name for name in known if names is None or name in names]
 
 
 def _tables(content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
@@ -215,33 +248,20 @@ def _tables(content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def _shared(name: str, settings: Mapping[str, Any]) -> RunConfig:
-    """Return the settings of an environment's table."""
-    shared = dict(settings)
-    preset = shared.pop("preset", None)
-    if preset not in PRESETS:
-        raise InvalidSettingError(
-            f"environments.{name}: preset must be one of {', '.join(PRESETS)}, not {preset!r}."
-        )
-    arguments = _arguments(shared, f"environments.{name}", ())
-    config = _changed(PRESETS[preset].config, f"environments.{name}", arguments)
-    return config if "--start.epochs" in arguments else keep_loaded_models(config)
+def _changed(
+    default: RunConfig, changes: Mapping[str, Any], where: str, closed: Sequence[str] = ()
+) -> RunConfig:
+    """Return settings with the changes of a table, which tyro reads as those of a command line.
 
-
-def _changed(config: RunConfig, where: str, arguments: list[str]) -> RunConfig:
-    try:
-        return parse_settings(config, arguments, "atod-train study")
-    except SystemExit:
-        raise InvalidSettingError(f"{where}: invalid setting, see the message above.") from None
-
-
-def _arguments(settings: Mapping[str, Any], where: str, closed: tuple[str, ...]) -> list[str]:
-    """Return settings as a command line has them."""
-    arguments = []
-    for key, value in settings.items():
+    Args:
+        default: what is changed.
+        changes: setting, such as train.steps, -> value.
+        where: name of the table, for messages.
+        closed: sections that cannot be changed.
+    """
+    words = []
+    for key, value in changes.items():
         section, dot, name = key.partition(".")
-        if isinstance(value, dict):  # { topk = 1 } is given as topk 1
-            value = [part for pair in value.items() for part in pair]
         if not dot:
             raise InvalidSettingError(
                 f'{where}: {key!r} is no setting; write it as "train.steps" = 60, with quotes.'
@@ -252,13 +272,19 @@ def _arguments(settings: Mapping[str, Any], where: str, closed: tuple[str, ...])
             )
         if section in closed:
             raise InvalidSettingError(f"{where}: {key!r} cannot be set here.")
-        flag = f"--{section}.{name}".replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(flag if value else f"--{section}.no-{name}".replace("_", "-"))
-        else:
-            values = value if isinstance(value, list) else [value]
-            arguments += [flag, *map(str, values)]
-    return arguments
+        no = "no-" if value is False else ""
+        words.append(f"--{section}.{no}{name}".replace("_", "-"))
+        if isinstance(value, dict):  # { topk = 1 } is given as topk 1
+            value = [part for pair in value.items() for part in pair]
+        if not isinstance(value, bool):
+            words += map(str, value if isinstance(value, list) else [value])
+    # Without options of the environment: tyro would take no others than those.
+    bare = replace(default, env=replace(default.env, options={}))
+    try:
+        config = tyro.cli(RunConfig, default=bare, args=words, prog="atod-train study")
+    except SystemExit:
+        raise InvalidSettingError(f"{where}: invalid setting, see the message above.") from None
+    return completed(config, default, words)
 
 
 # -- settings that are kept in the folder ----------------------------------------------------------
@@ -273,26 +299,15 @@ def keep_study(study: Study, out: Path) -> Study:
     Raises:
         OtherSettingsError: the folder holds runs with another start, teacher or other tasks.
     """
-    kept = read_kept_study(out)[0] if (out / STUDY_FILE).is_file() else Study(())
-    wanted = {part.name: part for part in study.parts}
-    parts = []
-    for part in kept.parts:
-        shared = wanted.get(part.name)
-        runs = []
-        for run in part.runs:
-            difference = shared and first_difference(
-                run.config, shared.config, ("env", "model", "start")
-            )
-            if not difference:
-                runs.append(run)
-            elif run.is_begun:
-                name, old, new = difference
-                raise OtherSettingsError(
-                    f"{run.folder} was run with {name}={old!r}, not {new!r}, and runs of one "
-                    f"folder share start, teacher and tasks; {ANOTHER_FOLDER}"
-                )
-        parts.append(replace(part, runs=tuple(runs)))
-    merged = _merged([*parts, *study.parts])
+    kept = read_kept_study(out)[0].parts if (out / STUDY_FILE).is_file() else ()
+    shared = {part.name: part.config for part in study.parts}
+    alike = [
+        replace(part, runs=tuple(run for run in part.runs if _is_alike(run, shared[part.name])))
+        if part.name in shared
+        else part
+        for part in kept
+    ]
+    merged = _merged([*alike, *study.parts])
     runs_of_all = [
         {
             "environment": part.name,
@@ -307,6 +322,22 @@ def keep_study(study: Study, out: Path) -> Study:
     return Study(merged, study.jobs)
 
 
+def _is_alike(run: Run, config: RunConfig) -> bool:
+    """Return whether a run has start, teacher and tasks in common with other settings.
+
+    Raises:
+        OtherSettingsError: it has not, and it is begun.
+    """
+    difference = first_difference(run.config, config, ("env", "model", "start"))
+    if difference and run.is_begun:
+        name, old, new = difference
+        raise OtherSettingsError(
+            f"{run.folder} was run with {name}={old!r}, not {new!r}, and runs of one "
+            f"folder share start, teacher and tasks; {ANOTHER_FOLDER}"
+        )
+    return not difference
+
+
 def read_kept_study(folder: Path) -> tuple[Study, Path]:
     """Return the study that has a folder, or whose run has it, and the study's folder.
 
@@ -318,20 +349,15 @@ def read_kept_study(folder: Path) -> tuple[Study, Path]:
         raise FileError(f"{folder} is no folder of a study: it has no {STUDY_FILE}.")
     record = read_json(out / STUDY_FILE)
     try:
-        parts = [
-            _part_of(
-                entry["environment"],
-                Run(entry["label"], config_from_json(entry["config"]), out / entry["folder"]),
-            )
-            for entry in record["runs"]
-        ]
+        parts = []
+        for entry in record["runs"]:
+            config = config_from_json(entry["config"])
+            run = Run(entry["label"], config, out / entry["folder"])
+            settings = {run.label: config}
+            parts.append(StudyPart(entry["environment"], run.folder.parent, (run,), settings))
         return Study(_merged(parts), int(record["jobs"])), out
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"{out / STUDY_FILE} is not of this version ({error}).") from error
-
-
-def _part_of(name: str, run: Run) -> StudyPart:
-    return StudyPart(name, run.folder.parent, (run,), {run.label: run.config})
 
 
 def _merged(parts: Iterable[StudyPart]) -> tuple[StudyPart, ...]:

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ import pytest
 
 from atod_gym.errors import InvalidSettingError
 from atod_train.cli import Train, _parsed, main
-from atod_train.config import ModelConfig
 from atod_train.files import FileError, read_json
-from atod_train.presets import PRESETS
 from atod_train.reports.metrics import read_evaluations, read_metrics
 from atod_train.reports.results import read_results
 from atod_train.reports.run_folder import OtherSettingsError, write_config
-from atod_train.studies.file import QUICKSTART, Selection, keep_study, read_kept_study, read_study
+from atod_train.studies.file import Selection, keep_study, read_kept_study, read_study
 
 STUDY = """
 seeds = [0, 1]
@@ -126,14 +123,14 @@ def test_what_has_no_meaning_is_refused(
 
 def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
     study.write_text(STUDY + OTHER, encoding="utf-8")
-    selection = Selection(seeds=[3, 2], environments=["more"], runs=["adaptive"], jobs=7)
+    selection = Selection(seeds=(3, 2), environments=("more",), runs=("adaptive",), jobs=7)
     chosen = read_study(study, tmp_path, selection)
     houses, more = chosen.parts
     assert [run.folder.name for run in more.runs] == ["adaptive-seed3", "adaptive-seed2"]
     assert houses.runs == ()
     assert list(houses.settings) == list(more.settings) == ["atod", "adaptive"]
     # What all runs share does not depend on which are chosen.
-    whole = read_study(study, tmp_path, Selection([3, 2])).parts
+    whole = read_study(study, tmp_path, Selection((3, 2))).parts
     assert more.config == whole[1].config
     assert chosen.jobs == 7
     assert more.config.env.max_turns == 5
@@ -143,12 +140,12 @@ def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
     ("selection", "message"),
     [
         pytest.param(
-            Selection(environments=["house"]),
+            Selection(environments=("house",)),
             "no environment 'house'; known: houses, more",
             id="environment",
         ),
-        pytest.param(Selection(runs=["x"]), "no run 'x'; known: atod, adaptive", id="run"),
-        pytest.param(Selection(seeds=[1, 1]), "a number twice", id="seeds"),
+        pytest.param(Selection(runs=("x",)), "no run 'x'; known: atod, adaptive", id="run"),
+        pytest.param(Selection(seeds=(1, 1)), "a number twice", id="seeds"),
         pytest.param(Selection(jobs=0), "jobs must be", id="jobs"),
     ],
 )
@@ -259,9 +256,9 @@ def test_the_settings_of_all_runs_are_kept(study: Path, tmp_path: Path) -> None:
     text = STUDY.replace("[0.8, 0.2]", '[0.8, 0.2]\n"algorithm.clip" = [0.2, 0.3, "inf"]') + OTHER
     study.write_text(text, encoding="utf-8")
     out = tmp_path / "out"
-    first = read_study(study, out, Selection(seeds=[0], environments=["houses"]))
+    first = read_study(study, out, Selection(seeds=(0,), environments=("houses",)))
     keep_study(first, out)
-    second = read_study(study, out, Selection(seeds=[1], jobs=3))
+    second = read_study(study, out, Selection(seeds=(1,), jobs=3))
     keep_study(second, out)
     for folder in (out, out / "houses" / "atod-seed1"):
         kept, found = read_kept_study(folder)
@@ -275,7 +272,7 @@ def test_runs_of_a_folder_share_start_teacher_and_tasks(study: Path, tmp_path: P
     first = read_study(study, tmp_path)
     keep_study(first, tmp_path)
     study.write_text(STUDY.replace("= 12", "= 13"), encoding="utf-8")
-    other = read_study(study, tmp_path, Selection(seeds=[2]))
+    other = read_study(study, tmp_path, Selection(seeds=(2,)))
     # Runs that have not begun are no reason to refuse others.
     assert keep_study(other, tmp_path).runs == other.runs
     write_config(other.runs[0].folder, other.runs[0].config)
@@ -283,13 +280,23 @@ def test_runs_of_a_folder_share_start_teacher_and_tasks(study: Path, tmp_path: P
         keep_study(first, tmp_path)
 
 
-def test_the_quickstart_is_a_study_with_settings_of_its_own(tmp_path: Path) -> None:
-    base = replace(PRESETS["houses-tiny"].config, model=ModelConfig(student="smollm2"))
-    study = read_study(QUICKSTART, tmp_path, None, base)
+def test_the_quickstart_makes_the_runs_of_some_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("atod_train.studies.study.run_study", lambda *given: asked.append(given))
+    words = ["quickstart", "--out", str(tmp_path), "--model.student", "smollm2"]
+    assert main(words) == main([*words, "--runs", "grpo", "--seeds", "2", "1", "--jobs", "1"]) == 0
+    (study, *_), (other, *_) = asked
     assert [run.folder.name for run in study.runs] == ["atod-seed0", "opd-seed0"]
     assert [run.config.algorithm.method for run in study.runs] == ["atod", "opd"]
     assert {run.config.model.student for run in study.runs} == {"smollm2"}
+    # The loaded model stays as it is; the teacher is made from scratch as in the preset.
+    assert {run.config.start.epochs for run in study.runs} == {(0.0, 2.6)}
     assert study.jobs == 2
+    assert [run.folder for run in other.runs] == [tmp_path / "grpo-seed2", tmp_path / "grpo-seed1"]
+    for option in (("--jobs", "0"), ("--seeds", "1", "1")):
+        assert main([*words, *option]) == 2
 
 
 def test_what_the_quickstarts_runs_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
