@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from atod_gym import play
+from atod_gym.dialogue import Prompt
 from atod_gym.errors import InvalidSettingError
 from atod_gym.parsing import ACTION_TAGS
 from atod_gym.types import TurnObservation
 from atod_train.rollout.episode import Episode
+
+Info = Mapping[str, Any]
 
 _PLACEHOLDER = re.compile(r"<\w+>")
 """Part of an admissible action that the agent replaces by words of its own."""
@@ -55,9 +58,7 @@ class EpisodeStopped(Exception):
 class Agent(Protocol):
     """An agent that plays one episode after the other."""
 
-    def reset(
-        self, episode: Episode, observation: TurnObservation, info: Mapping[str, Any]
-    ) -> None:
+    def reset(self, episode: Episode, observation: TurnObservation, info: Info) -> None:
         """Start an episode.
 
         Args:
@@ -66,12 +67,7 @@ class Agent(Protocol):
             info: of the reset.
         """
 
-    async def act(
-        self,
-        messages: Sequence[dict[str, str]],
-        observation: TurnObservation,
-        info: Mapping[str, Any],
-    ) -> Completion:
+    async def act(self, messages: Prompt, observation: TurnObservation, info: Info) -> Completion:
         """Return the completion of this turn.
 
         Args:
@@ -94,30 +90,21 @@ class RandomAgent:
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
 
-    def reset(
-        self, episode: Episode, observation: TurnObservation, info: Mapping[str, Any]
-    ) -> None:
+    def reset(self, episode: Episode, observation: TurnObservation, info: Info) -> None:
         """Start an episode."""
-        del observation
-        self._format: Callable[[str], str] = episode.dialogue.format
-        self._tags = episode.dialogue.completion_format.tags
+        self._dialogue = episode.dialogue
         self._random = random.Random(f"{self._seed}/{info['task_id']}")
 
-    async def act(
-        self,
-        messages: Sequence[dict[str, str]],
-        observation: TurnObservation,
-        info: Mapping[str, Any],
-    ) -> Completion:
+    async def act(self, messages: Prompt, observation: TurnObservation, info: Info) -> Completion:
         """Return the completion of this turn."""
-        del messages, info
         actions = observation["admissible_actions"]
         if actions:
             action = _PLACEHOLDER.sub(lambda _: self._words(observation), self._one_of(actions))
         else:
-            tag, words = self._one_of(self._tags), self._words(observation)
+            tag = self._one_of(self._dialogue.completion_format.tags)
+            words = self._words(observation)
             action = words if (tag,) == ACTION_TAGS else f"{tag}[{words}]"
-        return Completion(self._format(action))
+        return Completion(self._dialogue.format(action))
 
     def _words(self, observation: TurnObservation) -> str:
         """Return one to three consecutive words of the observation."""
@@ -136,62 +123,46 @@ class RandomAgent:
 class ExpertAgent:
     """Play the actions of the environment's scripted expert, which sees no more than a model."""
 
-    def reset(
-        self, episode: Episode, observation: TurnObservation, info: Mapping[str, Any]
-    ) -> None:
+    def reset(self, episode: Episode, observation: TurnObservation, info: Info) -> None:
         """Start an episode.
 
         Raises:
             InvalidSettingError: the environment has no expert.
         """
-        del info
         env = episode.env.unwrapped
         if not hasattr(env, "expert"):
             raise InvalidSettingError(
                 f"{type(env).__name__} has no scripted expert; choose another --agent."
             )
-        self._format: Callable[[str], str] = episode.dialogue.format
+        self._dialogue = episode.dialogue
         self._expert = env.expert()
         self._expert.reset(observation["instruction"], observation["text"])
 
-    async def act(
-        self,
-        messages: Sequence[dict[str, str]],
-        observation: TurnObservation,
-        info: Mapping[str, Any],
-    ) -> Completion:
+    async def act(self, messages: Prompt, observation: TurnObservation, info: Info) -> Completion:
         """Return the completion of this turn."""
-        del messages
         last = info["action"] if observation["turn_index"] else None
         choices = observation["admissible_actions"]
-        return Completion(self._format(self._expert.act(observation["text"], choices, last)))
+        action = self._expert.act(observation["text"], choices, last)
+        return Completion(self._dialogue.format(action))
 
 
 class HumanAgent:
     """Ask a person in the terminal."""
 
-    def reset(
-        self, episode: Episode, observation: TurnObservation, info: Mapping[str, Any]
-    ) -> None:
+    def reset(self, episode: Episode, observation: TurnObservation, info: Info) -> None:
         """Show the task."""
-        self._format: Callable[[str], str] = episode.dialogue.format
+        self._dialogue = episode.dialogue
         tags = episode.dialogue.completion_format.tags
         print(f"\nTask {info['task_id']}\nGoal: {observation['instruction']}\n\n{play.HELP}")
         if tags != ACTION_TAGS:
             print(f"Actions: {', '.join(f'{tag}[..]' for tag in tags)}")
 
-    async def act(
-        self,
-        messages: Sequence[dict[str, str]],
-        observation: TurnObservation,
-        info: Mapping[str, Any],
-    ) -> Completion:
+    async def act(self, messages: Prompt, observation: TurnObservation, info: Info) -> Completion:
         """Ask for an action.
 
         Raises:
             KeyboardInterrupt: the person entered `q`, or the end of the input.
         """
-        del messages
         print(f"\n{play.page(observation, info)}")
         while True:
             # Blocking the event loop is harmless: a person plays one episode at a time. But the
@@ -206,7 +177,7 @@ class HumanAgent:
             if action is None:
                 raise KeyboardInterrupt
             try:
-                return Completion(self._format(action))
+                return Completion(self._dialogue.format(action))
             except InvalidSettingError as error:
                 print(error)
 

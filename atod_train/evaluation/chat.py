@@ -8,20 +8,22 @@ failure that stays, ends the evaluation (`ServerError`).
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
 import os
 import random
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
+
+from atod_gym.dialogue import Prompt
 from atod_gym.errors import InvalidSettingError, MissingExtraError, ServerError
 from atod_gym.parsing import CompletionFormat
 from atod_gym.types import TurnObservation
-from atod_train.evaluation.agents import Completion, EpisodeStopped
+from atod_train.evaluation.agents import Completion, EpisodeStopped, Info
 from atod_train.evaluation.rate_limiter import RateLimiter
 from atod_train.rollout.episode import Episode
 
@@ -108,13 +110,9 @@ class ChatEndpoint:
         )
         self.url = str(self._client.base_url.copy_with(userinfo=None)).rstrip("/")
         self._limiter = RateLimiter(settings.requests_per_minute, settings.tokens_per_minute)
-        chosen = {**asdict(sampling), "top_p": settings.top_p}
-        self._fields: dict[str, Any] = {
-            "model": settings.model,
-            **{name: value for name, value in chosen.items() if value is not None},
-        }
-        self.of_results: dict[str, Any] = {
-            "model": settings.model,
+        chosen = {"model": settings.model, **asdict(sampling), "top_p": settings.top_p}
+        self._fields = {name: value for name, value in chosen.items() if value is not None}
+        self.of_results = {
             **chosen,
             "extra_body": self._extra_fields,
             "keep_reasoning": settings.keep_reasoning,
@@ -122,7 +120,7 @@ class ChatEndpoint:
         }
         """Settings that results depend on, as JSON values; not the server's address."""
         self._has_answered = False
-        self._takes_stop = settings.stop_at_action and "stop" not in self._extra_fields
+        self._takes_stop = "stop" not in self._extra_fields
         # Jitter of the waits; no result depends on it.
         self._random = random.Random()
 
@@ -146,6 +144,8 @@ class ChatEndpoint:
             EpisodeStopped: the prompt is too long, or the endpoint refuses these messages.
             ServerError: the endpoint keeps failing, or would fail for any prompt.
         """
+        if not self.settings.stop_at_action:
+            form = _NO_END
         failed = 0
         while True:
             try:
@@ -173,8 +173,7 @@ class ChatEndpoint:
         characters = sum(len(message["content"]) for message in messages)
         longest = self._fields.get("max_tokens", _USUAL_COMPLETION)
         admission = await self._limiter.admit(characters // _CHARACTERS_PER_TOKEN + longest)
-        create: Any = self._client.chat.completions.with_raw_response.create
-        request = create(
+        request = self._client.chat.completions.with_raw_response.create(
             messages=list(messages), extra_body=self._extra_fields or None, **self._fields,
             **({"stop": stop} if stop else {}),
         )  # fmt: skip
@@ -194,9 +193,7 @@ class ChatEndpoint:
         completion, choice = self._read(answer)
         if completion.prompt_tokens is not None and completion.completion_tokens is not None:
             admission.tokens = completion.prompt_tokens + completion.completion_tokens
-        return (
-            _ended(completion, choice, form, stop) if self.settings.stop_at_action else completion
-        )
+        return _ended(completion, choice, form, stop)
 
     def _backoff(self, error: _Transient, failed: int) -> float:
         """Return the seconds until the next attempt.
@@ -229,6 +226,7 @@ class ChatEndpoint:
             return ServerError(f"{where} Add credit, or use another key.")
         if status in _TRANSIENT or status >= 500:
             return _Transient(where, _retry_after(error.response.headers), status == 429)
+        advice = ""
         if status in (400, 413, 422):
             if stop and (body.get("param") == "stop" or re.search(r"\bstop\b", said)):
                 return _StopStrings()
@@ -236,44 +234,44 @@ class ChatEndpoint:
                 return EpisodeStopped("context_limit", where)
             if codes & _FILTER_CODES:
                 return EpisodeStopped("refused", where)
-            advice = " Change what it does not take (--model, --temperature, --extra-body ..)."
+            advice = "Change what it does not take (--model, --temperature, --extra-body ..)."
             if "max_completion_tokens" in said:
                 advice = (
-                    """ Use --extra-body '{"max_completion_tokens": N}' instead of --max-tokens."""
+                    """Use --extra-body '{"max_completion_tokens": N}' instead of --max-tokens."""
                 )
         elif status in (401, 403):
-            advice = f" Put a valid key into {self._key_variable}, or name another variable with "
+            advice = f"Put a valid key into {self._key_variable}, or name another variable with "
             advice += "--api-key-env."
         elif status in (404, 405):
-            advice = f" Check --model {self.settings.model} and --base-url, which mostly ends in "
-            advice += "/v1."
-        else:
-            advice = ""
-        return ServerError(where + advice)
+            advice = (
+                f"Check --model {self.settings.model} and --base-url, which mostly ends in /v1."
+            )
+        return ServerError(f"{where} {advice}".rstrip())
 
-    def _read(self, answer: Any) -> tuple[Completion, Mapping[str, Any]]:
+    def _read(self, answer: Any) -> tuple[Completion, dict[str, Any]]:
         """Return the completion of an answer, and the choice that holds it.
 
         Raises:
             _Transient: the answer holds no message of text.
         """
-        choices = _item(answer, "choices")
-        choice = choices[0] if isinstance(choices, list) and choices else {}
-        message = _item(choice, "message")
-        text = _item(message, "content") or ""
-        if not isinstance(message, dict) or not isinstance(text, str):
-            raise self._no_completion("it has no choice with a message of text")
-        thoughts = [_item(message, name) for name in ("reasoning_content", "reasoning")]
-        reasoning = next((t for t in thoughts if isinstance(t, str) and t), "")
-        usage = _item(answer, "usage")
-        thought = _count(_item(usage, "completion_tokens_details"), "reasoning_tokens")
-        instead = "" if text.strip() else _instead_of_text(choice, message)
+        try:
+            choice = answer["choices"][0]
+            message, usage = choice["message"], answer.get("usage") or {}
+            thought = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+            text = message.get("content") or ""
+            thoughts = (message.get("reasoning_content"), message.get("reasoning"))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise self._no_completion("it has no choice with a message of text") from error
+        if not isinstance(text, str):
+            raise self._no_completion("its message is no text")
+        reasoning = next((part for part in thoughts if part and isinstance(part, str)), "")
+        instead = "" if text.strip() else _instead_of_text(choice)
         if self.settings.keep_reasoning and reasoning:
             text = f"<think>{reasoning}</think>{text}"
         completion = Completion(
             text=text,
-            prompt_tokens=_count(usage, "prompt_tokens"),
-            completion_tokens=_count(usage, "completion_tokens"),
+            prompt_tokens=usage.get("prompt_tokens"),
+            completion_tokens=usage.get("completion_tokens"),
             reasoning_tokens=0 if thought is None and not reasoning else thought,
             reasoning=reasoning,
             is_cut=choice.get("finish_reason") == "length",
@@ -310,26 +308,17 @@ class ChatAgent:
     def __init__(self, endpoint: ChatEndpoint) -> None:
         self._endpoint = endpoint
 
-    def reset(
-        self, episode: Episode, observation: TurnObservation, info: Mapping[str, Any]
-    ) -> None:
+    def reset(self, episode: Episode, observation: TurnObservation, info: Info) -> None:
         """Start an episode."""
-        del observation, info
         self._dialogue = episode.dialogue
 
-    async def act(
-        self,
-        messages: Sequence[dict[str, str]],
-        observation: TurnObservation,
-        info: Mapping[str, Any],
-    ) -> Completion:
+    async def act(self, messages: Prompt, observation: TurnObservation, info: Info) -> Completion:
         """Return the completion; the oldest turns of a window prompt that is too long are left out.
 
         Raises:
             EpisodeStopped: the prompt is too long without past turns too, or it is refused.
             ServerError: the endpoint fails.
         """
-        del observation, info
         left_out = 0
         while True:
             try:
@@ -375,8 +364,9 @@ def _ended(
     return replace(completion, text=text[:end], is_cut=False)
 
 
-def _instead_of_text(choice: Mapping[str, Any], message: Mapping[str, Any]) -> str:
+def _instead_of_text(choice: Mapping[str, Any]) -> str:
     """Name what an answer without text holds; empty if nothing."""
+    message = choice["message"]
     if message.get("tool_calls") or message.get("function_call"):
         return "tool calls"
     if message.get("refusal"):
@@ -385,26 +375,11 @@ def _instead_of_text(choice: Mapping[str, Any], message: Mapping[str, Any]) -> s
     return reasons.get(str(choice.get("finish_reason")), "")
 
 
-def _item(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, dict) else None
-
-
-def _count(usage: Any, name: str) -> int | None:
-    value = _item(usage, name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds of `retry-after-ms` or `retry-after` (seconds or a date)."""
-    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        try:
-            return max(0.0, float(headers[name]) * unit)
-        except (KeyError, ValueError):
-            continue
+    """Return the seconds of `retry-after`, which is a number or a date."""
     try:
-        date = email.utils.parsedate_to_datetime(headers["retry-after"])
-        return max(0.0, date.timestamp() - time.time())
-    except (KeyError, ValueError, TypeError, OverflowError):
+        return Retry().parse_retry_after(headers["retry-after"])
+    except (KeyError, InvalidHeader):
         return None
 
 

@@ -65,20 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> None:
     try:
-        from atod_train.evaluation.eval_options import CompareOptions, EvalOptions, read_options
+        from atod_train.evaluation.eval_options import CompareOptions, read_options
     except ImportError as error:
         raise MissingExtraError(
             f"atod-eval needs the package {error.name}: pip install 'atod-gym[eval]'"
         ) from error
-    if words[:1] == ["compare"]:
-        paths = read_options(CompareOptions, "atod-eval compare", words[1:])
-        first, second = read_evaluated(paths.first), read_evaluated(paths.second)
+    options = read_options(words)
+    if isinstance(options, CompareOptions):
+        first, second = read_evaluated(options.first), read_evaluated(options.second)
         names = (first.agent, second.agent)
         if names[0] == names[1]:
-            names = (f"{paths.first}, {names[0]}", f"{paths.second}, {names[1]}")
+            names = (f"{options.first}, {names[0]}", f"{options.second}, {names[1]}")
         print(comparison(first, second, names))
     else:
-        _evaluate(read_options(EvalOptions, "atod-eval", words), words)
+        _evaluate(options, words)
 
 
 def chosen_agent(options: EvalOptions) -> AgentPlayer | LocalModel:

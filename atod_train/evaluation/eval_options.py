@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,21 +19,11 @@ from atod_train.evaluation.local_model import LOCAL
 
 _MOST_EPISODES_AT_ONCE = 1024
 _LOWEST = {
-    "tasks": 0,
-    "concurrency": 1,
-    "max_turns": 1,
-    "temperature": 0,
-    "max_tokens": 1,
-    "max_context": 1,
-    "top_p": 0,
-    "timeout": 1e-3,
-    "retries": 0,
-    "requests_per_minute": 1,
-    "tokens_per_minute": 1,
-    "price_in": 0,
-    "price_out": 0,
+    0: "tasks temperature top_p retries price_in price_out",
+    1e-3: "timeout",
+    1: "concurrency max_turns max_tokens max_context requests_per_minute tokens_per_minute",
 }
-"""Lowest values of options."""
+"""Lowest value -> options."""
 _TAKERS = {"sampling": ("chat", LOCAL), "local": (LOCAL,), "chat": ("chat",)}
 """Groups of options and the agents that take them; random play takes a seed, too."""
 
@@ -59,7 +50,7 @@ class EnvOptions:
     history_window: Unset[int] = None
     """Turns shown in window style. Default: 2."""
     template: Unset[Path] = None
-    """File with a prompt template; not for local models."""
+    """File with a prompt template."""
     hide_admissible: Unset[bool] = None
     """Whether prompts leave out the list of admissible actions. Default: they show it."""
 
@@ -185,10 +176,11 @@ class EvalOptions:
         """
         groups = (self, self.env, self.sampling, self.local, self.chat)
         values: dict[str, Any] = {k: v for group in groups for k, v in vars(group).items()}
-        for name, lowest in _LOWEST.items():
-            value = values[name]
-            if value is not None and not (value >= lowest and math.isfinite(value)):
-                raise InvalidSettingError(f"{_flag(name)} must be >= {lowest:g}, not {value}.")
+        for lowest, names in _LOWEST.items():
+            for name in names.split():
+                value = values[name]
+                if value is not None and not (value >= lowest and math.isfinite(value)):
+                    raise InvalidSettingError(f"{_flag(name)} must be >= {lowest:g}, not {value}.")
         if (self.concurrency or 0) > _MOST_EPISODES_AT_ONCE:
             raise InvalidSettingError(
                 f"--concurrency must be <= {_MOST_EPISODES_AT_ONCE}, not {self.concurrency}."
@@ -204,10 +196,6 @@ class EvalOptions:
                     raise InvalidSettingError(
                         f"{_flag(part.name)} is for --agent {', '.join(allowed)}."
                     )
-        if kind == LOCAL and self.env.template is not None:
-            raise InvalidSettingError(
-                "--template is not for local models, which are played with the prompts of training."
-            )
         if kind == "human" and self.concurrency not in (None, 1):
             raise InvalidSettingError("A person plays one episode at a time: --concurrency 1.")
 
@@ -224,14 +212,16 @@ class EvalOptions:
         config = trained or EnvConfig(max_turns=0, parse_profile="tags", show_admissible=True)
         if self.env_id not in (None, config.id):
             config = replace(config, id=self.env_id, data="auto", options={}, max_turns=0)
-        options = {**config.options, **dict(_key_and_value(text) for text in self.env.option)}
-        limit = options.pop("max_turns", config.max_turns)
-        if self.env.hide_admissible is not None:
-            config = replace(config, show_admissible=not self.env.hide_admissible)
+        options = {**config.options, **dict(map(_key_and_value, self.env.option))}
+        given: dict[str, Any] = {
+            "max_turns": options.pop("max_turns", config.max_turns),
+            "options": options,
+        }
         names = ("data", "max_turns", "prompt_style", "parse_profile", "history_window")
-        given = {name: getattr(self.env, name) for name in names}
-        given = {name: value for name, value in given.items() if value is not None}
-        return replace(config, **{"max_turns": limit, "options": options, **given})
+        given |= {name: value for name in names if (value := getattr(self.env, name)) is not None}
+        if self.env.hide_admissible is not None:
+            given["show_admissible"] = not self.env.hide_admissible
+        return replace(config, **given)
 
 
 @dataclass(frozen=True)
@@ -244,19 +234,16 @@ class CompareOptions:
     """Result folder."""
 
 
-def read_options(kind: type[_T], program: str, words: list[str]) -> _T:
-    """Read a command line.
-
-    Args:
-        kind: `EvalOptions` or `CompareOptions`.
-        program: the command, for help.
-        words: its arguments.
+def read_options(words: Sequence[str]) -> EvalOptions | CompareOptions:
+    """Read the command line of `atod-eval`, or of `atod-eval compare`.
 
     Raises:
         SystemExit: help was asked for, or an option is unknown, missing or malformed.
     """
     config = (tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
-    return tyro.cli(kind, prog=program, args=words, config=config)
+    if words[:1] == ["compare"]:
+        return tyro.cli(CompareOptions, prog="atod-eval compare", args=words[1:], config=config)
+    return tyro.cli(EvalOptions, prog="atod-eval", args=words, config=config)
 
 
 def _flag(name: str) -> str:

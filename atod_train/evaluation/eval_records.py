@@ -31,12 +31,11 @@ from atod_train.files import (
 )
 from atod_train.records import Trajectory, Turn
 from atod_train.reports.evaluations import EvaluationMode, EvaluationResult, TaskResult
-from atod_train.reports.run_folder import RunFolderError, package_versions
+from atod_train.reports.run_folder import PACKAGES, RunFolderError, package_versions
 
 SETTINGS_FILE = "settings.json"
 EPISODES_FILE = "episodes.jsonl"
 RESULT_FILE = "result.json"
-_PACKAGES = ("atod-gym", "gymnasium", "numpy", "openai")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +192,14 @@ class EvaluationFolder:
             InvalidSettingError: the episodes of the folder were played with other settings.
             FileError: the folder cannot be written to, or another process writes to it.
         """
-        self._settings: dict[str, Any] = json.loads(json.dumps(without_infinities(settings)))
+        self._settings: dict[str, Any] = without_infinities(settings)
         if self.records:
             _check_same(self._before.get("settings", {}), self._settings, self.path)
         session = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "packages": package_versions(_PACKAGES),
+            "packages": package_versions((*PACKAGES, "openai")),
             **about,
         }
         self._sessions = [*self._before.get("sessions", ()), session]

@@ -41,7 +41,6 @@ class AgentPlayer:
 
     def load(self, env: EnvConfig) -> Mapping[str, Any]:
         """Return the settings that results depend on."""
-        del env
         return self.settings
 
     def play(
@@ -66,7 +65,6 @@ class AgentPlayer:
             AtodError: an environment or an agent fails; unfinished episodes are dropped.
             KeyboardInterrupt: Ctrl-C was pressed.
         """
-        del already
         waiting = deque(task_ids)
         count = min(concurrency or self.concurrency, len(task_ids))
 

@@ -185,7 +185,7 @@ def test_a_study_with_one_run_names_its_model(run: Path, tmp_path: Path) -> None
         ("{tmp}", (), "neither the folder of a run"),
         ("", (), "There is no folder"),
         ("tiny", (), "is trained from scratch in a run; give the folder"),
-        ("{run}", ("--template", "x"), "--template is not for local models"),
+        ("{run}", ("--template", "x"), "Cannot read the prompt template"),
         ("{run}", ("--seed", "1"), "--seed of a local model needs --temperature above 0"),
         ("{run}", ("--temperature", "-1"), "--temperature must be >= 0"),
         ("{run}", ("--max-tokens", "0"), "--max-tokens must be >= 1"),
