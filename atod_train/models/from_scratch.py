@@ -49,26 +49,32 @@ def build_policy(
     Raises:
         InvalidSettingError: No preset of that name.
     """
-    label = shape if isinstance(shape, str) else "custom"
     if isinstance(shape, str):
         if shape not in MODEL_SHAPES:
             raise InvalidSettingError(
                 f"There is no model preset {shape!r}. Use one of {', '.join(MODEL_SHAPES)}, or the "
                 "path of a saved model with load_policy."
             )
-        shape = MODEL_SHAPES[shape]
-    config = llama_config(shape, vocabulary=len(tokenizer))
-    config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    config._attn_implementation = "sdpa"
+        name, shape = name or shape, MODEL_SHAPES[shape]
+    config = llama_config(
+        shape,
+        len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    return Policy(model=model.eval(), tokenizer=tokenizer, name=name or label)
+    return Policy(model=model.eval(), tokenizer=tokenizer, name=name or "custom")
 
 
-def llama_config(shape: ModelShape, vocabulary: int) -> LlamaConfig:
-    """The architecture of a decoder that is trained from scratch."""
+def llama_config(
+    shape: ModelShape,
+    vocabulary: int,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> LlamaConfig:
+    """Return the architecture of a decoder that is trained from scratch."""
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=shape.width,
@@ -79,6 +85,6 @@ def llama_config(shape: ModelShape, vocabulary: int) -> LlamaConfig:
         max_position_embeddings=shape.max_positions,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
     )

@@ -7,7 +7,7 @@ are trained.
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +40,23 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise MissingExtraError("Adapters need peft: pip install 'atod-gym[llm]'.") from None
-    decoder = model.base_model
-    layers = {
-        name: module.weight.numel()
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
-    embedding: int = cast(Any, model.get_input_embeddings()).weight.numel()
-    share = sum(layers.values()) / max(
-        1, sum(w.numel() for w in decoder.parameters() if w.ndim > 1) - embedding
-    )
+    decoder, embedding = model.base_model, model.get_input_embeddings()
+    # Not "all-linear": peft would adapt fused experts in a form that cannot be merged here.
+    linear = [name for name, m in decoder.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            inject_adapter_in_model(settings, decoder)
+    except ValueError as error:
+        raise AtodError(f"peft cannot adapt this model: {error}. Use lora_rank=0.") from error
+    matrices = {_BASE: 0, "": 0}
+    for name, weight in decoder.named_parameters():
+        if _ADAPTER in name:
+            weight.data = weight.data.float()
+        elif weight.ndim > 1 and weight is not embedding.weight:
+            matrices[_BASE if _BASE in name else ""] += weight.numel()
+    share = matrices[_BASE] / sum(matrices.values())
     if share < _MOST:
         # The experts of a mixture are one tensor, which gets no adapter.
         warnings.warn(
@@ -57,18 +64,6 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
             "experts, stays frozen.",
             stacklevel=2,
         )
-    settings = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(layers)
-    )
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            inject_adapter_in_model(settings, decoder)
-    except ValueError as error:
-        raise AtodError(f"peft cannot adapt this model: {error}. Use lora_rank=0.") from error
-    for name, parameter in model.named_parameters():
-        if _ADAPTER in name:
-            parameter.data = parameter.data.float()
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor] | None:
@@ -79,7 +74,7 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor] | None:
     adapted: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
-        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
+        if hasattr(module, "get_delta_weight")
     }
     if not adapted:
         return None
@@ -90,8 +85,6 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor] | None:
     }
     for name, module in adapted.items():
         weight = weights[f"{name}.weight"]
-        for adapter in module.active_adapters:
-            delta: Tensor = module.get_delta_weight(adapter)
-            weight = (weight + delta.detach()).to(weight.dtype)
-        weights[f"{name}.weight"] = weight
+        delta: Tensor = module.get_delta_weight("default").detach()
+        weights[f"{name}.weight"] = (weight + delta).to(weight.dtype)
     return weights

