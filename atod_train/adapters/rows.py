@@ -44,9 +44,7 @@ class TokenPlayer:
         In window style past turns are left out where they do not fit.
         """
         prompt = episode.next_prompt(self._encoder, self._limits)
-        if prompt is None:
-            return None
-        return [*(episode.context if prompt.extends_previous else ()), *prompt.ids]
+        return None if prompt is None else prompt.whole
 
     def play(
         self,

@@ -106,16 +106,13 @@ def play_in_batches(
     at_once = at_once or episodes_at_once(policy, generator.max_context, processes.count)
     at_once *= processes.count
     for start in range(0, len(task_ids), at_once):
-        part = task_ids[start : start + at_once]
-        share = processes.share(len(part))
         trajectories = collect(
             pool,
             generator,
-            part[share.start : share.stop],
+            task_ids[start : start + at_once],
             group_size=1,
             turn_limit=config.env.max_turns,
-            first_episode=share.start,
-            episodes_in_all=len(part),
+            processes=processes,
             on_end=on_end,
         )
         give_back()

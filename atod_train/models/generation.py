@@ -1,11 +1,9 @@
 """Sample the completions of many episodes at once.
 
-The tokens that the cache lacks are fed, which gives the logits of the next token. A token is
-sampled and appended, until the completion ends. The cache is kept from turn to turn: in chat style
-what follows the last completion is fed, in window style the part of the new prompt behind its
-common prefix with the last sequence. Episodes with the same tokens, as those of a group until they
-differ, are computed once. Each episode draws from a random stream of its own, so its samples do not
-depend on the others.
+A prompt is all that the model sees of an episode. Keys and values are kept from turn to turn, so
+only what follows the common prefix with the last prompt and its completion is fed. Episodes with
+the same tokens, as those of a group until they differ, are computed once. Each episode draws from a
+random stream of its own, so its samples do not depend on the others.
 """
 
 from __future__ import annotations
@@ -42,24 +40,13 @@ class Completion:
 class _Episode:
     """The tokens of one episode, and how many of them the cache holds."""
 
-    __slots__ = ("cached", "ids", "is_fresh", "row", "stream")
+    __slots__ = ("cached", "ids", "row", "stream")
 
     def __init__(self, row: int, seed: int) -> None:
         self.row = row  # of the cache
-        self.ids: list[int] = []  # prompts and completions
+        self.ids: list[int] = []  # the last prompt and its completion
         self.cached = 0  # first ones of `ids` whose keys and values are in the cache
-        self.is_fresh = True  # the next prompt is a whole one
         self.stream = torch.Generator().manual_seed(seed)
-
-    def extend(self, prompt: Sequence[int]) -> None:
-        """Add a prompt: what follows the last completion, or a whole one."""
-        if not self.is_fresh:
-            self.ids += prompt
-            return
-        # At least one token is fed, to have logits after it.
-        self.cached = min(self.cached, common_prefix(self.ids, prompt), len(prompt) - 1)
-        self.ids = list(prompt)
-        self.is_fresh = False
 
     def feed(self) -> Feed:
         """Return the tokens that the cache lacks; afterwards it holds all."""
@@ -118,8 +105,7 @@ class Generator:
 
     Args:
         policy: The model to sample from.
-        dialogue: Gives the stop tokens and the style (chat: each turn continues the sequence;
-            window: each turn is a sequence of its own).
+        dialogue: Gives the stop tokens.
         temperature: 1 samples from the model's own distribution; 0 is greedy.
         max_completion_tokens: Longest completion, end-of-turn token included.
         completion_format: Completions also end with the token that completes the action, where the
@@ -151,73 +137,56 @@ class Generator:
         self.dialogue = dialogue
         self.temperature = temperature
         self.max_completion_tokens = max_completion_tokens
-        self._stop_rule = StopRule(dialogue, completion_format)
         self.max_context = max_context or policy.max_positions
+        self._stop_rule = StopRule(dialogue, completion_format)
         self._generator = generator or torch.Generator().manual_seed(0)
         self._next_logits = packed_logits if can_be_packed(policy) else padded_logits
-        self._episodes: list[_Episode] = []
-        self._cache = KVCache(0, policy.device)
+        self.start(0)
 
-    def start(self, episodes: int, *, before: int = 0, after: int = 0) -> None:
-        """Discard all episodes and begin new ones, the rows 0 .. episodes - 1.
+    def start(self, episodes: int, own: range | None = None) -> None:
+        """Discard all episodes and begin new ones, the rows 0, 1, ..
 
         Args:
             episodes: Number of episodes.
-            before: Where several processes share a rollout, the episodes of those before this one.
-            after: The episodes of those after it. All draw the random streams of all episodes and
-                take their own, so that they sample what one process would.
+            own: Where several processes share a rollout, those of them that this one plays. All
+                draw the random streams of all episodes, so that they sample what one would.
         """
-        count = before + episodes + after
-        seeds = torch.randint(2**62, (count,), generator=self._generator).tolist()
-        own = seeds[before : before + episodes]
-        self._episodes = [_Episode(row, seed) for row, seed in enumerate(own)]
-        self._cache = KVCache(episodes, self.policy.device)
+        seeds = torch.randint(2**62, (episodes,), generator=self._generator).tolist()
+        seeds = seeds if own is None else seeds[own.start : own.stop]
+        self._episodes = [_Episode(row, seed) for row, seed in enumerate(seeds)]
+        self._cache = KVCache(len(seeds), self.policy.device)
 
-    def restart(self, row: int) -> None:
-        """Make the next prompt of an episode a whole one; its random stream continues.
+    def prompt(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[Completion]:
+        """Sample the next completions of some episodes.
 
         Args:
-            row: Number of the episode; its `context_length` is 0 from now on.
-        """
-        self._episodes[row].is_fresh = True
-
-    def fits(self, row: int, new_ids: Sequence[int]) -> bool:
-        """Return whether a prompt and the longest completion after it fit `max_context`.
-
-        Args:
-            row: Number of the episode; it is not changed.
-            new_ids: As for `prompt`, which returns None where this is False.
-        """
-        held = 0 if self.dialogue.style == "window" else self.context_length(row)
-        return held + len(new_ids) + self.max_completion_tokens <= self.max_context
-
-    def context_length(self, row: int) -> int:
-        """Return the number of tokens of an episode so far, prompts and completions."""
-        episode = self._episodes[row]
-        return 0 if episode.is_fresh else len(episode.ids)
-
-    def prompt(
-        self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]
-    ) -> list[Completion | None]:
-        """Feed some episodes their prompts and sample their next completions.
-
-        Args:
-            new_ids: The prompts, each of at least one token. Chat style: first a whole prompt,
-                later the continuation; window style: a whole prompt each time.
+            prompts: All that the model sees of each, at least one token.
             rows: Distinct numbers of episodes.
 
         Returns:
-            One completion per row, in the order of `rows`; None for an episode whose prompt and
-            longest completion would not fit `max_context` (it is not changed).
+            One completion per row, in the order of `rows`.
 
         Raises:
-            AtodError: A prompt is empty.
+            AtodError: A prompt is empty, or does not fit `max_context` together with the longest
+                completion.
         """
-        if not all(new_ids):
-            raise AtodError("A prompt holds no token. Give at least one.")
+        longest = self.max_context - self.max_completion_tokens
+        for ids in prompts:
+            if not 0 < len(ids) <= longest:
+                raise AtodError(
+                    f"A prompt of {len(ids)} tokens; max_context={self.max_context} leaves room "
+                    f"for 1 to {longest}."
+                )
+        episodes = [self._episodes[row] for row in rows]
+        if not episodes:
+            return []
+        for episode, ids in zip(episodes, prompts, strict=True):
+            # At least one token is fed, to have logits after it.
+            common = min(common_prefix(episode.ids, ids), len(ids) - 1)
+            episode.ids, episode.cached = list(ids), min(episode.cached, common)
         if self.policy.autocast_dtype is None:
             with torch.inference_mode():
-                return self._prompt(new_ids, rows)
+                return self._complete(episodes)
         # Autocast converts a weight once for all tokens, not for each, if it is trainable and
         # inference mode is off.
         frozen = [w for w in self.policy.model.parameters() if not w.requires_grad]
@@ -225,30 +194,17 @@ class Generator:
             for weight in frozen:
                 weight.requires_grad_(True)
             with torch.no_grad(), self.policy.precision():
-                return self._prompt(new_ids, rows)
+                return self._complete(episodes)
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)
 
-    def _prompt(
-        self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]
-    ) -> list[Completion | None]:
-        fitting = []
-        for row, ids in zip(rows, new_ids, strict=True):
-            if self.fits(row, ids):
-                if self.dialogue.style == "window":
-                    self.restart(row)
-                self._episodes[row].extend(ids)
-                fitting.append(self._episodes[row])
-        completions = self._complete(fitting) if fitting else {}
-        return [completions.get(self._episodes[row]) for row in rows]
-
-    def _complete(self, episodes: list[_Episode]) -> dict[_Episode, Completion]:
+    def _complete(self, asked: list[_Episode]) -> list[Completion]:
         """Sample one completion for each episode, whose last tokens are a prompt."""
-        longest = max(len(episode.ids) for episode in episodes)
+        longest = max(len(episode.ids) for episode in asked)
         self._cache.reserve(longest + self.max_completion_tokens)
-        self._compact(episodes)
-        episodes = sorted(episodes, key=lambda episode: episode.row)
+        self._compact(asked)
+        episodes = sorted(asked, key=lambda episode: episode.row)
         logits = self._prefill(episodes)
         uniforms = self._uniforms(episodes)
         sampled: list[list[int]] = [[] for _ in episodes]
@@ -274,10 +230,11 @@ class Generator:
             active = still
             if not active:
                 break
-        return {
+        found = {
             episode: Completion(tuple(sampled[i]), tuple(scores[i]), reasons[i])
             for i, episode in enumerate(episodes)
         }
+        return [found[episode] for episode in asked]
 
     def _compact(self, episodes: list[_Episode]) -> None:
         """Give the episodes the first rows of the cache, so that attention reads them in place.
@@ -304,8 +261,7 @@ class Generator:
             self._cache.copy([a.row for a, _ in pairs], [b.row for _, b in pairs], longest)
             for leader, episode in pairs:
                 episode.cached = leader.cached
-            number = {leader: i for i, leader in enumerate(first)}
-            logits = logits[[number[leader] for leader in leaders]]
+            logits = logits[[first.index(leader) for leader in leaders]]
         return logits
 
     def _leaders(self, episodes: list[_Episode]) -> list[_Episode]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
@@ -101,7 +101,7 @@ class EnvPool:
         """Close all environments; may be called twice."""
         self._envs.close()
 
-    def _make(self, count: int) -> _Envs:
+    def _make(self, count: int) -> TurnVectorEnv | SingleEnvs:
         config = self.config
         spec = find_spec(config.id)
         if spec.vector_entry_point is None or not is_turn_env(spec):
@@ -131,21 +131,6 @@ class EnvPool:
             template=self.template,
             show_admissible=config.show_admissible,
         )
-
-
-class _Envs(Protocol):
-    """The part of `TurnVectorEnv` that is used here."""
-
-    envs: list[Any]
-
-    def begin(self, numbers: Sequence[int], task_ids: Sequence[str]) -> list[Any]:
-        """Start episodes in some environments."""
-
-    def play(self, numbers: Sequence[int], actions: Sequence[str]) -> list[Any]:
-        """Play one turn in some environments."""
-
-    def close(self) -> None:
-        """Close all environments."""
 
 
 class SingleEnvs:

@@ -59,13 +59,19 @@ class Limits:
 class EpisodePrompt:
     """Token ids to feed, and where they come from."""
 
-    ids: tuple[int, ...]
+    ids: Sequence[int]
+    """New in this turn."""
     messages: tuple[Message, ...]
     """New in this turn; all of the prompt in window style."""
-    extends_previous: bool
-    """The ids follow what the model holds of this episode; else they are all it gets to see."""
+    context: Sequence[int] = ()
+    """What the ids follow: prompts and completions so far; empty where a sequence begins."""
     turns_left_out: int = 0
     """Earlier turns that the model does not see because they do not fit."""
+
+    @property
+    def whole(self) -> list[int]:
+        """All that the model sees."""
+        return [*self.context, *self.ids]
 
 
 class Expert(Protocol):
@@ -127,25 +133,13 @@ class Episode:
         self.turns: list[Turn] = []
         self.stop_reason: StopReason | None = None
         self._config = config
-        self._prompt = EpisodePrompt((), self.messages, extends_previous=False)
+        self._prompt = EpisodePrompt((), self.messages)
 
     @property
     def actions(self) -> tuple[str, ...]:
         """The listed actions, without placeholders that are to be filled in."""
         listed = self.observation["admissible_actions"]
         return tuple([action for action in listed if not TurnEnv.is_placeholder(action)])
-
-    @property
-    def context(self) -> list[int]:
-        """All token ids that the model holds: prompts and completions of the current dialogue."""
-        ids: list[int] = []
-        if self.dialogue.style == "chat":
-            for turn in self.turns:
-                if not turn.tokens.extends_previous:
-                    ids = []
-                ids += turn.tokens.prompt_ids
-                ids += turn.tokens.completion_ids
-        return ids
 
     def expert(self) -> Expert:
         """Return an expert that has been shown the first observation of this episode.
@@ -187,23 +181,26 @@ class Episode:
             left_out += 1
             messages = new_messages(self.dialogue.shortened(left_out))
             ids = encoder.first(messages)
-        return EpisodePrompt(tuple(ids), messages, False, left_out), room
+        return EpisodePrompt(ids, messages, turns_left_out=left_out), room
 
     def _chat_prompt(self, encoder: DialogueEncoder, limits: Limits) -> tuple[EpisodePrompt, int]:
         """Return what follows the last completion or a new dialogue, and the tokens it may have."""
         turns, messages = self.turns, self.messages
         room = limits.context - limits.completion
         if not turns:
-            ids = encoder.first(messages)
-            return EpisodePrompt(tuple(ids), messages, False), min(
-                room, limits.first_prompt or room
-            )
+            prompt = EpisodePrompt(encoder.first(messages), messages)
+            return prompt, min(room, limits.first_prompt or room)
         if limits.first_prompt:
             room += len(turns[0].tokens.prompt_ids) - limits.first_prompt
+        context: list[int] = []
+        for turn in turns:
+            if not turn.tokens.extends_previous:
+                context.clear()
+            context += [*turn.tokens.prompt_ids, *turn.tokens.completion_ids]
         ids = encoder.continuation(messages, turns[-1].tokens.finish_reason)
-        left = room - len(self.context)
+        left = room - len(context)
         if len(ids) <= left or not limits.can_restart:
-            return EpisodePrompt(tuple(ids), messages, True, turns[-1].turns_left_out), left
+            return EpisodePrompt(ids, messages, context, turns[-1].turns_left_out), left
         return self._new_dialogue(encoder, room), room
 
     def _new_dialogue(self, encoder: DialogueEncoder, room: int) -> EpisodePrompt:
@@ -223,7 +220,7 @@ class Episode:
             if len(ids) > most:
                 break
             best, left_out, following = ids, turn.index, turn.prompt
-        return EpisodePrompt(tuple(best), self.messages, False, left_out)
+        return EpisodePrompt(best, self.messages, turns_left_out=left_out)
 
     def _opening(self, messages: tuple[Message, ...], left_out: int) -> tuple[Message, ...]:
         """Put a later turn's messages into the first prompt: some templates refuse two in a row."""
@@ -250,11 +247,11 @@ class Episode:
         prompt, tokens = self._prompt, _TEXT_ONLY
         if sampled is not None:
             tokens = TokenizedTurn(
-                prompt_ids=prompt.ids,
+                prompt_ids=tuple(prompt.ids),
                 completion_ids=sampled.ids,
                 sampling_logprobs=sampled.logprobs,
                 finish_reason=sampled.finish_reason,
-                extends_previous=prompt.extends_previous,
+                extends_previous=bool(prompt.context),
             )
         penalty = self._config.invalid_action_penalty if parsed.error else 0.0
         reason = invalid_reason(self.info)
@@ -272,7 +269,7 @@ class Episode:
         )
         self.turns.append(turn)
         self.messages = new_messages(self.dialogue.step(text, parsed, self.observation, self.info))
-        self._prompt = EpisodePrompt((), self.messages, extends_previous=False)
+        self._prompt = EpisodePrompt((), self.messages)
         if terminated or truncated:
             self.stop_reason = "terminated" if terminated else "turn_limit"
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from atod_gym.errors import AtodError
+from atod_train.distributed import Processes
 from atod_train.models.generation import Generator
 from atod_train.progress import PhaseTimes
 from atod_train.records import Trajectory
@@ -51,8 +52,7 @@ def collect(
     group_size: int,
     turn_limit: int,
     times: PhaseTimes | None = None,
-    first_episode: int = 0,
-    episodes_in_all: int | None = None,
+    processes: Processes | None = None,
     on_end: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
     """Play `group_size` episodes of each task, all at once, and record them.
@@ -64,42 +64,33 @@ def collect(
         group_size: G, episodes per task.
         turn_limit: episodes are cut after this many turns (at most the environment's own limit).
         times: takes the seconds of the phases `environment` and `generation`.
-        first_episode: where several processes share a rollout, the number of this one's first
-            episode among all.
-        episodes_in_all: then the episodes of all processes; None: those of this call.
+        processes: share the tasks; each samples what one process alone would.
         on_end: takes each trajectory as soon as its episode has ended.
 
     Returns:
-        The trajectories, task after task in the order given; `group_id` counts the tasks from
-        `first_episode / group_size`. An episode whose first prompt does not fit the model's context
-        has no turns.
-
-    Raises:
-        AtodError: no first prompt fits, and `episodes_in_all` is None. Processes that share a
-            rollout must look at the episodes of all.
+        The trajectories that this process has played, task after task in the order given;
+        `group_id` is the position of the task in `task_ids`. An episode whose first prompt does not
+        fit the model's context has no turns.
     """
     times = times or PhaseTimes()
-    tasks = [task for task in task_ids for _ in range(group_size)]
-    in_all = first_episode + len(tasks) if episodes_in_all is None else episodes_in_all
-    after = in_all - first_episode - len(tasks)
-    generator.start(len(tasks), before=first_episode, after=after)
-    if not tasks:
+    share = (processes or Processes()).share(len(task_ids))
+    groups = [group for group in share for _ in range(group_size)]
+    own = range(share.start * group_size, share.stop * group_size)
+    generator.start(len(task_ids) * group_size, own)
+    if not groups:
         return []
     with times.phase("environment"):
-        episodes = pool.start(tasks)
+        episodes = pool.start([task_ids[group] for group in groups])
     active = dict(enumerate(episodes))
+    ended: dict[int, Trajectory] = {}
     while active:
         _play_turn(active, generator, pool, turn_limit, times)
-        for row, episode in active.items():
-            if episode.stop_reason is not None and on_end is not None:
-                on_end(episode.trajectory((first_episode + row) // group_size))
-        active = {row: e for row, e in active.items() if e.stop_reason is None}
-    if episodes_in_all is None and not any(episode.turns for episode in episodes):
-        raise nothing_fits()
-    return [
-        episode.trajectory((first_episode + row) // group_size)
-        for row, episode in enumerate(episodes)
-    ]
+        for row, episode in list(active.items()):
+            if episode.stop_reason is not None:
+                ended[row] = active.pop(row).trajectory(groups[row])
+                if on_end is not None:
+                    on_end(ended[row])
+    return [ended[row] for row in range(len(groups))]
 
 
 def nothing_fits() -> AtodError:
@@ -121,12 +112,8 @@ def _play_turn(
     limits = Limits(generator.max_completion_tokens, generator.max_context)
     with times.phase("generation"):
         found = {row: e.next_prompt(generator.dialogue, limits) for row, e in active.items()}
-        prompts = {row: prompt for row, prompt in found.items() if prompt is not None}
-        for row, prompt in prompts.items():
-            if not prompt.extends_previous:
-                generator.restart(row)
-        sampled = generator.prompt([prompt.ids for prompt in prompts.values()], list(prompts))
-        completions = [completion for completion in sampled if completion is not None]  # all fit
+        prompts = {row: prompt.whole for row, prompt in found.items() if prompt is not None}
+        completions = generator.prompt(list(prompts.values()), list(prompts))
         texts = [generator.dialogue.decode(completion.ids) for completion in completions]
     with times.phase("environment"):
         playing = [active[row] for row in prompts]

@@ -249,24 +249,22 @@ class Trainer:
         tasks = tasks_for_step(
             self._train_pool.task_ids, step, settings.tasks_per_step, settings.seed
         )
-        share = self.processes.share(len(tasks))
-        own = tasks[share.start : share.stop]
+        count = len(self.processes.share(len(tasks))) * settings.group_size
         with (
             memory_errors(f"playing the episodes of step {step}", _LESS_IN_ROLLOUTS),
-            progress(len(own) * settings.group_size, f"rollout {step}", is_part=True) as advance,
+            progress(count, f"rollout {step}", is_part=True) as advance,
         ):
-            own_episodes = collect(
+            own = collect(
                 self._train_pool,
                 generator,
-                own,
+                tasks,
                 group_size=settings.group_size,
                 turn_limit=turn_limit(self.config.algorithm, step, self.config.env.max_turns),
                 times=self._times,
-                first_episode=share.start * settings.group_size,
-                episodes_in_all=len(tasks) * settings.group_size,
+                processes=self.processes,
                 on_end=lambda episode: advance(tokens=episode.sampled_tokens),
             )
-            return self.processes.gather(own_episodes)
+            return self.processes.gather(own)
 
     def _score(self, batch: Batch, step: int) -> TokenScores:
         """Score the sampled tokens with the student before the update and with the teacher."""

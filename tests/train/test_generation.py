@@ -60,15 +60,25 @@ def random_prompts(rows: int, seed: int, low: int = 3, high: int = 12) -> list[l
     return [torch.randint(5, VOCABULARY, (n,), generator=random).tolist() for n in lengths]
 
 
+def continued(
+    generator: Generator, new: Sequence[Sequence[int]], rows: Sequence[int]
+) -> list[Completion]:
+    """Completions of prompts that in chat style follow what the episodes hold."""
+    episodes = [generator._episodes[row] for row in rows]
+    is_chat = generator.dialogue.style == "chat"
+    held = [episode.ids if is_chat else [] for episode in episodes]
+    prompts = [[*before, *ids] for before, ids in zip(held, new, strict=True)]
+    return generator.prompt(prompts, rows)
+
+
 def play(generator: Generator, plan: Sequence[Sequence[int]], episodes: int) -> list[Trajectory]:
     """Episodes whose rows `plan[k]` are active in turn k, with random observations."""
     generator.start(episodes)
     turns: list[list[Turn]] = [[] for _ in range(episodes)]
     for number, rows in enumerate(plan):
         prompts = random_prompts(episodes, seed=number)
-        completions = generator.prompt([prompts[row] for row in rows], rows)
+        completions = continued(generator, [prompts[row] for row in rows], rows)
         for row, completion in zip(rows, completions, strict=True):
-            assert completion is not None
             extends = generator.dialogue.style == "chat" and bool(turns[row])
             tokens = TokenizedTurn(
                 tuple(prompts[row]),
@@ -163,27 +173,17 @@ def test_completions_end_at_a_stop_token_or_the_limit() -> None:
     assert seen == {"stop", "length"}
 
 
-def test_context_length_counts_every_token() -> None:
-    generator = make_generator(limit=1)
-    records = play(generator, EVERYONE, 6)
-    for row, record in enumerate(records):
-        expected = sum(
-            len(turn.tokens.prompt_ids) + len(turn.tokens.completion_ids) for turn in record.turns
-        )
-        assert generator.context_length(row) == expected
-
-
-def test_full_context_is_reported_and_leaves_the_others() -> None:
+def test_prompts_that_do_not_fit_are_refused_and_change_nothing() -> None:
     generator = make_generator(limit=4, max_context=20, stop_ids=frozenset())
     generator.start(2)
-    first = generator.prompt([[30] * 16, [30] * 5], [0, 1])
-    assert all(isinstance(completion, Completion) for completion in first)
-    assert [generator.context_length(row) for row in (0, 1)] == [20, 9]
-    second = generator.prompt([[31], [31] * 7], [0, 1])
-    assert second[0] is None
-    assert second[1] is not None
-    assert [generator.context_length(row) for row in (0, 1)] == [20, 20]
-    assert generator.prompt([[31], [31]], [0, 1]) == [None, None]
+    prompts = [[30] * 16, [30] * 5]
+    for wrong in ([31] * 17, []):
+        with pytest.raises(AtodError, match="1 to 16"):
+            generator.prompt([prompts[0], wrong], [0, 1])
+    again = make_generator(limit=4, max_context=20, stop_ids=frozenset())
+    again.start(2)
+    assert generator.prompt(prompts, [0, 1]) == again.prompt(prompts, [0, 1])
+    assert [len(episode.ids) for episode in generator._episodes] == [20, 9]
 
 
 @torch.no_grad()
@@ -192,7 +192,6 @@ def test_temperature_scales_the_distribution() -> None:
     generator.start(3)
     prompts = random_prompts(3, seed=0)
     for prompt, completion in zip(prompts, generator.prompt(prompts, range(3)), strict=True):
-        assert completion is not None
         logits = POLICY.model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1]
         expected = (logits / 0.5).log_softmax(dim=-1)[completion.ids[0]]
         assert completion.logprobs[0] == pytest.approx(expected.item(), abs=1e-4)
@@ -204,7 +203,7 @@ def test_samples_follow_the_distribution() -> None:
     generator.start(2000)
     prompt = [7, 30, 9]
     completions = generator.prompt([prompt] * 2000, range(2000))
-    ids = torch.tensor([completion.ids[0] for completion in completions if completion])
+    ids = torch.tensor([completion.ids[0] for completion in completions])
     found = torch.bincount(ids, minlength=VOCABULARY) / 2000
     logits = POLICY.model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1]
     expected = logits.softmax(dim=-1)
@@ -270,7 +269,7 @@ def test_weights_are_converted_to_lower_precision_once_a_turn(is_frozen: bool) -
     with _Conversions(policy.model.get_parameter("model.layers.0.mlp.up_proj.weight")) as seen:
         for turn in (1, 2):
             completions = generator.prompt([[5, 6], [7, 8]], [0, 1])
-            assert max(len(one.ids) for one in completions if one) > 1
+            assert max(len(one.ids) for one in completions) > 1
             assert seen.count == turn
     assert all(weight.requires_grad != is_frozen for weight in model.parameters())
 
@@ -280,7 +279,3 @@ def test_bad_settings_are_refused() -> None:
         make_generator(temperature=-1.0)
     with pytest.raises(AtodError, match="max_context=600"):
         make_generator(max_context=600)
-    generator = make_generator()
-    generator.start(1)
-    with pytest.raises(AtodError, match="no token"):
-        generator.prompt([[]], [0])

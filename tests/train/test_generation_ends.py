@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from test_dialogue import CHATML
+from test_generation import continued
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,7 +17,7 @@ from atod_train.batch import make_batch
 from atod_train.config import PromptStyle
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
-from atod_train.models.generation import Completion, Generator
+from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.models.scores import score_completions
 from atod_train.models.word_tokenizer import build_word_tokenizer
@@ -80,7 +81,6 @@ def forced(text: str, form: CompletionFormat | None, template: str = CHATML) -> 
 
     with mock.patch.object(generator, "_sample", write):
         [completion] = generator.prompt([dialogue.first([Message("user", "x")])], [0])
-    assert completion is not None
     # The tokens are those that were sampled.
     assert completion.ids == ids[: len(completion.ids)]
     assert len(completion.logprobs) == len(completion.ids)
@@ -152,9 +152,8 @@ def sampled(
             else dialogue.first(message)
             for record in played
         ]
-        done = generator.prompt(prompts, range(24))
+        done = continued(generator, prompts, range(24))
         for record, prompt, one in zip(played, prompts, done, strict=True):
-            assert isinstance(one, Completion)
             extends = style == "chat" and number > 0
             tokens = TokenizedTurn(tuple(prompt), one.ids, one.logprobs, one.finish_reason, extends)
             record.append(Turn(number, message, "", "", 0.0, True, tokens))

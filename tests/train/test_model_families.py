@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from test_generation import continued
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
@@ -186,9 +187,8 @@ def play(policy: Policy, style: str, episodes: int = 5, turns: int = 3) -> list[
             for row, said in zip(rows, says, strict=True)
         ]
         for row, prompt, completion in zip(
-            rows, prompts, generator.prompt(prompts, rows), strict=True
+            rows, prompts, continued(generator, prompts, rows), strict=True
         ):
-            assert completion is not None
             tokens = TokenizedTurn(
                 tuple(prompt), completion.ids, completion.logprobs, completion.finish_reason,
                 not is_new,

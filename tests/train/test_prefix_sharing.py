@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from test_generation import POLICY, make_generator, random_prompts
+from test_generation import POLICY, continued, make_generator, random_prompts
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from atod_train.batch import make_batch
@@ -91,17 +91,10 @@ def test_a_restarted_dialogue_is_a_new_sequence(fed: list[int]) -> None:
     generator.start(1)
     first = list(range(20, 40))
     [one] = generator.prompt([first], [0])
-    assert one is not None
-    assert not generator.fits(0, range(30))
-    generator.restart(0)
-    assert generator.context_length(0) == 0
-    assert generator.fits(0, range(30))
     fed.clear()
     ids = [*first[:15], *range(50, 60)]
     [two] = generator.prompt([ids], [0])
-    assert two is not None
     assert fed[0] == 10
-    assert generator.context_length(0) == len(ids) + len(two.ids)
     record = Trajectory(
         0, "t", "k", (_turn(0, first, one, False), _turn(1, ids, two, False)), True, False,
         "terminated", True, 1.0,
@@ -120,21 +113,20 @@ def test_what_follows_the_same_context_is_computed_once(fed: list[int]) -> None:
     generator.prompt([prompt, prompt, prompt, other], range(4))
     assert fed == [10 + 5] if generator._next_logits is packed_logits else [2 * 10]
     fed.clear()
-    generator.prompt(seen[0], [0, 1, 2])
+    continued(generator, seen[0], [0, 1, 2])
     assert fed == [2 * (1 + 5)]  # beginning with the token that was sampled last
     fed.clear()
-    found = [generator.prompt(feeds, [2, 1, 0]) for feeds in seen[1:]]
+    found = [continued(generator, feeds, [2, 1, 0]) for feeds in seen[1:]]
     # Row 1 was fed something else before, so that nobody is where it is.
     assert fed == [3 * 6, 3 * 6]
     for row, column in ((2, 0), (1, 1), (0, 2)):
         alone = make_generator(temperature=0, limit=1)
         alone.start(1)
         for feed in (prompt, seen[0][row], seen[1][column]):
-            [completion] = alone.prompt([feed], [0])
-        assert completion is not None
-        assert found[0][column].ids == completion.ids  # type: ignore[union-attr]
-        [completion] = alone.prompt([seen[2][column]], [0])
-        assert found[1][column].ids == completion.ids  # type: ignore[union-attr]
+            [completion] = continued(alone, [feed], [0])
+        assert found[0][column].ids == completion.ids
+        [completion] = continued(alone, [seen[2][column]], [0])
+        assert found[1][column].ids == completion.ids
 
 
 def test_processes_take_their_own_streams_of_all() -> None:
@@ -145,12 +137,11 @@ def test_processes_take_their_own_streams_of_all() -> None:
     shared = []
     for row in range(3):
         generator = make_generator()
-        generator.start(1, before=row, after=2 - row)
+        generator.start(3, range(row, row + 1))
         shared += generator.prompt([prompts[row]], [0])
-    assert [c.ids for c in shared if c] == [c.ids for c in whole if c]
-    assert len(shared) == 3
+    assert [c.ids for c in shared] == [c.ids for c in whole]
     # The next rollout goes on alike, also where a process had no episode.
-    generator.start(0, before=1, after=1)
+    generator.start(2, range(1, 1))
     again = make_generator()
     again.start(3)
     again.start(2)
@@ -164,7 +155,7 @@ def test_short_feeds_beside_long_ones_have_room() -> None:
     generator.start(2)
     # One episode nearly fills what the cache has reserved, the other is fed a long prompt then.
     generator.prompt([[30] * 120, [31] * 3], [0, 1])
-    assert all(generator.prompt([[30], [31] * 60], [0, 1]))
+    assert all(one.ids for one in continued(generator, [[30], [31] * 60], [0, 1]))
 
 
 GROUPS = [[*range(40, 50)]] * 3 + [[*range(60, 67)]] * 3
@@ -180,7 +171,7 @@ def _play_groups(style: PromptStyle, rows: Sequence[int]) -> dict[int, list[Turn
         others = random_prompts(6, seed=index)
         prompts = [others[row] if index and row % 2 else GROUPS[row] for row in range(6)]
         for row, completion in zip(
-            rows, generator.prompt([prompts[row] for row in rows], rows), strict=True
+            rows, continued(generator, [prompts[row] for row in rows], rows), strict=True
         ):
             extends = style == "chat" and index > 0
             played[row].append(_turn(index, prompts[row], completion, extends))
@@ -222,31 +213,11 @@ def test_groups_are_sampled_reproducibly() -> None:
     assert _play_groups("window", range(6)) == _play_groups("window", range(6))
 
 
-@pytest.mark.parametrize("style", ["chat", "window"])
-def test_fits_is_the_rule_of_prompt(style: PromptStyle) -> None:
-    generator = make_generator(style=style, limit=4, max_context=20, stop_ids=frozenset())
-    generator.start(1)
-    generator.prompt([[30] * 8], [0])
-    most = 16 if style == "window" else 4
-    assert generator.fits(0, [31] * most)
-    assert not generator.fits(0, [31] * (most + 1))
-    assert generator.prompt([[31] * (most + 1)], [0]) == [None]
-    assert generator.context_length(0) == 12  # left as it was
-    [completion] = generator.prompt([[31] * most], [0])
-    assert completion is not None
-
-
-def test_a_restart_keeps_the_random_stream_going() -> None:
+def test_the_same_prompt_again_draws_further_numbers() -> None:
     prompt = list(range(30, 40))
     generator = make_generator(stop_ids=frozenset())
     generator.start(1)
-    first = generator.prompt([prompt], [0])
-    generator.restart(0)
-    second = generator.prompt([prompt], [0])
-    assert first != second
-    other = make_generator(stop_ids=frozenset(), style="window")
-    other.start(1)
-    assert [other.prompt([prompt], [0]) for _ in range(2)] == [first, second]
+    assert generator.prompt([prompt], [0]) != generator.prompt([prompt], [0])
 
 
 def test_padding_may_stand_beyond_learned_positions() -> None:
@@ -262,7 +233,7 @@ def test_padding_may_stand_beyond_learned_positions() -> None:
     prompts = [[[30] * 50, [31] * 3], [[40], [41] * 40]]
     turns: list[list[Turn]] = [[], []]
     for index, fed_now in enumerate(prompts):
-        for row, completion in enumerate(generator.prompt(fed_now, [0, 1])):
+        for row, completion in enumerate(continued(generator, fed_now, [0, 1])):
             turns[row].append(_turn(index, fed_now[row], completion, index > 0))
     batch = make_batch(
         [Trajectory(0, "t", "k", tuple(t), True, False, "terminated", True, 1.0) for t in turns], 0

@@ -262,7 +262,6 @@ def test_smollm2_answers(smollm2: Policy) -> None:
     generator.start(1)
     question = Message("user", "What is the capital of France?")
     [completion] = generator.prompt([dialogue.first([question])], [0])
-    assert completion is not None
     assert dialogue.decode(completion.ids) == "The capital of France is Paris."
 
 
@@ -281,8 +280,8 @@ def test_smollm2_is_trained_on_the_ids_and_logprobs_it_sampled(smollm2: Policy) 
             else dialogue.first([Message("user", text)])
             for row, text in enumerate(texts)
         ]
-        for row, completion in enumerate(generator.prompt(prompts, range(len(texts)))):
-            assert completion is not None
+        wholes = [[*held, *new] for held, new in zip(fed, prompts, strict=True)]
+        for row, completion in enumerate(generator.prompt(wholes, range(len(texts)))):
             tokens = TokenizedTurn(
                 tuple(prompts[row]), completion.ids, completion.logprobs,
                 completion.finish_reason, index > 0,

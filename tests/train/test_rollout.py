@@ -9,7 +9,8 @@ import torch
 
 from atod_gym.errors import AtodError
 from atod_gym.serving.connection import ServedConnection
-from atod_train.config import EnvConfig, RunConfig
+from atod_train.config import EnvConfig, ModelConfig, RunConfig
+from atod_train.distributed import Processes
 from atod_train.evaluation import evaluate as evaluation
 from atod_train.evaluation.evaluate import SAMPLING_TEMPERATURE, evaluate
 from atod_train.models.dialogue import DialogueEncoder
@@ -118,17 +119,17 @@ def test_same_generator_state_same_trajectories(pool: EnvPool, policy: Policy) -
 def test_context_limit_ends_an_episode(pool: EnvPool, policy: Policy) -> None:
     dialogue = DialogueEncoder(policy.tokenizer)
     short = Generator(policy, dialogue, max_completion_tokens=5, max_context=20)
-    with pytest.raises(AtodError, match="context"):
-        collect(pool, short, pool.task_ids[:1], group_size=1, turn_limit=4)
-    # Where other processes play on, it is for the caller to say so.
-    records = collect(pool, short, pool.task_ids[:1], group_size=1, turn_limit=4, episodes_in_all=3)
+    records = collect(pool, short, pool.task_ids[:1], group_size=1, turn_limit=4)
     assert [(r.stop_reason, r.turns) for r in records] == [("context_limit", ())]
+    config = RunConfig(model=ModelConfig(max_context=20))
+    with pytest.raises(AtodError, match="No first prompt fits"):
+        evaluate(policy, pool, config)
 
 
 def test_processes_that_share_a_rollout_sample_what_one_would(
     pool: EnvPool, policy: Policy
 ) -> None:
-    def play(first: int, last: int) -> list[Trajectory]:
+    def play(tasks: int, processes: Processes) -> list[Trajectory]:
         generator = Generator(
             policy,
             DialogueEncoder(policy.tokenizer),
@@ -140,20 +141,21 @@ def test_processes_that_share_a_rollout_sample_what_one_would(
             found += collect(
                 pool,
                 generator,
-                pool.task_ids[first:last],
+                pool.task_ids[:tasks],
                 group_size=2,
                 turn_limit=3,
-                first_episode=2 * first,
-                episodes_in_all=6,
+                processes=processes,
             )
         return found
 
-    whole, parts = play(0, 3), [play(0, 2), play(2, 2), play(2, 3)]
-    assert not parts[1]
+    whole, parts = play(3, Processes()), [play(3, Processes(index, 2)) for index in (0, 1)]
+    assert [len(part) for part in parts] == [4, 8]
     for rollout in (0, 1):
-        shared = parts[0][4 * rollout :][:4] + parts[2][2 * rollout :][:2]
+        shared = parts[0][2 * rollout :][:2] + parts[1][4 * rollout :][:4]
         for one, other in zip(shared, whole[6 * rollout :][:6], strict=True):
             assert _without_logprobs(one) == _without_logprobs(other)
+    # There may be fewer tasks than processes.
+    assert [len(play(1, Processes(index, 2))) for index in (0, 1)] == [0, 4]
 
 
 def _without_logprobs(record: Trajectory) -> object:

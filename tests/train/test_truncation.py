@@ -281,25 +281,17 @@ class _Pool(EnvPool):
 class _Watched(Generator):
     """Samples any ids, the end of a turn often enough, and keeps what the model saw."""
 
-    def start(self, episodes: int, **shares: int) -> None:
-        super().start(episodes, **shares)
-        self.context: list[list[int]] = [[] for _ in range(episodes)]
+    def start(self, episodes: int, own: range | None = None) -> None:
+        super().start(episodes, own)
         self.seen: list[list[list[int]]] = [[] for _ in range(episodes)]
         """Of each turn of each episode, all ids up to and including its completion."""
 
-    def restart(self, row: int) -> None:
-        super().restart(row)
-        self.context[row] = []
-
-    def prompt(
-        self, new_ids: Sequence[Sequence[int]], rows: Sequence[int]
-    ) -> list[Completion | None]:
-        completions = super().prompt(new_ids, rows)
-        for row, ids, completion in zip(rows, new_ids, completions, strict=True):
-            if completion is not None:
-                self.context[row] = [*self.context[row], *ids, *completion.ids]
-                self.seen[row].append(self.context[row])
-                assert self.context_length(row) == len(self.context[row]) <= self.max_context
+    def prompt(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[Completion]:
+        completions = super().prompt(prompts, rows)
+        for row, ids, completion in zip(rows, prompts, completions, strict=True):
+            self.seen[row].append([*ids, *completion.ids])
+            assert self._episodes[row].ids == self.seen[row][-1]
+            assert len(self.seen[row][-1]) <= self.max_context
         return completions
 
     def _sample(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,9 +322,7 @@ def test_what_was_fed_is_what_is_trained_on(
     )
     pool: Any = _Pool(style, dialogues)
     tasks = ["t"] * len(dialogues)
-    records = collect(
-        pool, generator, tasks, group_size=1, turn_limit=8, episodes_in_all=len(dialogues)
-    )
+    records = collect(pool, generator, tasks, group_size=1, turn_limit=8)
     assert [len(record.turns) for record in records] == [len(seen) for seen in generator.seen]
     for record in records:
         _check_turns(record, generator)
