@@ -6,15 +6,11 @@ Nothing is downloaded, started or changed; a model's folder is read for its shap
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import platform
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib import metadata
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import gymnasium
 import torch
@@ -22,18 +18,12 @@ from packaging.requirements import Requirement
 
 from atod_gym import ENV_IDS
 from atod_gym.errors import AtodError
-from atod_train.config import is_url
-from atod_train.models.from_scratch import MODEL_SHAPES
-from atod_train.models.pretrained import computes_bfloat16, read_shape
-from atod_train.teachers.remote import connect, describe
-
-GIGABYTE = 1e9
-
-_SECONDS = 5.0
+from atod_gym.serving.http import TOKEN_VARIABLE, JsonClient
+from atod_train.models.pretrained import computes_bfloat16
+from atod_train.studies.checks import describe_model
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of the examination."""
 
     kind: Literal["ok", "note", "problem"]
@@ -64,19 +54,19 @@ def examine(student: str, teacher: str, max_context: int, servers: Sequence[str]
 
 def machine() -> Iterator[Finding]:
     """Describe Python, torch, processors, memory and devices."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIGABYTE
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     yield Finding(
         "ok",
         f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} "
         f"processors, {memory:.0f} GB of memory",
     )
-    for index in range(torch.cuda.device_count()):
+    for index in range(count := torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         bf16 = "" if torch.cuda.is_bf16_supported() else "; no bfloat16: use --model.dtype float32"
-        size = device.total_memory / GIGABYTE
-        yield Finding("ok", f"cuda:{index}: {device.name}, {size:.0f} GB{bf16}")
-    if torch.cuda.device_count() > 1:
-        count = torch.cuda.device_count()
+        yield Finding(
+            "ok", f"cuda:{index}: {device.name}, {device.total_memory / 1e9:.0f} GB{bf16}"
+        )
+    if count > 1:
         yield Finding("note", f"all GPUs: torchrun --nproc-per-node {count} -m atod_train.cli ..")
     if not torch.cuda.is_available():
         units = "has" if computes_bfloat16(torch.device("cpu")) else "has no"
@@ -95,9 +85,8 @@ def packages() -> Iterator[Finding]:
         missing, clashes = [], []
         for requirement in wanted:
             marker = requirement.marker
-            if (marker is None) != (extra == "") or requirement.name == "atod-gym":
-                continue
-            if marker is not None and not marker.evaluate({"extra": extra}):
+            is_of_extra = marker.evaluate({"extra": extra}) if marker else not extra
+            if not is_of_extra or requirement.name == "atod-gym":
                 continue
             try:
                 version = metadata.version(requirement.name)
@@ -122,43 +111,28 @@ def data_sets() -> Iterator[Finding]:
         assert isinstance(entry, str)
         module, _, name = entry.partition(":")
         folder = getattr(importlib.import_module(module), name).found_data()
-        if folder is None:
-            yield Finding(
-                "note",
-                f"{env_id}: no official data found, plays generated tasks; see atod-data list",
-            )
-        else:
+        if folder:
             yield Finding("ok", f"{env_id}: data in {folder}")
+        else:
+            text = "no official data found, plays generated tasks; see atod-data list"
+            yield Finding("note", f"{env_id}: {text}")
 
 
 def reach(url: str) -> Finding:
     """Ask a server what it is, at /health."""
-    address = f"{url.rstrip('/')}/health"
+    advice, token = "To start one: atod-serve --help", os.environ.get(TOKEN_VARIABLE)
     try:
-        with urllib.request.urlopen(address, timeout=_SECONDS) as answer:
-            health = json.loads(answer.read())
-        service = health["service"]
-    except urllib.error.HTTPError as error:
-        return Finding("problem", f"{address} answers {error.code} {error.reason}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return Finding(
-            "problem", f"{address} does not answer ({error}). To start one: atod-serve --help"
-        )
-    return Finding("ok", f"{url}: {service}")
+        health = JsonClient(url, advice=advice, token=token, timeout=5.0, attempts=1).get("/health")
+    except AtodError as error:
+        return Finding("problem", str(error))
+    if "service" not in health:
+        return Finding("problem", f"{url} is another kind of server: its /health is {health}")
+    return Finding("ok", f"{url}: {health['service']}")
 
 
 def model_finding(role: str, name: str, max_context: int) -> Finding:
     """Return whether a model can be used, by its configuration alone."""
-    if is_url(name):
-        try:
-            served = describe(connect(name, _SECONDS))
-        except AtodError as error:
-            return Finding("problem", f"{role}: {error}")
-        return Finding("ok", f"{role} {name}: {served.name}")
-    if name in MODEL_SHAPES:
-        return Finding("ok", f"{role} {name}: trained from scratch")
     try:
-        config = read_shape(name, max_context)
+        return Finding("ok", f"{role} {describe_model(name, max_context)}")
     except AtodError as error:
         return Finding("problem", f"{role}: {error}")
-    return Finding("ok", f"{role} {name}: {config.model_type}")

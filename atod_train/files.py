@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,12 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
 
 def _sync(path: Path) -> None:
     """Force a file or folder to disk; systems that cannot open folders skip those."""
-    try:
+    with suppress(PermissionError):  # Windows and folders
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows and folders
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -89,13 +87,12 @@ def locked(folder: Path, otherwise: str) -> Iterator[None]:
     """
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(timeout=0)
+    except Timeout:
         raise FileError(
             f"Another process writes to {folder}: wait for it, or {otherwise}."
-        ) from error
-    except NotImplementedError:
-        pass  # a file system without locks
+        ) from None
     try:
         yield
     finally:
@@ -147,6 +144,8 @@ def read_json_lines(
     Raises:
         FileError: the file cannot be read; a line is no JSON object.
     """
+    if not required and not path.exists():
+        return
     try:
         # Only "\n" ends a record: text mode would also cut at "\r" inside of texts.
         with path.open("rb") as file:
@@ -166,9 +165,6 @@ def read_json_lines(
                         f"line {number} of {path} is broken ({error}); remove that line"
                     ) from error
                 yield value
-    except FileNotFoundError as error:
-        if required:
-            raise FileError(f"{path} cannot be read: there is no such file") from error
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error}") from error
 
@@ -179,12 +175,10 @@ def end_last_line(path: Path) -> None:
         return
     with path.open("rb+") as file:
         content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole == len(content):
-            return
+        last = content.rfind(b"\n") + 1
         try:
-            json.loads(content[whole:])
+            json.loads(content[last:])
         except ValueError:
-            file.truncate(whole)
+            file.truncate(last)
         else:
             file.write(b"\n")

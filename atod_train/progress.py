@@ -5,14 +5,22 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TextIO
+from typing import Literal, Protocol
 
 from tqdm import tqdm
 
-_FIRST_LINE = 5.0
-"""Seconds until the first line away from a terminal."""
+_FIRST_LINE, _OTHER_LINES = 5.0, 30.0
+"""Away from a terminal: seconds until the first line, and between two lines."""
+
+_style: Literal["bars", "lines", "nothing"] = "bars"
+_open: list[str] = []
+"""Descriptions of what is under way, outermost first."""
+
+_Show = Callable[[int, str], None]
+"""Count units as done, and show a note."""
 
 
 class Advance(Protocol):
@@ -22,35 +30,17 @@ class Advance(Protocol):
         """Count `amount` more units as done, and `tokens` more as sampled; show `note`."""
 
 
-_plain = False
-_silent = False
-_open: list[str] = []
-"""Descriptions of what is under way, outermost first."""
-
-
-def plain_lines() -> None:
-    """From now on show plain lines in this process even on a terminal."""
-    global _plain
-    _plain = True
-
-
-def no_lines() -> None:
-    """From now on show nothing in this process; for all ranks but one."""
-    global _silent
-    _silent = True
+def show_progress(style: Literal["bars", "lines", "nothing"]) -> None:
+    """Choose how this process shows progress: at first as bars, which are lines in a pipe."""
+    global _style
+    _style = style
 
 
 @contextmanager
 def progress(
-    total: int,
-    description: str,
-    *,
-    initial: int = 0,
-    is_part: bool = False,
-    every_seconds: float = 30.0,
-    stream: TextIO | None = None,
+    total: int, description: str, *, initial: int = 0, is_part: bool = False
 ) -> Iterator[Advance]:
-    """Show how far a long piece of work is: done, time left, and tokens per second.
+    """Show on standard error how far a long piece of work is: done, time left, tokens per second.
 
     Args:
         total: units of work in all.
@@ -59,95 +49,74 @@ def progress(
         initial: units that were done before.
         is_part: the work is one unit of the work around it: away from a terminal it has lines only
             where it takes long.
-        every_seconds: away from a terminal: shortest time between two lines.
-        stream: where to show it; default: the standard error stream.
 
     Yields:
         A function to call after each unit.
     """
-    if _silent:
+    if _style == "nothing":
         yield lambda amount=1, note="", tokens=0: None
         return
-    stream = sys.stderr if stream is None else stream
+    began, sampled = time.monotonic(), 0
+
+    def advance(amount: int = 1, note: str = "", tokens: int = 0) -> None:
+        nonlocal sampled
+        sampled += tokens
+        rate = sampled / max(time.monotonic() - began, 1e-6)
+        show(amount, ", ".join(filter(None, (f"{rate:,.0f} tokens/s" if sampled else "", note))))
+
     _open.append(description)
+    shown = _bar if _style == "bars" and sys.stderr.isatty() else _lines
     try:
-        if stream.isatty() and not _plain:
-            with _bar(total, description, initial, stream) as advance:
-                yield advance
-        else:
-            with _lines(total, initial, is_part, every_seconds, stream) as advance:
-                yield advance
+        with shown(total, initial, is_part) as show:
+            yield advance
     finally:
         _open.pop()
 
 
 @contextmanager
-def _lines(
-    total: int, initial: int, is_part: bool, every_seconds: float, stream: TextIO
-) -> Iterator[Advance]:
-    """Yield a function that prints a line now and then."""
-    name = ": ".join(_open)
-    began = time.monotonic()
-    due = began + (every_seconds if is_part else min(every_seconds, _FIRST_LINE))
-    done, sampled, has_line = initial, 0, False
+def _lines(total: int, initial: int, is_part: bool) -> Iterator[_Show]:
+    name, began, done = ": ".join(_open), time.monotonic(), initial
+    due = began + (_OTHER_LINES if is_part else _FIRST_LINE)
 
-    def begin() -> None:  # a first unit that takes long is not without a line
-        if not has_line:
-            print(f"{name}: {done}/{total}", file=stream, flush=True)
+    def line(*parts: str) -> None:
+        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
-    timer = threading.Timer(_FIRST_LINE, begin)
-    timer.daemon = True
-    if not is_part:
-        timer.start()
-
-    def advance(amount: int = 1, note: str = "", tokens: int = 0) -> None:
-        nonlocal done, sampled, due, has_line
+    def show(amount: int, note: str) -> None:
+        nonlocal done, due
         done += amount
-        sampled += tokens
         now = time.monotonic()
         if now < due and (is_part or done < total):
             return
-        due, has_line = now + every_seconds, True
-        seconds = max(now - began, 1e-6)
-        parts = [f"{name}: {done}/{total}", f"{tqdm.format_interval(seconds)} gone"]
+        first.cancel()
+        due, seconds, left = now + _OTHER_LINES, now - began, ""
         if initial < done < total:
-            left = (total - done) * seconds / (done - initial)
-            parts.append(f"{tqdm.format_interval(left)} left")
-        parts += _notes(note, sampled, seconds)
-        print(", ".join(parts), file=stream, flush=True)
+            time_left = (total - done) * seconds / (done - initial)
+            left = f"{tqdm.format_interval(time_left)} left"
+        line(f"{name}: {done}/{total}", f"{tqdm.format_interval(seconds)} gone", left, note)
 
+    # A first unit that takes long is not without a line.
+    first = threading.Timer(_FIRST_LINE, line, [f"{name}: {initial}/{total}"])
+    first.daemon = True
+    if not is_part:
+        first.start()
     try:
-        yield advance
+        yield show
     finally:
-        timer.cancel()
-
-
-def _notes(note: str, tokens: int, seconds: float) -> list[str]:
-    return [*([f"{tokens / seconds:,.0f} tokens/s"] if tokens else []), *([note] if note else [])]
+        first.cancel()
 
 
 @contextmanager
-def _bar(total: int, description: str, initial: int, stream: TextIO) -> Iterator[Advance]:
-    began = time.monotonic()
-    sampled = 0
-    is_inner = len(_open) > 1
-    with tqdm(
-        total=total,
-        desc=description,
-        initial=initial,
-        file=stream,
-        leave=not is_inner,
-        dynamic_ncols=True,
-    ) as bar:
+def _bar(total: int, initial: int, is_part: bool) -> Iterator[_Show]:
+    bar = tqdm(
+        total=total, desc=_open[-1], initial=initial, leave=not _open[1:], dynamic_ncols=True
+    )
 
-        def advance(amount: int = 1, note: str = "", tokens: int = 0) -> None:
-            nonlocal sampled
-            sampled += tokens
-            notes = _notes(note, sampled, max(time.monotonic() - began, 1e-6))
-            bar.set_postfix_str(", ".join(notes), refresh=False)
-            bar.update(amount)
+    def show(amount: int, note: str) -> None:
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(amount)
 
-        yield advance
+    with bar:
+        yield show
 
 
 class PhaseTimes:
@@ -159,15 +128,14 @@ class PhaseTimes:
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._since = self._began = time.perf_counter()
 
     def _book(self) -> None:
         now = time.perf_counter()
         if self._open:
-            name = self._open[-1]
-            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+            self._seconds[self._open[-1]] += now - self._since
         self._since = now
 
     @contextmanager
@@ -189,5 +157,6 @@ class PhaseTimes:
         self._book()
         taken = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
         taken["seconds/other"] = max(0.0, self._since - self._began - sum(taken.values()))
-        self._seconds, self._began = {}, self._since
+        self._seconds.clear()
+        self._began = self._since
         return taken

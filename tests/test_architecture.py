@@ -32,9 +32,9 @@ TRAINER_ROOMS = (
     "reports",
     "evaluation",
     "training",
-    "presets doctor",
+    "presets",
     "studies",
-    "cli",
+    "doctor cli",
     "adapters examples",
 )
 

@@ -6,14 +6,12 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-
-import transformers
 
 from atod_gym.errors import AtodError
 from atod_train.algorithm.methods import needs_teacher
@@ -23,10 +21,10 @@ from atod_train.files import locked, read_json
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES
 from atod_train.models.policy import Policy
-from atod_train.progress import no_lines, plain_lines, progress
+from atod_train.progress import progress, show_progress
 from atod_train.reports.evaluations import EvaluatedModel, Evaluation
 from atod_train.reports.report import REPORT_FILE, write_report
-from atod_train.reports.results import RESULTS_FILE, Results, results_of, write_results
+from atod_train.reports.results import RESULTS_FILE, finished_runs, results_of, write_results
 from atod_train.reports.run_folder import (
     ANOTHER_FOLDER,
     MANIFEST_FILE,
@@ -34,7 +32,7 @@ from atod_train.reports.run_folder import (
     check_same_settings,
     is_finished,
 )
-from atod_train.reports.run_summary import finished_runs
+from atod_train.reports.run_summary import RunSummary
 from atod_train.reports.tables import all_tables, as_text
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.checks import check_folder, header, is_taught
@@ -75,25 +73,32 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
     if processes.is_main:
         check_folder(out)
     else:
-        no_lines()
-    left = {part.name: _left(part, resume) for part in study.parts}
+        show_progress("nothing")
+    all_left = [(part, _left(part, resume)) for part in study.parts]
     if processes.is_main:
-        for part in study.parts:
-            _announce(part, left[part.name], study.jobs)
+        for part, left in all_left:
+            if kept := len(part.runs) - len(left):
+                print(f"{part.name}: finished runs that are kept: {kept}", file=sys.stderr)
+            if left:
+                print(header(part, left, study.jobs), file=sys.stderr, flush=True)
         out.mkdir(parents=True, exist_ok=True)
     with locked(out, ANOTHER_FOLDER) if processes.is_main else nullcontext():
         # Barrier: every rank must have read the folder before rank 0 writes to it.
         processes.wait()
-        kept = keep_study(study, out) if processes.is_main else study
+        whole = keep_study(study, out) if processes.is_main else study
         try:
-            for part in study.parts:
-                if left[part.name]:
-                    _make_part(part, left[part.name], study.jobs, processes)
+            # Processes that train together make one run after the other.
+            with _workers(study.jobs if processes.count == 1 else 1) as call_all:
+                # Models that cannot be used are refused before the first run begins.
+                for make in (_make_models, _make_runs):
+                    for part, left in all_left:
+                        if left:
+                            make(part, left, processes, call_all)
         finally:
             if processes.is_main:
-                environments = _write_results(kept, out)
+                finished = _write_results(whole, out)
         if processes.is_main:
-            _report(environments, out)
+            _report(finished, out)
         processes.wait()
     return out / REPORT_FILE
 
@@ -104,19 +109,20 @@ def report_study(study: Study, out: Path) -> None:
     Raises:
         AtodError: none is.
     """
-    environments = _write_results(study, out)
-    if not environments:
+    finished = _write_results(study, out)
+    if not finished:
         raise AtodError(f"No run of this study has finished in {out}: there are no results.")
-    _report(environments, out)
+    _report(finished, out)
 
 
-def _report(environments: Sequence[Results], out: Path) -> None:
-    """Print the tables of environments and write their report."""
+def _report(finished: Mapping[str, Sequence[RunSummary]], out: Path) -> None:
+    """Print the tables of finished runs and write their report."""
+    environments = [results_of(name, runs) for name, runs in finished.items()]
     for results in (found for found in environments if found.tasks):
         print(f"\n{results.name}\n{as_text(all_tables(results, by_split=True))}")
-    are_several = sum(len(results.runs) for results in environments) > 1
+    are_several = len([run for runs in finished.values() for run in runs]) > 1
     pictures = are_several and all(results.tasks for results in environments)
-    report = write_report(out, environments, pictures=pictures)
+    report = write_report(out, environments, finished, pictures=pictures)
     print(f"results: {out / RESULTS_FILE}\nreport: {report}")
 
 
@@ -140,55 +146,57 @@ def _left(part: StudyPart, resume: bool) -> list[Run]:
     return left
 
 
-def _announce(part: StudyPart, left: Sequence[Run], jobs: int) -> None:
-    """Check what the runs on an environment need, and print what they are."""
-    kept = len(part.runs) - len(left)
-    if kept:
-        print(f"{part.name}: finished runs that are kept: {kept}", file=sys.stderr)
-    if left:
-        print("\n".join(header(part, left, jobs)), file=sys.stderr, flush=True)
-
-
-def _write_results(study: Study, out: Path) -> list[Results]:
+def _write_results(study: Study, out: Path) -> dict[str, list[RunSummary]]:
     """Write results.json from all finished runs of a folder; return them by environment."""
-    environments = []
+    finished = {}
     for part in study.parts:
         runs, left_out = finished_runs(part.folder, part.settings)
         if runs:
-            environments.append(results_of(part.name, runs))
+            finished[part.name] = runs
         for line in left_out:
             print(f"not in the results: {line}", file=sys.stderr)
-    write_results(out / RESULTS_FILE, environments)
-    return environments
+    write_results(out / RESULTS_FILE, finished)
+    return finished
 
 
-def _make_part(part: StudyPart, left: Sequence[Run], jobs: int, processes: Processes) -> None:
-    """Make what all runs on an environment share, then the runs that are left."""
-    config, folder = part.config, part.folder
-    wants_teacher = is_taught(part.runs)
-    teacher_is_here = wants_teacher and not is_url(config.model.teacher)
-    roles: list[EvaluatedModel] = ["teacher", "student"] if teacher_is_here else ["student"]
-    # Processes that train together make one run after the other.
-    with _workers(jobs if processes.count == 1 else 1) as call_all:
-        if processes.is_main:
-            # Models that are loaded come first: whether they can be used is known at once.
-            made = [role for role in roles if getattr(config.model, role) in MODEL_SHAPES]
-            loaded = [role for role in roles if role not in made]
-            for some in (loaded, made):
-                call_all(_make_start, [(config, role) for role in some])
-        processes.wait()
-        begun = [run.folder for run in left if run.is_begun]
-        are_loaded = not {config.model.teacher, config.model.student} <= set(MODEL_SHAPES)
-        # Models made from the same demonstrations share their tokenizer.
-        if begun or (wants_teacher and are_loaded):
-            call_all(_check_models, [(config, wants_teacher, begun)])
-        wanted = [
-            (config, role, split, folder, processes)
-            for role in roles
-            for split in config.env.eval_splits
-        ]
-        known = [e for found in call_all(evaluate_start, wanted) for e in found]
-        call_all(_train, [(run, known, processes) for run in left])
+def _make_models(
+    part: StudyPart, left: Sequence[Run], processes: Processes, call_all: CallAll
+) -> None:
+    """Make start and teacher of an environment, and check that the runs can use them."""
+    config = part.config
+    models = {role: getattr(config.model, role) for role in _roles(part)}
+    if processes.is_main:
+        # Models that are loaded come first: whether they can be used is known at once.
+        for is_made in (False, True):
+            chosen = [role for role, name in models.items() if (name in MODEL_SHAPES) == is_made]
+            call_all(_make_start, [(config, role) for role in chosen])
+    processes.wait()
+    begun = [run.folder for run in left if run.is_begun]
+    # Models made from the same demonstrations share their tokenizer.
+    if begun or (
+        is_taught(part) and not {config.model.teacher, config.model.student} <= MODEL_SHAPES.keys()
+    ):
+        call_all(_check_models, [(config, is_taught(part), begun)])
+
+
+def _make_runs(
+    part: StudyPart, left: Sequence[Run], processes: Processes, call_all: CallAll
+) -> None:
+    """Evaluate start and teacher of an environment, then make the runs."""
+    config = part.config
+    wanted = [
+        (config, role, split, part.folder, processes)
+        for role in _roles(part)
+        for split in config.env.eval_splits
+    ]
+    known = [evaluation for found in call_all(evaluate_start, wanted) for evaluation in found]
+    call_all(_train, [(run, known, processes) for run in left])
+
+
+def _roles(part: StudyPart) -> list[EvaluatedModel]:
+    """Return the models that are in this process."""
+    has_teacher = is_taught(part) and not is_url(part.config.model.teacher)
+    return ["teacher", "student"] if has_teacher else ["student"]
 
 
 # -- pieces of work, each of which can run in a process of its own --------------------------------
@@ -197,33 +205,28 @@ def _make_part(part: StudyPart, left: Sequence[Run], jobs: int, processes: Proce
 def _make_start(config: RunConfig, role: EvaluatedModel) -> None:
     """Make a start unless it is cached or a saved model."""
     name = getattr(config.model, role)
-    is_loaded = name not in MODEL_SHAPES
-    with (
-        closing(EnvPool(config.env, "train")) as pool,
-        progress(1, f"loading {role} ({Path(name).name})") if is_loaded else nullcontext() as done,
-    ):
-        policy_of(config, role, pool)
-        if done is not None:
-            done()
+    with closing(EnvPool(config.env, "train")) as pool:
+        if name in MODEL_SHAPES:
+            policy_of(config, role, pool)
+        else:
+            with progress(1, f"loading {role} ({Path(name).name})") as advance:
+                policy_of(config, role, pool)
+                advance()
 
 
-def _check_models(config: RunConfig, wants_teacher: bool, begun: Sequence[Path]) -> None:
+def _check_models(config: RunConfig, has_teacher: bool, begun: Sequence[Path]) -> None:
     """Refuse models that cannot be used, before minutes are spent on evaluations.
 
     Args:
         config: what all runs share.
-        wants_teacher: whether one of them has a teacher.
+        has_teacher: whether one of them has a teacher.
         begun: folders of runs that are to be continued.
 
     Raises:
         AtodError: the teacher cannot score the student.
         RunFolderError: a run was begun with other models or tasks.
     """
-    with ExitStack() as stack:
-        splits = ("train", *config.env.eval_splits)
-        pools = [stack.enter_context(closing(EnvPool(config.env, split))) for split in splits]
-        student = policy_of(config, "student", pools[0])
-        teacher = _teacher(config, pools[0], student) if wants_teacher else None
+    with _loaded(config, has_teacher) as (student, teacher, pools):
         dialogue = DialogueEncoder(
             student.tokenizer, config.env.prompt_style, config.env.template_options
         )
@@ -232,29 +235,12 @@ def _check_models(config: RunConfig, wants_teacher: bool, begun: Sequence[Path])
             inputs.check(read_json(folder / MANIFEST_FILE), str(student.tokenizer.chat_template))
 
 
-def _teacher(config: RunConfig, pool: EnvPool, student: Policy) -> Teacher:
-    """The teacher, in this process or behind a URL."""
-    model = config.model
-    if is_url(model.teacher):
-        return RemoteTeacher(model.teacher, student, max_context=model.max_context)
-    return LocalTeacher(
-        policy_of(config, "teacher", pool),
-        student,
-        tokens_per_microbatch=config.train.tokens_per_microbatch,
-    )
-
-
 def _train(run: Run, known: Sequence[Evaluation], processes: Processes) -> None:
     """Make one run, from the start or from its last checkpoint."""
-    config = run.config
-    train_pool = EnvPool(config.env, "train")
-    eval_pools = [EnvPool(config.env, split) for split in config.env.eval_splits]
-    try:
-        student = policy_of(config, "student", train_pool)
-        wanted = needs_teacher(config.algorithm.method)
-        teacher = _teacher(config, train_pool, student) if wanted else None
+    has_teacher = needs_teacher(run.config.algorithm.method)
+    with _loaded(run.config, has_teacher) as (student, teacher, (train_pool, *eval_pools)):
         trainer = Trainer(
-            config,
+            run.config,
             run.folder,
             student,
             teacher,
@@ -265,9 +251,30 @@ def _train(run: Run, known: Sequence[Evaluation], processes: Processes) -> None:
             run.label,
         )
         trainer.run(resume=True)  # what must not be continued is refused before any work
-    finally:
-        for pool in (train_pool, *eval_pools):
-            pool.close()
+
+
+@contextmanager
+def _loaded(
+    config: RunConfig, has_teacher: bool
+) -> Iterator[tuple[Policy, Teacher | None, list[EnvPool]]]:
+    """Load the models of a run, and open its environments: for training, then of each split."""
+    model = config.model
+    with ExitStack() as stack:
+        pools = [
+            stack.enter_context(closing(EnvPool(config.env, split)))
+            for split in ("train", *config.env.eval_splits)
+        ]
+        student = policy_of(config, "student", pools[0])
+        teacher: Teacher | None = None
+        if has_teacher and is_url(model.teacher):
+            teacher = RemoteTeacher(model.teacher, student, max_context=model.max_context)
+        elif has_teacher:
+            teacher = LocalTeacher(
+                policy_of(config, "teacher", pools[0]),
+                student,
+                tokens_per_microbatch=config.train.tokens_per_microbatch,
+            )
+        yield student, teacher, pools
 
 
 CallAll = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
@@ -324,5 +331,4 @@ def _set_up_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    plain_lines()
-    transformers.utils.logging.disable_progress_bar()
+    show_progress("lines")

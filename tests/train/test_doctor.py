@@ -22,7 +22,7 @@ def test_a_machine_that_is_well(capsys: pytest.CaptureFixture[str], no_user_data
     said = capsys.readouterr().out
     assert "ok       atod-gym[train] is complete" in said
     assert "atod/WebShop-v0: no official data found, plays generated tasks" in said
-    assert "ok       student micro: trained from scratch" in said
+    assert "ok       student micro (from scratch), 0." in said
 
 
 def test_data_that_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,8 +40,8 @@ def test_servers(capsys: pytest.CaptureFixture[str]) -> None:
     url = shared_server("webshop", ("--data", "generated", "--products", "20")).url
     assert doctor.reach(url) == doctor.Finding("ok", f"{url}: webshop")
     assert main(["doctor", "--server", "http://127.0.0.1:9"]) == 1
-    assert "http://127.0.0.1:9/health does not answer" in capsys.readouterr().out
-    assert "answers 404" in doctor.reach(f"{url}/nothing").text
+    assert "problem  GET http://127.0.0.1:9/health failed" in capsys.readouterr().out
+    assert "HTTP 404" in doctor.reach(f"{url}/nothing").text
 
 
 def test_versions_that_clash_and_packages_that_are_missing(

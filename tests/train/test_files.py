@@ -32,7 +32,7 @@ def test_torn_last_lines_are_left_out_and_other_broken_lines_named(tmp_path: Pat
         with pytest.raises(FileError, match="line 1 of"):
             list(read_json_lines(path))
     assert list(read_json_lines(tmp_path / "none.jsonl")) == []
-    with pytest.raises(FileError, match="no such file"):
+    with pytest.raises(FileError, match="No such file"):
         list(read_json_lines(tmp_path / "none.jsonl", required=True))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig
-from atod_train.files import FileError, read_json, write_json
+from atod_train.files import FileError, read_json
 from atod_train.progress import PhaseTimes, progress
 from atod_train.reports.evaluations import Evaluation, EvaluationResult, TaskResult
 from atod_train.reports.metrics import (
@@ -32,6 +32,7 @@ from atod_train.reports.run_folder import (
     read_config,
     write_config,
     write_manifest,
+    write_summary,
 )
 
 
@@ -215,17 +216,30 @@ def test_config_survives_and_foreign_settings_are_refused(tmp_path):
 
 
 def test_manifest_keeps_its_beginning_when_a_run_is_resumed(tmp_path):
-    beginning = {"method": "atod", "seeds": {"train": 3}}
-    write_manifest(tmp_path, beginning, "cpu", 2)
-    write_manifest(tmp_path, {**beginning, "method": "other"}, "cuda")
+    def write(command: str) -> None:
+        write_manifest(
+            tmp_path,
+            method="atod",
+            env_id="atod/ALFWorld-v0",
+            data="generated",
+            data_hash="abc",
+            seeds={"train": 3},
+            student_parameters=870_000,
+            command=["atod-train", command],
+        )
+
+    write("first")
+    write("second")
     manifest = read_json(tmp_path / "manifest.json")
-    assert manifest.items() >= {**beginning, "device": "cpu", "processes": 2}.items()
+    assert manifest["command"] == ["atod-train", "first"]
+    assert manifest["data"] == {"name": "generated", "hash": "abc"}
+    assert manifest["parameters"] == {"student": 870_000, "teacher": None}
     assert manifest["packages"]["torch"] == package_versions(["torch"])["torch"] != "absent"
-    assert [part["device"] for part in manifest["resumed"]] == ["cuda"]
+    assert [part["command"][1] for part in manifest["resumed"]] == ["second"]
 
 
-def test_totals_that_are_infinite_and_broken_json(tmp_path):
-    write_json(tmp_path / "summary.json", {"minutes": math.inf})
+def test_summary_and_broken_json(tmp_path):
+    write_summary(tmp_path, steps=5, minutes=math.inf, extra={"best": 0.5})
     assert read_json(tmp_path / "summary.json")["minutes"] is None
     assert read_json(tmp_path / "absent.json") == {}
     (tmp_path / "summary.json").write_text("[]")
@@ -236,11 +250,11 @@ def test_totals_that_are_infinite_and_broken_json(tmp_path):
 def test_progress_away_from_a_terminal_is_a_line_now_and_then(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    stream = io.StringIO()
-    with progress(110, "training", initial=10, every_seconds=30, stream=stream) as advance:
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with progress(110, "training", initial=10) as advance:
         for step in range(11, 111):
             now[0] += 1.0
-            with progress(9, "rollout", is_part=True, every_seconds=30, stream=stream) as inner:
+            with progress(9, "rollout", is_part=True) as inner:
                 now[0] += 30.0 * (step == 110)
                 inner(3)
             advance(note=f"loss {step}", tokens=20)
@@ -256,8 +270,8 @@ def test_progress_away_from_a_terminal_is_a_line_now_and_then(monkeypatch):
 
 def test_a_first_unit_that_takes_long_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atod_train.progress._FIRST_LINE", 0.05)
-    stream = io.StringIO()
-    with progress(4, "evaluating", stream=stream) as advance:
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with progress(4, "evaluating") as advance:
         time.sleep(0.5)
         assert stream.getvalue() == "evaluating: 0/4\n"
         advance(4)
@@ -269,19 +283,19 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_on_a_terminal_is_a_bar():
-    stream = Terminal()
-    with progress(2, "[not markup]", stream=stream) as advance:
+def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    with progress(2, "[not markup]") as advance:
         advance(2, note="done")
     assert "[not markup]" in stream.getvalue()
     assert "2/2" in stream.getvalue()
 
 
-def test_a_bar_inside_of_another_is_a_line_below_it():
-    stream = Terminal()
-    with progress(2, "outer", stream=stream) as outer:
+def test_a_bar_inside_of_another_is_a_line_below_it(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    with progress(2, "outer") as outer:
         for _ in range(2):
-            with progress(3, "inner", stream=stream) as inner:
+            with progress(3, "inner") as inner:
                 time.sleep(0.2)  # the terminal is drawn ten times a second
                 inner(3, note="done")
             outer()

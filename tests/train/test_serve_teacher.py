@@ -90,7 +90,7 @@ def test_who_it_is(url: str) -> None:
 
 def test_doctor_takes_a_url_as_teacher(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--student", "micro", "--teacher", url]) == 0
-    assert f"{url}: teacher" in capsys.readouterr().out
+    assert f"teacher teacher on the server {url}\n" in capsys.readouterr().out
 
 
 def test_many_clients_at_once(url: str) -> None:

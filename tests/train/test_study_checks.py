@@ -78,12 +78,14 @@ def test_folders_that_cannot_be_used_are_refused(
 def test_the_header_describes_the_runs(tmp_path: Path) -> None:
     study = study_of_methods(CONFIG, ("atod", "opd"), tmp_path)
     [part] = study.parts
-    text = "\n".join(header(part, part.runs, study.jobs))
+    text = header(part, part.runs, study.jobs)
     for line in (
-        rf"houses in {tmp_path}: atod, opd; seed 0; 6 steps of 2 tasks x 2 episodes; 2 runs at a",
+        rf"houses in {tmp_path}: atod, opd; seed 0; steps 6, tasks per step 2, episodes per task 2;"
+        " 2 runs at a time",
         r"environment  atod/ALFWorld-v0, data generated; tasks: train 3,000, valid_seen 200",
-        r"student      micro, from scratch by .* demonstrations, 0\.\d+ M parameters besides its",
-        r"teacher      micro, from scratch",
+        r"student      micro \(from scratch\), 0\.\d+ M parameters besides its word embeddings; "
+        r"trained on 16 demonstrations, epochs 2$",
+        r"teacher      micro \(from scratch\), .*, epochs 4$",
         r"device       cpu, weights in float32$",
     ):
         assert re.search(line, text, re.MULTILINE), (line, text)
@@ -96,7 +98,7 @@ def test_the_header_has_no_teacher_where_none_is_used(tmp_path: Path) -> None:
     algorithm = replace(CONFIG.algorithm, method="grpo")
     start = replace(CONFIG.start, epochs=(0.0, 0.0))
     [part] = study_of(replace(config, algorithm=algorithm, start=start), tmp_path).parts
-    text = "\n".join(header(part, part.runs, 1))
+    text = header(part, part.runs, 1)
     count = sum(weight.numel() for weight in policy.model.parameters())
     assert f"student (llama), {count / 1e6:.2f} M parameters, adapters of rank 4" in text
     assert "teacher " not in text

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
+from atod_gym.errors import AtodError
 from atod_train.cli import main
 from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
 from atod_train.distributed import Processes
-from atod_train.files import write_json
 from atod_train.reports.evaluations import EvaluatedModel, Evaluation, EvaluationResult, TaskResult
 from atod_train.reports.metrics import MetricsWriter
-from atod_train.reports.results import RESULTS_FILE, results_of, write_results
-from atod_train.reports.run_folder import write_config, write_manifest
-from atod_train.reports.run_summary import finished_runs, record_of
+from atod_train.reports.results import RESULTS_FILE, finished_runs, record_of, write_results
+from atod_train.reports.run_folder import write_config, write_manifest, write_summary
 from atod_train.studies import study
 from atod_train.studies.file import Run, StudyPart
+from atod_train.studies.study import CallAll
 from atod_train.training.stopping import StoppedByUser
 
 STUDY = """
@@ -52,12 +52,17 @@ def make_run(folder: Path, *, method: str = "atod", seed: int = 0, finished: boo
     """A run of four steps; step 3 has left no metrics."""
     config = settings_of(method, seed=seed)
     write_config(folder, config)
-    beginning = {
-        "env_id": "some/Env-v0",
-        "data": {"name": "generated", "hash": "c0ffee"},
-        "parameters": {"student": 1000, "teacher": None if method == "grpo" else 5000},
-    }
-    write_manifest(folder, beginning)
+    write_manifest(
+        folder,
+        method=method,
+        env_id="some/Env-v0",
+        data="generated",
+        data_hash="c0ffee",
+        seeds={"train": seed},
+        student_parameters=1000,
+        teacher_parameters=None if method == "grpo" else 5000,
+        command=["atod-train"],
+    )
     with MetricsWriter(folder, tensorboard=False) as writer:
         writer.write_evaluation(evaluation(0, "001"))
         writer.write_evaluation(evaluation(0, "111", "teacher"))
@@ -67,8 +72,8 @@ def make_run(folder: Path, *, method: str = "atod", seed: int = 0, finished: boo
                           "kappa": float("nan"), "seconds/update": 1.26})  # fmt: skip
         writer.write_evaluation(evaluation(2, "011"))
         writer.write_evaluation(evaluation(4, "010"))
-    totals = {"steps": 4, "minutes": 1.5, "tokens": 90, "trajectories": 16, "finished": finished}
-    write_json(folder / "summary.json", totals)
+    write_summary(folder, steps=4, minutes=1.5, tokens=90, trajectories=16,
+                  extra={"finished": finished})  # fmt: skip
 
 
 def lines_of(path: Path) -> list[str]:
@@ -83,7 +88,7 @@ def test_a_run_is_kept_in_one_line(tmp_path: Path) -> None:
     make_run(tmp_path / "houses" / "atod-seed0")
     path = tmp_path / RESULTS_FILE
     runs, _ = finished_runs(tmp_path / "houses", {"atod": settings_of("atod")})
-    write_results(path, [results_of("houses", runs)])
+    write_results(path, {"houses": runs, "more": []})
     assert list(read(path)) == ["houses"]
     record = read(path)["houses"]
     [run] = record["runs"]
@@ -142,13 +147,16 @@ def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     path.write_text(STUDY, encoding="utf-8")
     asked = []
 
-    def make_part(part: StudyPart, left: list[Run], jobs: int, processes: Processes) -> None:
+    def make_runs(
+        part: StudyPart, left: list[Run], processes: Processes, call_all: CallAll
+    ) -> None:
         asked.append([run.folder.relative_to(out).as_posix() for run in left])
         make_run(left[0].folder, method=left[0].label, seed=7)
         write_config(left[0].folder, left[0].config)
         raise StoppedByUser("stopped")
 
-    monkeypatch.setattr(study, "_make_part", make_part)
+    monkeypatch.setattr(study, "_make_models", lambda *_: None)
+    monkeypatch.setattr(study, "_make_runs", make_runs)
     command = ["study", str(path), "--out", str(out), "--seeds", "7"]
     assert main([*command, "--environments", "more"]) == 130
     assert asked == [["more/atod-seed7", "more/grpo-seed7"]]
@@ -163,3 +171,22 @@ def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     }  # fmt: skip
     told = f"atod-train: stopped. Continue with: atod-train resume {out}\n"
     assert capsys.readouterr().err.count(told) == 2
+
+
+def test_models_of_all_environments_are_checked_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "small.toml"
+    path.write_text(STUDY, encoding="utf-8")
+    asked = []
+
+    def make_models(part: StudyPart, *_: Any) -> None:
+        asked.append(part.name)
+        if part.name == "more":
+            raise AtodError("the vocabulary is another")
+
+    monkeypatch.setattr(study, "_make_models", make_models)
+    monkeypatch.setattr(study, "_make_runs", lambda part, *_: asked.append(part))
+    assert main(["study", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert asked == ["houses", "more"]
+    assert "the vocabulary is another" in capsys.readouterr().err
