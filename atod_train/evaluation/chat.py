@@ -205,12 +205,11 @@ class ChatEndpoint:
         if failed >= (tries if self._has_answered else min(tries, _FIRST_ATTEMPTS)):
             advice = "" if self._has_answered else " Is the server running, and --base-url right?"
             raise ServerError(f"{error} That was attempt {failed}.{advice}")
-        requested = error.wait or 0.0
-        if requested > _LONGEST_REQUESTED:
-            raise ServerError(f"{error} It asks to wait for {requested:.0f} s.")
+        if error.retry_after > _LONGEST_REQUESTED:
+            raise ServerError(f"{error} It asks to wait for {error.retry_after:.0f} s.")
         wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** (failed - 1))
-        wait = max(requested, wait * (0.75 + self._random.random() / 2))
-        if error.is_limit:
+        wait = max(error.retry_after, wait * self._random.uniform(0.75, 1.25))
+        if error.status == 429:
             self._limiter.hold(wait)
         return wait
 
@@ -225,7 +224,8 @@ class ChatEndpoint:
         if codes & _SPENT_CODES or status == 402:
             return ServerError(f"{where} Add credit, or use another key.")
         if status in _TRANSIENT or status >= 500:
-            return _Transient(where, _retry_after(error.response.headers), status == 429)
+            wait = _retry_after(error.response)
+            return _Transient(where, status=status, retry_after=wait)
         advice = ""
         if status in (400, 413, 422):
             if stop and (body.get("param") == "stop" or re.search(r"\bstop\b", said)):
@@ -260,10 +260,10 @@ class ChatEndpoint:
             thought = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
             text = message.get("content") or ""
             thoughts = (message.get("reasoning_content"), message.get("reasoning"))
+            if not isinstance(text, str):
+                raise TypeError("no text")
         except (LookupError, TypeError, AttributeError) as error:
             raise self._no_completion("it has no choice with a message of text") from error
-        if not isinstance(text, str):
-            raise self._no_completion("its message is no text")
         reasoning = next((part for part in thoughts if part and isinstance(part, str)), "")
         instead = "" if text.strip() else _instead_of_text(choice)
         if self.settings.keep_reasoning and reasoning:
@@ -283,19 +283,8 @@ class ChatEndpoint:
         return _Transient(f"{self.url} gave an answer that is no chat completion ({_line(reason)})")
 
 
-class _Transient(Exception):
-    """A request failed and may succeed later.
-
-    Args:
-        message: what happened.
-        wait: seconds that the endpoint requests; None: not given.
-        is_limit: a rate limit was reached, so that all other requests wait too.
-    """
-
-    def __init__(self, message: str, wait: float | None = None, is_limit: bool = False) -> None:
-        super().__init__(message)
-        self.wait = wait
-        self.is_limit = is_limit
+class _Transient(ServerError):
+    """A request failed and may succeed later."""
 
 
 class _StopStrings(Exception):
@@ -375,12 +364,12 @@ def _instead_of_text(choice: Mapping[str, Any]) -> str:
     return reasons.get(str(choice.get("finish_reason")), "")
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds of `retry-after`, which is a number or a date."""
+def _retry_after(response: Any) -> float:
+    """Return the seconds of `retry-after`, which is a number or a date; 0: none."""
     try:
-        return Retry().parse_retry_after(headers["retry-after"])
-    except (KeyError, InvalidHeader):
-        return None
+        return Retry().get_retry_after(response) or 0.0
+    except (InvalidHeader, ValueError, OverflowError):
+        return 0.0
 
 
 def _line(value: object) -> str:

@@ -102,7 +102,6 @@ def chosen_agent(options: EvalOptions) -> AgentPlayer | LocalModel:
             settings={"kind": name, **endpoint.of_results},
             concurrency=_CHAT_EPISODES_AT_ONCE,
             close=endpoint.close,
-            about={"url": endpoint.url},
         )
     if name == "random":
         seed = sampling.seed or 0
@@ -139,10 +138,7 @@ def _evaluate(options: EvalOptions, words: Sequence[str]) -> None:
     pool = EnvPool(config, options.split, options.env.template)
     with closing(pool), closing(folder):
         task_ids = _chosen_tasks(pool.task_ids, options)
-        folder.begin(
-            _settings(pool, agent.load(config), task_ids),
-            {"concurrency": options.concurrency, "arguments": list(words), **agent.about},
-        )
+        folder.begin(_settings(pool, agent.load(config), task_ids), words)
         try:
             _play(folder, agent, pool, task_ids, options)
         except (KeyboardInterrupt, AtodError, OSError) as error:

@@ -196,6 +196,8 @@ class EvalOptions:
                     raise InvalidSettingError(
                         f"{_flag(part.name)} is for --agent {', '.join(allowed)}."
                     )
+        if kind == LOCAL and self.sampling.seed is not None and not self.sampling.temperature:
+            raise InvalidSettingError("--seed of a local model needs --temperature above 0.")
         if kind == "human" and self.concurrency not in (None, 1):
             raise InvalidSettingError("A person plays one episode at a time: --concurrency 1.")
 

@@ -181,12 +181,12 @@ class EvaluationFolder:
                 f"{path / EPISODES_FILE} is not of this version: {error}"
             ) from error
 
-    def begin(self, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    def begin(self, settings: Mapping[str, Any], arguments: Sequence[str]) -> None:
         """Begin a session.
 
         Args:
             settings: what results depend on, as JSON values.
-            about: further facts of this session, such as the URL of an endpoint.
+            arguments: the command line.
 
         Raises:
             InvalidSettingError: the episodes of the folder were played with other settings.
@@ -200,7 +200,7 @@ class EvaluationFolder:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "packages": package_versions((*PACKAGES, "openai")),
-            **about,
+            "arguments": list(arguments),
         }
         self._sessions = [*self._before.get("sessions", ()), session]
         try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from atod_gym.errors import InvalidSettingError, MissingExtraError
 from atod_gym.tasks import expanded
-from atod_train.config import SECTIONS, EnvConfig, RunConfig
+from atod_train.config import SECTIONS, EnvConfig, ModelConfig, RunConfig
 from atod_train.evaluation.agents import Completion
 from atod_train.evaluation.eval_records import EpisodeRecord
 from atod_train.files import read_json
@@ -104,19 +104,12 @@ class LocalModel:
     Attributes:
         label: for tables and the names of folders.
         mode: how completions are chosen.
-        about: what results do not depend on.
-
-    Raises:
-        InvalidSettingError: a seed is given without a temperature.
     """
 
     def __init__(self, found: ModelFolder, sampling: Sampling, options: ModelOptions) -> None:
-        if sampling.seed is not None and not sampling.temperature:
-            raise InvalidSettingError("--seed of a local model needs --temperature above 0.")
         self.found = found
         self.label = found.label
         self.mode: EvaluationMode = "sampled" if sampling.temperature else "greedy"
-        self.about = {"source": found.source}
         self._sampling = sampling
         self._options = options
 
@@ -145,16 +138,16 @@ class LocalModel:
         source, trained = self.found.source, self.found.trained
         with memory_errors(f"loading {self.label}", "Use a smaller model."):
             policy = load_policy(source, LoadOptions(device=self._options.device or "auto"))
-        usual = trained.model.max_context if trained else _MAX_CONTEXT
-        context = self._options.max_context or min(usual, policy.max_positions)
+        config = trained or RunConfig(model=ModelConfig(max_context=_MAX_CONTEXT))
+        context = self._options.max_context or min(config.model.max_context, policy.max_positions)
         if context > policy.max_positions:
             raise InvalidSettingError(
                 f"--max-context {context} is more than the {policy.max_positions} positions of "
                 f"model {policy.name}. Lower it."
             )
         usual = min(_COMPLETION_TOKENS, max(1, context // 2))
-        longest = trained.train.max_completion_tokens if trained else usual
-        longest = self._sampling.max_tokens or longest
+        usual = config.train.max_completion_tokens if trained else usual
+        longest = self._sampling.max_tokens or usual
         if longest >= context:
             raise InvalidSettingError(
                 f"--max-tokens {longest} leaves no room for a prompt in a context of {context} "
@@ -168,7 +161,6 @@ class LocalModel:
             f"sequence, temperature {temperature:g}",
             file=sys.stderr,
         )
-        config = trained or RunConfig()
         self._policy = policy
         self._config = replace(
             config,

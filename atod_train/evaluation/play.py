@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from atod_gym.errors import AtodError
@@ -36,8 +36,6 @@ class AgentPlayer:
     """Usual number of episodes at the same time."""
     close: Callable[[], Awaitable[None]] | None = None
     """Closes what the agents share."""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that results do not depend on."""
 
     def load(self, env: EnvConfig) -> Mapping[str, Any]:
         """Return the settings that results depend on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -49,6 +50,7 @@ class Cost:
     """Phase of a step -> its share of the time of all of them, in percent."""
 
 
+@lru_cache(maxsize=4096)
 def rate(results: Results, model: str, selection: Selection) -> Estimate | None:
     """Return success of a model: mean over replicates and tasks.
 
@@ -64,6 +66,7 @@ def rate(results: Results, model: str, selection: Selection) -> Estimate | None:
     return estimate(np.stack(list(rows.values()))) if rows else None
 
 
+@lru_cache(maxsize=4096)
 def difference(results: Results, first: str, second: str, selection: Selection) -> Estimate | None:
     """Return success of one model minus that of another, paired by replicate and task.
 

@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, zip_longest
 from typing import Any
 
 from atod_train.reports.analysis import Selection, courses, mean_course, mean_metric, rate
@@ -86,52 +86,27 @@ class Style:
     marker: str
 
 
-COEFFICIENTS = (
+_PANELS = (
     Panel("kappa", "kappa, weight of the teacher", window=1),
+    Panel("opd_signal", "|kappa w delta|, mean over tokens"),
     Panel("rho", "rho, weight of the reward", window=1),
+    Panel("rl_signal", "|rho A|, mean over tokens"),
+    Panel("turn_weight", "mean turn weight w"),
+    Panel("invalid_share", "invalid turns (%)", 100.0),
+    Panel("train_success", "training success (%)", 100.0),
+    Panel("turns", "turns of a training episode"),
+    Panel("disagreement", "mean |delta| to the teacher, nats"),
+    Panel("entropy", "entropy of the policy, nats"),
 )
-SIGNALS = (Panel("opd_signal", "|kappa w delta|, mean"), Panel("rl_signal", "|rho A|, mean"))
-_METRIC_FIGURES = (
-    ("Coefficients", "Weights of the teacher's signal and of the reward.", COEFFICIENTS),
-    (
-        "Size of the two signals",
-        "Mean over tokens of the absolute advantage from teacher and reward, which drives the "
-        "update; means of 5 steps.",
-        SIGNALS,
-    ),
-    (
-        "Turn weights",
-        "Mean weight of T-DUR; share of turns without a valid action. Means of 5 steps.",
-        (
-            Panel("turn_weight", "mean turn weight w"),
-            Panel("invalid_share", "invalid turns (%)", 100),
-        ),
-    ),
-    (
-        "Training",
-        "Sampled training episodes; means of 5 steps.",
-        (
-            Panel("train_success", "training success (%)", 100.0),
-            Panel("turns", "turns of an episode"),
-        ),
-    ),
-    (
-        "Distance to the teacher",
-        "Means over tokens, and of 5 steps. An entropy near zero means no exploration.",
-        (
-            Panel("disagreement", "mean |delta| to the teacher, nats"),
-            Panel("entropy", "entropy of the policy, nats"),
-        ),
-    ),
-)
+_SIGNALS = _PANELS[:4]
+_SUCCESS_SIZE = (7.0, 3.4)
 
 
 def png_figures(results: Results) -> dict[str, bytes]:
     """Return name of a file -> a PNG: success, and coefficients with the sizes of the signals."""
-    rows = list(zip(COEFFICIENTS, SIGNALS, strict=True))
     return {
-        f"{results.name}-success.png": _png(_success_paint(results, None), (7.0, 3.4)),
-        f"{results.name}-signals.png": _png(_metrics_paint(results, rows), (7.0, 4.4)),
+        f"{results.name}-success.png": _png(_success_paint(results, None), _SUCCESS_SIZE),
+        f"{results.name}-signals.png": _png(_metrics_paint(results, _SIGNALS), (7.0, 4.4)),
     }
 
 
@@ -148,22 +123,27 @@ def success_figure(results: Results, split: str | None = None) -> Figure:
         "Dotted: start; dashed: teacher. Thick lines: means over seeds; thin lines: seeds. Bars on "
         "the right: 95 % bootstrap intervals over seeds and tasks.",
         f"Share of the tasks solved. At the end: {'; '.join(ends)}.",
-        _svg(_success_paint(results, split), (7.0, 3.4)),
+        _svg(_success_paint(results, split), _SUCCESS_SIZE),
     )
 
 
-def metric_figures(results: Results) -> list[Figure]:
-    """Return the metrics over steps; figures without any data are left out."""
-    return [
-        Figure(
-            title,
-            note,
-            f"{title}: {' and '.join(panel.title for panel in panels)} over steps.",
-            _svg(_metrics_paint(results, [panels]), (7.0, 2.8)),
-        )
-        for title, note, panels in _METRIC_FIGURES
-        if any(mean_metric(results, label, p.metric) for p in panels for label in results.labels)
+def metrics_figure(results: Results) -> Figure | None:
+    """Return the metrics over steps, or None without any."""
+    panels = [
+        panel
+        for panel in _PANELS
+        if any(mean_metric(results, label, panel.metric) for label in results.labels)
     ]
+    if not panels:
+        return None
+    return Figure(
+        "Metrics over steps",
+        "Means over seeds, and of 5 steps except for kappa and rho. The signals are the absolute "
+        "advantages of a token from teacher and reward, which drive the update. An entropy near "
+        "zero means no exploration.",
+        f"Over steps: {'; '.join(panel.title for panel in panels)}.",
+        _svg(_metrics_paint(results, panels), (7.0, 0.2 + 2.1 * math.ceil(len(panels) / 2))),
+    )
 
 
 def styles(results: Results) -> dict[str, Style]:
@@ -252,35 +232,34 @@ def _paint_rates(axes: Any, results: Results, selection: Selection) -> None:
 # -- metrics --------------------------------------------------------------------------------------
 
 
-def _metrics_paint(results: Results, rows: Sequence[Sequence[Panel]]) -> Paint:
-    """Paint metrics over steps, mean over replicates: a grid with one line for each label."""
+def _metrics_paint(results: Results, panels: Sequence[Panel]) -> Paint:
+    """Paint metrics over steps, mean over replicates: two in a row, a line for each label."""
 
     def paint(figure: Any) -> None:
-        grid = figure.subplots(len(rows), len(rows[0]), squeeze=False, sharex=True)
+        grid = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False, sharex=True)
         looks = styles(results)
-        for panels, line in zip(rows, grid, strict=True):
-            for panel, axes in zip(panels, line, strict=True):
-                for place, (label, look) in enumerate(looks.items()):
-                    course = mean_metric(results, label, panel.metric)
-                    if not course:
-                        continue
-                    values = [panel.scale * value for value in course.values()]
-                    # Lines that lie on each other have their markers at different steps.
-                    every = max(1, len(course) // 6)
-                    axes.plot(
-                        list(course),
-                        smooth(values, panel.window),
-                        color=look.colour,
-                        linewidth=1.5,
-                        marker=look.marker,
-                        markersize=4,
-                        markevery=(place * every // len(looks), every),
-                        label=_glyphs(label),
-                    )
-                axes.set_title(panel.title, fontsize=10)
-                axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        for panel, axes in zip_longest(panels, grid.flat):
+            if panel is None:
+                axes.set_axis_off()
+                continue
+            for place, (label, look) in enumerate(looks.items()):
+                course = mean_metric(results, label, panel.metric)
+                # Lines that lie on each other have their markers at different steps.
+                every = max(1, len(course) // 6)
+                axes.plot(
+                    list(course),
+                    smooth([panel.scale * value for value in course.values()], panel.window),
+                    color=look.colour,
+                    linewidth=1.5,
+                    marker=look.marker,
+                    markersize=4,
+                    markevery=(place * every // len(looks), every),
+                    label=_glyphs(label),
+                )
+            axes.set_title(panel.title, fontsize=10)
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         for axes in grid[-1]:
-            axes.set(xlabel="step")
+            axes.set_xlabel("step")
         _legend(grid[0][0])
 
     return paint

@@ -7,34 +7,26 @@ Files of a run folder, all UTF-8 JSON or JSON lines:
     metrics.jsonl       one object per step (`MetricsWriter.write`)
     evaluations.jsonl   one `Evaluation` per evaluated model, split and step
     trajectories.jsonl  a few whole trajectories for people (`TrajectoryRecord`)
-    summary.json        totals at the end (`write_summary`)
+    summary.json        totals at the end: steps, minutes (wall time, over all parts of a resumed
+                        run), tokens (sampled), trajectories, best_step, finished
     tensorboard/        the numbers of metrics.jsonl as events
     checkpoints/        one safetensors file per checkpoint
 """
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata as package_metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from atod_train.config import (
-    SECTIONS,
-    AlgorithmConfig,
-    EnvConfig,
-    ModelConfig,
-    RunConfig,
-    StartConfig,
-    TrainConfig,
-    is_url,
-)
+from atod_train.config import SECTIONS, RunConfig, is_url
 from atod_train.files import FileError, read_json, without_infinities, write_json
 
 METRICS_FILE = "metrics.jsonl"
@@ -46,6 +38,13 @@ SUMMARY_FILE = "summary.json"
 ANOTHER_FOLDER = "choose another folder (--out)"
 PACKAGES = ("atod-gym", "torch", "transformers", "tokenizers", "safetensors", "gymnasium", "numpy")
 
+FREE_SETTINGS = {
+    "eval_every", "save_every", "device", "teacher_device", "tokens_per_microbatch",
+    "gradient_checkpointing",
+}  # fmt: skip
+"""Settings that a step does not depend on, but for rounding: when the student is evaluated and
+saved, devices, and what only costs memory or time."""
+
 
 class RunFolderError(FileError):
     """A file of a run folder is broken, absent, or was written out of order."""
@@ -53,6 +52,9 @@ class RunFolderError(FileError):
 
 class OtherSettingsError(RunFolderError):
     """A run folder holds a run of other settings than those wanted."""
+
+
+# -- settings -------------------------------------------------------------------------------------
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
@@ -65,11 +67,12 @@ def read_config(run_dir: Path) -> RunConfig:
 
     Raises:
         RunFolderError: it is absent, or has settings that this version does not know.
+        FileError: it cannot be read.
     """
     path = run_dir / CONFIG_FILE
     try:
-        return config_from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return config_from_json(read_json(path))
+    except (KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{path} is no config of this version: {error}") from error
 
 
@@ -77,7 +80,8 @@ def config_from_json(record: Mapping[str, Any]) -> RunConfig:
     """Return the settings of a JSON object.
 
     Raises:
-        KeyError, TypeError: a section is missing, or a setting is not of this version.
+        KeyError, TypeError, AttributeError: a section is missing, or a setting is not of this
+            version.
     """
 
     def plain(value: Any) -> Any:  # JSON has neither tuples nor infinity
@@ -85,27 +89,19 @@ def config_from_json(record: Mapping[str, Any]) -> RunConfig:
             return value
         return tuple(math.inf if item is None else item for item in value)
 
-    parts: dict[str, dict[str, Any]] = {
-        part: {key: plain(value) for key, value in record[part].items()} for part in SECTIONS
+    sections = {
+        name: section(**{key: plain(value) for key, value in record[name].items()})
+        for name, section in get_type_hints(RunConfig).items()
     }
-    return RunConfig(
-        env=EnvConfig(**parts["env"]),
-        model=ModelConfig(**parts["model"]),
-        start=StartConfig(**parts["start"]),
-        algorithm=AlgorithmConfig(**parts["algorithm"]),
-        train=TrainConfig(**parts["train"]),
-    )
+    return RunConfig(**sections)
 
 
 def check_same_settings(run_dir: Path, config: RunConfig) -> None:
     """Refuse to continue, or to count, a run that was made with other settings.
 
-    What a step does not depend on, but for rounding, may change: the number of steps, when the
-    student is evaluated and saved, devices, and what only costs memory or time.
-
     Raises:
-        OtherSettingsError: a setting differs.
-        RunFolderError: config.json cannot be read.
+        OtherSettingsError: a setting differs that is neither free nor the number of steps.
+        FileError: config.json cannot be read.
     """
     if difference := first_difference(read_config(run_dir), config):
         name, old, new = difference
@@ -119,19 +115,33 @@ def first_difference(
     saved: RunConfig, wanted: RunConfig, sections: Sequence[str] = SECTIONS
 ) -> tuple[str, Any, Any] | None:
     """Return the first setting on which a run depends that differs, and both values."""
-    free = {"steps", "eval_every", "save_every"}
-    free |= {"device", "teacher_device", "tokens_per_microbatch", "gradient_checkpointing"}
+    free = FREE_SETTINGS | {"steps"}
     if is_url(saved.model.teacher) and is_url(wanted.model.teacher):
         free |= {"teacher"}  # its server may have moved
-    for part in sections:
-        # As JSON has them: no infinity, which is none of a value that is not finite.
-        old, new = (
-            without_infinities(asdict(getattr(settings, part))) for settings in (saved, wanted)
-        )
-        for name in new:
-            if name not in free and old[name] != new[name]:
-                return f"{part}.{name}", old[name], new[name]
-    return None
+    # As JSON has them: no infinity, which is none of a value that is not finite.
+    old, new = (without_infinities(asdict(settings)) for settings in (saved, wanted))
+    return next(setting_differences(old, new, sections, free), None)
+
+
+def setting_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], sections: Sequence[str], free: AbstractSet[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name and both values of settings that both JSON objects have with different values.
+
+    Args:
+        old: section -> its settings by name, or None.
+        new: the same.
+        sections: to compare.
+        free: names of settings that may differ.
+    """
+    for section in sections:
+        a, b = old.get(section) or {}, new.get(section) or {}
+        for name in b:
+            if name in a and name not in free and a[name] != b[name]:
+                yield f"{section}.{name}", a[name], b[name]
+
+
+# -- manifest and summary -------------------------------------------------------------------------
 
 
 def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
@@ -146,42 +156,24 @@ def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def write_manifest(
-    run_dir: Path,
-    *,
-    method: str,
-    env_id: str,
-    data: str,
-    data_hash: str,
-    seeds: Mapping[str, int],
-    student_parameters: int,
-    teacher_parameters: int | None = None,
-    device: str = "cpu",
-    processes: int = 1,
-    inputs: Mapping[str, Any] | None = None,
-    command: Sequence[str] | None = None,
+    run_dir: Path, beginning: Mapping[str, Any], device: str = "cpu", processes: int = 1
 ) -> None:
-    """Write manifest.json: method, data, seeds, models and versions.
+    """Write manifest.json: what is run on what, and the time, command line and versions.
 
     A manifest that is there already stays as it is, and the fact of resuming is added to its
-    list `resumed`, with the versions and the devices of the resuming program.
+    list `resumed`, with the time, command line, versions and devices of the resuming program.
 
     Args:
         run_dir: the run folder.
-        method: such as `atod`, or what else the run is called.
-        env_id: Gymnasium id.
-        data: which data is played: `official`, `generated` or a path.
-        data_hash: content hash of the task manifest.
-        seeds: name -> seed.
-        student_parameters: number of weights of the student.
-        teacher_parameters: number of weights of the teacher; None: there is no teacher.
+        beginning: of a new run: `method` (or what else the run is called), `env_id`, `data` (its
+            name and the hash of the task manifest), `seeds`, `parameters` (number of weights of
+            student and teacher; None: there is no teacher), `inputs` (see `training.inputs`).
         device: such as `cpu` or the name of the GPU.
         processes: number of processes that train together.
-        inputs: of the run that are not settings, see `training.inputs`.
-        command: the command line; default: that of this process.
     """
     now = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": list(sys.argv if command is None else command),
+        "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
@@ -192,39 +184,8 @@ def write_manifest(
     if manifest:
         manifest.setdefault("resumed", []).append(now)
     else:
-        manifest = {
-            "method": method,
-            "env_id": env_id,
-            "data": {"name": data, "hash": data_hash},
-            "seeds": dict(seeds),
-            "parameters": {"student": student_parameters, "teacher": teacher_parameters},
-            "inputs": dict(inputs or {}),
-            **now,
-        }
+        manifest = {**beginning, **now}
     write_json(run_dir / MANIFEST_FILE, manifest)
-
-
-def write_summary(
-    run_dir: Path,
-    *,
-    steps: int,
-    minutes: float,
-    tokens: int = 0,
-    trajectories: int = 0,
-    extra: Mapping[str, Any] | None = None,
-) -> None:
-    """Write summary.json at the end of a run.
-
-    Args:
-        run_dir: the run folder.
-        steps: steps done in all.
-        minutes: wall time over all parts of a resumed run.
-        tokens: completion tokens sampled.
-        trajectories: episodes played for training.
-        extra: further JSON values.
-    """
-    totals = {"steps": steps, "minutes": minutes, "tokens": tokens, "trajectories": trajectories}
-    write_json(run_dir / SUMMARY_FILE, {**totals, **(extra or {})})
 
 
 def is_finished(run_dir: Path, config: RunConfig) -> bool:

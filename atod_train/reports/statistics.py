@@ -68,9 +68,9 @@ def crossed_means(matrix: NDArray[np.float64], seed: int = 0) -> NDArray[np.floa
     repeats = np.ones(columns, dtype=np.int64)
     if columns > _LARGE:
         matrix, repeats = np.unique(matrix, axis=1, return_counts=True)
-    sums = _counts((1,) * rows, 0, seed) @ matrix
-    drawn = _counts(tuple(repeats.tolist()), 1, seed)
-    means: NDArray[np.float64] = (sums * drawn).sum(axis=1)
+    drawn_rows = _counts((1,) * rows, 0, seed)
+    sums = _counts(tuple(repeats.tolist()), 1, seed) @ matrix.T
+    means: NDArray[np.float64] = (sums * drawn_rows).sum(axis=1)
     return means / (rows * columns)
 
 

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -24,7 +24,7 @@ from atod_train.models.policy import Policy
 from atod_train.progress import progress, show_progress
 from atod_train.reports.evaluations import EvaluatedModel, Evaluation
 from atod_train.reports.report import REPORT_FILE, write_report
-from atod_train.reports.results import RESULTS_FILE, finished_runs, results_of, write_results
+from atod_train.reports.results import RESULTS_FILE, Results, results_of, write_results
 from atod_train.reports.run_folder import (
     ANOTHER_FOLDER,
     MANIFEST_FILE,
@@ -32,7 +32,7 @@ from atod_train.reports.run_folder import (
     check_same_settings,
     is_finished,
 )
-from atod_train.reports.run_summary import RunSummary
+from atod_train.reports.run_summary import finished_runs
 from atod_train.reports.tables import all_tables, as_text
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.checks import check_folder, header, is_taught
@@ -96,9 +96,9 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
                             make(part, left, processes, call_all)
         finally:
             if processes.is_main:
-                finished = _write_results(whole, out)
+                environments = _write_results(whole, out)
         if processes.is_main:
-            _report(finished, out)
+            _report(environments, out)
         processes.wait()
     return out / REPORT_FILE
 
@@ -109,20 +109,19 @@ def report_study(study: Study, out: Path) -> None:
     Raises:
         AtodError: none is.
     """
-    finished = _write_results(study, out)
-    if not finished:
+    environments = _write_results(study, out)
+    if not environments:
         raise AtodError(f"No run of this study has finished in {out}: there are no results.")
-    _report(finished, out)
+    _report(environments, out)
 
 
-def _report(finished: Mapping[str, Sequence[RunSummary]], out: Path) -> None:
-    """Print the tables of finished runs and write their report."""
-    environments = [results_of(name, runs) for name, runs in finished.items()]
+def _report(environments: Sequence[Results], out: Path) -> None:
+    """Print the tables of environments and write their report."""
     for results in (found for found in environments if found.tasks):
         print(f"\n{results.name}\n{as_text(all_tables(results, by_split=True))}")
-    are_several = len([run for runs in finished.values() for run in runs]) > 1
+    are_several = sum(len(results.runs) for results in environments) > 1
     pictures = are_several and all(results.tasks for results in environments)
-    report = write_report(out, environments, finished, pictures=pictures)
+    report = write_report(out, environments, pictures=pictures)
     print(f"results: {out / RESULTS_FILE}\nreport: {report}")
 
 
@@ -146,17 +145,17 @@ def _left(part: StudyPart, resume: bool) -> list[Run]:
     return left
 
 
-def _write_results(study: Study, out: Path) -> dict[str, list[RunSummary]]:
+def _write_results(study: Study, out: Path) -> list[Results]:
     """Write results.json from all finished runs of a folder; return them by environment."""
-    finished = {}
+    environments = []
     for part in study.parts:
         runs, left_out = finished_runs(part.folder, part.settings)
         if runs:
-            finished[part.name] = runs
+            environments.append(results_of(part.name, runs))
         for line in left_out:
             print(f"not in the results: {line}", file=sys.stderr)
-    write_results(out / RESULTS_FILE, finished)
-    return finished
+    write_results(out / RESULTS_FILE, environments)
+    return environments
 
 
 def _make_models(

@@ -17,7 +17,7 @@ from typing import Any
 from atod_gym.errors import AtodError
 from atod_train.config import RunConfig
 from atod_train.distributed import Processes
-from atod_train.files import read_json, without_infinities
+from atod_train.files import read_json, without_infinities, write_json
 from atod_train.models.policy import Policy
 from atod_train.reports.evaluations import Evaluation, EvaluationMode, EvaluationResult
 from atod_train.reports.metrics import (
@@ -35,7 +35,6 @@ from atod_train.reports.run_folder import (
     check_same_settings,
     write_config,
     write_manifest,
-    write_summary,
 )
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.training.checkpoint import (
@@ -158,19 +157,18 @@ class RunRecord:
         # A run that continues is not finished until it ends again.
         (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
         write_config(self.run_dir, config)
-        write_manifest(
-            self.run_dir,
-            method=self.label,
-            env_id=config.env.id,
-            data=pool.data,
-            data_hash=pool.content_hash,
-            seeds={"train": config.train.seed},
-            student_parameters=_parameters(student),
-            teacher_parameters=_parameters(teacher) if teacher else None,
-            device=str(student.device),
-            processes=self._processes.count,
-            inputs=asdict(inputs),
-        )
+        beginning = {
+            "method": self.label,
+            "env_id": config.env.id,
+            "data": {"name": pool.data, "hash": pool.content_hash},
+            "seeds": {"train": config.train.seed},
+            "parameters": {
+                "student": _parameters(student),
+                "teacher": _parameters(teacher) if teacher else None,
+            },
+            "inputs": asdict(inputs),
+        }
+        write_manifest(self.run_dir, beginning, str(student.device), self._processes.count)
 
     @contextmanager
     def writing(self, known: Sequence[Evaluation]) -> Iterator[None]:
@@ -205,14 +203,15 @@ class RunRecord:
         if self._processes.is_main:
             evaluations = read_evaluations(self.run_dir)
             self._save_model("last", evaluations)
-            write_summary(
-                self.run_dir,
-                steps=self.done.step,
-                minutes=self.done.minutes,
-                tokens=self.done.tokens,
-                trajectories=self.done.trajectories,
-                extra={"best_step": _best_step(evaluations), "finished": True},
-            )
+            totals = {
+                "steps": self.done.step,
+                "minutes": self.done.minutes,
+                "tokens": self.done.tokens,
+                "trajectories": self.done.trajectories,
+                "best_step": _best_step(evaluations),
+                "finished": True,
+            }
+            write_json(self.run_dir / SUMMARY_FILE, totals)
             prune_checkpoints(self.run_dir, keep=1)
         self._processes.wait()
 

@@ -223,7 +223,6 @@ def test_an_endpoint_that_is_not_there(chat: FakeChat, quick: None) -> None:
         ({"base_url": "localhost:8000"}, "--base-url must be a URL"),
         ({"api_key_env": "NOT_SET"}, "The environment variable NOT_SET holds no key"),
         ({"base_url": None}, "The environment variable OPENAI_API_KEY holds no key"),
-        ({"extra_body": "[]"}, "--extra-body must be a JSON object"),
     ],
 )
 def test_settings_without_meaning(chat: FakeChat, changes: dict[str, Any], message: str) -> None:

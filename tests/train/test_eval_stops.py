@@ -34,9 +34,10 @@ def _echo() -> Iterator[None]:
 
 
 def ask(
-    chat: FakeChat, text: str, form: CompletionFormat, *, times: int = 1, **settings: Any
+    chat: FakeChat, text: Any, form: CompletionFormat, *, times: int = 1, **settings: Any
 ) -> Completion:
-    chat.answer = lambda _: text
+    """The last completion; `text` is that of the reply, or a function of the messages."""
+    chat.answer = text if callable(text) else lambda _: text
 
     async def run() -> Completion:
         endpoint = ChatEndpoint(ChatSettings("toy", chat.url, **settings), Sampling())
@@ -111,26 +112,12 @@ def test_a_stop_inside_a_thought_is_taken_back(
             chat.message = {field: "not <action>a"}
             return "</action>" if stopped else "<action>b</action><action>c</action>"
 
-        completion = ask_with(chat, answer)
-        assert completion.text == "<action>b</action>"
+        assert ask(chat, answer, TAGS).text == "<action>b</action>"
     else:
         assert ask(chat, text, TAGS, times=2).text == text[: -len("<action>c</action>")]
         assert len(chat.posts) == 3
     # From then on it is asked without stop strings.
     assert ["stop" in post for post in chat.posts][:2] == [True, False]
-
-
-def ask_with(chat: FakeChat, answer: Any) -> Completion:
-    chat.answer = answer
-
-    async def run() -> Completion:
-        endpoint = ChatEndpoint(ChatSettings("toy", chat.url), Sampling())
-        try:
-            return await endpoint.complete(MESSAGES, TAGS)
-        finally:
-            await endpoint.close()
-
-    return asyncio.run(run())
 
 
 def test_an_endpoint_that_takes_no_stop_strings(chat: FakeChat) -> None:

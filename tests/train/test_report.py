@@ -12,7 +12,7 @@ import pytest
 from html_page import Page
 
 from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
-from atod_train.files import FileError
+from atod_train.files import FileError, read_json, write_json
 from atod_train.reports.evaluations import (
     EvaluatedModel,
     Evaluation,
@@ -23,8 +23,8 @@ from atod_train.reports.figures import smooth
 from atod_train.reports.metrics import MetricsWriter, TrajectoryRecord, TurnDisplay
 from atod_train.reports.report import LONGEST_TEXT, ReportError, write_report
 from atod_train.reports.results import results_of
-from atod_train.reports.run_folder import write_config, write_manifest, write_summary
-from atod_train.reports.run_summary import RunSummary, read_run
+from atod_train.reports.run_folder import write_config, write_manifest
+from atod_train.reports.run_summary import RunSummary, read_run, record_of
 from atod_train.reports.statistics import estimate, paired_difference
 from atod_train.reports.tables import difference_text, rate_text
 
@@ -55,17 +55,14 @@ def make_run(
 ) -> Path:
     config = RunConfig(algorithm=AlgorithmConfig(method=method), train=TrainConfig(seed=seed))
     write_config(run_dir, config)
-    write_manifest(
-        run_dir,
-        method=method,
-        env_id="atod/ALFWorld-v0",
-        data="generated",
-        data_hash="c0ffee",
-        seeds={"train": seed},
-        student_parameters=871_424,
-        teacher_parameters=3_412_992 if teacher else None,
-        command=["atod-train", "--out", "a b"],
-    )
+    beginning = {
+        "method": method,
+        "env_id": "atod/ALFWorld-v0",
+        "data": {"name": "generated", "hash": "c0ffee"},
+        "seeds": {"train": seed},
+        "parameters": {"student": 871_424, "teacher": 3_412_992 if teacher else None},
+    }
+    write_manifest(run_dir, beginning)
     measured = (0.101, 0.037, 0.75) if teacher else (None, None, None)
     turns = (
         TurnDisplay(text, f"<action>{text}</action>", text, False, -0.1, *measured),
@@ -83,13 +80,17 @@ def make_run(
             writer.write(metrics)
             writer.write_evaluation(evaluation(step, solved + (step == 1)))
         writer.write_trajectory(TrajectoryRecord(2, task, True, turns))
-    write_summary(run_dir, steps=2, minutes=3.25)
+    write_json(run_dir / "summary.json", {"steps": 2, "minutes": 3.25})
     return run_dir
 
 
 def report_of(folder: Path, *run_dirs: Path, name: str = "houses") -> Path:
-    runs = [read_run(run_dir) for run_dir in run_dirs]
-    return write_report(folder, [results_of(name, runs)], {name: runs})
+    manifests = [read_json(run_dir / "manifest.json") for run_dir in run_dirs]
+    runs = [
+        read_run(run_dir, found.get("method", "run"), found.get("seeds", {}).get("train", 0))
+        for run_dir, found in zip(run_dirs, manifests, strict=True)
+    ]
+    return write_report(folder, [results_of(name, runs)])
 
 
 def page_of(path: Path) -> Page:
@@ -99,7 +100,9 @@ def page_of(path: Path) -> Page:
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a complete run."""
-    run_dir = make_run(tmp_path_factory.mktemp("run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["atod-train", "--out", "a b"])
+        run_dir = make_run(tmp_path_factory.mktemp("run"))
     before = dict(matplotlib.rcParams)
     path = report_of(run_dir, run_dir)
     assert dict(matplotlib.rcParams) == before
@@ -121,7 +124,10 @@ def test_the_page_parses_and_loads_nothing(usual: Path) -> None:
 def test_figures_and_tables_are_described(usual: Path) -> None:
     page = page_of(usual)
     images = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == 6  # success; coefficients, signals, weights, training, entropy
+    assert len(images) == 2  # success; metrics over steps
+    for title in ("kappa", "rho", "|kappa w delta|", "turn weight", "training success", "entropy"):
+        assert title in images[1]["alt"]
+    assert "rho A" not in images[1]["alt"]  # not measured
     assert all(len(attrs["alt"]) > 20 for attrs in images)
     assert "atod, greedy: 75.0 %" in images[0]["alt"]
     pictures = [base64.b64decode(attrs["src"].partition(",")[2]) for attrs in images]
@@ -142,7 +148,7 @@ def test_tables_hold_the_numbers(usual: Path) -> None:
     assert rows["atod > teacher"][1:4] == ["1", "-15.0 [-30.0, +0.0]", "one seed"]
     # t1 and t3 of t1, t3, .., t19; nine of ten for the teacher.
     assert [row.partition(" ")[0] for row in rows["pick"][1:]] == ["20.0", "90.0", "70.0"]
-    for fact in ("871,424", "3,412,992", "c0ffee", "3.2", "--out 'a b'"):
+    for fact in ("871,424", "3,412,992", "c0ffee", "3.2", "--out 'a b'", "train.lr"):
         assert fact in page.text
     assert "Not recorded" not in page.text
 
@@ -212,7 +218,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         write_report(tmp_path / "file", [results])
     (tmp_path / "summary.json").write_text("{torn")
     with pytest.raises(FileError, match=r"summary\.json"):
-        read_run(tmp_path)
+        read_run(tmp_path, "atod", 0)
 
 
 def test_reports_of_the_same_run_are_the_same(usual: Path) -> None:
@@ -220,16 +226,16 @@ def test_reports_of_the_same_run_are_the_same(usual: Path) -> None:
     assert report_of(usual.parent, usual.parent).read_bytes() == first
 
 
-def test_run_summary_picks_last_and_best() -> None:
-    run = RunSummary("atod", 0, evaluations=(evaluation(0, 19), evaluation(1, 8), evaluation(2, 8)))
-    (key,) = run.split_modes
-    assert run.start(key) == evaluation(0, 19).result
-    assert run.last(key).step == 2
-    assert run.best(key).step == 1
-    assert run.teacher(key) is None
-    only_start = RunSummary("atod", 0, evaluations=(evaluation(0, 19),))
-    assert only_start.last(key) is None
-    assert only_start.best(key) is None
+def test_the_record_of_a_run_has_its_start_its_last_and_its_best() -> None:
+    made = (evaluation(0, 19), evaluation(1, 8), evaluation(2, 8))
+    record = record_of([RunSummary("atod", 0, evaluations=made)])
+    [key] = record["start"]
+    [run] = record["runs"]
+    assert (record["start"][key]["step"], record["start"][key]["success_rate"]) == (0, 0.95)
+    assert (run["last"][key]["step"], run["best"][key]["step"]) == (2, 1)
+    assert record["teacher"][key] is None
+    [run] = record_of([RunSummary("atod", 0, evaluations=made[:1])])["runs"]
+    assert (run["last"][key], run["best"][key]) == (None, None)
 
 
 def test_values_are_smoothed_over_those_before() -> None:

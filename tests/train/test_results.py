@@ -70,7 +70,9 @@ def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
         ),
         pytest.param(run_with(seed="0"), "label and seed", id="seed-as-text"),
         pytest.param(
-            {**sound(), "runs": 2 * sound()["runs"]}, "a, seed 0 twice", id="the-same-run-twice"
+            {**sound(), "runs": [*sound()["runs"], files.run("a", 0, {"s": "11"})]},
+            "give each run once",
+            id="a-seed-twice",
         ),
         pytest.param(
             {**sound(), "runs": [{"label": "a", "seed": 0}]}, "has no 'minutes'", id="older-version"

@@ -12,10 +12,12 @@ from atod_gym.errors import AtodError
 from atod_train.cli import main
 from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
 from atod_train.distributed import Processes
+from atod_train.files import write_json
 from atod_train.reports.evaluations import EvaluatedModel, Evaluation, EvaluationResult, TaskResult
 from atod_train.reports.metrics import MetricsWriter
-from atod_train.reports.results import RESULTS_FILE, finished_runs, record_of, write_results
-from atod_train.reports.run_folder import write_config, write_manifest, write_summary
+from atod_train.reports.results import RESULTS_FILE, results_of, write_results
+from atod_train.reports.run_folder import write_config, write_manifest
+from atod_train.reports.run_summary import finished_runs, record_of
 from atod_train.studies import study
 from atod_train.studies.file import Run, StudyPart
 from atod_train.studies.study import CallAll
@@ -52,17 +54,12 @@ def make_run(folder: Path, *, method: str = "atod", seed: int = 0, finished: boo
     """A run of four steps; step 3 has left no metrics."""
     config = settings_of(method, seed=seed)
     write_config(folder, config)
-    write_manifest(
-        folder,
-        method=method,
-        env_id="some/Env-v0",
-        data="generated",
-        data_hash="c0ffee",
-        seeds={"train": seed},
-        student_parameters=1000,
-        teacher_parameters=None if method == "grpo" else 5000,
-        command=["atod-train"],
-    )
+    beginning = {
+        "env_id": "some/Env-v0",
+        "data": {"name": "generated", "hash": "c0ffee"},
+        "parameters": {"student": 1000, "teacher": None if method == "grpo" else 5000},
+    }
+    write_manifest(folder, beginning)
     with MetricsWriter(folder, tensorboard=False) as writer:
         writer.write_evaluation(evaluation(0, "001"))
         writer.write_evaluation(evaluation(0, "111", "teacher"))
@@ -72,8 +69,8 @@ def make_run(folder: Path, *, method: str = "atod", seed: int = 0, finished: boo
                           "kappa": float("nan"), "seconds/update": 1.26})  # fmt: skip
         writer.write_evaluation(evaluation(2, "011"))
         writer.write_evaluation(evaluation(4, "010"))
-    write_summary(folder, steps=4, minutes=1.5, tokens=90, trajectories=16,
-                  extra={"finished": finished})  # fmt: skip
+    totals = {"steps": 4, "minutes": 1.5, "tokens": 90, "trajectories": 16, "finished": finished}
+    write_json(folder / "summary.json", totals)
 
 
 def lines_of(path: Path) -> list[str]:
@@ -88,7 +85,7 @@ def test_a_run_is_kept_in_one_line(tmp_path: Path) -> None:
     make_run(tmp_path / "houses" / "atod-seed0")
     path = tmp_path / RESULTS_FILE
     runs, _ = finished_runs(tmp_path / "houses", {"atod": settings_of("atod")})
-    write_results(path, {"houses": runs, "more": []})
+    write_results(path, [results_of("houses", runs)])
     assert list(read(path)) == ["houses"]
     record = read(path)["houses"]
     [run] = record["runs"]

@@ -119,11 +119,9 @@ def test_a_run_writes_what_it_promises(whole_run: Path) -> None:
     assert max(float(row["rollout/logprob_drift"]) for row in rows) < 1e-3
     for phase in ("environment", "generation", "teacher", "update"):
         assert all(row[f"seconds/{phase}"] > 0 for row in rows)
-    run = read_run(whole_run)
-    key = ("valid_seen", "greedy")
-    assert run.start(key) is not None
-    assert run.teacher(key) is not None
-    assert [e.step for e in run.course(key)] == [0, 3, 6]
+    run = read_run(whole_run, "atod", 0)
+    assert [e.step for e in run.course("valid_seen", "greedy")] == [0, 3, 6]
+    assert [e.step for e in run.course("valid_seen", "greedy", "teacher")] == [0]
     manifest = read_json(whole_run / "manifest.json")
     assert manifest["data"]["name"] == "generated"
     assert len(manifest["data"]["hash"]) == 64
