@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any
+from contextlib import contextmanager, suppress
 
 from atod_gym.errors import AtodError
 
@@ -18,18 +16,8 @@ def give_back() -> None:
     different sizes, so a process grows from step to step: with SmolLM2-135M, which holds 2 GB
     between steps, to 12 GB in an hour. A call takes less than 0.1 s.
     """
-    trim = _trim()
-    if trim is not None:
-        trim(0)
-
-
-@lru_cache(maxsize=1)
-def _trim() -> Any:
-    """Return the function of glibc; None in other C libraries."""
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):
-        return None
+    with suppress(OSError, AttributeError, TypeError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class OutOfMemory(AtodError):

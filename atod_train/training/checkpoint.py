@@ -10,24 +10,22 @@ any moment leaves whole checkpoints only. No checkpoint holds NaN or infinity.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from atod_gym.errors import AtodError
 from atod_train.files import PARTIAL, replacing
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 _METADATA = "atod"
-_NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
 class CheckpointError(AtodError):
@@ -41,7 +39,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     """`model.<parameter>` and `optimizer.<parameter>.<moment>`, of any shape and dtype."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """JSON values."""
+    """JSON values; neither NaN nor infinity."""
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -56,16 +54,13 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; at every moment `path` holds the old file or the new one, whole.
 
     Raises:
-        CheckpointError: a tensor is not finite, the metadata is not JSON, or the file cannot be
-            written. Nothing half-written stays.
+        CheckpointError: a tensor is not finite, or the file cannot be written. Nothing half-written
+            stays.
+        TypeError, ValueError: the metadata is not JSON.
     """
-    check_finite(checkpoint.tensors, f"The checkpoint {path} is not written")
-    try:
-        metadata = json.dumps(checkpoint.metadata, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"The metadata of a checkpoint must be plain JSON without NaN or infinity: {error}."
-        ) from error
+    if name := first_not_finite(checkpoint.tensors):
+        raise CheckpointError(f"The checkpoint {path} is not written: {name} holds NaN or infinity")
+    metadata = json.dumps(checkpoint.metadata, allow_nan=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, sync=True) as partial:
@@ -86,26 +81,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            record = (file.metadata() or {}).get(_METADATA)
-            if record is None:
+            metadata = (file.metadata() or {}).get(_METADATA)
+            if metadata is None:
                 raise CheckpointError(f"{path} is no checkpoint of this program")
-            checkpoint = Checkpoint(
-                {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
-                json.loads(record),
-            )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            checkpoint = Checkpoint(tensors, json.loads(metadata))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
-    check_finite(checkpoint.tensors, f"The checkpoint {path} cannot be used")
+    if name := first_not_finite(tensors):
+        raise CheckpointError(f"The checkpoint {path} cannot be used: {name} holds NaN or infinity")
     return checkpoint
 
 
 def saved_checkpoints(run_dir: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest step first."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    found = (run_dir / "checkpoints").glob("step-*.safetensors")
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -133,28 +124,15 @@ def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed saves left.
-
-    Raises:
-        CheckpointError: a file cannot be deleted.
-    """
+    """Delete all but the newest `keep` checkpoints, and what killed saves left."""
     strays = (run_dir / "checkpoints").glob(f"*{PARTIAL}")
-    try:
-        for path in (*saved_checkpoints(run_dir)[:-keep], *strays):
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"An old checkpoint could not be deleted ({error}).") from error
+    for path in (*saved_checkpoints(run_dir)[:-keep], *strays):
+        path.unlink(missing_ok=True)
 
 
-def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Refuse tensors that hold NaN or infinity.
-
-    Raises:
-        CheckpointError: one does; the message begins with `what`.
-    """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{what}: {name} holds NaN or infinity")
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Return the name of a tensor that holds NaN or infinity; empty: none does."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), "")
 
 
 # -- tensors of live objects -----------------------------------------------------------------------
@@ -166,10 +144,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     Frozen weights, such as those below adapters, are those that the run began with. Weights that
     are tied are returned once.
     """
-    every = model.named_parameters(remove_duplicate=False)
-    left_out = {name for name, _ in every} - {
-        name for name, weight in model.named_parameters() if weight.requires_grad
-    }
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    left_out = {name for name, _ in model.named_parameters(remove_duplicate=False)} - trained
     return {
         _MODEL + name: tensor for name, tensor in model.state_dict().items() if name not in left_out
     }
@@ -183,14 +159,12 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     saved = {name: tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
     ours, theirs = (
-        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in of.items()}
+        {name.removeprefix(_MODEL): f"{t.dtype} {list(t.shape)}" for name, t in of.items()}
         for of in (model_tensors(model), saved)
     )
-    differing = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
-    if differing:
+    if differing := sorted({name for name, _ in ours.items() ^ theirs.items()}):
         lines = [
-            f"  {name.removeprefix(_MODEL)}: saved {theirs.get(name, 'absent')}, model "
-            f"{ours.get(name, 'absent')}"
+            f"  {name}: saved {theirs.get(name, 'absent')}, model {ours.get(name, 'absent')}"
             for name in differing[:5]
         ]
         raise CheckpointError(
@@ -202,7 +176,7 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool = True
+    optimizer: Optimizer, model: nn.Module, keep: bool = True
 ) -> dict[str, Tensor]:
     """Return the optimiser's moments and step counts as `optimizer.<parameter>.<moment>`.
 
@@ -210,53 +184,46 @@ def optimizer_tensors(
     CPU, so all processes must call this. Learning rates follow from the settings and are left out.
 
     Args:
-        optimizer: over parameters of `model`.
+        optimizer: over parameters of `model`; its state holds tensors alone.
         model: names the parameters.
         keep: whether this process needs the result; another returns nothing.
     """
-    names = _parameter_names(optimizer, model)
     found = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensor = whole(value)
-                if keep:
-                    # What was gathered must not stay on the GPU until all are gathered.
-                    tensor = tensor if tensor is value else tensor.cpu()
-                    found[f"{_OPTIMIZER}{names[index]}.{key}"] = tensor
+    for name, weight in model.named_parameters():
+        for key, value in optimizer.state.get(weight, {}).items():
+            tensor = whole(value)
+            if keep:
+                # What was gathered must not stay on the GPU until all are gathered.
+                tensor = tensor if tensor is value else tensor.cpu()
+                found[f"{_OPTIMIZER}{name}.{key}"] = tensor
     return found
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
+    optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
     """Put the result of `optimizer_tensors` into an optimiser over the same parameters.
 
     Raises:
         CheckpointError: a saved name is no parameter of this optimiser.
     """
-    index_of = {name: index for index, name in enumerate(_parameter_names(optimizer, model))}
-    parameters = dict(model.named_parameters())
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    index_of = {weight: index for index, weight in enumerate(weights)}
+    trained = {name: weight for name, weight in model.named_parameters() if weight in index_of}
     restored: dict[int, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         if not full_name.startswith(_OPTIMIZER):
             continue
         name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition(".")
-        if name not in index_of:
+        if name not in trained:
             raise CheckpointError(
                 f"The checkpoint has optimiser state for {name!r}, which this run does not train. "
                 "Choose the model and the settings of the run that saved it."
             )
         # A copy: the optimiser changes its moments in place.
-        moment = divided_like(tensor.clone(), parameters[name])
-        restored.setdefault(index_of[name], {})[key] = moment
+        moment = divided_like(tensor.clone(), trained[name])
+        restored.setdefault(index_of[trained[name]], {})[key] = moment
     optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
-
-
-def _parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """Names of the optimiser's parameters in its own order."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from atod_gym.errors import AtodError, InvalidSettingError
-from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer
-from atod_train.algorithm.methods import compute_advantages, has_exact_signal
-from atod_train.batch import make_batch
-from atod_train.config import AlgorithmConfig, RunConfig, is_url
+from atod_train.algorithm.atod import clipped_policy_loss
+from atod_train.algorithm.methods import has_exact_signal, schedule_of
+from atod_train.algorithm.weights import parse_turn_weights
+from atod_train.config import SECTIONS, AlgorithmConfig, RunConfig, is_url
 from atod_train.models.pretrained import pick_device
-from atod_train.records import TokenizedTurn, TokenScores, Trajectory, Turn
-from atod_train.training.checkpoint import CheckpointError, check_finite, model_tensors
+from atod_train.records import TokenScores
+from atod_train.training.checkpoint import first_not_finite, model_tensors
 
 _AT_LEAST = {
     "env.max_turns": 1,
@@ -55,15 +55,17 @@ def check_settings(config: RunConfig) -> None:
     Raises:
         InvalidSettingError: names the setting, its value, and what to change.
     """
-    for section in ("env", "model", "start", "algorithm", "train"):
+    for section in SECTIONS:
         for name, value in asdict(getattr(config, section)).items():
             for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float) and not isinstance(number, bool):
+                if isinstance(number, int | float):
                     _check_number(f"{section}.{name}", number)
-    _check_device(config.model.device)
-    if config.model.teacher_device:
-        _check_device(config.model.teacher_device)
-    _try_algorithm(config.algorithm)
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    for device in (config.model.device, config.model.teacher_device or "auto"):
+        # A GPU is only counted: touching it would take its memory in processes that do not use it.
+        if device not in ("auto", *gpus) and not (device == "cuda" and gpus):
+            pick_device(device)
+    _check_algorithm(config.algorithm)
     if config.model.dtype == "bfloat16" and not config.model.lora_rank:
         raise InvalidSettingError(
             "model.dtype=bfloat16 rounds away the small updates of a student whose weights are "
@@ -76,14 +78,6 @@ def check_settings(config: RunConfig) -> None:
         )
 
 
-def _check_device(name: str) -> None:
-    kind, _, index = name.partition(":")
-    is_gpu = kind == "cuda" and (not index or index.isdecimal())
-    # A GPU is only counted: touching it would take its memory in processes that do not use it.
-    if name != "auto" and not (is_gpu and int(index or 0) < torch.cuda.device_count()):
-        pick_device(name)
-
-
 def _check_number(name: str, value: float) -> None:
     if not math.isfinite(value) and not (value == math.inf and name in _MAY_BE_INFINITE):
         raise InvalidSettingError(f"{name} must be finite, not {value}.")
@@ -93,30 +87,25 @@ def _check_number(name: str, value: float) -> None:
         raise InvalidSettingError(f"{name} must be above 0, not {value}.")
 
 
-def _try_algorithm(settings: AlgorithmConfig) -> None:
-    """Compute the loss of two made-up trajectories: what raises now would raise in step 1."""
-    logprobs = torch.tensor([[-0.5], [-1.0], [-0.2], [-2.0], [-0.1], [-0.7]])
-    tokens = TokenizedTurn((0,), (0,), (0.0,), "stop", extends_previous=False)
-    turns = [
-        tuple(Turn(index, (), "", "", reward, True, tokens) for index, reward in enumerate(rewards))
-        for rewards in ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0))
-    ]
-    batch = make_batch(
-        [Trajectory(0, "", "", played, True, False, "terminated", True, 1.0) for played in turns], 0
-    )
-    mask = batch.completion_mask
+def _check_algorithm(settings: AlgorithmConfig) -> None:
+    """Refuse what would raise in the first step."""
+    zero = torch.zeros(1, 1)
+    low, high, dual = settings.clip
     try:
-        scores = TokenScores(
-            logprobs=logprobs,
-            reference_logprobs=logprobs - 0.3,
-            divergences=torch.full(logprobs.shape, 0.1) if has_exact_signal(settings) else None,
-        )
-        advantages = compute_advantages(batch, scores, settings, 1)
-        normalizer = loss_normalizer(mask, settings.aggregation, batch.trajectory_index)
+        schedule_of(settings)
+        parse_turn_weights(settings.turn_weights)
+        has_exact_signal(settings)
         clipped_policy_loss(
-            logprobs, logprobs, advantages.values, mask, clip_low=settings.clip[0],
-            clip_high=settings.clip[1], dual_clip=settings.clip[2], normalizer=normalizer,
-        )  # fmt: skip
+            zero,
+            zero,
+            zero,
+            zero == 0,
+            clip_low=low,
+            clip_high=high,
+            dual_clip=dual,
+            aggregation=settings.aggregation,
+            trajectory_index=torch.tensor([0]),
+        )
     except ValueError as error:
         raise InvalidSettingError(f"algorithm: {error}.") from error
 
@@ -131,57 +120,35 @@ class DivergedError(AtodError):
 def check_scores(scores: TokenScores, mask: Tensor, step: int) -> None:
     """Refuse log-probs that are not finite before anything is computed from them.
 
-    Args:
-        scores: of the student and its teacher, [R, T] each.
-        mask: [R, T] bool, sampled tokens.
-        step: for the message.
-
     Raises:
         DivergedError: names the model.
     """
-    student = "Lower train.lr in a new run (--out), or use --model.dtype float32."
-    teacher = (
-        "It cannot score what the student sampled: check its weights and that its vocabulary is "
-        "the student's."
-    )
-    for name, model, advice in (
-        ("logprobs", "student", student),
-        ("entropies", "student", student),
-        ("reference_logprobs", "teacher", teacher),
-        ("divergences", "teacher", teacher),
-    ):
+    for name in ("logprobs", "entropies", "reference_logprobs", "divergences"):
         values = getattr(scores, name)
         if values is not None and not values[mask].isfinite().all():
-            raise DivergedError(f"Step {step}: {name} of the {model} are not finite. {advice}")
+            raise DivergedError(
+                f"Step {step}: {name} of the student are not finite. Lower train.lr in a new run "
+                "(--out), or use --model.dtype float32."
+                if name in ("logprobs", "entropies")
+                else f"Step {step}: {name} of the teacher are not finite. It cannot score what the "
+                "student sampled: check its weights and that its vocabulary is the student's."
+            )
 
 
-def check_weights(model: nn.Module, step: int, saved_step: int) -> None:
-    """Refuse weights that are not finite after an update.
-
-    Raises:
-        DivergedError: one is; nothing of the step is saved.
-    """
-    try:
-        check_finite(model_tensors(model), f"Step {step} left broken weights")
-    except CheckpointError as error:
-        raise DivergedError(
-            f"{error}. Lower train.lr in a new run (--out). {_kept(saved_step)}".rstrip()
-        ) from error
-
-
-def check_skipped(in_a_row: int, step: int, saved_step: int) -> None:
-    """Refuse to continue after several updates in a row without a finite gradient.
+def check_update(model: nn.Module, skipped_in_a_row: int, step: int, saved_step: int) -> None:
+    """Refuse to continue with broken weights, or after many updates without a finite gradient.
 
     Raises:
-        DivergedError: there were.
+        DivergedError: nothing of the step is saved; the checkpoint of `saved_step` is kept.
     """
-    if in_a_row >= _SKIPPED_IN_A_ROW:
+    kept = f" The checkpoint of step {saved_step} is kept." if saved_step else ""
+    if skipped_in_a_row >= _SKIPPED_IN_A_ROW:
         raise DivergedError(
-            f"The gradients of {in_a_row} updates up to step {step} were not finite. Lower "
-            "train.lr, or use --model.dtype float32, in a new run (--out). "
-            f"{_kept(saved_step)}".rstrip()
+            f"The gradients of {skipped_in_a_row} updates up to step {step} were not finite. Lower "
+            f"train.lr, or use --model.dtype float32, in a new run (--out).{kept}"
         )
-
-
-def _kept(step: int) -> str:
-    return f"The checkpoint of step {step} is kept." if step else ""
+    if name := first_not_finite(model_tensors(model)):
+        raise DivergedError(
+            f"Step {step} left broken weights: {name} holds NaN or infinity. Lower train.lr in a "
+            f"new run (--out).{kept}"
+        )

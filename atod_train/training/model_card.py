@@ -8,58 +8,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from atod_train.algorithm.methods import needs_teacher
-from atod_train.config import SECTIONS, RunConfig, is_url
+from atod_train.config import RunConfig, is_url
 from atod_train.files import read_json, without_infinities
 from atod_train.reports.evaluations import Evaluation
 from atod_train.reports.run_folder import MANIFEST_FILE
 from atod_train.reports.tables import Table, rate_text
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_TEXT = """\
----
-{metadata}
----
-
-# {title}
-
-{student} after {steps} steps of method `{method}` on `{env}`{teacher}, trained with
-`atod-gym`. ATOD is Annealed Turn-Aware On-Policy Distillation
-([arXiv:2606.27814](https://arxiv.org/abs/2606.27814)).
-
-## Results
-
-{results}
-
-Success in percent of the tasks of a split, with 95 % bootstrap intervals over tasks. The run has
-one seed ({seed}); the spread between seeds is not in the intervals.
-
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```
-
-It was trained on prompts of style `{style}` with parse profile `{profile}` and at most {turns}
-turns of {tokens} tokens; other prompts give other results.
-
-## Data
-
-`{data}`, hash of the training tasks `{hash}`.
-
-## Settings
-
-```json
-{settings}
-```
-
-## Versions
-
-Python {python}; {packages}.
-"""
 
 
 def model_card(
@@ -80,56 +38,52 @@ def model_card(
         label: name of the run in tables; empty: its method.
     """
     manifest = read_json(run_dir / MANIFEST_FILE)
-    model, env = config.model, config.env
-    data = manifest.get("data", {})
+    student, teacher = config.model.student, config.model.teacher
     # Names of folders say nothing to others, and the hub takes names of its own alone.
-    is_hub_name = bool(_HUB_NAME.fullmatch(model.student)) and not Path(model.student).exists()
-    student = model.student if is_hub_name else Path(model.student).name
-    method = label or config.algorithm.method
+    is_hub_name = bool(_HUB_NAME.fullmatch(student)) and not Path(student).exists()
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        **({"base_model": model.student} if is_hub_name else {}),
-        "tags": ["atod", "agent", "on-policy-distillation", "reinforcement-learning", env.id],
+        **({"base_model": student} if is_hub_name else {}),
+        "tags": [
+            "atod",
+            "agent",
+            "on-policy-distillation",
+            "reinforcement-learning",
+            config.env.id,
+        ],
     }
-    teacher = "a server" if is_url(model.teacher) else f"`{Path(model.teacher).name}`"
-    has_teacher = needs_teacher(config.algorithm.method)
-    settings = {section: asdict(getattr(config, section)) for section in SECTIONS}
-    return _TEXT.format(
-        # JSON is YAML.
-        metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items()),
-        title=f"{student}, {method}, {env.id}",
-        student=f"`{student}`",
-        steps=step,
-        method=method,
-        env=env.id,
-        teacher=f" from the teacher {teacher}" if has_teacher else "",
+    teacher = "a server" if is_url(teacher) else f"`{Path(teacher).name}`"
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("model_card.md.j2").render(
+        config=config,
+        manifest=manifest,
+        metadata=metadata,
+        method=label or config.algorithm.method,
+        student=student if is_hub_name else Path(student).name,
+        teacher=teacher if needs_teacher(config.algorithm.method) else "",
+        step=step,
         results=_results(step, evaluations),
-        seed=config.train.seed,
-        style=env.prompt_style,
-        profile=env.parse_profile,
-        turns=env.max_turns,
-        tokens=config.train.max_completion_tokens,
-        data=Path(str(data.get("name"))).name,
-        hash=data.get("hash"),
-        settings=json.dumps(without_infinities(settings), indent=1),
-        python=manifest.get("python"),
-        packages=", ".join(f"{k} {v}" for k, v in manifest.get("packages", {}).items()),
+        data=Path(manifest["data"]["name"]).name,
+        settings=json.dumps(without_infinities(asdict(config)), indent=1),
     )
 
 
 def _results(step: int, evaluations: Sequence[Evaluation]) -> str:
-    """A table with a line for the model, the start and the teacher, for each split and mode."""
+    """Return a table with a line for the model, the start and the teacher, per split and mode."""
     names = {("student", step): "this model", ("student", 0): "start", ("teacher", 0): "teacher"}
-    found = {
-        (e.result.split, e.result.mode, names[e.model, e.step]): e.result
+    rows = {
+        (e.result.split, e.result.mode, names[e.model, e.step]): (
+            str(len(e.result.tasks)),
+            rate_text(e.result.success),
+        )
         for e in evaluations
         if (e.model, e.step) in names
     }
-    if not found:
-        return "It was not evaluated."
-    rows = []
-    for (split, mode, name), result in sorted(found.items()):
-        rows.append((split, mode, name, str(len(result.tasks)), rate_text(result.success)))
     head = ("split", "decoding", "model", "tasks", "success, % [95 % interval]")
-    return Table("", head, tuple(rows)).markdown
+    table = Table("", head, tuple((*key, *cells) for key, cells in sorted(rows.items())))
+    return table.markdown if rows else "It was not evaluated."

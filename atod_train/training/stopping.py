@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 _ECHO_SECONDS = 1.0
 """Launchers repeat a signal to processes that have received it already."""
@@ -32,9 +33,9 @@ def interruptible(
 
     def note(number: int, frame: object) -> None:
         now = time.monotonic()
-        if noted and now - noted[0] > _ECHO_SECONDS:
-            raise KeyboardInterrupt
         if noted:
+            if now - noted[0] > _ECHO_SECONDS:
+                raise KeyboardInterrupt
             return
         noted.append(now)
         if number == signal.SIGTERM and on_sigterm is not None:
@@ -42,14 +43,12 @@ def interruptible(
         if announce:
             print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        previous = [(number, signal.signal(number, note)) for number in numbers]
-    except ValueError:  # not in the main thread: leave signals alone
-        yield noted
-        return
+    previous: dict[signal.Signals, Any] = {}
+    with suppress(ValueError):  # only the main thread can change handlers
+        for caught in (signal.SIGINT, signal.SIGTERM):
+            previous[caught] = signal.signal(caught, note)
     try:
         yield noted
     finally:
-        for number, handler in previous:
-            signal.signal(number, handler)
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)

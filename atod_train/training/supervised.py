@@ -9,8 +9,9 @@ some turn), so that a model sees how to recover; only the expert's own turns are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import seed_for, tasks_for_step
 from atod_train.training.checks import DivergedError
-from atod_train.training.muon import Muon
 
 _WARM_UP = 0.05
 """Share of the updates in which the learning rate rises."""
@@ -118,7 +118,6 @@ def train_on_demonstrations(
     epochs: float,
     lr: tuple[float, float],
     seed: int,
-    episodes_per_update: int = 0,
     observation_weight: float = 0.3,
     tokens_per_microbatch: int = 16384,
 ) -> list[float]:
@@ -134,8 +133,6 @@ def train_on_demonstrations(
         epochs: passes over them; may be a fraction.
         lr: highest learning rates of AdamW and of Muon; 0 for Muon: AdamW trains all weights.
         seed: order of episodes.
-        episodes_per_update: trajectories of an optimiser update; 0: the power of two that comes
-            closest to 180 completion tokens.
         observation_weight: loss weight of an observation token; an expert token has 1.
         tokens_per_microbatch: padded tokens that go through the model at once.
 
@@ -145,8 +142,8 @@ def train_on_demonstrations(
     Raises:
         DivergedError: a gradient or a loss is not finite.
     """
-    episodes_per_update = episodes_per_update or _episodes_per_update(trajectories)
-    updates = max(1, round(epochs * len(trajectories) / episodes_per_update))
+    episodes = _episodes_per_update(trajectories)
+    updates = max(1, round(epochs * len(trajectories) / episodes))
     optimizers = _supervised_optimizers(policy, lr)
     generator = torch.Generator().manual_seed(seed)
     losses = []
@@ -157,8 +154,8 @@ def train_on_demonstrations(
             decay = 0.55 + 0.45 * math.cos(math.pi * update / updates)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * warm * decay
-            part = tasks_for_step(trajectories, update + 1, episodes_per_update, seed)
+                    group["lr"] = optimizer.defaults["lr"] * warm * decay
+            part = tasks_for_step(trajectories, update + 1, episodes, seed)
             loss = _supervised_update(
                 policy, part, optimizers, observation_weight, tokens_per_microbatch, generator
             )
@@ -222,15 +219,8 @@ def _supervised_optimizers(policy: Policy, lr: tuple[float, float]) -> list[torc
     for name, parameter in policy.model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
         (matrices if is_matrix and lr[1] else others).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=lr[0], betas=(0.9, 0.95), weight_decay=0.01)
-    ]
-    if matrices:
-        optimizers.insert(0, Muon(matrices, lr=lr[1]))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
+    adamw = torch.optim.AdamW(others, lr=lr[0], betas=(0.9, 0.95), weight_decay=0.01)
+    return [Muon(matrices, lr=lr[1], weight_decay=0.01), adamw] if matrices else [adamw]
 
 
 def _token_weights(
@@ -247,14 +237,57 @@ def _token_weights(
     """
     weights = batch.attention_mask * observation_weight
     weights = weights * (torch.rand(weights.shape, generator=generator) < share) / share
-    by_expert = [turn.is_trained for t in trajectories for turn in t.turns]
     rows = zip(
         batch.sequence_index.tolist(),
         batch.start.tolist(),
         batch.completion_mask.sum(dim=1).tolist(),
-        by_expert,
+        (turn.is_trained for t in trajectories for turn in t.turns),
         strict=True,
     )
-    for sequence, start, length, trained in rows:
-        weights[sequence, start : start + length] = float(trained)
+    for sequence, start, length, is_trained in rows:
+        weights[sequence, start : start + length] = float(is_trained)
     return weights
+
+
+class Muon(torch.optim.Muon):
+    """Muon in float32, for processors without bfloat16 units.
+
+    `torch.optim.Muon` orthogonalises in bfloat16. A processor that emulates it takes 4 (AVX-512) to
+    20 times (AVX2) longer for that, more than for the forward and backward passes of a small model.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update the weights that have a gradient; the closure is not used."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["mean"] = torch.zeros_like(weight)
+                mean = state["mean"].lerp_(weight.grad, 1 - group["momentum"])
+                update = orthogonalized(weight.grad.lerp(mean, group["momentum"]), group)
+                rows, columns = weight.shape
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+
+
+def orthogonalized(matrix: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """Return a matrix with the same singular vectors, whose singular values are about one.
+
+    Args:
+        matrix: [rows, columns].
+        settings: of `torch.optim.Muon`.
+
+    Returns:
+        Of the same shape; singular values that were not tiny end between about 0.5 and 1.5.
+    """
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    found = matrix.mT if is_tall else matrix
+    found = found / found.norm().clamp(min=settings["eps"])
+    a, b, c = settings["ns_coefficients"]
+    for _ in range(settings["ns_steps"]):
+        gram = found @ found.mT
+        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+    return found.mT if is_tall else found

@@ -46,7 +46,7 @@ from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, nothing_fits, seed_for, tasks_for_step
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher
-from atod_train.training.checks import check_scores, check_skipped, check_weights
+from atod_train.training.checks import check_scores, check_update
 from atod_train.training.inputs import HiddenInputs
 from atod_train.training.run_record import RunRecord
 from atod_train.training.stopping import StoppedByUser, interruptible
@@ -278,7 +278,7 @@ class Trainer:
         self, batch: Batch, scores: TokenScores, advantages: Advantages, step: int
     ) -> dict[str, float]:
         """Update the weights; refuse to continue where they or many gradients are not finite."""
-        config, saved_step = self.config, self._record.saved_step
+        config = self.config
         advice = _LESS_IN_UPDATES.format(config.train.tokens_per_microbatch)
         order = torch.Generator().manual_seed(seed_for(config.train.seed, step, "minibatches"))
         with (
@@ -291,8 +291,7 @@ class Trainer:
         skipped = int(update["skipped_updates"])
         is_none_made = math.isnan(update["grad_norm"])
         self._skipped_in_a_row = self._skipped_in_a_row + skipped if is_none_made else 0
-        check_skipped(self._skipped_in_a_row, step, saved_step)
-        check_weights(self.student.model, step, saved_step)
+        check_update(self.student.model, self._skipped_in_a_row, step, self._record.saved_step)
         return update
 
     def _advantages(self, batch: Batch, scores: TokenScores, step: int) -> Advantages:

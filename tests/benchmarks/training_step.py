@@ -100,9 +100,6 @@ def main() -> None:
             model, taught[:4], optimizers[kind], 0.3, 2048, torch.Generator()
         )
 
-    def torch_muon(weights: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
-        return torch.optim.Muon(weights, lr=lr, weight_decay=0.01)
-
     @contextmanager
     def everything() -> Iterator[None]:
         no = mock.Mock(return_value=False)
@@ -114,7 +111,7 @@ def main() -> None:
 
     @contextmanager
     def other_muon() -> Iterator[None]:
-        with mock.patch.object(supervised, "Muon", torch_muon):
+        with mock.patch.object(supervised, "Muon", torch.optim.Muon):
             yield
 
     tokens = int(batch.attention_mask.sum())

@@ -20,6 +20,7 @@ from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.reports.metrics import read_metrics
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.teachers.local import LocalTeacher
+from atod_train.training import supervised
 from atod_train.training.supervised import (
     demonstrate,
     demonstration_texts,
@@ -129,10 +130,10 @@ def echo_policies(echo_pool: EnvPool) -> tuple[Policy, Policy]:
     tokenizer = build_word_tokenizer(demonstration_texts(episodes))
     trajectories = [tokenize(episode, DialogueEncoder(tokenizer)) for episode in episodes]
     student, teacher = (build_policy(shape, tokenizer, seed=1) for _ in range(2))
-    for policy, epochs in ((student, 9.0), (teacher, 11.0)):
-        train_on_demonstrations(
-            policy, trajectories, epochs=epochs, lr=(3e-3, 1.8e-2), seed=1, episodes_per_update=4
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervised, "_episodes_per_update", lambda trajectories: 4)
+        for policy, epochs in ((student, 9.0), (teacher, 11.0)):
+            train_on_demonstrations(policy, trajectories, epochs=epochs, lr=(3e-3, 1.8e-2), seed=1)
     return student, teacher
 
 

@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import torch
 
-from atod_train.training.muon import Muon, orthogonalized
+from atod_train.training.supervised import Muon, orthogonalized
 
 
 def test_singular_values_come_close_to_one_and_vectors_stay() -> None:
     torch.manual_seed(0)
+    settings = torch.optim.Muon([torch.zeros(1, 1)]).defaults
     for shape in ((6, 6), (4, 9), (9, 4)):
         left, values, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
         values = values.clamp(min=0.1 * float(values.max()))
-        found = orthogonalized(left @ values.diag() @ right)
+        found = orthogonalized(left @ values.diag() @ right, settings)
         inner = left.mT @ found @ right.mT
         diagonal = inner.diagonal()
         assert (inner - diagonal.diag()).abs().max() < 1e-4
