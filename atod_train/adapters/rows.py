@@ -26,16 +26,10 @@ class RowTokens:
 
 
 class TokenPlayer:
-    """A player of episodes whose completions are sampled elsewhere.
-
-    Args:
-        pool: environments.
-        encoder: encodes prompts and decodes completions.
-        limits: of the prompts.
-    """
+    """Plays episodes whose completions are sampled elsewhere."""
 
     def __init__(self, pool: EnvPool, encoder: DialogueEncoder, limits: Limits) -> None:
-        self._pool, self._encoder, self._limits = pool, encoder, limits
+        self.pool, self.encoder, self.limits = pool, encoder, limits
         self._stop_rule = StopRule(encoder, pool.completion_format)
 
     def next_prompt(self, episode: Episode) -> list[int] | None:
@@ -43,32 +37,32 @@ class TokenPlayer:
 
         In window style past turns are left out where they do not fit.
         """
-        prompt = episode.next_prompt(self._encoder, self._limits)
+        prompt = episode.next_prompt(self.encoder, self.limits)
         return None if prompt is None else prompt.whole
 
     def play(
         self,
         episodes: Sequence[Episode],
         completions: Sequence[Sequence[int]],
-        logprobs: Sequence[Sequence[float] | None],
+        logprobs: Sequence[Sequence[float] | None] | None,
     ) -> None:
         """Play one turn of some episodes.
 
         Args:
             episodes: each once.
             completions: token ids as sampled, for each episode; those after the action are left
-                out, as in our own trainer, whose sampler stops there.
+                out, as our own sampler stops there.
             logprobs: of these tokens while sampling; None if the sampler gave none.
         """
         sampled = []
-        for given, scores in zip(completions, logprobs, strict=True):
+        for given, scores in zip(completions, logprobs or [None] * len(completions), strict=True):
             ids = list(given)
             ids = ids[: self._stop_rule.kept(ids)]
-            has_end = bool(ids) and ids[-1] in self._encoder.stop_ids
-            kept = () if scores is None else tuple(scores[: len(ids)])
+            has_end = bool(ids) and ids[-1] in self.encoder.stop_ids
+            kept = tuple(scores or ())[: len(ids)]
             sampled.append(Completion(tuple(ids), kept, "stop" if has_end else "length"))
-        texts = [self._encoder.decode(completion.ids) for completion in sampled]
-        self._pool.play(episodes, texts, sampled)
+        texts = [self.encoder.decode(completion.ids) for completion in sampled]
+        self.pool.play(episodes, texts, sampled)
 
 
 def outcome(record: Trajectory) -> dict[str, float]:
@@ -80,24 +74,27 @@ def outcome(record: Trajectory) -> dict[str, float]:
     }
 
 
-def rows_of(record: Trajectory) -> list[RowTokens]:
-    """Return one row for each turn in window style, else one; none if nothing was played."""
+def rows_of(record: Trajectory, filler: int) -> list[RowTokens]:
+    """Return one row for each turn in window style, else one.
+
+    Other trainers want a row of every episode. Where nothing was played, it consists of the token
+    `filler`, and nothing of it is trained on.
+    """
     rows: list[RowTokens] = []
     for turn in record.turns:
         tokens = turn.tokens
-        completion = list(tokens.completion_ids)
-        known = len(tokens.sampling_logprobs) == len(completion)
-        scores = list(tokens.sampling_logprobs) if known else None
-        if not tokens.extends_previous:
-            mask = [1] * len(completion)
-            rows.append(RowTokens(list(tokens.prompt_ids), completion, mask, scores))
-            continue
-        last, between = rows[-1], len(tokens.prompt_ids)
-        held = last.logprobs
-        rows[-1] = RowTokens(
-            last.prompt_ids,
-            [*last.response_ids, *tokens.prompt_ids, *completion],
-            [*last.mask, *[0] * between, *[1] * len(completion)],
-            None if held is None or scores is None else [*held, *[0.0] * between, *scores],
-        )
-    return rows
+        prompt, response = list(tokens.prompt_ids), list(tokens.completion_ids)
+        mask = [1] * len(response)
+        known = len(tokens.sampling_logprobs) == len(response)
+        logprobs = list(tokens.sampling_logprobs) if known else None
+        if tokens.extends_previous:
+            last = rows.pop()
+            response = [*last.response_ids, *prompt, *response]
+            mask = [*last.mask, *[0] * len(prompt), *mask]
+            if logprobs is not None and last.logprobs is not None:
+                logprobs = [*last.logprobs, *[0.0] * len(prompt), *logprobs]
+            else:
+                logprobs = None
+            prompt = last.prompt_ids
+        rows.append(RowTokens(prompt, response, mask, logprobs))
+    return rows or [RowTokens([filler], [filler], [0], None)]

@@ -26,9 +26,8 @@ from atod_train.adapters.rows import RowTokens, TokenPlayer, outcome, rows_of
 from atod_train.algorithm.atod import Schedule
 from atod_train.config import EnvConfig
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.rollout.episode import Episode, Limits
+from atod_train.rollout.episode import Limits
 from atod_train.teachers.vocabulary import require_same_vocabulary
 
 try:
@@ -61,8 +60,7 @@ class Rollouts:
     def __init__(self, env: EnvConfig, split: str = "train") -> None:
         self.config = env
         self.split = split
-        self._pool: EnvPool | None = None
-        self._dialogue: DialogueEncoder | None = None
+        self._player: TokenPlayer | None = None
 
     def __call__(self, prompts: Sequence[str], trainer: GRPOTrainer) -> dict[str, Any]:
         """Play the tasks.
@@ -86,50 +84,37 @@ class Rollouts:
                 "In window style every turn is a row of its own, which GRPOTrainer cannot take: "
                 "use ATODTrainer (without a teacher it is GRPO), or prompt_style='chat'."
             )
-        if self._pool is None or self._dialogue is None:
-            self._pool = EnvPool(self.config, self.split)
-            self._dialogue = DialogueEncoder(
-                trainer.processing_class, self.config.prompt_style, self.config.template_options
-            )
-        positions = int(trainer.model.config.get_text_config().max_position_embeddings)
-        limits = Limits(trainer.max_completion_length, positions, can_restart=False)
-        player = TokenPlayer(self._pool, self._dialogue, limits)
-        episodes = self._pool.start(prompts)
+        if self._player is None:
+            style, options = self.config.prompt_style, self.config.template_options
+            encoder = DialogueEncoder(trainer.processing_class, style, options)
+            positions = int(trainer.model.config.get_text_config().max_position_embeddings)
+            limits = Limits(trainer.max_completion_length, positions, can_restart=False)
+            self._player = TokenPlayer(EnvPool(self.config, self.split), encoder, limits)
+        player = self._player
+        episodes = player.pool.start(prompts)
         while active := [episode for episode in episodes if episode.stop_reason is None]:
-            _play_turn(player, active, trainer)
+            asked = [(episode, player.next_prompt(episode)) for episode in active]
+            if playing := [(episode, ids) for episode, ids in asked if ids is not None]:
+                ids = [ids for _, ids in playing]
+                sampled = trainer._generate_single_turn(ids, None, {}, 1)
+                player.play([episode for episode, _ in playing], *sampled)
         if not any(episode.turns for episode in episodes):
             raise AtodError("No first prompt fits the model; use shorter prompts.")
-        end = self._dialogue.end_of_turn_id
-        rows = [_columns(episode.trajectory(), is_window, end) for episode in episodes]
-        output: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
-        if any(logprobs is None for logprobs in output["logprobs"]):
-            output["logprobs"] = None
-        return output
-
-
-def _play_turn(player: TokenPlayer, active: Sequence[Episode], trainer: GRPOTrainer) -> None:
-    asked = [(episode, player.next_prompt(episode)) for episode in active]
-    playing = [(episode, ids) for episode, ids in asked if ids is not None]
-    if not playing:
-        return
-    completions, logprobs = trainer._generate_single_turn([ids for _, ids in playing], None, {}, 1)
-    scores = [None] * len(playing) if logprobs is None else logprobs
-    player.play([episode for episode, _ in playing], completions, scores)
-
-
-def _columns(record: Trajectory, is_window: bool, filler: int) -> dict[str, Any]:
-    """Return the columns of one episode; TRL wants a completion even where none was played."""
-    rows = rows_of(record)
-    first = rows[0] if rows else RowTokens([filler], [filler], [0], [0.0])
-    return {
-        "prompt_ids": first.prompt_ids,
-        "completion_ids": first.response_ids,
-        "env_mask": first.mask,
-        "logprobs": first.logprobs,
-        "episode_return": record.episode_return,
-        **outcome(record),
-        **({TURN_ROWS: rows} if is_window else {}),
-    }
+        records = [episode.trajectory() for episode in episodes]
+        outcomes = [outcome(record) for record in records]
+        rows = [rows_of(record, player.encoder.end_of_turn_id) for record in records]
+        first = [turns[0] for turns in rows]
+        has_logprobs = all(row.logprobs is not None for row in first if any(row.mask))
+        logprobs = [row.logprobs or [0.0] * len(row.mask) for row in first]
+        return {
+            "prompt_ids": [row.prompt_ids for row in first],
+            "completion_ids": [row.response_ids for row in first],
+            "env_mask": [row.mask for row in first],
+            "logprobs": logprobs if has_logprobs else None,
+            "episode_return": [record.episode_return for record in records],
+            **{name: [each[name] for each in outcomes] for name in outcomes[0]},
+            **({TURN_ROWS: rows} if is_window else {}),
+        }
 
 
 def episode_returns(*, episode_return: Sequence[float], **columns: object) -> list[float]:
@@ -141,13 +126,13 @@ class ATODTrainer(GRPOTrainer):
     """TRL's GRPO trainer with ATOD's advantages: kappa w_k delta_t + rho A (Eq. 8).
 
     Args:
-        *args: those of `GRPOTrainer`.
+        *args: as of `GRPOTrainer`.
         teacher: the model that scores the student's tokens, as a model, folder or hub name; None:
             no teacher's part, whatever kappa is.
         schedule: kappa and rho over the optimiser steps; the paper's by default.
         turn_weights: `soft_or` is T-DUR, `uniform` none; `disagreement` and `uncertainty` are
             its parts.
-        **kwargs: those of `GRPOTrainer`.
+        **kwargs: as of `GRPOTrainer`.
 
     Raises:
         AtodError: The tokenizers of student and teacher differ.
@@ -167,15 +152,14 @@ class ATODTrainer(GRPOTrainer):
             raise InvalidSettingError("ATODTrainer needs use_liger_kernel=False.")
         self.schedule = schedule or Schedule()
         self.turn_weights = turn_weights
-        self.teacher = None if teacher is None else self._prepared(teacher)
+        self.teacher: Any = None if teacher is None else self._prepared(teacher)
 
     def _prepared(self, teacher: PreTrainedModel | str) -> Any:
-        name = teacher if isinstance(teacher, str) else str(teacher.config._name_or_path)
         model: Any = teacher
         if isinstance(teacher, str):
             ours, theirs = self.processing_class.get_vocab(), AutoTokenizer.from_pretrained(teacher)
             student = str(self.model.config._name_or_path)
-            require_same_vocabulary(ours, theirs.get_vocab(), student, name)
+            require_same_vocabulary(ours, theirs.get_vocab(), student, teacher)
             model = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
         model.requires_grad_(False).eval()
         disable_dropout_in_model(model)
@@ -210,20 +194,18 @@ class ATODTrainer(GRPOTrainer):
         parts = self.args.steps_per_generation if self.model.training else 1
         filler = self._tokenizer.pad_token_id
         turns += [(0, RowTokens([filler], [filler], [0], None))] * (-len(turns) % parts)
+        rows = [turn for _, turn in turns]
+        episode = torch.tensor([number for number, _ in turns], device=device)
 
         def padded(rows: Sequence[list[int]], value: int, side: str) -> Tensor:
-            tensors = [torch.tensor(row) for row in rows]
-            return pad(tensors, padding_value=value, padding_side=side).to(device)
+            return pad([torch.tensor(row) for row in rows], value, side).to(device)
 
-        prompts = [turn.prompt_ids for _, turn in turns]
-        completions = [turn.response_ids for _, turn in turns]
-        episode = torch.tensor([number for number, _ in turns], device=device)
         expanded = {
-            "prompt_ids": padded(prompts, filler, "left"),
-            "prompt_mask": padded([[1] * len(ids) for ids in prompts], 0, "left"),
-            "completion_ids": padded(completions, filler, "right"),
-            "completion_mask": padded([[1] * len(ids) for ids in completions], 0, "right"),
-            "tool_mask": padded([turn.mask for _, turn in turns], 0, "right"),
+            "prompt_ids": padded([row.prompt_ids for row in rows], filler, "left"),
+            "prompt_mask": padded([[1] * len(row.prompt_ids) for row in rows], 0, "left"),
+            "completion_ids": padded([row.response_ids for row in rows], filler, "right"),
+            "completion_mask": padded([[1] * len(row.response_ids) for row in rows], 0, "right"),
+            "tool_mask": padded([row.mask for row in rows], 0, "right"),
             "advantages": output["advantages"][episode],
         }
         tokens = expanded["tool_mask"].sum()
@@ -244,33 +226,28 @@ class ATODTrainer(GRPOTrainer):
         return logprobs
 
     def _mixed(self, rows: dict[str, Any], episode: Tensor) -> Tensor:
-        """ATOD's advantages [B, T] of rows that belong to `episode` [B]."""
+        """Return ATOD's advantages [B, T] of rows that belong to `episode` [B]."""
         kappa, rho = self.schedule.coefficients(self.state.global_step + 1)
         mask = rows["completion_mask"].bool()
         if "tool_mask" in rows:
             mask &= rows["tool_mask"].bool()
-        metrics = self._metrics["train"]
-        metrics["atod/kappa"].append(kappa)
-        metrics["atod/rho"].append(rho)
-        if self.teacher is None or kappa == 0.0:
-            return rho * rows["advantages"].unsqueeze(-1).expand(mask.shape)
-        old = rows.get("old_per_token_logps")
-        old = self._scores(self.model, rows) if old is None else old
-        teacher = self._scores(self.teacher, rows)
-        base = rows["advantages"]
+        student = teacher = None
+        if self.teacher is not None and kappa != 0.0:
+            student = rows.get("old_per_token_logps")
+            student = self._scores(self.model, rows) if student is None else student
+            teacher = self._scores(self.teacher, rows)
         dtypes = {model.dtype for model in (self.model, self.teacher) if hasattr(model, "dtype")}
-        is_low = self.accelerator.mixed_precision != "no" or dtypes != {torch.float32}
-        mixed = mixed_advantages(
-            base,
-            old,
+        advantages, metrics = mixed_advantages(
+            rows["advantages"],
+            student,
             teacher,
             mask,
             episode,
             kappa=kappa,
             rho=rho,
             variant=self.turn_weights,
-            is_low_precision=is_low,
+            is_low_precision=self.accelerator.mixed_precision != "no" or dtypes != {torch.float32},
         )
-        for name, value in mixed.metrics(mask).items():
-            metrics[f"atod/{name}"].append(value)
-        return mixed.advantages
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+        return advantages

@@ -21,17 +21,18 @@ In window style every turn is a row of its own, as in the published runs.
 from __future__ import annotations
 
 import asyncio
-import threading
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 from uuid import uuid4
 
+import numpy as np
 import torch
 
 from atod_gym.errors import InvalidSettingError, MissingExtraError
 from atod_train.adapters.objective import Variant, mixed_advantages
-from atod_train.adapters.rows import RowTokens, TokenPlayer, outcome, rows_of
+from atod_train.adapters.rows import TokenPlayer, outcome, rows_of
 from atod_train.algorithm.atod import Schedule
 from atod_train.algorithm.methods import schedule_of
 from atod_train.config import AlgorithmConfig, EnvConfig
@@ -88,9 +89,7 @@ class ATODSettings:
             raise InvalidSettingError(
                 f"trainer.v1.atod has no setting {unknown[0]!r}; known: {', '.join(known)}."
             )
-        values: dict[str, Any] = {
-            k: v if isinstance(v, float | int | str) else tuple(v) for k, v in config.items()
-        }
+        values = dict(config)
         teacher = str(values.pop("teacher", ""))
         settings = AlgorithmConfig(**values)
         if settings.shape == "adaptive" or settings.turn_weights not in get_args(Variant):
@@ -104,38 +103,8 @@ class ATODSettings:
             raise InvalidSettingError(f"trainer.v1.atod: {error}") from error
 
 
-# -- environments ---------------------------------------------------------------------------------
-
-
-class _Envs:
-    """Environments of one kind that episodes of this process borrow, each a pool of one."""
-
-    def __init__(self, config: EnvConfig, split: str) -> None:
-        self._config, self._split = config, split
-        self._free: list[EnvPool] = []
-        self._lock = threading.Lock()
-
-    def borrow(self) -> EnvPool:
-        with self._lock:
-            if self._free:
-                return self._free.pop()
-        return EnvPool(self._config, self._split)
-
-    def give_back(self, pool: EnvPool) -> None:
-        with self._lock:
-            self._free.append(pool)
-
-
-_envs: dict[tuple[str, str], _Envs] = {}
-_envs_lock = threading.Lock()
-
-
-def _envs_of(config: EnvConfig, split: str) -> _Envs:
-    key = (repr(asdict(config)), split)
-    with _envs_lock:
-        if key not in _envs:
-            _envs[key] = _Envs(config, split)
-        return _envs[key]
+_free: dict[tuple[str, str], list[EnvPool]] = defaultdict(list)
+"""Environments that no episode of this process plays, by settings and split."""
 
 
 class ATODAgentLoop(AgentLoopBase):
@@ -166,17 +135,14 @@ class ATODAgentLoop(AgentLoopBase):
         except TypeError as error:
             raise InvalidSettingError(f"The agent loop's env: {error}.") from error
         style = self.env_config.prompt_style
-        most_prompt, most_response = (
-            int(self.rollout_config.prompt_length),
-            int(self.rollout_config.response_length),
-        )
-        completion = min(max_completion_tokens, most_response)
         self.encoder = DialogueEncoder(self.tokenizer, style, self.env_config.template_options)
+        prompt = int(self.rollout_config.prompt_length)
+        response = int(self.rollout_config.response_length)
+        completion = min(max_completion_tokens, response)
         if style == "window":
-            self.limits = Limits(completion, most_prompt + completion)
+            self.limits = Limits(completion, prompt + completion)
         else:
-            in_all = most_prompt + most_response
-            self.limits = Limits(completion, in_all, most_prompt, can_restart=False)
+            self.limits = Limits(completion, prompt + response, prompt, can_restart=False)
 
     async def run(
         self, sampling_params: dict[str, Any], **kwargs: Any
@@ -191,9 +157,10 @@ class ATODAgentLoop(AgentLoopBase):
             One output in chat style, one for each turn in window style.
         """
         row = kwargs["extra_info"]
-        envs = await asyncio.to_thread(_envs_of, self.env_config, str(row.get("split", "train")))
-        pool = await asyncio.to_thread(envs.borrow)
-        said: list[dict[str, Any]] = []
+        split = str(row.get("split", "train"))
+        free = _free[repr(self.env_config), split]
+        pool = free.pop() if free else await asyncio.to_thread(EnvPool, self.env_config, split)
+        extras: list[dict[str, Any]] = []
         try:
             player = TokenPlayer(pool, self.encoder, self.limits)
             [episode] = await asyncio.to_thread(pool.start, [str(row["task_id"])])
@@ -206,21 +173,24 @@ class ATODAgentLoop(AgentLoopBase):
                 sampled = await self.server_manager.generate(
                     request_id=request, prompt_ids=ids, sampling_params=dict(asked)
                 )
-                said.append(dict(sampled.extra_fields))
+                extras.append(dict(sampled.extra_fields))
                 await asyncio.to_thread(
                     player.play, [episode], [sampled.token_ids], [sampled.log_probs]
                 )
         finally:
-            envs.give_back(pool)
-        return self._outputs(episode.trajectory(), said)
+            free.append(pool)
+        return self._outputs(episode.trajectory(), extras)
 
     def _outputs(
-        self, record: Trajectory, said: Sequence[dict[str, Any]]
+        self, record: Trajectory, extras: Sequence[dict[str, Any]]
     ) -> AgentLoopOutput | list[AgentLoopOutput]:
+        """Return the rows of an episode; `extras` are the engine's fields for each turn."""
         is_window = self.encoder.style == "window"
-        end = self.encoder.end_of_turn_id
-        # An episode that could not begin: verl wants a row, of which nothing is trained on.
-        rows = rows_of(record) or [RowTokens([end], [end], [0], None)]
+        extras = extras or [{}]
+        if not is_window:
+            # The oldest weights that sampled a dialogue are those of its first turn.
+            oldest = {k: v for k, v in extras[0].items() if k == "min_global_steps"}
+            extras = [{**extras[-1], **oldest}]
         outputs = [
             AgentLoopOutput(
                 prompt_ids=row.prompt_ids,
@@ -231,20 +201,15 @@ class ATODAgentLoop(AgentLoopBase):
                 num_turns=2 * len(record.turns),
                 metrics=AgentLoopMetrics(),
                 extra_fields={
-                    **(said[number if is_window else -1] if said else {}),
+                    **extra,
                     "reward_extra_info": outcome(record),
                     "turn_scores": [],
                     "tool_rewards": [],
                 },
             )
-            for number, row in enumerate(rows)
+            for row, extra in zip(rows_of(record, self.encoder.end_of_turn_id), extras, strict=True)
         ]
-        if said and not is_window and "min_global_steps" in said[0]:
-            outputs[0].extra_fields["min_global_steps"] = said[0]["min_global_steps"]
         return outputs if is_window else outputs[0]
-
-
-# -- the objective --------------------------------------------------------------------------------
 
 
 class TeacherWorker(ActorRolloutRefWorker):
@@ -305,38 +270,26 @@ class ATODTrainer(PPOTrainerSync):
         """Replace verl's advantages by the mix; rows of one session are one episode."""
         batch = super()._compute_advantage(batch, metrics)
         kappa, rho = self.settings.schedule.coefficients(self.global_steps)
-        has_teacher = bool(self.settings.teacher) and kappa != 0.0
-        metrics.update({"atod/kappa": kappa, "atod/rho": rho})
         names = ["advantages", "response_mask"]
-        names += ["old_log_probs", "ref_log_prob"] if has_teacher else []
+        if self.settings.teacher and kappa != 0.0:
+            names += ["old_log_probs", "ref_log_prob"]
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         data = transfer_queue.kv_batch_get(**where, select_fields=names)
-        nested_mask = data["response_mask"]
         rows = data.to_padded_tensor()
-        mask = rows["response_mask"].bool()
-        if has_teacher:
-            mixed = mixed_advantages(
-                rows["advantages"],
-                rows["old_log_probs"],
-                rows["ref_log_prob"],
-                mask,
-                _episodes(batch.keys),
-                kappa=kappa,
-                rho=rho,
-                variant=self.settings.turn_weights,
-                is_low_precision=True,  # the workers compute in bfloat16
-            )
-            metrics.update({f"atod/{k}": v for k, v in mixed.metrics(mask).items()})
-            advantages = mixed.advantages
-        else:
-            advantages = rho * rows["advantages"]
-        nested = response_to_nested(advantages, nested_mask)
+        # Keys are `{uid}_{session}_{row of the session}`.
+        sessions = [key.rpartition("_")[0] for key in batch.keys]
+        advantages, added = mixed_advantages(
+            rows["advantages"],
+            rows.get("old_log_probs"),
+            rows.get("ref_log_prob"),
+            rows["response_mask"].bool(),
+            torch.from_numpy(np.unique(sessions, return_inverse=True)[1]),
+            kappa=kappa,
+            rho=rho,
+            variant=self.settings.turn_weights,
+            is_low_precision=True,  # the workers compute in bfloat16
+        )
+        metrics.update(added)
+        nested = response_to_nested(advantages, data["response_mask"])
         output = TensorDict({"advantages": nested, "returns": nested}, batch_size=len(batch))
         return transfer_queue.kv_batch_put(**where, fields=output)
-
-
-def _episodes(keys: Sequence[str]) -> torch.Tensor:
-    """Which episode each row belongs to: keys are `{uid}_{session}_{row of the session}`."""
-    numbers: dict[str, int] = {}
-    sessions = [key.rpartition("_")[0] for key in keys]
-    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in sessions])

@@ -105,8 +105,7 @@ class EnvPool:
         config = self.config
         spec = find_spec(config.id)
         if spec.vector_entry_point is None or not is_turn_env(spec):
-            limit = self.max_turns or None
-            return SingleEnvs([make_text_env(config, self.split, limit) for _ in range(count)])
+            return SingleEnvs([make_text_env(config, self.split) for _ in range(count)])
         limit = self.max_turns or spec.max_episode_steps
         settings: dict[str, Any] = {"split": self.split, "data": config.data, **config.options}
         settings.pop("max_turns", None)

@@ -1,21 +1,9 @@
 """Environments of one's own: any Gymnasium environment whose actions and observations are text.
 
 `EnvConfig.id` takes Gymnasium's `module:id`; the module, which registers the id, is looked for in
-the current folder too. What the trainer reads of an environment, and what it does without:
-
-| the environment has | without it |
-|---|---|
-| an action space `gymnasium.spaces.Text`, and an answer to any text | refused |
-| observations that are a text, or a dict with `text` and, optionally, `instruction` and `admissible_actions` | refused |
-| `success` (a truth value) or `score` (1.0 is success) in the `info` of every step | refused |
-| `task_ids`, of which `reset(options={"task_id": ..})` plays one | seeds are the tasks |
-| the keywords `split` and `data` | splits are ranges of seeds |
-| `is_action_valid` in `info` | what is not among `admissible_actions` is invalid |
-| `task_type` in `info` | all tasks are of one type |
-| a method `expert()`, see `atod_train.rollout.episode.Expert` | no models from scratch |
-
-`atod_train/examples/own_environment.py` is one.
-"""  # noqa: E501
+the current folder too. A table in `atod_train/README.md` lists what the trainer reads of an
+environment, and what it does without; `atod_train/examples/own_environment.py` is one.
+"""
 
 from __future__ import annotations
 
@@ -87,27 +75,25 @@ def is_turn_env(spec: EnvSpec) -> bool:
     return isinstance(creator, type) and issubclass(creator, TurnEnv)
 
 
-def make_text_env(config: EnvConfig, split: str, max_turns: int | None) -> gymnasium.Env[Any, str]:
+def make_text_env(config: EnvConfig, split: str) -> gymnasium.Env[Any, str]:
     """Make an environment with turn-structured observations, of this project or any other.
 
     Raises:
         AtodError: it is missing something, or refuses a setting.
     """
     spec = find_spec(config.id)
-    settings: dict[str, Any] = {
-        name: value for name, value in config.options.items() if name != "max_turns"
-    }
-    given = {"split": split, "data": config.data}
+    settings: dict[str, Any] = {**config.options, "split": split, "data": config.data}
+    limit = settings.pop("max_turns", config.max_turns) or None
     if is_turn_env(spec):
-        return make_env(config.id, max_turns, **given, **settings)
+        return make_env(config.id, limit, **settings)
     parameters = inspect.signature(_creator(spec)).parameters
-    takes_split = "split" in parameters
     if "data" not in parameters and config.data not in ("auto", "generated"):
         raise InvalidSettingError(f"{config.id} takes no data; leave out env.data {config.data}.")
-    settings |= {name: value for name, value in given.items() if name in parameters}
-    env = make_env(config.id, max_turns, **settings)
+    for name in {"split", "data"} - parameters.keys():
+        del settings[name]
+    env = make_env(config.id, limit, **settings)
     try:
-        return TextEnv(env, config.id, split, takes_split=takes_split)
+        return TextEnv(env, config.id, split)
     except Exception:
         env.close()
         raise
@@ -117,18 +103,15 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
     """Give a Gymnasium environment of texts the observations, infos and tasks of a `TurnEnv`.
 
     Args:
-        env: the environment, see the table of this module.
+        env: the environment.
         env_id: for messages.
         split: of the tasks.
-        takes_split: whether the environment was made for this split; then seeds begin at 0 in each.
 
     Raises:
-        InvalidSettingError: its spaces are not of text.
+        InvalidSettingError: its spaces are not of text, or it has no turn limit.
     """
 
-    def __init__(
-        self, env: gymnasium.Env[Any, str], env_id: str, split: str, *, takes_split: bool
-    ) -> None:
+    def __init__(self, env: gymnasium.Env[Any, str], env_id: str, split: str) -> None:
         super().__init__(env)
         self._id, self._split = env_id, split
         if not isinstance(env.action_space, spaces.Text):
@@ -137,34 +120,30 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
                 "it an action_space of gymnasium.spaces.Text, or wrap it in one."
             )
         space: Any = env.observation_space
-        text = space.spaces.get("text") if isinstance(space, spaces.Dict) else space
+        text = space.get("text") if isinstance(space, spaces.Dict) else space
         if not isinstance(text, spaces.Text):
             raise self._no_text(f"observations {space}")
         self.observation_space = turn_observation_space()
-        self._seeds: dict[str, int] = {}
-        self.task_ids: tuple[str, ...] = tuple(getattr(env.unwrapped, "task_ids", ()))
+        inner: Any = env.unwrapped
+        self.task_ids: tuple[str, ...] = tuple(getattr(inner, "task_ids", ()))
         """Tasks of the split: those of the environment, else seeds."""
+        self._seeds: dict[str, int] = {}
         if not self.task_ids:
-            count = _TRAINING_SEEDS if split == "train" else _OTHER_SEEDS
-            first = 0 if takes_split or split == "train" else _first_seed(split)
+            first, count = 0, _TRAINING_SEEDS
+            if split != "train":  # beyond those of train, by the split's name
+                number = int.from_bytes(hashlib.sha256(split.encode()).digest()[:3], "big")
+                first, count = _TRAINING_SEEDS + _OTHER_SEEDS * number, _OTHER_SEEDS
             self._seeds = {f"seed-{seed:010}": seed for seed in range(first, first + count)}
             self.task_ids = tuple(self._seeds)
-        limit = None if env.spec is None else env.spec.max_episode_steps
-        self.max_turns: int = limit or int(getattr(env.unwrapped, "max_turns", 0))
-        """Turn limit."""
+        self.max_turns = None if env.spec is None else env.spec.max_episode_steps
         if not self.max_turns:
             raise InvalidSettingError(f"{env_id} has no turn limit; give max_turns.")
-        self.data: str = getattr(env.unwrapped, "data", "own")
-        self._task_id = self._task_type = self._instruction = ""
+        self.data: str = getattr(inner, "data", "own")
         self._actions: tuple[str, ...] = ()
-        self._turn_index = 0
 
     @property
     def manifest(self) -> TaskManifest:
-        """The tasks of the split; of seeds and ids the hash, as their content is not known."""
-        own = getattr(self.env.unwrapped, "manifest", None)
-        if isinstance(own, TaskManifest):
-            return own
+        """The tasks of the split; the hash is that of their ids, as their content is not known."""
         digests = {
             task_id: hashlib.sha256(f"{self._id} {self._split} {task_id}".encode()).hexdigest()
             for task_id in self.task_ids
@@ -180,16 +159,16 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
             TaskNotFoundError: there is no such task.
         """
         self._task_id = str((options or {}).get("task_id", self.task_ids[0]))
-        if self._seeds:
-            if self._task_id not in self._seeds:
-                raise task_not_found(self._task_id, self.task_ids, self._split)
+        if not self._seeds:
+            raw, info = self.env.reset(seed=seed, options={"task_id": self._task_id})
+        elif self._task_id in self._seeds:
             raw, info = self.env.reset(seed=self._seeds[self._task_id])
         else:
-            raw, info = self.env.reset(seed=seed, options={"task_id": self._task_id})
+            raise task_not_found(self._task_id, self.task_ids, self._split)
         self._turn_index = 0
-        self._instruction = str(info.get("instruction", ""))
+        self._instruction = ""
         self._task_type = str(info.get("task_type", "task"))
-        return self._observed(raw), self._told({"success": False, "is_action_valid": True, **info})
+        return self._turn(raw, {"success": False, "is_action_valid": True, **info})
 
     def step(self, action: str) -> tuple[TurnObservation, float, bool, bool, dict[str, Any]]:
         """Play an action.
@@ -197,42 +176,41 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
         Raises:
             InvalidSettingError: the step gives no text, or neither success nor score.
         """
-        listed = self._actions
+        is_valid = not self._actions or action in self._actions
         raw, reward, terminated, truncated, info = self.env.step(action)
-        self._turn_index += 1
         if "success" not in info and "score" not in info:
             raise InvalidSettingError(
                 f"{self._id} gives neither info['success'] nor info['score'], and a reward alone "
                 "does not say whether the task was solved. Add one of them to the info of step()."
             )
-        is_valid = not listed or action in listed
-        told = self._told({"is_action_valid": is_valid, **info})
-        return self._observed(raw), float(reward), bool(terminated), bool(truncated), told
+        self._turn_index += 1
+        observation, info = self._turn(raw, {"is_action_valid": is_valid, **info})
+        return observation, float(reward), bool(terminated), bool(truncated), info
 
-    def _observed(self, raw: Any) -> TurnObservation:
+    def _turn(self, raw: Any, info: dict[str, Any]) -> tuple[TurnObservation, dict[str, Any]]:
+        """Return the observation and the info of a turn, with what they lack filled in."""
         found: Any = {"text": raw} if isinstance(raw, str) else raw
         if not isinstance(found, Mapping) or not isinstance(found.get("text"), str):
             raise self._no_text(f"an observation of type {type(raw).__name__}")
         self._instruction = str(found.get("instruction", self._instruction))
         self._actions = tuple(found.get("admissible_actions", ()))
-        return {
+        score = float(info["score"] if "score" in info else info["success"])
+        observation: TurnObservation = {
             "instruction": self._instruction,
             "text": found["text"],
             "admissible_actions": self._actions,
             "turn_index": self._turn_index,
         }
-
-    def _told(self, info: dict[str, Any]) -> dict[str, Any]:
-        score = float(info["score"] if "score" in info else info["success"])
-        success = bool(info.get("success", score == 1.0))
-        usual = {
+        return observation, {
             "task_type": self._task_type,
             "split": self._split,
             "data": self.data,
             "message": "",
+            **info,
+            "task_id": self._task_id,
+            "success": bool(info.get("success", score == 1.0)),
+            "score": score,
         }
-        own = {"task_id": self._task_id, "success": success, "score": score}
-        return {**usual, **info, **own}
 
     def _no_text(self, what: str) -> InvalidSettingError:
         return InvalidSettingError(
@@ -254,40 +232,25 @@ def check_env(config: EnvConfig, from_scratch: str = "") -> None:
     if is_turn_env(find_spec(config.id)):
         return
     for split in dict.fromkeys(("train", *config.eval_splits)):
-        env = make_text_env(config, split, config.max_turns)
+        env: Any = make_text_env(config, split)
+        action = env.action_space.sample()
         try:
-            _check_turn(env, config.id)
-            inner: Any = env.unwrapped
-            if from_scratch and not (hasattr(inner, "expert") or hasattr(inner, "demonstrator")):
-                raise no_expert(config.id, from_scratch)
+            env.reset(options={"task_id": env.task_ids[0]})
+            env.step(action)
+        except AtodError:
+            raise
+        except Exception as error:
+            raise InvalidSettingError(
+                f"{config.id} raised {type(error).__name__} ({error}) on the action {action!r}. A "
+                "model can write any text: answer it with an observation."
+            ) from error
         finally:
             env.close()
-
-
-def no_expert(name: str, from_scratch: str) -> AtodError:
-    """Return the error for an environment whose expert is needed."""
-    return AtodError(
-        f"{name} has no expert, and the model {from_scratch} is made from an expert's episodes. "
-        "Start from language models (--model.student smollm2 --model.teacher NAME), or give the "
-        "environment a method expert(), see atod_train.rollout.episode.Expert."
-    )
-
-
-def _check_turn(env: Any, env_id: str) -> None:
-    action = env.action_space.sample()
-    try:
-        env.reset(options={"task_id": env.get_wrapper_attr("task_ids")[0]})
-        env.step(action)
-    except AtodError:
-        raise
-    except Exception as error:
-        raise InvalidSettingError(
-            f"{env_id} raised {type(error).__name__} ({error}) on the action {action!r}. A model "
-            "can write any text: answer it with an observation."
-        ) from error
-
-
-def _first_seed(split: str) -> int:
-    """Return where the seeds of a split begin: beyond those of train, by its name."""
-    digest = hashlib.sha256(split.encode()).digest()
-    return _TRAINING_SEEDS + _OTHER_SEEDS * int.from_bytes(digest[:3], "big")
+        inner = env.unwrapped
+        if from_scratch and not (hasattr(inner, "expert") or hasattr(inner, "demonstrator")):
+            raise AtodError(
+                f"{config.id} has no expert, and the model {from_scratch} is made from an expert's "
+                "episodes. Start from language models (--model.student smollm2 --model.teacher "
+                "NAME), or give the environment a method expert(), see "
+                "atod_train.rollout.episode.Expert."
+            )

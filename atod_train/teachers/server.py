@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -120,7 +120,7 @@ class Health(msgspec.Struct):
 
 @dataclass(frozen=True)
 class ServedTeacher:
-    """A model, its limits, and the handlers of its endpoints."""
+    """A model and its limits."""
 
     policy: Policy
     max_context: int
@@ -131,25 +131,13 @@ class ServedTeacher:
     """One request after the other goes through the model."""
 
     async def completions(self, request: Request, body: CompletionRequest) -> Completion:
-        """Score prompts."""
+        """Answer POST /v1/completions."""
         name = self.policy.name
         if body.model not in (None, name):
             raise ServiceError(404, "no_such_model", f"This server has the model {name!r} only.")
         self._check(body.prompt)
         loop = asyncio.get_running_loop()
         return Completion(name, await loop.run_in_executor(self._thread, self._score, body.prompt))
-
-    async def models(self, request: Request) -> Models:
-        """Name the model."""
-        return Models([Model(self.policy.name, self.max_context + 1)])
-
-    async def vocabulary(self, request: Request) -> Vocabulary:
-        """List all tokens."""
-        return Vocabulary(self.policy.tokenizer.get_vocab())
-
-    async def health(self, request: Request) -> Health:
-        """Report what is served."""
-        return Health(self.policy.name, str(self.policy.device), self.max_context)
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         count, longest, highest = len(prompts), max(map(len, prompts)), max(map(max, prompts))
@@ -202,6 +190,10 @@ def create_app(
         allowed_hosts: further host names of the server.
         max_body: bytes that a request may have.
     """
+    policy, limit = teacher.policy, teacher.max_context
+    models = Models([Model(policy.name, limit + 1)])
+    vocabulary = Vocabulary(policy.tokenizer.get_vocab())
+    health = Health(policy.name, str(policy.device), limit)
     return build_application(
         _ABOUT,
         [
@@ -210,9 +202,9 @@ def create_app(
                 "Score prompts, in the dialect of vLLM.", Completion, CompletionRequest,
                 errors=(404,),
             ),
-            Endpoint("GET", "/v1/models", teacher.models, "Name the model.", Models),
-            Endpoint("GET", "/vocabulary", teacher.vocabulary, "List all tokens.", Vocabulary),
-            Endpoint("GET", "/health", teacher.health, "Report what is served.", Health),
+            Endpoint("GET", "/v1/models", _constant(models), "Name the model.", Models),
+            Endpoint("GET", "/vocabulary", _constant(vocabulary), "List all tokens.", Vocabulary),
+            Endpoint("GET", "/health", _constant(health), "Report what is served.", Health),
         ],
         errors=ErrorResponder(),
         metrics=list,
@@ -222,19 +214,19 @@ def create_app(
     )  # fmt: skip
 
 
+def _constant(answer: object) -> Callable[[Request], Awaitable[object]]:
+    """Return a handler that always gives the same answer."""
+
+    async def handler(request: Request) -> object:
+        return answer
+
+    return handler
+
+
 def prompt_logprobs(
-    policy: Policy, prompts: Sequence[Sequence[int]], tokens_per_microbatch: int = 16384
+    policy: Policy, prompts: Sequence[Sequence[int]], tokens_per_microbatch: int
 ) -> list[list[float]]:
-    """Compute the log-probs of all tokens of each prompt but its first, at temperature 1.
-
-    Args:
-        policy: the model.
-        prompts: token ids, at least one each.
-        tokens_per_microbatch: padded tokens that go through the model at once.
-
-    Returns:
-        For each prompt one number less than it has tokens, in nats.
-    """
+    """Return the log-probs of all tokens of each prompt but its first, at temperature 1."""
     records = []
     for first, *scored in prompts:
         tokens = TokenizedTurn((first,), tuple(scored), (0.0,) * len(scored), "stop", False)

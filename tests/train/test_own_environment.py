@@ -138,6 +138,7 @@ def test_settings_that_it_does_not_take_are_named() -> None:
 
 def test_a_model_from_scratch_needs_an_expert(tmp_path: Path) -> None:
     check_env(GUESS, from_scratch="micro")
+    check_env(replace(GUESS, max_turns=0))  # the environment's own limit
     check_env(talking())
     with pytest.raises(AtodError, match=r"micro is made from an expert's episodes.*expert\(\)"):
         check_env(talking(), from_scratch="micro")
