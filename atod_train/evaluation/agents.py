@@ -200,5 +200,4 @@ def load_agent(name: str) -> Callable[[], Agent]:
         raise InvalidSettingError(f"There is no agent {name!r}: {error}.") from error
     if not callable(found):
         raise InvalidSettingError(f"There is no agent {name!r}: that cannot be called to make one.")
-    made: Callable[[], Agent] = found
-    return made
+    return found

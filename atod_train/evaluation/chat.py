@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import re
@@ -109,7 +110,9 @@ class ChatEndpoint:
             base_url=base_url, api_key=key or _NO_KEY, timeout=settings.timeout, max_retries=0
         )
         self.url = str(self._client.base_url.copy_with(userinfo=None)).rstrip("/")
-        self._limiter = RateLimiter(settings.requests_per_minute, settings.tokens_per_minute)
+        self._limiter = RateLimiter(
+            settings.requests_per_minute or math.inf, settings.tokens_per_minute or math.inf
+        )
         chosen = {"model": settings.model, **asdict(sampling), "top_p": settings.top_p}
         self._fields = {name: value for name, value in chosen.items() if value is not None}
         self.of_results = {

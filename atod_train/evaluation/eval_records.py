@@ -88,9 +88,13 @@ class EpisodeRecord(TaskResult):
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Sums over all episodes; None: not known."""
+class Evaluated:
+    """The result of an evaluation and sums over its episodes; None: not known."""
 
+    env_id: str
+    agent: str
+    data_hash: str
+    result: EvaluationResult
     prompt_tokens: int | None
     completion_tokens: int | None
     reasoning_tokens: int | None
@@ -102,40 +106,6 @@ class Totals:
     stop_reasons: dict[str, int]
     invalid_reasons: dict[str, int] = field(default_factory=dict)
     """Why turns were not valid, and how many, the most frequent reason first."""
-
-    @classmethod
-    def of(
-        cls,
-        records: Sequence[EpisodeRecord],
-        seconds: float,
-        prices: tuple[float, float] | None,
-    ) -> Totals:
-        """Sum up episodes; `prices` are those of a million tokens of prompts and completions."""
-        counts = _token_sums(records)
-        asked, said = counts["prompt_tokens"], counts["completion_tokens"]
-        cost = 0.0 if asked == 0 and said == 0 else None
-        if prices is not None and asked is not None and said is not None:
-            cost = (asked * prices[0] + said * prices[1]) / 1e6
-        reasons = sum((Counter(record.invalid_reasons) for record in records), Counter[str]())
-        return cls(
-            **counts,
-            cost=cost,
-            seconds=seconds,
-            cut_completions=sum(record.cut_completions for record in records),
-            stop_reasons=dict(sorted(Counter(r.stop_reason for r in records).items())),
-            invalid_reasons=dict(reasons.most_common()),
-        )
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A result, and the environment, agent and data that it belongs to."""
-
-    env_id: str
-    agent: str
-    data_hash: str
-    result: EvaluationResult
-    totals: Totals
 
 
 class EvaluationFolder:
@@ -259,22 +229,21 @@ class EvaluationFolder:
         result = EvaluationResult.from_json(
             {**settings, "mode": mode, "tasks": [asdict(record) for record in records]}
         )
-        totals = Totals.of(records, self._seconds, prices)
+        totals = _totals(records, self._seconds, prices)
+        names = {"env_id": settings["env_id"], "agent": agent, "data_hash": settings["data_hash"]}
         value = {
-            "env_id": settings["env_id"],
-            "agent": agent,
-            "data_hash": settings["data_hash"],
+            **names,
             "mean_score": result.mean_score,
             "mean_turns": result.mean_turns,
             "invalid_share": result.invalid_share,
-            "totals": asdict(totals),
+            "totals": totals,
             "prices": prices,
             "settings": settings,
             "sessions": self._sessions,
             **result.to_json(),
         }
         write_json(self.path / RESULT_FILE, value)
-        return Evaluated(settings["env_id"], agent, settings["data_hash"], result, totals)
+        return Evaluated(**names, result=result, **totals)
 
     def close(self) -> None:
         """Let other processes continue the evaluation."""
@@ -296,10 +265,29 @@ def read_evaluated(path: Path) -> Evaluated:
         )
     result = EvaluationResult.from_json(value)
     try:
-        totals = Totals(**value["totals"])
-        return Evaluated(value["env_id"], value["agent"], value["data_hash"], result, totals)
+        names = {name: value[name] for name in ("env_id", "agent", "data_hash")}
+        return Evaluated(**names, result=result, **value["totals"])
     except (KeyError, TypeError) as error:
         raise RunFolderError(f"{path / RESULT_FILE} is not of this version: {error}") from error
+
+
+def _totals(
+    records: Sequence[EpisodeRecord], seconds: float, prices: tuple[float, float] | None
+) -> dict[str, Any]:
+    counts = _token_sums(records)
+    asked, said = counts["prompt_tokens"], counts["completion_tokens"]
+    cost = 0.0 if asked == 0 and said == 0 else None
+    if prices is not None and asked is not None and said is not None:
+        cost = (asked * prices[0] + said * prices[1]) / 1e6
+    reasons = sum((Counter(record.invalid_reasons) for record in records), Counter[str]())
+    return {
+        **counts,
+        "cost": cost,
+        "seconds": seconds,
+        "cut_completions": sum(record.cut_completions for record in records),
+        "stop_reasons": dict(sorted(Counter(record.stop_reason for record in records).items())),
+        "invalid_reasons": dict(reasons.most_common()),
+    }
 
 
 def _token_sums(parts: Sequence[Completion | EpisodeRecord]) -> dict[str, int | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atod_train.evaluation.eval_records import Evaluated, Totals
+from atod_train.evaluation.eval_records import Evaluated
 from atod_train.reports.evaluations import EvaluationResult, difference_by_task
 from atod_train.reports.statistics import unpaired_difference
 from atod_train.reports.tables import Table, difference_text, rate_text
@@ -15,32 +15,34 @@ _ENDS = ("terminated", "turn_limit")
 
 def result_table(evaluated: Evaluated) -> str:
     """Return the figures of one agent, overall and per task type, and the tokens and seconds."""
-    result, totals = evaluated.result, evaluated.totals
+    result = evaluated.result
     types = result.by_task_type()
     rows = [("all", *_figures(result))]
     if len(types) > 1:
         rows += [(task_type, *_figures(found)) for task_type, found in types.items()]
-    cost = _cost(totals)
-    thoughts = totals.reasoning_tokens
+    cost = _cost(evaluated)
+    thoughts = evaluated.reasoning_tokens
     lines = [
         f"{_title(evaluated)}, {evaluated.agent}",
         "",
         Table("", ("task type", *_FIGURES), tuple(rows)).text,
         "",
-        f"tokens {_tokens(totals.prompt_tokens)} in, {_tokens(totals.completion_tokens)} out"
+        f"tokens {_tokens(evaluated.prompt_tokens)} in, {_tokens(evaluated.completion_tokens)} out"
         + (f" ({_tokens(thoughts)} of reasoning)" if thoughts != 0 else "")
         + (f"; cost {cost}" if cost else "")
-        + f"; {totals.seconds:.1f} s",
+        + f"; {evaluated.seconds:.1f} s",
     ]
-    early = {name: n for name, n in totals.stop_reasons.items() if name not in _ENDS}
+    early = {name: n for name, n in evaluated.stop_reasons.items() if name not in _ENDS}
     if early:
         counts = ", ".join(f"{name} {count}" for name, count in early.items())
         lines.append(f"episodes that could not be continued and count as failed: {counts}")
-    if totals.invalid_reasons:
-        counts = "; ".join(f"{reason}: {count}" for reason, count in totals.invalid_reasons.items())
+    if evaluated.invalid_reasons:
+        counts = "; ".join(
+            f"{reason}: {count}" for reason, count in evaluated.invalid_reasons.items()
+        )
         lines.append(f"invalid turns: {counts}")
-    if totals.cut_completions:
-        lines.append(f"completions cut by the token limit: {totals.cut_completions}")
+    if evaluated.cut_completions:
+        lines.append(f"completions cut by the token limit: {evaluated.cut_completions}")
     return "\n".join(lines)
 
 
@@ -50,10 +52,10 @@ def comparison(first: Evaluated, second: Evaluated, names: tuple[str, str]) -> s
         (
             f"{letter}: {name}",
             *_figures(evaluated.result),
-            _tokens(evaluated.totals.prompt_tokens),
-            _tokens(evaluated.totals.completion_tokens),
-            _cost(evaluated.totals) or "-",
-            f"{evaluated.totals.seconds:.1f}",
+            _tokens(evaluated.prompt_tokens),
+            _tokens(evaluated.completion_tokens),
+            _cost(evaluated) or "-",
+            f"{evaluated.seconds:.1f}",
         )
         for letter, name, evaluated in zip("AB", names, (first, second), strict=True)
     )
@@ -109,8 +111,8 @@ def _tokens(count: int | None) -> str:
     return _UNKNOWN if count is None else f"{count:,}"
 
 
-def _cost(totals: Totals) -> str:
+def _cost(evaluated: Evaluated) -> str:
     """Return the cost; empty without prices."""
-    if totals.cost is not None:
-        return f"{totals.cost:.4f}"
-    return _UNKNOWN if None in (totals.prompt_tokens, totals.completion_tokens) else ""
+    if evaluated.cost is not None:
+        return f"{evaluated.cost:.4f}"
+    return _UNKNOWN if None in (evaluated.prompt_tokens, evaluated.completion_tokens) else ""

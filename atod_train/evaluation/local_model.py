@@ -187,14 +187,10 @@ class LocalModel:
         concurrency: int | None = None,
         already: int = 0,
     ) -> None:
-        """Play each task once with the loaded model.
+        """Play each task once with the loaded model; the arguments are those of `AgentPlayer`.
 
-        Args:
-            pool: environments of the split.
-            task_ids: the tasks, each once.
-            on_record: receives each record when its episode has ended.
-            concurrency: episodes at the same time; None: as many as memory holds, at most 128.
-            already: episodes of earlier sessions; sampling then draws other numbers.
+        A `concurrency` of None is as many episodes as memory holds, at most 128. Sampling draws
+        other numbers than earlier sessions did, which have played `already` episodes.
 
         Raises:
             AtodError: an environment fails, or the tokenizer's chat template cannot be used.

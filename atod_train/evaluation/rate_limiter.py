@@ -28,16 +28,13 @@ class RateLimiter:
     estimates of tokens.
 
     Args:
-        requests_per_minute: None: any number.
-        tokens_per_minute: of prompts and completions; None: any number. A larger request is
+        requests: limit of requests per minute.
+        tokens: limit of tokens per minute, those of prompts and completions. A larger request is
             admitted alone.
     """
 
-    def __init__(
-        self, requests_per_minute: int | None = None, tokens_per_minute: int | None = None
-    ) -> None:
-        self._requests = math.inf if requests_per_minute is None else requests_per_minute
-        self._tokens = math.inf if tokens_per_minute is None else tokens_per_minute
+    def __init__(self, requests: float = math.inf, tokens: float = math.inf) -> None:
+        self._requests, self._tokens = requests, tokens
         self._recent: deque[Admission] = deque()
         self._queue = asyncio.Lock()
         self._held_until = -math.inf

@@ -341,7 +341,7 @@ def test_results_without_reasons_are_read(
     result = read(tmp_path)
     del result["totals"]["invalid_reasons"]
     (tmp_path / "result.json").write_text(json.dumps(result))
-    assert read_evaluated(tmp_path).totals.invalid_reasons == {}
+    assert read_evaluated(tmp_path).invalid_reasons == {}
     assert evaluate(chat, tmp_path, "--tasks", "2", "--resume") == 0
     assert "invalid turns:" not in capsys.readouterr().out.rpartition("tokens")[2]
 
@@ -480,7 +480,7 @@ def test_requests_wait_after_a_hold_only(clock: Clock) -> None:
 
 
 def test_tokens_that_an_answer_did_not_take_are_free_at_once(clock: Clock) -> None:
-    limiter = RateLimiter(None, 100)
+    limiter = RateLimiter(tokens=100)
 
     async def run() -> None:
         admission = await limiter.admit(90)
