@@ -129,7 +129,7 @@ class LocalModel:
         try:
             import transformers
 
-            from atod_train.models.pretrained import LoadOptions, load_policy
+            from atod_train.models.pretrained import load_policy
         except ImportError as error:
             raise MissingExtraError(
                 f"A local model needs {error.name}: pip install 'atod-gym[train]'"
@@ -137,7 +137,7 @@ class LocalModel:
         transformers.utils.logging.disable_progress_bar()
         source, trained = self.found.source, self.found.trained
         with memory_errors(f"loading {self.label}", "Use a smaller model."):
-            policy = load_policy(source, LoadOptions(device=self._options.device or "auto"))
+            policy = load_policy(source, device=self._options.device or "auto")
         config = trained or RunConfig(model=ModelConfig(max_context=_MAX_CONTEXT))
         context = self._options.max_context or min(config.model.max_context, policy.max_positions)
         if context > policy.max_positions:

@@ -25,8 +25,8 @@ from atod_train.config import PromptStyle
 from atod_train.records import FinishReason
 
 # Messages with which the chat template is probed; words that no template contains by itself.
-_FIRST, _SECOND, _THIRD = "Aqzuser", "Bqzuser", "Cqzuser"
-_REPLY, _LATER_REPLY = "Dqzreply", "Eqzreply"
+_USERS = tuple(Message("user", word) for word in ("Aqzuser", "Bqzuser", "Cqzuser"))
+_REPLIES = tuple(Message("assistant", word) for word in ("Dqzreply", "Eqzreply"))
 
 _KEPT = 50_000
 """Continuations whose ids are kept."""
@@ -91,11 +91,8 @@ class DialogueEncoder:
         longest_first = sorted(map(re.escape, special - {""}), key=len, reverse=True)
         self._control = re.compile("|".join(longest_first) or "(?!)")
         self.end_of_turn_id = self._find_end_of_turn()
-        eos = tokenizer.eos_token_id
-        self.stop_ids = frozenset(
-            {self.end_of_turn_id} | ({eos} if isinstance(eos, int) else set())
-        )
-        opening = self._render((Message("user", _FIRST),), generate=True).rpartition(_FIRST)[2]
+        self.stop_ids = frozenset({self.end_of_turn_id, tokenizer.eos_token_id}) - {None}
+        opening = self._render(_USERS[:1], generate=True).rpartition(_USERS[0].content)[2]
         self.opens_thought = opening.rfind("<think>") > opening.rfind("</think>")
         if style == "chat":
             self._check_append_only()
@@ -124,9 +121,8 @@ class DialogueEncoder:
 
     def _encode_continuation(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         """Return the ids from the end-of-turn token of the previous completion on."""
-        dialogue = (Message("user", _FIRST), Message("assistant", _REPLY), *messages)
-        rendered = self._render(dialogue, generate=True)
-        _, found, after = rendered.partition(_REPLY)
+        rendered = self._render((_USERS[0], _REPLIES[0], *messages), generate=True)
+        _, found, after = rendered.partition(_REPLIES[0].content)
         ids = self._encode(after.lstrip()) if found else []
         if not ids or ids[0] != self.end_of_turn_id:
             raise AtodError(_REWRITES.format("an assistant message lost its text or its end"))
@@ -197,8 +193,8 @@ class DialogueEncoder:
         return copied
 
     def _find_end_of_turn(self) -> int:
-        dialogue = (Message("user", _FIRST), Message("assistant", _REPLY))
-        _, _, after = self._render(dialogue, generate=False).partition(_REPLY)
+        closed = self._render((_USERS[0], _REPLIES[0]), generate=False)
+        after = closed.partition(_REPLIES[0].content)[2]
         ids = self._encode(after.lstrip())
         if not ids or ids[0] not in self.tokenizer.added_tokens_decoder:
             raise AtodError(
@@ -210,19 +206,18 @@ class DialogueEncoder:
 
     def _check_append_only(self) -> None:
         """Compare renderings of a dialogue of one, two and three user messages."""
-        opening = self._render((Message("user", _FIRST),), generate=True)
-        start = (Message("user", _FIRST), Message("assistant", _REPLY), Message("user", _SECOND))
-        middle = self._render(start, generate=True)
-        end = (Message("assistant", _LATER_REPLY), Message("user", _THIRD))
-        whole = self._render((*start, *end), generate=True)
-        before_reply, _, after_reply = middle.partition(_REPLY)
-        before_later, _, after_later = whole.partition(_LATER_REPLY)
-        # A generation prompt may hold more than what later stands before the reply (an empty
-        # thought). That is harmless: the sequence keeps what was fed. Some templates put a space
-        # before the reply, which the model then samples.
-        if not opening.rstrip().startswith(before_reply.rstrip()):
-            raise AtodError(_REWRITES.format("the first prompt changes"))
-        if not middle.rstrip().startswith(before_later.rstrip()):
-            raise AtodError(_REWRITES.format("an earlier turn changes"))
-        if after_later != after_reply.replace(_SECOND, _THIRD):
+        dialogue = [_USERS[0]]
+        prompts = [self._render(dialogue, generate=True)]
+        continuations = set()
+        for reply, user in zip(_REPLIES, _USERS[1:], strict=True):
+            dialogue += [reply, user]
+            prompts.append(self._render(dialogue, generate=True))
+            before, _, after = prompts[-1].partition(reply.content)
+            # A generation prompt may hold more than what later stands before the reply (an empty
+            # thought). That is harmless: the sequence keeps what was fed. Some templates put a
+            # space before the reply, which the model then samples.
+            if not prompts[-2].rstrip().startswith(before.rstrip()):
+                raise AtodError(_REWRITES.format("an earlier prompt changes"))
+            continuations.add(after.replace(user.content, ""))
+        if len(continuations) > 1:
             raise AtodError(_REWRITES.format("a turn depends on its position"))

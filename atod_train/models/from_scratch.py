@@ -56,24 +56,16 @@ def build_policy(
                 "path of a saved model with load_policy."
             )
         name, shape = name or shape, MODEL_SHAPES[shape]
-    config = llama_config(
-        shape,
-        len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = llama_config(shape, len(tokenizer))
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     return Policy(model=model.eval(), tokenizer=tokenizer, name=name or "custom")
 
 
-def llama_config(
-    shape: ModelShape,
-    vocabulary: int,
-    eos_token_id: int | None = None,
-    pad_token_id: int | None = None,
-) -> LlamaConfig:
+def llama_config(shape: ModelShape, vocabulary: int) -> LlamaConfig:
     """Return the architecture of a decoder that is trained from scratch."""
     return LlamaConfig(
         vocab_size=vocabulary,
@@ -85,6 +77,6 @@ def llama_config(
         max_position_embeddings=shape.max_positions,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
+        eos_token_id=None,
+        pad_token_id=None,
     )

@@ -10,7 +10,6 @@ import os
 import socket
 import urllib.request
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,29 +53,13 @@ _PLAIN_TEMPLATE = (
 """For tokenizers without a chat template."""
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """Device, precision and training of a model.
-
-    Attributes:
-        device: a torch device, or auto: a GPU if there is one.
-        dtype: precision of the weights; mixed: float32, while the layers run in bfloat16 (in
-            float32 on a device that would have to emulate it); auto: mixed on a GPU, else
-            float32.
-        lora_rank: rank of adapters that are trained instead of the weights; 0: none.
-        gradient_checkpointing: trade time for memory in updates.
-    """
-
-    device: str = "auto"
-    dtype: Precision = "auto"
-    lora_rank: int = 0
-    gradient_checkpointing: bool = False
-
-
 def load_policy(
     path: str | Path,
-    options: LoadOptions | None = None,
     *,
+    device: str = "auto",
+    dtype: Precision = "auto",
+    lora_rank: int = 0,
+    gradient_checkpointing: bool = False,
     name: str | None = None,
     samples: bool = True,
 ) -> Policy:
@@ -89,7 +72,12 @@ def load_policy(
     Args:
         path: folder written by `Policy.save` or `save_pretrained`, a model's hub name, or
             "smollm2".
-        options: see there.
+        device: a torch device, or auto: a GPU if there is one.
+        dtype: precision of the weights; mixed: float32, while the layers run in bfloat16 (in
+            float32 on a device that would have to emulate it); auto: mixed on a GPU, else
+            float32.
+        lora_rank: rank of adapters that are trained instead of the weights; 0: none.
+        gradient_checkpointing: trade time for memory in updates.
         name: name for reports; by default the last part of the path.
         samples: False: the model only scores texts, which more architectures can.
 
@@ -98,37 +86,36 @@ def load_policy(
         InvalidSettingError: the device does not exist.
         MissingExtraError: a package is not installed.
     """
-    options = options or LoadOptions()
-    device = pick_device(options.device)
-    mixed = is_mixed(options.dtype, device)
-    if options.dtype == "mixed" and not mixed:
+    place = pick_device(device)
+    mixed = is_mixed(dtype, place)
+    if dtype == "mixed" and not mixed:
         warnings.warn(
             "This device has no units for bfloat16, so the layers run in float32 instead, which is "
             "many times faster here. Use --model.dtype float32.",
             stacklevel=1,
         )
     source = _source(str(path))
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
-    model = _read_model(source, str(path), dtype)
+    weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    model = _read_model(source, str(path), weights)
     for part in (model.config, *model.modules()):
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
         elif isinstance(getattr(part, "attention_dropout", None), float):
             part.attention_dropout = 0.0
     policy = Policy(
-        model=torch.nn.Module.to(model, device).eval(),
+        model=torch.nn.Module.to(model, place).eval(),
         tokenizer=_read_tokenizer(source, str(path)),
         name=name or Path(path).name,
         autocast_dtype=torch.bfloat16 if mixed else None,
-        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing=gradient_checkpointing,
     )
     check_model(policy, samples=samples)
-    if options.gradient_checkpointing:
+    if gradient_checkpointing:
         # Newer versions of transformers have the first name.
         older = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
-    if options.lora_rank:
-        add_adapters(model, options.lora_rank)
+    if lora_rank:
+        add_adapters(model, lora_rank)
     return policy
 
 

@@ -24,7 +24,7 @@ from atod_train.batch import make_batch
 from atod_train.config import Precision
 from atod_train.memory import OutOfMemory, memory_errors
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import LoadOptions, is_mixed, load_policy, pick_device
+from atod_train.models.pretrained import is_mixed, load_policy, pick_device
 from atod_train.models.scores import score_completions
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from env_servers import process
@@ -277,7 +277,7 @@ def serve(
         dtype = "bfloat16"
     try:
         token = process.read_token(token_env)
-        policy = load_policy(model, LoadOptions(device=device, dtype=dtype), samples=False)
+        policy = load_policy(model, device=device, dtype=dtype, samples=False)
         longest = min(max_context or MOST_TOKENS, policy.max_positions)
         teacher = ServedTeacher(policy, longest, tokens_per_microbatch)
         listener = process.open_socket(host, port, has_token=token is not None)

@@ -28,7 +28,6 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
 from atod_train.models.policy import Policy
 from atod_train.models.pretrained import (
-    LoadOptions,
     cache_folder,
     is_mixed,
     load_policy,
@@ -88,7 +87,7 @@ def policy_of(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> Policy:
             with memory_errors(f"training the {role}'s start", advice):
                 _train(config, role, pool, label).save(path)
     with memory_errors(f"loading the {role}", "Use a smaller model, or another --model.device."):
-        return load_policy(path, _options(config, role), name=label)
+        return _load(path, config, role, label)
 
 
 def identity_of(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
@@ -120,18 +119,20 @@ def _origin(config: RunConfig, role: EvaluatedModel) -> tuple[str, float, int]:
     return name, epochs, seed
 
 
-def _options(config: RunConfig, role: EvaluatedModel) -> LoadOptions:
+def _load(path: str | Path, config: RunConfig, role: EvaluatedModel, label: str) -> Policy:
     model = config.model
     if role == "student":
-        return LoadOptions(
+        return load_policy(
+            path,
             device=model.device,
             dtype=model.dtype,
             lora_rank=model.lora_rank,
             gradient_checkpointing=model.gradient_checkpointing,
+            name=label,
         )
     device = model.teacher_device or model.device
     frozen = "bfloat16" if is_mixed(model.dtype, pick_device(device)) else model.dtype
-    return LoadOptions(device=device, dtype=frozen)
+    return load_policy(path, device=device, dtype=frozen, name=label)
 
 
 def _key(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
@@ -166,8 +167,7 @@ def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -
     else:
         # Either way the weights that are trained are float32.
         dtype: Precision = "mixed" if config.model.dtype == "mixed" else "auto"
-        options = LoadOptions(device=config.model.device, dtype=dtype)
-        policy = load_policy(name, options, name=label)
+        policy = load_policy(name, device=config.model.device, dtype=dtype, name=label)
     dialogue = DialogueEncoder(
         policy.tokenizer, config.env.prompt_style, config.env.template_options
     )

@@ -34,7 +34,7 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.pretrained import load_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.progress import PhaseTimes
 from atod_train.rollout.env_pool import EnvPool
@@ -200,7 +200,7 @@ def theirs(policy: Policy, pool: EnvPool, options: argparse.Namespace, at_once: 
 def load(options: argparse.Namespace, pool: EnvPool) -> Policy:
     """A saved model, or a preset with random weights and the words of the houses."""
     if options.model not in MODEL_SHAPES:
-        return load_policy(options.model, LoadOptions(device=options.device))
+        return load_policy(options.model, device=options.device)
     words = demonstration_texts(demonstrate(pool, 50, 0.0, 0))
     return build_policy(options.model, build_word_tokenizer(words), 0)
 

@@ -23,7 +23,7 @@ from atod_train.models import scores
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.fast.prefix_trees import crossover_of, join_sequences, sequences_of
 from atod_train.models.generation import Generator
-from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.pretrained import load_policy
 from atod_train.models.scores import score_completions, score_microbatches
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = load_policy(options.model, LoadOptions(device="cpu", dtype=options.dtype))
+    model = load_policy(options.model, device="cpu", dtype=options.dtype)
     pool = EnvPool(EnvConfig(id="atod/SearchQA-v0", data=options.data, max_turns=3), "train")
     generator = Generator(
         model, DialogueEncoder(model.tokenizer), max_completion_tokens=32, max_context=1024

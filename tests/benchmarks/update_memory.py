@@ -36,7 +36,7 @@ from atod_train.batch import make_batch
 from atod_train.models import scores as scores_module
 from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.pretrained import load_policy
 from atod_train.models.scores import score_microbatches
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
@@ -112,8 +112,9 @@ def load(options: argparse.Namespace) -> Policy:
             words = build_word_tokenizer([" ".join(f"w{number}" for number in range(1900))])
             build_policy(name, words, 0).save(folder)
             name = folder
-        precision = LoadOptions(options.device, options.dtype, gradient_checkpointing=again)
-        return load_policy(name, precision)
+        return load_policy(
+            name, device=options.device, dtype=options.dtype, gradient_checkpointing=again
+        )
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

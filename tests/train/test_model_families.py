@@ -24,7 +24,7 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.fast.prefix_trees import crossover_of
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import LoadOptions, load_policy, read_shape
+from atod_train.models.pretrained import load_policy, read_shape
 from atod_train.models.scores import score_completions, score_microbatches
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 
@@ -318,7 +318,7 @@ def test_adapters_of_any_accepted_model_are_saved(name: str, tmp_path: Path) -> 
     folder = make_folder(tmp_path / "m", ACCEPTED[name])
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        policy = load_policy(folder, LoadOptions(lora_rank=4))
+        policy = load_policy(folder, lora_rank=4)
     says = [str(warning.message) for warning in told]
     assert any("experts, stays frozen" in text for text in says) == (name == "qwen3-moe")
     with torch.no_grad():

@@ -19,7 +19,7 @@ from atod_train.models import pretrained
 from atod_train.models import scores as scores_module
 from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.pretrained import load_policy
 from atod_train.models.scores import score_completions, score_microbatches
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
@@ -137,7 +137,7 @@ def test_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(
         score_completions(loaded, batch).logprobs, score_completions(policy, batch).logprobs
     )
-    half = load_policy(target, LoadOptions(dtype="bfloat16"), name="half")
+    half = load_policy(target, dtype="bfloat16", name="half")
     assert half.model.dtype == torch.bfloat16
     torch.testing.assert_close(
         score_completions(half, batch).logprobs,
@@ -146,12 +146,12 @@ def test_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         atol=0.05,
     )
     monkeypatch.setattr(pretrained, "computes_bfloat16", lambda device: True)
-    mixed = load_policy(target, LoadOptions(device="cpu", dtype="mixed"))
+    mixed = load_policy(target, device="cpu", dtype="mixed")
     assert mixed.model.dtype == torch.float32
     assert mixed.autocast_dtype == torch.bfloat16
     monkeypatch.setattr(pretrained, "computes_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match=r"no units for bfloat16.*in float32 instead"):
-        emulated = load_policy(target, LoadOptions(device="cpu", dtype="mixed"))
+        emulated = load_policy(target, device="cpu", dtype="mixed")
     assert (emulated.model.dtype, emulated.autocast_dtype) == (torch.float32, None)
     modes = {path.stat().st_mode for path in target.iterdir()}
     assert len(modes) == 1  # weights can be read by whoever can read the configuration

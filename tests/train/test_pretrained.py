@@ -31,7 +31,7 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import SMOLLM2, LoadOptions, load_policy, pick_device
+from atod_train.models.pretrained import SMOLLM2, load_policy, pick_device
 from atod_train.models.scores import score_completions, score_microbatches
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import TokenizedTurn, Trajectory, Turn
@@ -140,7 +140,7 @@ def test_an_encoder(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_here(saved: Path) -> None:
     with pytest.raises(InvalidSettingError, match="cannot be used here"):
-        load_policy(saved, LoadOptions(device="cuda:77"))
+        load_policy(saved, device="cuda:77")
     with pytest.raises(InvalidSettingError, match="Use auto, cpu or cuda"):
         pick_device("abacus")
 
@@ -172,7 +172,7 @@ def test_a_tokenizer_without_chat_template_gets_a_plain_one(tmp_path: Path) -> N
 
 def test_adapters_begin_as_nothing_and_are_all_that_is_trained(saved: Path) -> None:
     plain = load_policy(saved)
-    adapted = load_policy(saved, LoadOptions(lora_rank=4))
+    adapted = load_policy(saved, lora_rank=4)
     batch = make_batch([_trajectory(plain)], plain.pad_id)
     assert torch.equal(
         score_completions(adapted, batch).logprobs, score_completions(plain, batch).logprobs
@@ -185,7 +185,7 @@ def test_adapters_begin_as_nothing_and_are_all_that_is_trained(saved: Path) -> N
 
 
 def test_small_steps_of_adapters_count_on_weights_of_low_precision(saved: Path) -> None:
-    policy = load_policy(saved, LoadOptions(dtype="bfloat16", lora_rank=4))
+    policy = load_policy(saved, dtype="bfloat16", lora_rank=4)
     assert policy.model.dtype == torch.bfloat16
     adapters = {n: w for n, w in policy.model.named_parameters() if w.requires_grad}
     before = {name: weight.detach().clone() for name, weight in adapters.items()}
@@ -196,12 +196,12 @@ def test_small_steps_of_adapters_count_on_weights_of_low_precision(saved: Path) 
     for name, weight in adapters.items():
         assert not torch.equal(weight, before[name]), name
     policy.save(saved.parent / "low")
-    merged = load_policy(saved.parent / "low", LoadOptions(dtype="bfloat16"))
+    merged = load_policy(saved.parent / "low", dtype="bfloat16")
     assert {weight.dtype for weight in merged.model.parameters()} == {torch.bfloat16}
 
 
 def test_saved_adapters_are_merged_and_the_model_is_left_alone(saved: Path) -> None:
-    policy = load_policy(saved, LoadOptions(lora_rank=4))
+    policy = load_policy(saved, lora_rank=4)
     with torch.no_grad():
         for name, weight in policy.model.named_parameters():
             if "lora_B" in name:
@@ -223,15 +223,14 @@ def test_saved_adapters_are_merged_and_the_model_is_left_alone(saved: Path) -> N
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_recomputing_layers_gives_the_same_gradients(saved: Path, rank: int) -> None:
-    kept = _gradients(load_policy(saved, LoadOptions(lora_rank=0)))
-    options = LoadOptions(lora_rank=rank, gradient_checkpointing=True)
+    kept = _gradients(load_policy(saved, lora_rank=0))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        again = load_policy(saved, options)
+        again = load_policy(saved, lora_rank=rank, gradient_checkpointing=True)
     if rank:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            kept = _gradients(load_policy(saved, LoadOptions(lora_rank=rank)))
+            kept = _gradients(load_policy(saved, lora_rank=rank))
     calls = []
     again.model.base_model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     found = _gradients(again)

@@ -16,7 +16,7 @@ from atod_train.algorithm.methods import compute_advantages
 from atod_train.batch import split_minibatches
 from atod_train.config import AlgorithmConfig
 from atod_train.distributed import Processes, end_process, join_processes
-from atod_train.models.pretrained import LoadOptions, load_policy
+from atod_train.models.pretrained import load_policy
 from atod_train.models.scores import score_completions
 from atod_train.progress import PhaseTimes
 from atod_train.studies.study import train_one
@@ -61,8 +61,8 @@ def gradients_of_an_update(processes: Processes, signal: str) -> dict[str, torch
 
 def adapters_after_three_updates(processes: Processes, start: Path) -> dict[str, torch.Tensor]:
     """What adapters on frozen weights, with layers computed again, become."""
-    options = LoadOptions(lora_rank=4, gradient_checkpointing=True)
-    student, batch = load_policy(start, options), random_batch()
+    student = load_policy(start, lora_rank=4, gradient_checkpointing=True)
+    batch = random_batch()
     # Whatever the others begin with, they get the weights of the main process.
     with torch.no_grad():
         for weight in student.model.parameters():

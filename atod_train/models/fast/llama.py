@@ -11,7 +11,7 @@ own keys and no further. The last layer is computed at the last token of each ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,10 +23,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_h
 
 from atod_train.models.decoding import Feed, KVCache
 from atod_train.models.policy import Policy, additive_mask
-
-Attention = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-"""Of an attention module, queries [s, heads, w, head_dim], keys and values [s, key_heads, l,
-head_dim]; the result has the queries' shape."""
 
 _TOKENS = 2**14
 """New tokens of one forward pass of `packed_logits`; more rows are fed in several passes."""
@@ -90,12 +86,10 @@ def last_layer_at(model: PreTrainedModel, chosen: Tensor) -> Iterator[None]:
             mask = additive_mask(future, states.dtype)
         else:
             mask = attention_mask[:, 0][index]
-
-        def attend(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return _attended(attention, queries, keys, values, mask[:, None].to(queries.dtype))
-
         cos, sin = (table.expand(len(chosen), -1, -1) for table in position_embeddings)
-        return _decoder_layer(layer, states, (cos, sin), attend, index)
+        states, queries, keys, values = _project(layer, states, cos, sin, index)
+        mask = mask[:, None].to(queries.dtype)
+        return _finish(layer, states, _attend(layer, queries, keys, values, mask))
 
     # An attribute of the instance hides the method of its class; hooks around it still run.
     layer.forward = forward
@@ -126,52 +120,44 @@ def packed_logits(policy: Policy, cache: KVCache, feeds: Sequence[Feed]) -> Tens
         for feed in feeds
     ]
 
-    def attend(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        keys, values = cache.write(attention.layer_idx, (keys, values), (rows, positions))
-        are_last = queries.shape[2] == len(feeds)
-        return torch.cat(
-            [
-                _attended(
-                    attention,
-                    part,
-                    keys[feed.row, :, : feed.end][None],
-                    values[feed.row, :, : feed.end][None],
-                    None if are_last else mask,
-                )
-                for feed, part, mask in zip(
-                    feeds, queries.split(1 if are_last else widths, dim=2), masks, strict=True
-                )
-            ],
-            dim=2,
-        )
-
     states = base.embed_tokens(ids)
-    rotary = base.rotary_emb(states, positions)
-    for layer in base.layers[:-1]:
-        states = _decoder_layer(layer, states, rotary, attend)
-    last = (torch.zeros_like(ends), ends)
-    states = _decoder_layer(base.layers[-1], states, rotary, attend, last)
+    cos, sin = base.rotary_emb(states, positions)
+    for number, layer in enumerate(base.layers):
+        is_last = number == len(base.layers) - 1
+        chosen = (torch.zeros_like(ends), ends) if is_last else None
+        states, queries, keys, values = _project(layer, states, cos, sin, chosen)
+        keys, values = cache.write(number, (keys, values), (rows, positions))
+        attended = [
+            _attend(
+                layer,
+                part,
+                keys[feed.row, :, : feed.end][None],
+                values[feed.row, :, : feed.end][None],
+                None if is_last else mask,
+            )
+            for feed, part, mask in zip(
+                feeds, queries.split(1 if is_last else widths, dim=2), masks, strict=True
+            )
+        ]
+        states = _finish(layer, states, torch.cat(attended, dim=2))
     return policy.logits(base.norm(states)[0])
 
 
-def _decoder_layer(
-    layer: Any,
-    states: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    attend: Attention,
-    chosen: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Compute what `LlamaDecoderLayer.forward` computes, at chosen positions.
+def _project(
+    layer: Any, states: Tensor, cos: Tensor, sin: Tensor, chosen: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute what `LlamaDecoderLayer.forward` computes before the attention.
 
     Args:
         layer: The layer.
         states: [s, l, width].
-        rotary: Cosines and sines, [s, l, head_dim] each.
-        attend: Computes the attention.
-        chosen: Index of [s, w] positions in `states`; None: all.
+        cos: [s, l, head_dim], of the rotary positions.
+        sin: [s, l, head_dim].
+        chosen: Index of the [s, w] positions that are computed; None: all.
 
     Returns:
-        [s, w, width].
+        The states of chosen positions [s, w, width] and their queries [s, heads, w, head_dim]; keys
+        and values [s, key_heads, l, head_dim] of all positions.
     """
     attention = layer.self_attn
 
@@ -182,22 +168,18 @@ def _decoder_layer(
         turned: Tensor = rotate_half(states)
         return states * cos[:, None] + turned * sin[:, None]
 
-    cos, sin = rotary
     normed = layer.input_layernorm(states)
     keys = rotated(heads(attention.k_proj(normed)))
     values = heads(attention.v_proj(normed))
     if chosen is not None:
         states, normed, cos, sin = (each[chosen] for each in (states, normed, cos, sin))
-    queries = rotated(heads(attention.q_proj(normed)))
-    attended = attend(attention, queries, keys, values).transpose(1, 2).flatten(2)
-    states = states + attention.o_proj(attended)
-    result: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
-    return result
+    return states, rotated(heads(attention.q_proj(normed))), keys, values
 
 
-def _attended(
-    attention: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+def _attend(
+    layer: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
 ) -> Tensor:
+    attention = layer.self_attn
     return scaled_dot_product_attention(
         queries,
         keys,
@@ -206,3 +188,10 @@ def _attended(
         scale=attention.scaling,
         enable_gqa=attention.num_key_value_groups > 1,
     )
+
+
+def _finish(layer: Any, states: Tensor, attended: Tensor) -> Tensor:
+    """Compute what `LlamaDecoderLayer.forward` computes after the attention."""
+    states = states + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+    result: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
+    return result
