@@ -207,10 +207,6 @@ class LossStats:
 
     clip_fraction: Tensor
     """Share of tokens where the clipped term is the smaller one: no gradient flows."""
-    dual_clip_fraction: Tensor
-    """Share of tokens with A < 0 whose loss is held at dual_clip * |A|."""
-    ratio_mean: Tensor
-    ratio_max: Tensor
     approx_kl: Tensor
     """mean(ratio - 1 - log ratio), nats: estimates KL(old || new) and is never negative."""
     tokens: Tensor
@@ -290,9 +286,6 @@ def clipped_policy_loss(
         count = tokens.clamp(min=1)
         stats = LossStats(
             clip_fraction=is_clipped.sum() / count,
-            dual_clip_fraction=is_dual_clipped.sum() / count,
-            ratio_mean=masked(ratio, mask).sum() / count,
-            ratio_max=masked(ratio, mask).amax() if ratio.numel() else ratio.new_zeros(()),
             approx_kl=masked(torch.expm1(log_ratio) - log_ratio, mask).sum() / count,
             tokens=tokens,
         )

@@ -34,7 +34,6 @@ from atod_train.algorithm.atod import (
     aggregate_tokens,
     atod_advantages,
     group_advantages,
-    loss_normalizer,
     masked,
     mean_over_tokens,
     sampled_log_ratio,
@@ -45,7 +44,6 @@ from atod_train.algorithm.weights import (
     keep_top_fraction,
     parse_turn_weights,
     preserve_mean,
-    smooth_weights,
     sod_weights,
     token_weights,
 )
@@ -100,16 +98,14 @@ def method_of(name: str) -> Method:
 
 
 def needs_teacher(method: str) -> bool:
-    """Return whether a method scores completions with the teacher.
-
-    Raises:
-        ValueError: the method is unknown.
-    """
+    """Return whether a method scores completions with the teacher; ValueError as `method_of`."""
     return method_of(method).needs_teacher
 
 
 def exact_top_k(settings: AlgorithmConfig) -> int | None:
     """Return how many tokens `opd_signal` compares one by one: 0: all; None: sampled tokens only.
+
+    Not None is the exact signal: the teacher's term is a divergence that the loss takes directly.
 
     Raises:
         ValueError: an unknown signal, or a method that takes only sampled tokens (sdar).
@@ -131,15 +127,6 @@ def exact_top_k(settings: AlgorithmConfig) -> int | None:
     if settings.method == "sdar":
         raise ValueError("method sdar compares sampled tokens only; use opd_signal=sampled")
     return top_k
-
-
-def has_exact_signal(settings: AlgorithmConfig) -> bool:
-    """Return whether the teacher's term is the exact divergence, which the loss takes directly.
-
-    Raises:
-        ValueError: as `exact_top_k`.
-    """
-    return exact_top_k(settings) is not None
 
 
 def turn_limit(settings: AlgorithmConfig, step: int, max_turns: int) -> int:
@@ -171,11 +158,7 @@ def is_adaptive(settings: AlgorithmConfig) -> bool:
 
 
 def solved_groups(trajectories: Sequence[Trajectory]) -> float:
-    """Return the share of groups in which at least one trajectory reached the goal, 0 to 1.
-
-    Args:
-        trajectories: of a step, at least one.
-    """
+    """Return the share of a step's groups in which a trajectory reached the goal, 0 to 1."""
     groups = {trajectory.group_id for trajectory in trajectories}
     solved = {trajectory.group_id for trajectory in trajectories if trajectory.success}
     return len(solved) / len(groups)
@@ -190,12 +173,7 @@ def moved_on(progress: float, solved: float) -> float:
     teacher, a strong one anneals in little more than 25 steps. (Ours; TIDE and RetireOPD,
     arXiv:2609.20784, wait until the disagreement with the teacher stops falling.)
 
-    Args:
-        progress: before, 0 to 1.
-        solved: share of the step's groups with a success, 0 to 1.
-
-    Raises:
-        ValueError: a number that is not between 0 and 1.
+    ValueError for a number that is not between 0 and 1.
     """
     if not (0 <= progress <= 1 and 0 <= solved <= 1):
         raise ValueError(f"progress {progress} and share {solved} must be between 0 and 1")
@@ -224,7 +202,11 @@ class Advantages:
     kappa: float
     rho: float
     divergence_weights: Tensor | None = None
-    """[R, T] kappa * w for `divergence_loss`; None where no divergences were given."""
+    """[R, T] or [R, 1] kappa * w; None where no divergences were given.
+
+    Then the teacher's part is a loss of its own: the mean of these weights times the divergences of
+    the current student. Its gradient is that of the sampled-token part kappa * w * delta_t of the
+    policy loss, averaged over what the student could have sampled, before any update."""
 
 
 def compute_advantages(
@@ -263,6 +245,7 @@ def compute_advantages(
     with torch.no_grad():
         log_ratio = sampled_log_ratio(student, teacher, mask)
         disagreement, uncertainty = turn_statistics(student, teacher, mask)
+        is_exact = scores.divergences is not None
         if scores.divergences is not None:
             log_ratio = masked(-scores.divergences, mask)
             disagreement = mean_over_tokens(log_ratio.abs(), mask)
@@ -270,24 +253,20 @@ def compute_advantages(
         weights = _weights(
             batch, student, settings, log_ratio, disagreement, uncertainty, min_disagreement
         )
-        reward_part = _row_advantages(batch, settings).to(log_ratio.dtype)
-        rl_term = atod_advantages(log_ratio, weights, reward_part, 0.0, rho, mask)
-        values, divergence_weights = rl_term, None
-        if scores.divergences is None:
-            values = atod_advantages(log_ratio, weights, reward_part, kappa, rho, mask)
-        else:
-            per_token = weights if weights.dim() == 2 else weights[:, None].expand(mask.shape)
-            divergence_weights = kappa * per_token
+        per_token = weights if weights.dim() == 2 else weights[:, None]
+        row_advantages = _row_advantages(batch, settings).to(log_ratio.dtype)
+        opd_term = atod_advantages(log_ratio, weights, row_advantages, kappa, 0.0, mask)
+        rl_term = atod_advantages(log_ratio, weights, row_advantages, 0.0, rho, mask)
         return Advantages(
-            values=values,
-            opd_term=atod_advantages(log_ratio, weights, reward_part, kappa, 0.0, mask),
+            values=rl_term if is_exact else opd_term + rl_term,
+            opd_term=opd_term,
             rl_term=rl_term,
             turn_weights=weights if weights.dim() == 1 else mean_over_tokens(weights, mask),
             disagreement=disagreement,
             uncertainty=uncertainty,
             kappa=kappa,
             rho=rho,
-            divergence_weights=divergence_weights,
+            divergence_weights=kappa * per_token if is_exact else None,
         )
 
 
@@ -332,12 +311,12 @@ def _weights(
 ) -> Tensor:
     """Return the weights of the teacher's term: [R], or [R, T] for the variant token of atod."""
     index, mask = batch.trajectory_index, batch.completion_mask
-    variant, amount = parse_turn_weights(settings.turn_weights)
     chosen = method_of(settings.method).weights
     if chosen == "sod":
         return sod_weights(disagreement, index, batch.turn_index)
     if chosen == "uniform":
         return torch.ones_like(disagreement)
+    variant, amount = parse_turn_weights(settings.turn_weights)
     if variant == "token":
         return token_weights(log_ratio, student, mask, min_disagreement=min_disagreement)
     weights = turn_weights(
@@ -350,28 +329,11 @@ def _weights(
     if variant == "top":
         return keep_top_fraction(weights, amount, index)
     if variant == "smooth":
-        return smooth_weights(weights, amount)
+        return (1.0 - amount) * weights + amount
     return preserve_mean(weights, mask, index) if variant == "mean_preserving" else weights
 
 
-# -- losses ----------------------------------------------------------------------------------------
-
-
-def divergence_loss(
-    divergences: Tensor, weights: Tensor, mask: Tensor, normalizer: Tensor
-) -> Tensor:
-    """The teacher's part as a loss of its own: weighted mean of the exact divergences, 0-d.
-
-    Its gradient is that of the sampled-token part kappa * w * delta_t of the policy loss, averaged
-    over what the student could have sampled in each place, before any update.
-
-    Args:
-        divergences: [R, T] KL of the current student from the teacher, differentiable; nats.
-        weights: [R, T] `Advantages.divergence_weights`.
-        mask: [R, T] bool.
-        normalizer: [R] rows of `atod.loss_normalizer` over the whole mini-batch.
-    """
-    return aggregate_tokens(weights * divergences, mask, normalizer)
+# -- a loss of its own -----------------------------------------------------------------------------
 
 
 def auxiliary_loss(
@@ -379,33 +341,24 @@ def auxiliary_loss(
     logprobs: Tensor,
     teacher_logprobs: Tensor | None,
     mask: Tensor,
-    *,
-    normalizer: Tensor | None = None,
-    coefficient: float = SDAR_COEFFICIENT,
-    gate_sharpness: float = SDAR_GATE_SHARPNESS,
+    normalizer: Tensor,
 ) -> Tensor | None:
-    """Return the term that a method adds to the policy loss, with its coefficient; sdar alone.
+    """Return the 0-d term that a method adds to the policy loss; None for all but sdar.
 
-    sdar: coefficient * mean(gate * (teacher_logprobs - logprobs)) with the detached gate
-    sigmoid(gate_sharpness * (teacher_logprobs - logprobs)). Its gradient is that of -gate *
-    logprobs: it raises the sampled tokens that the teacher finds likelier than the student does,
-    and nearly leaves the others alone. This plain log-ratio form is the one found in public
-    copies of the code of arXiv:2605.15155. The other reading, a policy-gradient surrogate -(delta *
-    ratio), would push rejected tokens down, which is what the gate is there to avoid. (open) The
-    published teacher is the student itself with privileged context; here it is the teacher model.
+    sdar: 0.01 * mean(gate * (teacher_logprobs - logprobs)) with the detached gate
+    sigmoid(5 * (teacher_logprobs - logprobs)). Its gradient is that of -gate * logprobs: it raises
+    the sampled tokens that the teacher finds likelier than the student does, and nearly leaves the
+    others alone. This plain log-ratio form is the one found in public copies of the code of
+    arXiv:2605.15155. The other reading, a policy-gradient surrogate -(delta * ratio), would push
+    rejected tokens down, which is what the gate is there to avoid. (open) The published teacher is
+    the student itself with privileged context; here it is the teacher model.
 
     Args:
         method: name of the method.
         logprobs: [R, T] current student, nats; the only path of the gradient.
         teacher_logprobs: [R, T], finite on sampled tokens as `compute_advantages` has checked.
         mask: [R, T] bool.
-        normalizer: [R] rows of `atod.loss_normalizer` over the whole mini-batch, so
-            that micro-batches add up; None: mean over this call's tokens.
-        coefficient: factor of the whole term.
-        gate_sharpness: slope of the gate per nat.
-
-    Returns:
-        0-d loss to be added to the policy loss, or None.
+        normalizer: [R] rows of `atod.loss_normalizer` over the whole mini-batch.
 
     Raises:
         ValueError: sdar without teacher_logprobs.
@@ -414,7 +367,6 @@ def auxiliary_loss(
         return None
     if teacher_logprobs is None:
         raise ValueError("method sdar needs teacher_logprobs; they are None")
-    normalizer = loss_normalizer(mask) if normalizer is None else normalizer
     gap = masked(teacher_logprobs.detach() - logprobs, mask)
-    gate = torch.sigmoid(gate_sharpness * gap.detach())
-    return coefficient * aggregate_tokens(gate * gap, mask, normalizer)
+    gate = torch.sigmoid(SDAR_GATE_SHARPNESS * gap.detach())
+    return SDAR_COEFFICIENT * aggregate_tokens(gate * gap, mask, normalizer)

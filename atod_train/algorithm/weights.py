@@ -50,14 +50,8 @@ def sod_weights(disagreement: Tensor, trajectory_index: Tensor, turn_index: Tens
 
     The product telescopes to (d_1 + eps) / (d_k + eps): a turn counts less the further the
     student has drifted from the teacher since the trajectory's first turn (arXiv:2605.07725).
-
-    Args:
-        disagreement: [R] d_k, nats per token.
-        trajectory_index: [R] int64.
-        turn_index: [R] int64; the smallest of a trajectory marks its first turn.
-
-    Returns:
-        [R] weights in (0, 1.2].
+    Takes d_k [R] in nats per token, `trajectory_index` [R] and `turn_index` [R], whose smallest
+    value in a trajectory marks its first turn. Returns [R] in (0, 1.2].
     """
     if disagreement.numel() == 0:
         return disagreement
@@ -81,15 +75,9 @@ def token_weights(
 ) -> Tensor:
     """Token-level weights: soft OR of |delta| and NLL, each min-max scaled over the batch.
 
-    Args:
-        log_ratio: [R, T] delta_t.
-        student_logprobs: [R, T] old log-probabilities of the student.
-        mask: [R, T] bool.
-        quantile: the NLL is clipped at this quantile of the batch (linear interpolation).
-        min_disagreement: nats; where no token of the batch has more, all weights are 1.
-
-    Returns:
-        [R, T] weights in [0, 1], 0 on padding.
+    Takes delta_t and the old log-probabilities of the student, [R, T] each; the NLL is clipped at
+    its `quantile` of the batch (linear interpolation). Where no token of the batch disagrees by
+    `min_disagreement` nats, all weights are 1. Returns [R, T] in [0, 1], 0 on padding.
     """
     disagreement = log_ratio.detach()[mask].abs()
     uncertainty = -student_logprobs.detach()[mask]
@@ -112,19 +100,9 @@ def token_weights(
 def keep_top_fraction(weights: Tensor, fraction: float, trajectory_index: Tensor) -> Tensor:
     """1 for the ceil(fraction * K) highest weights of each trajectory and their ties, else 0.
 
-    Args:
-        weights: [R] T-DUR weights. Equal ones, as the guards leave them, are all kept.
-        fraction: share of the trajectory's K turns, in (0, 1].
-        trajectory_index: [R] int64.
-
-    Returns:
-        [R] of 0 and 1.
-
-    Raises:
-        ValueError: `fraction` is not in (0, 1].
+    Takes and returns [R]; `fraction` is in (0, 1]. Equal weights, as the guards leave them, are
+    all kept.
     """
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"top_fraction is {fraction}; choose a value above 0, up to 1")
     if weights.numel() == 0:
         return weights
     # Rows by trajectory, and from the highest weight down within one.
@@ -137,39 +115,11 @@ def keep_top_fraction(weights: Tensor, fraction: float, trajectory_index: Tensor
     return (weights >= weights[order][last_kept][trajectory_index]).to(weights.dtype)
 
 
-def smooth_weights(weights: Tensor, amount: float) -> Tensor:
-    """Pull weights of any shape towards 1: (1 - amount) * weights + amount, amount in [0, 1].
+def preserve_mean(weights: Tensor, mask: Tensor, trajectory_index: Tensor) -> Tensor:
+    """Rescale each trajectory's weights [R] to a token-weighted mean of 1.
 
-    Raises:
-        ValueError: `amount` is not in [0, 1].
-    """
-    if not 0.0 <= amount <= 1.0:
-        raise ValueError(f"weight_smoothing is {amount}; choose a value from 0 to 1")
-    return (1.0 - amount) * weights + amount
-
-
-def preserve_mean(
-    weights: Tensor,
-    mask: Tensor,
-    trajectory_index: Tensor,
-    *,
-    lowest: float = 0.5,
-    highest: float = 2.0,
-) -> Tensor:
-    """Rescale each trajectory's weights to a token-weighted mean of 1.
-
-    The ratio of a weight to the mean is clipped to [lowest, highest]; then the mean is made 1 once
-    more, so that a weight may leave that range.
-
-    Args:
-        weights: [R] per turn.
-        mask: [R, T] bool.
-        trajectory_index: [R] int64.
-        lowest: bound of the ratio.
-        highest: bound of the ratio.
-
-    Returns:
-        [R]; a trajectory without sampled tokens has weights 1.
+    The ratio of a weight to the mean is clipped to [0.5, 2]; then the mean is made 1 once more, so
+    that a weight may leave that range. Weights are 1 in a trajectory without sampled tokens.
     """
     tokens = mask.sum(-1).to(weights.dtype)
 
@@ -178,6 +128,6 @@ def preserve_mean(
         mean = total / segment_sum(tokens, trajectory_index).clamp(min=1.0)
         return values / mean.clamp(min=1e-8)[trajectory_index]
 
-    ratios = over_mean(over_mean(weights).clamp(lowest, highest))
+    ratios = over_mean(over_mean(weights).clamp(0.5, 2.0))
     is_empty = segment_sum(tokens, trajectory_index) == 0
     return ratios.masked_fill(is_empty[trajectory_index], 1.0)

@@ -169,27 +169,22 @@ class Policy:
 
 def _put_in_place(made: Path, target: Path) -> None:
     """Give a finished folder of a model its name, which another may have."""
-    config = "config.json"
-    if (target / config).is_file() and (
-        (target / config).read_bytes() != (made / config).read_bytes()
-    ):
+    old, new = target / "config.json", made / "config.json"
+    if not old.is_file() or old.read_bytes() != new.read_bytes():
         # Files of two models must not be mixed.
         previous = made.with_name(f"{made.name}-previous")
-        target.rename(previous)
+        if target.exists():
+            target.rename(previous)
         made.rename(target)
         shutil.rmtree(previous, ignore_errors=True)
         return
-    try:
-        made.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        names = {file.name for file in made.iterdir()}
-        for name in sorted(names, key=lambda name: name.endswith(".safetensors")):
-            os.replace(made / name, target / name)
-        for file in target.iterdir():
-            if file.name not in names and file.is_file():
-                file.unlink()
+    # The weights last, for a model that is loaded meanwhile.
+    files = sorted(made.iterdir(), key=lambda file: file.suffix == ".safetensors")
+    for file in files:
+        os.replace(file, target / file.name)
+    for file in target.iterdir():
+        if file.name not in {kept.name for kept in files} and file.is_file():
+            file.unlink()
 
 
 def max_positions(config: Any) -> int | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.algorithm.atod import clipped_policy_loss
-from atod_train.algorithm.methods import has_exact_signal, schedule_of
+from atod_train.algorithm.methods import exact_top_k, schedule_of
 from atod_train.algorithm.weights import parse_turn_weights
 from atod_train.config import SECTIONS, AlgorithmConfig, RunConfig, is_url
 from atod_train.models.pretrained import pick_device
@@ -71,7 +71,7 @@ def check_settings(config: RunConfig) -> None:
             "model.dtype=bfloat16 rounds away the small updates of a student whose weights are "
             "all trained. Use --model.dtype mixed, or adapters (--model.lora-rank 16)."
         )
-    if has_exact_signal(config.algorithm) and is_url(config.model.teacher):
+    if exact_top_k(config.algorithm) is not None and is_url(config.model.teacher):
         raise InvalidSettingError(
             f"algorithm.opd_signal={config.algorithm.opd_signal} needs a teacher in this process, "
             f"not the server {config.model.teacher}."
@@ -94,7 +94,7 @@ def _check_algorithm(settings: AlgorithmConfig) -> None:
     try:
         schedule_of(settings)
         parse_turn_weights(settings.turn_weights)
-        has_exact_signal(settings)
+        exact_top_k(settings)
         clipped_policy_loss(
             zero,
             zero,

@@ -20,14 +20,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer, masked
-from atod_train.algorithm.methods import (
-    Advantages,
-    auxiliary_loss,
-    divergence_loss,
-    exact_top_k,
-    has_exact_signal,
-)
+from atod_train.algorithm.atod import aggregate_tokens, clipped_policy_loss, loss_normalizer, masked
+from atod_train.algorithm.methods import Advantages, auxiliary_loss, exact_top_k
 from atod_train.batch import select_sequences, split_minibatches
 from atod_train.config import AlgorithmConfig, RunConfig
 from atod_train.distributed import Processes
@@ -67,22 +61,23 @@ def score_batch(
         [R, T] on the CPU: the student's log-probs and entropies; `reference_logprobs` where there
         is a teacher; `divergences` where the method takes the exact signal.
     """
-    exact = teacher is not None and has_exact_signal(config.algorithm)
+    reference = _reference(teacher, config.algorithm)
     names = ["logprobs", "entropies"]
-    names += ["reference_logprobs"] * (teacher is not None) + ["divergences"] * exact
+    names += ["reference_logprobs"] * (teacher is not None)
+    names += ["divergences"] * (reference is not None)
     found = {name: torch.zeros(batch.completion_ids.shape) for name in names}
     own = share_of_sequences(batch, learner.processes)
     if len(own):  # there may be fewer sequences than ranks
         mine = select_sequences(batch, own)
-        with times.phase("teacher" if exact else "update"):
+        with times.phase("update" if reference is None else "teacher"):
             scores = score_completions(
                 learner.student,
                 mine,
                 config.train.tokens_per_microbatch,
                 with_entropy=True,
-                reference=_reference(teacher, config.algorithm),
+                reference=reference,
             )
-        if teacher is not None and not exact:
+        if teacher is not None and reference is None:
             with times.phase("teacher"):
                 scores = replace(scores, reference_logprobs=teacher.score(mine))
         for name, values in found.items():
@@ -187,19 +182,14 @@ def _loss(
         normalizer=scale,
     )
     theirs = scores.reference_logprobs
-    extra = auxiliary_loss(
-        algorithm.method,
-        found.logprobs,
-        None if theirs is None else own(theirs),
-        mask,
-        normalizer=scale,
-    )
+    theirs = None if theirs is None else own(theirs)
+    extra = auxiliary_loss(algorithm.method, found.logprobs, theirs, mask, scale)
     if extra is not None:
         loss = loss + extra
     if advantages.divergence_weights is not None:
         assert found.divergences is not None
-        weights = own(advantages.divergence_weights)
-        loss = loss + divergence_loss(found.divergences, weights, mask, scale)
+        weighted = own(advantages.divergence_weights) * found.divergences
+        loss = loss + aggregate_tokens(weighted, mask, scale)
     if found.entropies is not None:
         entropy = masked(found.entropies, mask).sum()
         loss = loss - algorithm.entropy_bonus * entropy / max(1, tokens)

@@ -446,8 +446,7 @@ def test_on_policy_gradient_is_the_policy_gradient() -> None:
     (gradient,) = torch.autograd.grad(loss, new)
     expected = torch.where(mask, -advantages, 0.0) / mask.sum()
     assert torch.allclose(gradient, expected, atol=1e-15)
-    assert (float(stats.ratio_mean), float(stats.approx_kl)) == (1.0, 0.0)
-    assert float(stats.clip_fraction) == float(stats.dual_clip_fraction) == 0.0
+    assert float(stats.clip_fraction) == float(stats.approx_kl) == 0.0
 
 
 def test_aggregations_in_closed_form() -> None:
@@ -478,9 +477,6 @@ def test_loss_statistics() -> None:
     mask = torch.tensor([[True, True, True, True, False]])
     _, stats = clipped_policy_loss(ratios.log(), torch.zeros_like(ratios), advantages, mask)
     assert float(stats.clip_fraction) == 0.5
-    assert float(stats.dual_clip_fraction) == 0.25
-    assert float(stats.ratio_mean) == pytest.approx(2.0)
-    assert float(stats.ratio_max) == pytest.approx(5.0)
     kl = sum(ratio - 1 - math.log(ratio) for ratio in (1.5, 0.5, 1.0, 5.0)) / 4
     assert float(stats.approx_kl) == pytest.approx(kl)
 
@@ -544,7 +540,7 @@ def test_padding_never_influences_the_loss(seed: int, junk: float) -> None:
             trajectory_index=index,
         )
         (gradient,) = torch.autograd.grad(loss, logprobs)
-        results.append((loss, gradient, stats.ratio_mean, stats.ratio_max, stats.approx_kl))
+        results.append((loss, gradient, stats.clip_fraction, stats.approx_kl))
     for clean, dirtied in zip(*results, strict=True):
         assert torch.equal(clean, dirtied)
 

@@ -359,7 +359,7 @@ def test_auxiliary_loss_in_closed_form() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     logprobs.requires_grad_()
     teacher.requires_grad_()
-    loss = auxiliary_loss("sdar", logprobs, teacher, mask)
+    loss = auxiliary_loss("sdar", logprobs, teacher, mask, loss_normalizer(mask))
     assert loss is not None
 
     def gate(gap: float) -> float:
@@ -380,8 +380,8 @@ def test_auxiliary_loss_adds_up_over_microbatches() -> None:
     batch, scores = make_step()
     teacher, mask = scores.reference_logprobs, batch.completion_mask
     assert teacher is not None
-    whole = auxiliary_loss("sdar", scores.logprobs, teacher, mask)
     normalizer = loss_normalizer(mask)
+    whole = auxiliary_loss("sdar", scores.logprobs, teacher, mask, normalizer)
     parts = 0.0
     for rows in torch.arange(len(mask)).chunk(3):
         part = auxiliary_loss(
@@ -389,7 +389,7 @@ def test_auxiliary_loss_adds_up_over_microbatches() -> None:
             scores.logprobs[rows],
             teacher[rows],
             mask[rows],
-            normalizer=normalizer[rows],
+            normalizer[rows],
         )
         assert part is not None
         parts += float(part)
@@ -399,9 +399,10 @@ def test_auxiliary_loss_adds_up_over_microbatches() -> None:
 
 def test_only_sdar_has_an_auxiliary_loss() -> None:
     zeros, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
-    assert all(auxiliary_loss(m, zeros, zeros, mask) is None for m in METHODS if m != "sdar")
+    one = torch.ones(1)
+    assert all(auxiliary_loss(m, zeros, zeros, mask, one) is None for m in METHODS if m != "sdar")
     with pytest.raises(ValueError, match="sdar needs teacher_logprobs"):
-        auxiliary_loss("sdar", zeros, None, mask)
+        auxiliary_loss("sdar", zeros, None, mask, one)
 
 
 # --- Properties ---

@@ -15,12 +15,16 @@ from test_policy import make_policy, random_batch
 from torch import Tensor
 
 from atod_gym.errors import AtodError
-from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer, masked, turn_weights
+from atod_train.algorithm.atod import (
+    aggregate_tokens,
+    clipped_policy_loss,
+    loss_normalizer,
+    masked,
+    turn_weights,
+)
 from atod_train.algorithm.methods import (
     compute_advantages,
-    divergence_loss,
     exact_top_k,
-    has_exact_signal,
 )
 from atod_train.config import ModelConfig, RunConfig
 from atod_train.models import scores as scores_module
@@ -99,7 +103,7 @@ def test_gradient_is_the_mean_of_the_sampled_tokens() -> None:
         sampled += old.exp().item() * logits.grad
     logits = start.clone().requires_grad_()
     divergences = reverse_kl(logits[None], theirs[None]).view(1, 1)
-    divergence_loss(divergences, torch.full((1, 1), weight), one, loss_normalizer(one)).backward()
+    aggregate_tokens(weight * divergences, one, loss_normalizer(one)).backward()
     torch.testing.assert_close(logits.grad, sampled)
 
 
@@ -126,9 +130,7 @@ def test_divergences_take_the_place_of_the_log_ratio() -> None:
     torch.testing.assert_close(found.turn_weights, expected)
     # kappa(40) = 0.55, rho(40) = 1.5
     assert found.divergence_weights is not None
-    torch.testing.assert_close(
-        found.divergence_weights, (0.55 * expected)[:, None].expand(mask.shape)
-    )
+    torch.testing.assert_close(found.divergence_weights, (0.55 * expected)[:, None])
     torch.testing.assert_close(found.values, 1.5 * grpo_values(batch))
     torch.testing.assert_close(
         found.opd_term, masked(-0.55 * expected[:, None] * divergences, mask)
@@ -160,14 +162,14 @@ def test_a_divergence_of_minus_delta_weighs_turns_alike() -> None:
 
 
 def test_where_it_applies() -> None:
-    assert has_exact_signal(with_method("atod", opd_signal="exact"))
-    assert not has_exact_signal(with_method("atod"))
-    assert not has_exact_signal(with_method("grpo", opd_signal="exact"))
+    assert exact_top_k(with_method("atod", opd_signal="exact")) is not None
+    assert exact_top_k(with_method("atod")) is None
+    assert exact_top_k(with_method("grpo", opd_signal="exact")) is None
     with pytest.raises(ValueError, match="sdar compares sampled tokens only"):
-        has_exact_signal(with_method("sdar", opd_signal="exact"))
+        exact_top_k(with_method("sdar", opd_signal="exact"))
     for wrong in ("top-k", "top-k:0", "top-k:x", "exact:3", "kl"):
         with pytest.raises(ValueError, match="opd_signal is"):
-            has_exact_signal(with_method("opd", opd_signal=wrong))
+            exact_top_k(with_method("opd", opd_signal=wrong))
     assert exact_top_k(with_method("opd", opd_signal="top-k:64")) == 64
     assert exact_top_k(with_method("opd", opd_signal="exact")) == 0
 

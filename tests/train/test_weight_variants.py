@@ -11,7 +11,6 @@ from atod_train.algorithm.weights import (
     keep_top_fraction,
     parse_turn_weights,
     preserve_mean,
-    smooth_weights,
     token_weights,
 )
 
@@ -67,8 +66,6 @@ def test_top_fraction_keeps_ties_and_rounds_products_sensibly() -> None:
     assert float(keep_top_fraction(torch.arange(10.0), 0.3, index).sum()) == 3.0
     assert float(keep_top_fraction(torch.arange(10.0), 0.31, index).sum()) == 4.0
     assert keep_top_fraction(torch.zeros(0), 0.5, index[:0]).shape == (0,)
-    with pytest.raises(ValueError, match="top_fraction is 0"):
-        keep_top_fraction(torch.ones(10), 0.0, index)
 
 
 @settings(deadline=None)
@@ -84,14 +81,6 @@ def test_top_fraction_follows_its_turns(rows, fraction, random) -> None:
     assert torch.equal(
         keep_top_fraction(values[order].float(), fraction, index[order]), kept[order]
     )
-
-
-def test_smoothing() -> None:
-    weights = torch.tensor([0.0, 0.5, 1.0])
-    assert smooth_weights(weights, 0.2).tolist() == pytest.approx([0.2, 0.6, 1.0])
-    assert torch.equal(smooth_weights(weights, 0.0), weights)
-    with pytest.raises(ValueError, match="weight_smoothing"):
-        smooth_weights(weights, 1.5)
 
 
 def test_preserve_mean_weights_by_tokens_within_the_trajectory() -> None:
