@@ -32,10 +32,13 @@ class GuessEnv(gymnasium.Env[str, str]):
     def step(self, action: str) -> Any:
         """Compare a guess, such as `guess 8`, with the number; any text gets an answer."""
         word, _, digits = action.partition(" ")
-        guess = int(digits) if word == "guess" and digits.isdecimal() else None
-        found = guess == self.number
-        text = "right" if found else "what" if guess is None else "more"
-        text = "less" if guess is not None and guess > self.number else text
+        if word != "guess" or not digits.isdecimal():
+            text = "what"
+        elif int(digits) == self.number:
+            text = "right"
+        else:
+            text = "more" if int(digits) < self.number else "less"
+        found = text == "right"
         return text, float(found), found, False, {"success": found}
 
     def expert(self) -> Bisection:

@@ -68,11 +68,7 @@ class ServedModel(NamedTuple):
 
 
 def connect(url: str, timeout: float = 600.0) -> JsonClient:
-    """Return a client of a teacher's server; it connects at the first request.
-
-    Args:
-        url: where the server listens, such as http://10.0.0.2:8000.
-        timeout: seconds to wait for an answer.
+    """Return a client of a teacher's server, which is asked later; it waits `timeout` seconds.
 
     Raises:
         InvalidSettingError: the URL is not one of http or https.
@@ -156,13 +152,7 @@ class RemoteTeacher:
         self._check_vocabulary(student, label)
 
     def score(self, batch: Batch) -> Tensor:
-        """Return the log-probs of the completion tokens under the teacher at temperature 1.
-
-        Args:
-            batch: The student's batch, packed or not.
-
-        Returns:
-            [R, T] float32, 0 on padding, on the batch's device.
+        """Return log-probs as `Teacher.score`: [R, T] float32, on the batch's device.
 
         Raises:
             ServerError: The server is away, refuses a request, or its answer is malformed.
@@ -232,13 +222,9 @@ class RemoteTeacher:
         return [found[i] for i in range(len(prompts))]
 
     def _ask_vllm(self, prompts: Sequence[_Prompt]) -> list[Tensor]:
-        body = {
-            "model": self.name,
-            "prompt": [prompt.ids for prompt in prompts],
-            "max_tokens": 1,
-            "temperature": 1.0,
-            "prompt_logprobs": 0,
-        }
+        ids = [prompt.ids for prompt in prompts]
+        settings = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        body = {"model": self.name, "prompt": ids, **settings}
         return self._ask("/v1/completions", body, partial(_read_vllm, prompts))
 
     def _ask_sglang(self, prompt: _Prompt) -> Tensor:
