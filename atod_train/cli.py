@@ -26,14 +26,7 @@ except ImportError as error:
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.config import SECTIONS, Method, RunConfig
 from atod_train.presets import PRESETS, completed
-from atod_train.studies.file import (
-    Selection,
-    Study,
-    Unset,
-    read_kept_study,
-    read_study,
-    study_of,
-)
+from atod_train.studies.file import Selection, Study, read_kept_study, read_study, study_of
 from atod_train.training.stopping import StoppedByUser
 
 _DESCRIPTION = """Train small agents with ATOD and other methods. Each command has --help.
@@ -61,16 +54,16 @@ class Command(Protocol):
 class Train(RunConfig):
     """Make one run. Another method or seed with the same --out shares start, teacher and report."""
 
-    out: Unset[Path] = None
-    """Folder of the study. Default: runs/<name of the command>."""
+    out: Path = Path("runs")
+    """Folder of the study."""
     resume: bool = False
     """Continue runs that the folder holds; finished ones too, if train.steps is larger."""
     preset: Suppress[str] = ""
 
     def run(self, words: Sequence[str]) -> int:
         """Make the run."""
-        out = self.out or Path("runs") / self.preset
-        return _train(study_of(self.config(words), out, name=self.preset), out, self.resume)
+        study = study_of(self.config(words), self.out, name=self.preset)
+        return _train(study, self.out, self.resume)
 
     def config(self, words: Sequence[str]) -> RunConfig:
         """Return the settings of the run."""
@@ -80,7 +73,7 @@ class Train(RunConfig):
 
 @dataclass(frozen=True)
 class Quickstart(Train):
-    """ATOD and OPD on the same start, teacher and tasks: generated houses, on a processor."""
+    """ATOD and OPD on generated houses, on a processor, six to nine minutes."""
 
     runs: tuple[Method, ...] = ("atod", "opd")
     """Methods, a run of each."""
@@ -91,21 +84,15 @@ class Quickstart(Train):
 
     def run(self, words: Sequence[str]) -> int:
         """Make the runs."""
-        default = PRESETS[self.preset].config
-        for name, old, new in (
-            ("algorithm.method", default.algorithm.method, self.algorithm.method),
-            ("train.seed", default.train.seed, self.train.seed),
-        ):
-            if old != new:
-                raise InvalidSettingError(
-                    f"{name}={new} is not for the quickstart, whose runs have their own (--runs, "
-                    f"--seeds). For one run: atod-train {self.preset} --{name} {new}"
-                )
-        out = self.out or Path("runs") / "quickstart"
-        study = study_of(
-            self.config(words), out, self.runs, self.seeds, name=self.preset, jobs=self.jobs
-        )
-        return _train(study, out, self.resume)
+        config = self.config(words)
+        method, seed = config.algorithm.method, config.train.seed
+        if (method, seed) != ("atod", 0):
+            raise InvalidSettingError(
+                "quickstart has --runs and --seeds, not algorithm.method and train.seed. For one "
+                f"run: atod-train {self.preset} --algorithm.method {method} --train.seed {seed}"
+            )
+        study = study_of(config, self.out, self.runs, self.seeds, name=self.preset, jobs=self.jobs)
+        return _train(study, self.out, self.resume)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +101,8 @@ class StudyCommand(Selection):
 
     file: Positional[Path]
     """TOML file. Its format is described in atod_train/studies/file.py."""
-    out: Unset[Path] = None
-    """Folder of the study. Default: runs/<name of the file>."""
+    out: Path | None = None
+    """Folder of the study. Where it is not given: runs/<name of the file>."""
     resume: bool = False
     """Continue runs that the folder holds; finished ones too, if train.steps is larger."""
     results_only: bool = False
@@ -155,7 +142,7 @@ class ResultsCommand:
 
     files: Positional[tuple[Path, ...]]
     """results.json of one or more folders; each (file, seed) is one replicate."""
-    out: Unset[Path] = None
+    out: Path | None = None
     """Also write report.html and figures (PNG) to this folder."""
     pair: UseAppendAction[tuple[tuple[str, str], ...]] = ()
     """Labels A B: whether A solves more than B; may be repeated. start and teacher are labels too.
@@ -220,12 +207,12 @@ class ServeTeacher:
     """Port to listen on; 0: a free one, which is printed."""
     max_body: int = 8 * 2**20
     """Longest request, in bytes."""
-    token_env: Unset[str] = None
+    token_env: str | None = None
     """Environment variable with a token that every request must carry."""
     allowed_host: UseAppendAction[tuple[str, ...]] = ()
     """Further host name under which the server is called without a token; *: every name; may be
     repeated. IP addresses, localhost and the machine's name always work."""
-    parent: Unset[int] = None
+    parent: int | None = None
     """End when the process with this number is gone."""
     device: str = "auto"
     """A torch device; auto: a GPU if there is one."""
@@ -269,39 +256,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parsed(words: Sequence[str]) -> Command:
     """Return the command of a command line."""
-    quickstart = Quickstart(**_bare("houses-tiny"), preset="houses-tiny")
-    about = "ATOD and OPD on generated houses, six to nine minutes on a processor"
-    commands = [_subcommand("quickstart", about, Quickstart, default=quickstart)]
-    for name, preset in PRESETS.items():
-        default = Train(**_bare(name), preset=name)
-        commands.append(_subcommand(name, preset.summary, Train, default=default))
-    commands += [
-        _subcommand("study", "the runs of a study file, methods times seeds", StudyCommand),
-        _subcommand("resume", "continue every run of a folder", Resume),
-        _subcommand("results", "tables and a report of results.json files", ResultsCommand),
-        _subcommand("doctor", "what this machine can run, and whether models can be used", Doctor),
-        _subcommand("serve-teacher", "score tokens for students on other machines", ServeTeacher),
+    others: dict[str, type[Command]] = {
+        "study": StudyCommand,
+        "resume": Resume,
+        "results": ResultsCommand,
+        "doctor": Doctor,
+        "serve-teacher": ServeTeacher,
+    }
+    commands = [
+        _training("quickstart", Quickstart, "houses-tiny"),
+        *(_training(name, Train, name, preset.summary) for name, preset in PRESETS.items()),
+        *(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in others.items()),
     ]
-    config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
     command: Command = tyro.cli(
         reduce(or_, commands),
         prog="atod-train",
         description=_DESCRIPTION,
         args=list(words),
-        config=config,
+        config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
     )
     return command
 
 
-def _subcommand(name: str, about: str, kind: type[Command], **default: Any) -> Any:
-    return Annotated[kind, tyro.conf.subcommand(name, description=about, **default)]
-
-
-def _bare(preset: str) -> dict[str, Any]:
-    """Return a preset's sections without environment options, to which tyro could not add."""
+def _training(name: str, kind: type[Train], preset: str, about: str | None = None) -> Any:
+    """Return the command that begins with the settings of a preset."""
     config = PRESETS[preset].config
-    sections = {name: getattr(config, name) for name in SECTIONS}
-    return {**sections, "env": replace(config.env, options={})}
+    sections = {section: getattr(config, section) for section in SECTIONS}
+    sections["env"] = replace(config.env, options={})  # else tyro would take no others than these
+    default = kind(**sections, preset=preset, out=Path("runs") / name)
+    return Annotated[kind, tyro.conf.subcommand(name, default=default, description=about)]
 
 
 def _train(study: Study, out: Path, resume: bool) -> int:
@@ -317,12 +300,7 @@ def _train(study: Study, out: Path, resume: bool) -> int:
 
 
 def _guarded(work: Callable[[], int], again: str = "") -> int:
-    """Do something and return its exit code; report what goes wrong in a line.
-
-    Args:
-        work: returns the exit code.
-        again: how runs are continued.
-    """
+    """Do something and return its exit code; print what goes wrong in a line, and what to do."""
     try:
         return work()
     except ModuleNotFoundError as error:

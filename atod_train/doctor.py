@@ -31,14 +31,7 @@ class Finding(NamedTuple):
 
 
 def examine(student: str, teacher: str, max_context: int, servers: Sequence[str]) -> int:
-    """Print the findings; return 1 if there is a problem among them, else 0.
-
-    Args:
-        student: as `model.student`.
-        teacher: as `model.teacher`.
-        max_context: as `model.max_context`.
-        servers: URLs of servers to ask.
-    """
+    """Print the findings; return 1 if there is a problem among them, else 0."""
     findings = [
         *machine(),
         *packages(),

@@ -25,7 +25,7 @@ class Preset:
 
 PRESETS = {
     "houses-tiny": Preset(
-        "generated houses, on a processor, about four minutes (the settings of quickstart)",
+        "Generated houses, on a processor, about four minutes: the settings of quickstart.",
         RunConfig(
             EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=20),
             ModelConfig(device="cpu", student="mini", teacher="mini", max_context=1024),
@@ -35,7 +35,7 @@ PRESETS = {
         ),
     ),
     "alfworld-tiny": Preset(
-        "official ALFWorld games (--env.data), a student of about half a million parameters",
+        "Official ALFWorld games (--env.data), a student of about half a million parameters.",
         RunConfig(
             EnvConfig(data="official"),
             ModelConfig(device="cpu", student="mini", teacher="tiny"),
@@ -45,7 +45,7 @@ PRESETS = {
         ),
     ),
     "webshop-tiny": Preset(
-        "a generated shop of 300 products, on a processor",
+        "A generated shop of 300 products, on a processor.",
         RunConfig(
             EnvConfig(
                 id="atod/WebShop-v0",
@@ -68,7 +68,7 @@ PRESETS = {
         ),
     ),
     "searchqa-tiny": Preset(
-        "one-hop questions on a generated world, on a processor",
+        "One-hop questions on a generated world, on a processor.",
         RunConfig(
             EnvConfig(
                 id="atod/SearchQA-v0",

@@ -29,7 +29,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import tyro
 
@@ -53,9 +53,6 @@ else:
 
 STUDY_FILE = "study.json"
 _KEYS = {"seeds", "jobs", "environments", "runs"}
-_T = TypeVar("_T")
-Unset = Annotated[_T | None, tyro.conf.arg(help_behavior_hint="")]
-"""An argument whose default depends on others; the help shows no default but that of its text."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +111,14 @@ class Study:
 class Selection:
     """Which part of a study is made, and how; None: what the file says."""
 
-    seeds: Unset[tuple[int, ...]] = None
-    """Seeds that each run is made with. Default: those of the file."""
-    environments: Unset[tuple[str, ...]] = None
-    """Environments of the file to make runs on. Default: all."""
-    runs: Unset[tuple[str, ...]] = None
-    """Runs of the file to make. Default: all."""
-    jobs: Unset[int] = None
-    """Runs at the same time, each in a process of its own. Default: that of the file."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds that each run is made with, in place of those of the file."""
+    environments: tuple[str, ...] | None = None
+    """Environments of the file that runs are made on, in place of all."""
+    runs: tuple[str, ...] | None = None
+    """Runs of the file that are made, in place of all."""
+    jobs: int | None = None
+    """Runs at the same time, each in a process of its own, in place of the number in the file."""
 
 
 def study_of(
@@ -253,11 +250,7 @@ def _changed(
 ) -> RunConfig:
     """Return settings with the changes of a table, which tyro reads as those of a command line.
 
-    Args:
-        default: what is changed.
-        changes: setting, such as train.steps, -> value.
-        where: name of the table, for messages.
-        closed: sections that cannot be changed.
+    Sections that are `closed` cannot be changed; `where` is the table.
     """
     words = []
     for key, value in changes.items():
@@ -299,15 +292,12 @@ def keep_study(study: Study, out: Path) -> Study:
     Raises:
         OtherSettingsError: the folder holds runs with another start, teacher or other tasks.
     """
-    kept = read_kept_study(out)[0].parts if (out / STUDY_FILE).is_file() else ()
     shared = {part.name: part.config for part in study.parts}
-    alike = [
-        replace(part, runs=tuple(run for run in part.runs if _is_alike(run, shared[part.name])))
-        if part.name in shared
-        else part
-        for part in kept
-    ]
-    merged = _merged([*alike, *study.parts])
+    parts = []
+    for part in read_kept_study(out)[0].parts if (out / STUDY_FILE).is_file() else ():
+        alike = [run for run in part.runs if _is_alike(run, shared.get(part.name, run.config))]
+        parts.append(replace(part, runs=tuple(alike)))
+    merged = _merged([*parts, *study.parts])
     runs_of_all = [
         {
             "environment": part.name,
@@ -323,11 +313,7 @@ def keep_study(study: Study, out: Path) -> Study:
 
 
 def _is_alike(run: Run, config: RunConfig) -> bool:
-    """Return whether a run has start, teacher and tasks in common with other settings.
-
-    Raises:
-        OtherSettingsError: it has not, and it is begun.
-    """
+    """Return whether a run has the start, teacher and tasks of others; refuse one that is begun."""
     difference = first_difference(run.config, config, ("env", "model", "start"))
     if difference and run.is_begun:
         name, old, new = difference

@@ -115,36 +115,6 @@ def report_study(study: Study, out: Path) -> None:
     _report(environments, out)
 
 
-def _report(environments: Sequence[Results], out: Path) -> None:
-    """Print the tables of environments and write their report."""
-    for results in (found for found in environments if found.tasks):
-        print(f"\n{results.name}\n{as_text(all_tables(results, by_split=True))}")
-    are_several = sum(len(results.runs) for results in environments) > 1
-    pictures = are_several and all(results.tasks for results in environments)
-    report = write_report(out, environments, pictures=pictures)
-    print(f"results: {out / RESULTS_FILE}\nreport: {report}")
-
-
-def _left(part: StudyPart, resume: bool) -> list[Run]:
-    """Return the runs that are not finished.
-
-    Raises:
-        RunFolderError: the folder holds a run that is not to be resumed, or one of other settings.
-    """
-    left = []
-    for run in part.runs:
-        if run.is_begun and not resume:
-            raise RunFolderError(
-                f"{run.folder} holds a run already; continue it (--resume), or {ANOTHER_FOLDER}"
-            )
-        if is_finished(run.folder, run.config):
-            continue
-        if run.is_begun:
-            check_same_settings(run.folder, run.config)
-        left.append(run)
-    return left
-
-
 def _write_results(study: Study, out: Path) -> list[Results]:
     """Write results.json from all finished runs of a folder; return them by environment."""
     environments = []
@@ -158,23 +128,46 @@ def _write_results(study: Study, out: Path) -> list[Results]:
     return environments
 
 
+def _report(environments: Sequence[Results], out: Path) -> None:
+    """Print the tables of environments and write their report."""
+    for results in (found for found in environments if found.tasks):
+        print(f"\n{results.name}\n{as_text(all_tables(results, by_split=True))}")
+    are_several = sum(len(results.runs) for results in environments) > 1
+    pictures = are_several and all(results.tasks for results in environments)
+    report = write_report(out, environments, pictures=pictures)
+    print(f"results: {out / RESULTS_FILE}\nreport: {report}")
+
+
+def _left(part: StudyPart, resume: bool) -> list[Run]:
+    """Return the runs that are not finished; refuse to continue one that must not be continued."""
+    left = []
+    for run in part.runs:
+        if run.is_begun and not resume:
+            raise RunFolderError(
+                f"{run.folder} holds a run already; continue it (--resume), or {ANOTHER_FOLDER}"
+            )
+        if not is_finished(run.folder, run.config):
+            if run.is_begun:
+                check_same_settings(run.folder, run.config)
+            left.append(run)
+    return left
+
+
 def _make_models(
     part: StudyPart, left: Sequence[Run], processes: Processes, call_all: CallAll
 ) -> None:
     """Make start and teacher of an environment, and check that the runs can use them."""
-    config = part.config
-    models = {role: getattr(config.model, role) for role in _roles(part)}
+    config, model = part.config, part.config.model
     if processes.is_main:
         # Models that are loaded come first: whether they can be used is known at once.
         for is_made in (False, True):
-            chosen = [role for role, name in models.items() if (name in MODEL_SHAPES) == is_made]
+            chosen = [r for r in _roles(part) if (getattr(model, r) in MODEL_SHAPES) == is_made]
             call_all(_make_start, [(config, role) for role in chosen])
     processes.wait()
     begun = [run.folder for run in left if run.is_begun]
     # Models made from the same demonstrations share their tokenizer.
-    if begun or (
-        is_taught(part) and not {config.model.teacher, config.model.student} <= MODEL_SHAPES.keys()
-    ):
+    are_made = {model.teacher, model.student} <= MODEL_SHAPES.keys()
+    if begun or (is_taught(part) and not are_made):
         call_all(_check_models, [(config, is_taught(part), begun)])
 
 
@@ -182,11 +175,9 @@ def _make_runs(
     part: StudyPart, left: Sequence[Run], processes: Processes, call_all: CallAll
 ) -> None:
     """Evaluate start and teacher of an environment, then make the runs."""
-    config = part.config
+    splits = part.config.env.eval_splits
     wanted = [
-        (config, role, split, part.folder, processes)
-        for role in _roles(part)
-        for split in config.env.eval_splits
+        (part.config, r, split, part.folder, processes) for r in _roles(part) for split in splits
     ]
     known = [evaluation for found in call_all(evaluate_start, wanted) for evaluation in found]
     call_all(_train, [(run, known, processes) for run in left])
@@ -214,17 +205,7 @@ def _make_start(config: RunConfig, role: EvaluatedModel) -> None:
 
 
 def _check_models(config: RunConfig, has_teacher: bool, begun: Sequence[Path]) -> None:
-    """Refuse models that cannot be used, before minutes are spent on evaluations.
-
-    Args:
-        config: what all runs share.
-        has_teacher: whether one of them has a teacher.
-        begun: folders of runs that are to be continued.
-
-    Raises:
-        AtodError: the teacher cannot score the student.
-        RunFolderError: a run was begun with other models or tasks.
-    """
+    """Refuse a teacher that cannot score the student, and runs begun with other models or tasks."""
     with _loaded(config, has_teacher) as (student, teacher, pools):
         dialogue = DialogueEncoder(
             student.tokenizer, config.env.prompt_style, config.env.template_options
@@ -237,17 +218,9 @@ def _check_models(config: RunConfig, has_teacher: bool, begun: Sequence[Path]) -
 def _train(run: Run, known: Sequence[Evaluation], processes: Processes) -> None:
     """Make one run, from the start or from its last checkpoint."""
     has_teacher = needs_teacher(run.config.algorithm.method)
-    with _loaded(run.config, has_teacher) as (student, teacher, (train_pool, *eval_pools)):
+    with _loaded(run.config, has_teacher) as (student, teacher, (pool, *eval_pools)):
         trainer = Trainer(
-            run.config,
-            run.folder,
-            student,
-            teacher,
-            train_pool,
-            eval_pools,
-            known,
-            processes,
-            run.label,
+            run.config, run.folder, student, teacher, pool, eval_pools, known, processes, run.label
         )
         trainer.run(resume=True)  # what must not be continued is refused before any work
 
@@ -318,10 +291,7 @@ def _terminate_workers() -> None:
 
 
 def _set_up_worker() -> None:
-    """End the worker with its parent, however that ends, and show its progress in plain lines.
-
-    Several progress bars would overwrite each other.
-    """
+    """End the worker with its parent, however that ends; show lines, since bars would overlap."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

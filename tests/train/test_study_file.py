@@ -300,6 +300,9 @@ def test_the_quickstart_makes_the_runs_of_some_methods(
 
 
 def test_what_the_quickstarts_runs_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for setting, value in (("algorithm.method", "grpo"), ("train.seed", "3")):
-        assert main(["quickstart", f"--{setting}", value]) == 2
-        assert f"atod-train houses-tiny --{setting} {value}" in capsys.readouterr().err
+    for setting, told in (
+        (("--algorithm.method", "grpo"), "--algorithm.method grpo --train.seed 0"),
+        (("--train.seed", "3"), "--algorithm.method atod --train.seed 3"),
+    ):
+        assert main(["quickstart", *setting]) == 2
+        assert f"run: atod-train houses-tiny {told}\n" in capsys.readouterr().err
