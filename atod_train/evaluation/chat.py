@@ -193,10 +193,10 @@ class ChatEndpoint:
         except ValueError as error:
             raise self._no_completion(str(error)) from error
         self._has_answered = True
-        completion, choice = self._read(answer)
+        completion = self._read(answer, form, stop)
         if completion.prompt_tokens is not None and completion.completion_tokens is not None:
             admission.tokens = completion.prompt_tokens + completion.completion_tokens
-        return _ended(completion, choice, form, stop)
+        return completion
 
     def _backoff(self, error: _Transient, failed: int) -> float:
         """Return the seconds until the next attempt.
@@ -251,10 +251,11 @@ class ChatEndpoint:
             )
         return ServerError(f"{where} {advice}".rstrip())
 
-    def _read(self, answer: Any) -> tuple[Completion, dict[str, Any]]:
-        """Return the completion of an answer, and the choice that holds it.
+    def _read(self, answer: Any, form: CompletionFormat, stop: Sequence[str]) -> Completion:
+        """Return the completion of an answer, cut after its action.
 
         Raises:
+            _StopStrings: a stop string ended the reply before its thoughts had ended.
             _Transient: the answer holds no message of text.
         """
         try:
@@ -268,19 +269,28 @@ class ChatEndpoint:
         except (LookupError, TypeError, AttributeError) as error:
             raise self._no_completion("it has no choice with a message of text") from error
         reasoning = next((part for part in thoughts if part and isinstance(part, str)), "")
-        instead = "" if text.strip() else _instead_of_text(choice)
+        finish = choice.get("finish_reason")
+        instead = "" if text.strip() else _instead_of_text(message, finish)
+        is_in_thought = bool(reasoning) and not text
         if self.settings.keep_reasoning and reasoning:
             text = f"<think>{reasoning}</think>{text}"
-        completion = Completion(
-            text=text,
+        # vLLM (stop_reason) and SGLang (matched_stop) name the stop string that ended the reply, or
+        # null for the end of the turn. Servers leave it out of the text.
+        stopped_at = choice.get("stop_reason", choice.get("matched_stop", "unknown"))
+        if stop and finish == "stop" and isinstance(stopped_at, str):
+            if is_in_thought or form.is_in_thought(text):
+                raise _StopStrings
+            text = form.closed(text)
+        end = form.end_of_action(text)
+        return Completion(
+            text=text[:end],
             prompt_tokens=usage.get("prompt_tokens"),
             completion_tokens=usage.get("completion_tokens"),
             reasoning_tokens=0 if thought is None and not reasoning else thought,
             reasoning=reasoning,
-            is_cut=choice.get("finish_reason") == "length",
+            is_cut=finish == "length" and end is None,
             instead=instead,
         )
-        return completion, choice
 
     def _no_completion(self, reason: str) -> _Transient:
         return _Transient(f"{self.url} gave an answer that is no chat completion ({_line(reason)})")
@@ -314,57 +324,24 @@ class ChatAgent:
         left_out = 0
         while True:
             try:
-                completion = await self._endpoint.complete(
-                    messages, self._dialogue.completion_format
-                )
-            except EpisodeStopped as stop:
-                can_shorten = left_out < self._dialogue.past_turns
-                if stop.reason != "context_limit" or not can_shorten:
-                    raise
-                left_out += 1
-                messages = self._dialogue.shortened(left_out)
-            else:
+                form = self._dialogue.completion_format
+                completion = await self._endpoint.complete(messages, form)
                 return replace(completion, turns_left_out=left_out)
+            except EpisodeStopped as stop:
+                if stop.reason != "context_limit" or left_out >= self._dialogue.past_turns:
+                    raise
+            left_out += 1
+            messages = self._dialogue.shortened(left_out)
 
 
-def _ended(
-    completion: Completion, choice: Mapping[str, Any], form: CompletionFormat, stop: Sequence[str]
-) -> Completion:
-    """Cut a reply after its action.
-
-    Args:
-        completion: the reply.
-        choice: of the answer. vLLM (`stop_reason`) and SGLang (`matched_stop`) name in it the stop
-            string that ended the reply, or null for the end of the turn.
-        form: finds the end of the action.
-        stop: the stop strings that were sent. Servers leave out the one at which they stopped.
-
-    Raises:
-        _StopStrings: the reply was stopped before its thoughts had ended.
-    """
-    text = completion.text
-    if stop and choice.get("finish_reason") == "stop":
-        stopped_at = choice.get("stop_reason", choice.get("matched_stop", "unknown"))
-        if isinstance(stopped_at, str):
-            is_thought = completion.reasoning and not choice["message"].get("content")
-            if is_thought or form.is_in_thought(text):
-                raise _StopStrings
-            text = form.closed(text)
-    end = form.end_of_action(text)
-    if end is None:
-        return replace(completion, text=text)
-    return replace(completion, text=text[:end], is_cut=False)
-
-
-def _instead_of_text(choice: Mapping[str, Any]) -> str:
+def _instead_of_text(message: Mapping[str, Any], finish_reason: Any) -> str:
     """Name what an answer without text holds; empty if nothing."""
-    message = choice["message"]
     if message.get("tool_calls") or message.get("function_call"):
         return "tool calls"
     if message.get("refusal"):
         return "refusal"
     reasons = {"content_filter": "content filter", "length": "cut at the limit of tokens"}
-    return reasons.get(str(choice.get("finish_reason")), "")
+    return reasons.get(finish_reason, "")
 
 
 def _retry_after(response: Any) -> float:

@@ -55,7 +55,7 @@ GENERATED = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _echo() -> Iterator[None]:
-    gymnasium.register(ECHO_ID, entry_point=EchoEnv)
+    gymnasium.register(ECHO_ID, entry_point=EchoEnv, max_episode_steps=2)
     yield
     del gymnasium.registry[ECHO_ID]
 

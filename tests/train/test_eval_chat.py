@@ -37,7 +37,7 @@ MESSAGES = [{"role": "user", "content": "You can do one of these now:\nlook\ngo"
 
 @pytest.fixture(autouse=True, scope="module")
 def _echo() -> Iterator[None]:
-    gymnasium.register(ENV_ID, entry_point=EchoEnv)
+    gymnasium.register(ENV_ID, entry_point=EchoEnv, max_episode_steps=2)
     yield
     del gymnasium.registry[ENV_ID]
 

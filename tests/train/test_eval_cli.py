@@ -28,7 +28,7 @@ ENV_ID = "tests/CliEcho-v0"
 
 @pytest.fixture(autouse=True, scope="module")
 def _echo() -> Iterator[None]:
-    gymnasium.register(ENV_ID, entry_point=EchoEnv)
+    gymnasium.register(ENV_ID, entry_point=EchoEnv, max_episode_steps=2)
     yield
     del gymnasium.registry[ENV_ID]
 
