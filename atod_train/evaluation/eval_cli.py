@@ -24,7 +24,7 @@ from atod_train.evaluation.agents import Agent, ExpertAgent, HumanAgent, RandomA
 from atod_train.evaluation.chat import ChatAgent, ChatEndpoint
 from atod_train.evaluation.eval_records import EpisodeRecord, EvaluationFolder, read_evaluated
 from atod_train.evaluation.eval_tables import comparison, result_table
-from atod_train.evaluation.local_model import LOCAL, PREFIX, SMOLLM2, LocalModel, find_model
+from atod_train.evaluation.local_model import LOCAL, PREFIX, SMOLLM2, LocalModel
 from atod_train.evaluation.play import AgentPlayer
 from atod_train.progress import Advance, progress
 from atod_train.rollout.env_pool import EnvPool
@@ -92,7 +92,7 @@ def chosen_agent(options: EvalOptions) -> AgentPlayer | LocalModel:
     is_model = name == SMOLLM2 or name.startswith(PREFIX)
     options.check(LOCAL if is_model else name)
     if is_model:
-        return LocalModel(find_model(name.removeprefix(PREFIX)), sampling, options.local)
+        return LocalModel(name.removeprefix(PREFIX), sampling, options.local)
     if name == "chat":
         endpoint = ChatEndpoint(options.chat, sampling)
         return AgentPlayer(
@@ -128,7 +128,7 @@ def result_folder(options: EvalOptions, label: str, env_id: str) -> Path:
 def _evaluate(options: EvalOptions, words: Sequence[str]) -> None:
     """Play what is left to play and show the result."""
     agent = chosen_agent(options)
-    trained = agent.found.trained if isinstance(agent, LocalModel) else None
+    trained = agent.trained if isinstance(agent, LocalModel) else None
     config = options.env_config(trained.env if trained is not None else None)
     folder = EvaluationFolder(
         result_folder(options, agent.label, config.id),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,23 +37,15 @@ _MAX_CONTEXT = 8192
 _DIGESTED = 2**20
 
 
-@dataclass(frozen=True)
-class ModelFolder:
-    """A model to load, and how it was trained."""
-
-    source: str
-    """A folder, a hub name or smollm2."""
-    label: str
-    """For tables and the names of folders."""
-    trained: RunConfig | None
-    """Settings of the run that saved it; None: not known."""
-
-
-def find_model(name: str) -> ModelFolder:
+def find_model(name: str) -> tuple[str, RunConfig | None]:
     """Find a model by the folder of a run, the folder of a model, a hub name or smollm2.
 
     Of a run's folder `models/best` is taken if it is there, else `models/last`; of a study's folder
     its only run.
+
+    Returns:
+        The model's folder, hub name or `smollm2`, and the settings of the run that trained it;
+        None: not known.
 
     Raises:
         InvalidSettingError: no model there; names what to give.
@@ -66,15 +58,15 @@ def find_model(name: str) -> ModelFolder:
                 f"Model {name!r} is trained from scratch in a run; give the folder of that run: "
                 f"--agent {LOCAL}."
             )
-        if name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
+        if not name or name[0] in "/.~" or name.count("/") > 1:
             raise InvalidSettingError(f"There is no folder {name!r}: --agent {LOCAL}.")
-        return ModelFolder(name, Path(name).name, None)
+        return name, None
     config = read_json(path / CONFIG_FILE)
     if "model_type" in config:
         run = path.absolute().parent.parent
         if path.absolute().parent.name == "models" and (run / CONFIG_FILE).is_file():
-            return ModelFolder(str(path), f"{run.name}/{path.name}", read_config(run))
-        return ModelFolder(str(path), path.name, None)
+            return str(path), read_config(run)
+        return str(path), None
     if set(SECTIONS) <= config.keys():
         for saved in (path / "models" / "best", path / "models" / "last"):
             if (saved / CONFIG_FILE).is_file():
@@ -97,18 +89,23 @@ class LocalModel:
     """A local model that plays greedily or sampled, as evaluations in training do.
 
     Args:
-        found: the model.
+        name: of the model, see `find_model`.
         sampling: how completions are sampled.
         options: its context and device.
 
     Attributes:
+        trained: settings of the run that trained it; None: not known.
         label: for tables and the names of folders.
         mode: how completions are chosen.
+
+    Raises:
+        AtodError: there is no such model.
     """
 
-    def __init__(self, found: ModelFolder, sampling: Sampling, options: ModelOptions) -> None:
-        self.found = found
-        self.label = found.label
+    def __init__(self, name: str, sampling: Sampling, options: ModelOptions) -> None:
+        self._source, self.trained = find_model(name)
+        path = Path(self._source).absolute()
+        self.label = f"{path.parent.parent.name}/{path.name}" if self.trained else path.name
         self.mode: EvaluationMode = "sampled" if sampling.temperature else "greedy"
         self._sampling = sampling
         self._options = options
@@ -135,7 +132,7 @@ class LocalModel:
                 f"A local model needs {error.name}: pip install 'atod-gym[train]'"
             ) from error
         transformers.utils.logging.disable_progress_bar()
-        source, trained = self.found.source, self.found.trained
+        source, trained = self._source, self.trained
         with memory_errors(f"loading {self.label}", "Use a smaller model."):
             policy = load_policy(source, device=self._options.device or "auto")
         config = trained or RunConfig(model=ModelConfig(max_context=_MAX_CONTEXT))
