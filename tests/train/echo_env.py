@@ -12,6 +12,8 @@ from atod_gym.tasks import TaskManifest, content_hash
 from atod_gym.types import TurnObservation
 
 WORDS = ("amber", "birch", "coral", "delta", "ember", "fjord")
+ENV_ID = "tests/TwoWords-v0"
+"""Registered at import."""
 TASK_IDS = tuple(sorted(f"{first} {second}" for first, second in permutations(WORDS, 2)))
 
 
@@ -76,3 +78,6 @@ class EchoExpert:
 
     def act(self, text: str, admissible_actions: tuple[str, ...], last_action: str | None) -> str:
         return f"say {self.left.pop(0)}"
+
+
+gymnasium.register(ENV_ID, entry_point=EchoEnv, max_episode_steps=2)

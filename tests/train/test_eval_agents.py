@@ -9,15 +9,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import pytest
-from echo_env import TASK_IDS, EchoEnv
+from echo_env import ENV_ID, TASK_IDS, EchoEnv
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.config import EnvConfig
@@ -33,8 +32,6 @@ from atod_train.evaluation.eval_records import EpisodeRecord
 from atod_train.evaluation.play import AgentPlayer
 from atod_train.rollout.env_pool import EnvPool
 
-ECHO_ID = "tests/AgentsEcho-v0"
-
 
 def env_of(env_id: str, split: str, **options: Any) -> tuple[EnvConfig, str]:
     """An environment with the prompts of models that reason, and a split."""
@@ -45,19 +42,12 @@ def env_of(env_id: str, split: str, **options: Any) -> tuple[EnvConfig, str]:
     return config, split
 
 
-ECHO = env_of(ECHO_ID, "test")
+ECHO = env_of(ENV_ID, "test")
 GENERATED = {
     "homes": env_of("atod/ALFWorld-v0", "valid_unseen", house_size="tiny"),
     "shop": env_of("atod/WebShop-v0", "test", products=60),
     "questions": env_of("atod/SearchQA-v0", "test", entities=60),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _echo() -> Iterator[None]:
-    gymnasium.register(ECHO_ID, entry_point=EchoEnv, max_episode_steps=2)
-    yield
-    del gymnasium.registry[ECHO_ID]
 
 
 def played(

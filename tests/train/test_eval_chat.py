@@ -7,16 +7,14 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gymnasium
 import pytest
-from echo_env import EchoEnv
+from echo_env import ENV_ID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served_chat import FakeChat, first_action
@@ -31,15 +29,7 @@ from atod_train.evaluation.eval_options import ChatSettings, Sampling
 from atod_train.evaluation.eval_records import EPISODES_FILE, read_evaluated
 from atod_train.evaluation.rate_limiter import RateLimiter
 
-ENV_ID = "tests/EvalEcho-v0"
 MESSAGES = [{"role": "user", "content": "You can do one of these now:\nlook\ngo"}]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _echo() -> Iterator[None]:
-    gymnasium.register(ENV_ID, entry_point=EchoEnv, max_episode_steps=2)
-    yield
-    del gymnasium.registry[ENV_ID]
 
 
 @pytest.fixture

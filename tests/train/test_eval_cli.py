@@ -8,29 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
-from echo_env import TASK_IDS, EchoEnv
+from echo_env import ENV_ID, TASK_IDS
 from filelock import FileLock
 
 from atod_train.evaluation.eval_cli import chosen_agent, main, result_folder
 from atod_train.evaluation.eval_options import EvalOptions
 from atod_train.reports.statistics import paired_difference
 from atod_train.reports.tables import difference_text
-
-ENV_ID = "tests/CliEcho-v0"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _echo() -> Iterator[None]:
-    gymnasium.register(ENV_ID, entry_point=EchoEnv, max_episode_steps=2)
-    yield
-    del gymnasium.registry[ENV_ID]
 
 
 def evaluate(out: Path, *options: str, agent: str = "expert") -> int:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import pytest
 import torch
-from echo_env import EchoEnv
+from echo_env import ENV_ID
 
 from atod_gym.errors import AtodError
 from atod_train.config import EnvConfig, ModelConfig, RunConfig, TrainConfig
@@ -37,20 +35,12 @@ from atod_train.training.supervised import (
     train_on_demonstrations,
 )
 
-ENV_ID = "tests/ModelEcho-v0"
 SHAPE = ModelShape(layers=2, width=64, heads=2, mlp_width=128, max_positions=512)
 CONFIG = RunConfig(
     env=EnvConfig(id=ENV_ID, max_turns=2),
     model=ModelConfig(max_context=128),
     train=TrainConfig(max_completion_tokens=6),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _echo() -> Iterator[None]:
-    gymnasium.register(ENV_ID, entry_point=EchoEnv, max_episode_steps=2)
-    yield
-    del gymnasium.registry[ENV_ID]
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import pytest
-from echo_env import EchoEnv
+from echo_env import ENV_ID
 from served_chat import FakeChat
 
 from atod_gym.parsing import CompletionFormat
@@ -19,18 +17,10 @@ from atod_train.evaluation.chat import ChatEndpoint
 from atod_train.evaluation.eval_cli import main
 from atod_train.evaluation.eval_options import ChatSettings, Sampling
 
-ENV_ID = "tests/StopsEcho-v0"
 MESSAGES = [{"role": "user", "content": "hm"}]
 TAGS = CompletionFormat("tags")
 SEARCH = CompletionFormat("tags", ("search", "answer"))
 REACT = CompletionFormat("react")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _echo() -> Iterator[None]:
-    gymnasium.register(ENV_ID, entry_point=EchoEnv, max_episode_steps=2)
-    yield
-    del gymnasium.registry[ENV_ID]
 
 
 def ask(
