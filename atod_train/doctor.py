@@ -5,15 +5,15 @@ Nothing is downloaded, started or changed; a model's folder is read for its shap
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gymnasium
 import torch
+from gymnasium.envs.registration import load_env_creator
 from packaging.requirements import Requirement
 
 from atod_gym import ENV_IDS
@@ -100,11 +100,8 @@ def packages() -> Iterator[Finding]:
 def data_sets() -> Iterator[Finding]:
     """Find what data="auto" would play in each environment."""
     for env_id in ENV_IDS:
-        entry = gymnasium.registry[env_id].entry_point
-        assert isinstance(entry, str)
-        module, _, name = entry.partition(":")
-        folder = getattr(importlib.import_module(module), name).found_data()
-        if folder:
+        env: Any = load_env_creator(str(gymnasium.spec(env_id).entry_point))
+        if folder := env.found_data():
             yield Finding("ok", f"{env_id}: data in {folder}")
         else:
             text = "no official data found, plays generated tasks; see atod-data list"

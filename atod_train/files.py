@@ -60,8 +60,7 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
         if sync:
             _sync(path.parent)
     finally:
-        if path.parent.is_dir():
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -137,8 +136,8 @@ def read_json_lines(
 
     Args:
         path: the file.
-        required: the file was written whole: it must exist, and a torn line is an error. Otherwise
-            an absent file has no lines, and a torn line is left out.
+        required: it was written whole: it must exist, and a torn line is an error. Otherwise an
+            absent file has no lines, and a torn line is left out.
         integer: a key that every object must have, with an integer as value.
 
     Raises:

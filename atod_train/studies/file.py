@@ -130,15 +130,9 @@ def study_of(
     name: str = "run",
     jobs: int = 1,
 ) -> Study:
-    """Return the study of some methods on one environment.
+    """Return the study of some methods with some seeds; none: those of the settings.
 
-    Args:
-        config: settings of all runs.
-        out: folder of the study.
-        methods: none: that of the settings.
-        seeds: of each method; none: that of the settings.
-        name: of the environment in the results.
-        jobs: number of runs at the same time.
+    In the results its environment has the `name`.
     """
     settings: dict[str, RunConfig] = {
         method: replace(config, algorithm=replace(config.algorithm, method=method))
