@@ -18,8 +18,6 @@ from atod_train.models.fast.llama import can_be_packed, packed_logits
 from atod_train.models.fast.prefix_trees import crossover_of, lay_out
 from atod_train.models.policy import Policy, max_positions
 
-_ATTENTION = {"full_attention", "sliding_attention"}
-
 
 def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> None:
     """Refuse a model that would be sampled or scored wrongly, by its configuration.
@@ -36,26 +34,23 @@ def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> N
     """
     # A model with code of its own is not in the mapping; loading checks it.
     architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
-    window = attention_window(config)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention"] if getattr(config, "use_sliding_window", True) else []
+    others = sorted({*kinds} - {"full_attention", "sliding_attention"})
+    window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
     why = ""
     if config.get_text_config() is not config:
         why = "holds its language model inside a larger one, with images or sound"
-    elif kinds:
-        why = (
-            f"has layers of type {', '.join(sorted(kinds))}; sampling here needs full attention in "
-            "every layer"
-        )
+    elif others:
+        why = f"has layers of type {', '.join(others)}; sampling here needs full attention in all"
     elif getattr(config, "is_encoder_decoder", False):
         why = "has an encoder; sampling here needs a decoder alone"
     elif getattr(config, "alibi", False):
         why = "has positions as an attention bias (ALiBi), which the masks used here would replace"
     elif not getattr(architecture, "_supports_sdpa", True):
-        why = (
-            "is computed by transformers without scaled_dot_product_attention, which sampling and "
-            "scoring here need"
-        )
-    elif window is not None and (not max_context or window < max_context):
+        why = "is computed without scaled_dot_product_attention, which sampling and scoring need"
+    elif window and (not max_context or window < max_context):
         why = (
             f"attends to the last {window} tokens only, while sampling here attends to all: "
             f"log-probs are right with --model.max-context {window} or less, but not beyond"
@@ -68,18 +63,6 @@ def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> N
             f"model.max_context={max_context} is more than the {positions} positions of model "
             f"{name}. Use --model.max-context {positions} or less."
         )
-
-
-def attention_window(config: PretrainedConfig) -> int | None:
-    """Return the attention window in tokens; None: all layers have full attention."""
-    kinds = getattr(config, "layer_types", None)
-    slides = (
-        getattr(config, "use_sliding_window", True)
-        if kinds is None
-        else "sliding_attention" in kinds
-    )
-    window: int | None = getattr(config, "sliding_window", None)
-    return window or None if slides else None
 
 
 @torch.no_grad()

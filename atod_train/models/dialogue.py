@@ -28,9 +28,6 @@ from atod_train.records import FinishReason
 _USERS = tuple(Message("user", word) for word in ("Aqzuser", "Bqzuser", "Cqzuser"))
 _REPLIES = tuple(Message("assistant", word) for word in ("Dqzreply", "Eqzreply"))
 
-_KEPT = 50_000
-"""Continuations whose ids are kept."""
-
 _MARK = "\ue083"
 """A character of the private use area; it is removed from messages."""
 
@@ -86,7 +83,7 @@ class DialogueEncoder:
             lambda asked: repr(TEMPLATE_DATE.strftime(asked[2])), tokenizer.get_chat_template()
         )
         # Environments give the same observations again and again.
-        self._continuation = lru_cache(_KEPT)(self._encode_continuation)
+        self._continuation = lru_cache(50_000)(self._encode_continuation)
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
         longest_first = sorted(map(re.escape, special - {""}), key=len, reverse=True)
         self._control = re.compile("|".join(longest_first) or "(?!)")
@@ -121,9 +118,7 @@ class DialogueEncoder:
 
     def _encode_continuation(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         """Return the ids from the end-of-turn token of the previous completion on."""
-        rendered = self._render((_USERS[0], _REPLIES[0], *messages), generate=True)
-        _, found, after = rendered.partition(_REPLIES[0].content)
-        ids = self._encode(after.lstrip()) if found else []
+        ids = self._after_reply(messages)
         if not ids or ids[0] != self.end_of_turn_id:
             raise AtodError(_REWRITES.format("an assistant message lost its text or its end"))
         return tuple(ids)
@@ -192,15 +187,20 @@ class DialogueEncoder:
         copied.encode_special_tokens = True
         return copied
 
+    def _after_reply(self, messages: tuple[Message, ...] = ()) -> list[int]:
+        """Return the ids that follow an assistant's reply; further messages follow it."""
+        dialogue = (_USERS[0], _REPLIES[0], *messages)
+        rendered = self._render(dialogue, generate=bool(messages))
+        return self._encode(rendered.partition(_REPLIES[0].content)[2].lstrip())
+
     def _find_end_of_turn(self) -> int:
-        closed = self._render((_USERS[0], _REPLIES[0]), generate=False)
-        after = closed.partition(_REPLIES[0].content)[2]
-        ids = self._encode(after.lstrip())
+        ids = self._after_reply()
         if not ids or ids[0] not in self.tokenizer.added_tokens_decoder:
             raise AtodError(
-                f"The chat template closes an assistant message with {after!r}, which does not "
-                "start with a special token: a completion could not be ended. Use a tokenizer "
-                "whose template has an end-of-turn token."
+                "The chat template closes an assistant message with "
+                f"{self.tokenizer.decode(ids)!r}, which does not start with a special token: a "
+                "completion could not be ended. Use a tokenizer whose template has an end-of-turn "
+                "token."
             )
         return ids[0]
 

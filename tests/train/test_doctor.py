@@ -69,7 +69,7 @@ def test_models_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_path
     found = doctor.model_finding("student", path, 5000)
     assert (found.kind, "4096 positions" in found.text) == ("problem", True)
     assert main(["doctor", "--student", str(tmp_path / "absent")]) == 1
-    assert "Cannot read the shape of model" in capsys.readouterr().out
+    assert "Cannot load a causal language model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", [GPT2Config, OPTConfig, FalconConfig])

@@ -119,7 +119,6 @@ def packed_logits(policy: Policy, cache: KVCache, feeds: Sequence[Feed]) -> Tens
         else None
         for feed in feeds
     ]
-
     states = base.embed_tokens(ids)
     cos, sin = base.rotary_emb(states, positions)
     for number, layer in enumerate(base.layers):

@@ -90,8 +90,8 @@ def group_trees(
     for is_shared in (False, True):
         own = [tree for tree in trees if (len(tree[0]) > 1) == is_shared]
         sizes = torch.tensor([size for _, size in own], dtype=torch.int64)
-        for bucket in length_buckets(sizes, tokens_at_once):
-            found.append([own[index] for index in bucket.tolist()])
+        buckets = length_buckets(sizes, tokens_at_once)
+        found += [[own[index] for index in bucket.tolist()] for bucket in buckets]
     return found
 
 
