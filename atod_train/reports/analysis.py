@@ -6,16 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atod_train.reports.results import REFERENCES, Results, RunResult
+from atod_train.reports.results import REFERENCES, Results
 from atod_train.reports.statistics import Estimate, estimate, paired_difference
-
-Which = Literal["last", "best"]
-"""The last evaluation, or the best of a run: of each split and mode its own best."""
 
 Verdict = Literal["holds", "does not hold", "undecided", "one seed"]
 
@@ -31,15 +29,18 @@ class Selection:
     """Decoding: `greedy` or `sampled`."""
     split: str | None = None
     """Tasks of this split; None: those of all splits together."""
-    which: Which = "last"
+    which: Literal["last", "best"] = "last"
     """Of a label, the last evaluation or the best. Over several splits, the best is made of each
     split's own best, which may come from different steps."""
     task_type: str | None = None
     """Tasks of this type; None: all."""
 
+    def splits(self, results: Results) -> list[str]:
+        """Return the splits of results that are selected."""
+        return list(results.tasks) if self.split is None else [self.split]
 
-@dataclass(frozen=True)
-class Cost:
+
+class Cost(NamedTuple):
     """Mean cost of a run of a label."""
 
     minutes: float
@@ -52,15 +53,9 @@ class Cost:
 
 @lru_cache(maxsize=4096)
 def rate(results: Results, model: str, selection: Selection) -> Estimate | None:
-    """Return success of a model: mean over replicates and tasks.
+    """Return success of a model, mean over replicates and tasks; None where it was not evaluated.
 
-    Args:
-        results: of one environment.
-        model: a label, `start` or `teacher`. Replicates of the last two are the parts.
-        selection: which evaluations and tasks.
-
-    Returns:
-        None where there is no such evaluation.
+    The model is a label, `start` or `teacher`. Replicates of the last two are the parts.
     """
     rows = _rows(results, model, selection)
     return estimate(np.stack(list(rows.values()))) if rows else None
@@ -70,15 +65,9 @@ def rate(results: Results, model: str, selection: Selection) -> Estimate | None:
 def difference(results: Results, first: str, second: str, selection: Selection) -> Estimate | None:
     """Return success of one model minus that of another, paired by replicate and task.
 
-    Two labels are paired where both have the same seed in the same part; other replicates are left
-    out. A label is paired with the start or teacher of its own part, whose one evaluation counts
-    for each of its replicates.
-
-    Args:
-        results: of one environment.
-        first: a label, `start` or `teacher`.
-        second: the same.
-        selection: which evaluations and tasks.
+    The models are labels, `start` or `teacher`. Two labels are paired where both have the same seed
+    in the same part; other replicates are left out. A label is paired with the start or teacher of
+    its own part, whose one evaluation counts for each of its replicates.
 
     Returns:
         None where nothing can be paired.
@@ -108,7 +97,7 @@ def verdict(found: Estimate) -> Verdict:
 
 def mean_score(results: Results, model: str, selection: Selection) -> float | None:
     """Return the mean score in [0, 1] over replicates and tasks, or None."""
-    sizes = [len(results.tasks[split]) for split in _splits(results, selection)]
+    sizes = [len(results.tasks[split]) for split in selection.splits(results)]
     means = [
         np.average([evaluation["score"] for evaluation in evaluations], weights=sizes)
         for evaluations in _evaluations(results, model, selection).values()
@@ -116,34 +105,30 @@ def mean_score(results: Results, model: str, selection: Selection) -> float | No
     return float(np.mean(means)) if means else None
 
 
-def _splits(results: Results, selection: Selection) -> list[str]:
-    return list(results.tasks) if selection.split is None else [selection.split]
-
-
 def _evaluations(
     results: Results, model: str, selection: Selection
 ) -> dict[_Replicate, list[dict[str, Any]]]:
-    """Replicate -> its evaluation on each wanted split, where all of them were played."""
+    """Replicate -> its evaluation on each selected split, where all of them were played."""
     found: dict[_Replicate, dict[str, Any]]
     if model in REFERENCES:
         found = {(number, None): part[model] for number, part in enumerate(results.parts)}
     else:
         found = {(run.part, run.seed): run.record[selection.which] for run in results.of(model)}
-    wanted = [f"{split}/{selection.mode}" for split in _splits(results, selection)]
+    names = [f"{split}/{selection.mode}" for split in selection.splits(results)]
     return {
-        key: [evaluations[name] for name in wanted]
+        key: [evaluations[name] for name in names]
         for key, evaluations in found.items()
-        if all(evaluations.get(name) for name in wanted)
+        if all(evaluations.get(name) for name in names)
     }
 
 
 def _rows(
     results: Results, model: str, selection: Selection
 ) -> dict[_Replicate, NDArray[np.float64]]:
-    """Replicate -> success task by task, where every wanted split was evaluated."""
-    splits = _splits(results, selection)
+    """Replicate -> success task by task, where every selected split was evaluated."""
     chosen: Any = slice(None)
     if selection.task_type is not None:
+        splits = selection.splits(results)
         types = [name for split in splits for name in results.task_types[split]]
         chosen = [place for place, name in enumerate(types) if name == selection.task_type]
         if not chosen:
@@ -167,29 +152,33 @@ def courses(results: Results, label: str, selection: Selection) -> list[dict[int
 
     Over several splits, the steps at which all of them were evaluated.
     """
-    found = [_course(results, run, selection) for run in results.of(label)]
-    return [course for course in found if course]
+    sizes = {split: len(results.tasks[split]) for split in selection.splits(results)}
+    found = []
+    for run in results.of(label):
+        start = results.parts[run.part]["start"]
+        by_split = {}
+        for split in sizes:
+            key = f"{split}/{selection.mode}"
+            by_split[split] = {
+                int(step): share for step, share in run.record["course"].get(key, ())
+            }
+            if start.get(key):
+                by_split[split][0] = float(_successes(start[key]).mean())
+        if steps := sorted(set.intersection(*map(set, by_split.values()))):
+            weights = list(sizes.values())
+            found.append(
+                {
+                    step: float(np.average([by_split[s][step] for s in sizes], weights=weights))
+                    for step in steps
+                }
+            )
+    return found
 
 
 def mean_course(found: list[dict[int, float]]) -> dict[int, float]:
     """Return step -> mean success, at the steps that all replicates have."""
     common = sorted(set.intersection(*map(set, found))) if found else []
-    return {step: math.fsum(course[step] for course in found) / len(found) for step in common}
-
-
-def _course(results: Results, run: RunResult, selection: Selection) -> dict[int, float]:
-    start = results.parts[run.part]["start"]
-    splits = _splits(results, selection)
-    weighted = []
-    for split in splits:
-        key = f"{split}/{selection.mode}"
-        course = {int(step): float(value) for step, value in run.record["course"].get(key, ())}
-        if start.get(key):
-            course[0] = float(_successes(start[key]).mean())
-        weighted.append({step: value * len(results.tasks[split]) for step, value in course.items()})
-    total = sum(len(results.tasks[split]) for split in splits)
-    common = sorted(set.intersection(*map(set, weighted)))
-    return {step: sum(course[step] for course in weighted) / total for step in common}
+    return {step: fmean(course[step] for course in found) for step in common}
 
 
 def mean_metric(results: Results, label: str, name: str) -> dict[int, float]:
@@ -199,20 +188,17 @@ def mean_metric(results: Results, label: str, name: str) -> dict[int, float]:
         for step, value in enumerate(run.record["metrics"].get(name, ()), start=1):
             if value is not None:
                 values.setdefault(step, []).append(value)
-    return {step: math.fsum(here) / len(here) for step, here in sorted(values.items())}
+    return {step: fmean(here) for step, here in sorted(values.items())}
 
 
 def cost(results: Results, label: str) -> Cost:
     """Return what a run of a label takes, mean over its replicates."""
     records = [run.record for run in results.of(label)]
-    seconds: dict[str, float] = {}
-    for record in records:
-        for phase, value in record["seconds"].items():
-            seconds[phase] = seconds.get(phase, 0.0) + value
-    total = math.fsum(seconds.values())
+    phases = dict.fromkeys(phase for record in records for phase in record["seconds"])
+    seconds = {p: math.fsum(record["seconds"].get(p, 0.0) for record in records) for p in phases}
+    total = math.fsum(seconds.values()) or 1.0
     minutes, episodes, tokens = (
-        math.fsum(float(record[key] or 0) for record in records) / len(records)
-        for key in ("minutes", "episodes", "tokens")
+        fmean(record[key] or 0 for record in records) for key in ("minutes", "episodes", "tokens")
     )
-    phases = {phase: 100 * value / total for phase, value in seconds.items()} if total else {}
-    return Cost(minutes, episodes, tokens, phases)
+    shares = {phase: 100 * value / total for phase, value in seconds.items()}
+    return Cost(minutes, episodes, tokens, shares)

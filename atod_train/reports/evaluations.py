@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -89,12 +89,9 @@ class EvaluationResult:
 
     def by_task_type(self) -> dict[str, EvaluationResult]:
         """Task type -> the same evaluation on the tasks of that type, sorted by name."""
-        types: dict[str, list[TaskResult]] = {}
-        for task in self.tasks:
-            types.setdefault(task.task_type, []).append(task)
         return {
-            name: EvaluationResult(self.split, self.data, self.mode, tuple(types[name]))
-            for name in sorted(types)
+            name: replace(self, tasks=tuple(t for t in self.tasks if t.task_type == name))
+            for name in sorted({task.task_type for task in self.tasks})
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The figures of results, drawn by matplotlib's object interface as SVG or PNG files.
+"""The figures of results as PNG pictures, drawn by matplotlib's object interface.
 
 No pyplot, no display, no global state but a scoped rc_context. Dark on white.
 """
@@ -9,15 +9,12 @@ import base64
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 from atod_train.reports.analysis import Selection, courses, mean_course, mean_metric, rate
 from atod_train.reports.results import REFERENCES, Results
-
-Paint = Callable[[Any], None]
-"""A function that draws into an empty figure of matplotlib."""
 
 METHOD_COLOURS = {
     "atod": "#2f7ed8",
@@ -30,33 +27,22 @@ METHOD_COLOURS = {
 }
 _OTHER_COLOURS = ("#7f8fa6", "#c0564b", "#6b8e23", "#5f6caf")
 _MARKERS = "os^DvPX<>*hp"
-_INK = "#1c2430"
 _REFERENCE_STYLES = {"start": ":", "teacher": "--"}
-_WINDOW = 5
+_DPI = 160
 _SETTINGS: Any = {
-    "svg.hashsalt": "report",
-    "svg.fonttype": "none",
     "text.parse_math": False,
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.axisbelow": True,
     "grid.color": "#e3e7ec",
-    "grid.linewidth": 0.7,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
 }
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A figure ready for the page."""
 
     title: str
@@ -64,22 +50,24 @@ class Figure:
     """One sentence on how to read it."""
     alt: str
     """Description for readers who cannot see it."""
-    source: str
-    """The picture as a data URI."""
+    png: bytes
+
+    @property
+    def source(self) -> str:
+        """The picture as a data URI."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode('ascii')}"
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One metric over steps."""
 
     metric: str
     title: str
     scale: float = 1.0
-    window: int = _WINDOW
+    window: int = 5
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """Colour and marker of a label."""
 
     colour: str
@@ -98,16 +86,6 @@ _PANELS = (
     Panel("disagreement", "mean |delta| to the teacher, nats"),
     Panel("entropy", "entropy of the policy, nats"),
 )
-_SIGNALS = _PANELS[:4]
-_SUCCESS_SIZE = (7.0, 3.4)
-
-
-def png_figures(results: Results) -> dict[str, bytes]:
-    """Return name of a file -> a PNG: success, and coefficients with the sizes of the signals."""
-    return {
-        f"{results.name}-success.png": _png(_success_paint(results, None), _SUCCESS_SIZE),
-        f"{results.name}-signals.png": _png(_metrics_paint(results, _SIGNALS), (7.0, 4.4)),
-    }
 
 
 def success_figure(results: Results, split: str | None = None) -> Figure:
@@ -123,7 +101,7 @@ def success_figure(results: Results, split: str | None = None) -> Figure:
         "Dotted: start; dashed: teacher. Thick lines: means over seeds; thin lines: seeds. Bars on "
         "the right: 95 % bootstrap intervals over seeds and tasks.",
         f"Share of the tasks solved. At the end: {'; '.join(ends)}.",
-        _svg(_success_paint(results, split), _SUCCESS_SIZE),
+        _png(partial(_paint_success, results, split), 3.4),
     )
 
 
@@ -142,127 +120,25 @@ def metrics_figure(results: Results) -> Figure | None:
         "advantages of a token from teacher and reward, which drive the update. An entropy near "
         "zero means no exploration.",
         f"Over steps: {'; '.join(panel.title for panel in panels)}.",
-        _svg(_metrics_paint(results, panels), (7.0, 0.2 + 2.1 * math.ceil(len(panels) / 2))),
+        _png(partial(_paint_metrics, results, panels), 0.2 + 2.1 * math.ceil(len(panels) / 2)),
     )
+
+
+def signals_picture(results: Results) -> bytes:
+    """Return the coefficients and the sizes of the signals over steps as a PNG."""
+    return _png(partial(_paint_metrics, results, _PANELS[:4]), 4.4)
 
 
 def styles(results: Results) -> dict[str, Style]:
     """Return label -> a colour and a marker of its own; methods keep theirs in all figures."""
     labels = results.labels
-    taken = {METHOD_COLOURS[label] for label in labels if label in METHOD_COLOURS}
     palette = [*METHOD_COLOURS.values(), *_OTHER_COLOURS]
+    taken = {METHOD_COLOURS.get(label) for label in labels}
     free = cycle([colour for colour in palette if colour not in taken] or palette)
     return {
         label: Style(METHOD_COLOURS.get(label) or next(free), _MARKERS[place % len(_MARKERS)])
         for place, label in enumerate(labels)
     }
-
-
-# -- success --------------------------------------------------------------------------------------
-
-
-def _success_paint(results: Results, split: str | None) -> Paint:
-    """Paint a panel for each mode: the course, or the last success where only that is known."""
-
-    def paint(figure: Any) -> None:
-        panels = figure.subplots(1, len(results.modes), squeeze=False)[0]
-        with_course: list[Any] = []
-        for mode, axes in zip(results.modes, panels, strict=True):
-            selection = Selection(mode, split)
-            found = [c for label in results.labels for c in courses(results, label, selection)]
-            if any(len(course) > 2 for course in found):
-                _paint_courses(axes, results, selection)
-                axes.set(ylabel="" if with_course else "tasks solved (%)")
-                with_course.append(axes)
-                axes.set_title(mode, fontsize=10)
-            else:
-                _paint_rates(axes, results, selection)
-                axes.set_title(f"{mode}, last step", fontsize=10)
-        if with_course:
-            _legend(with_course[0])
-
-    return paint
-
-
-def _paint_courses(axes: Any, results: Results, selection: Selection) -> None:
-    """Success over steps of every label, and start and teacher as lines."""
-    shown: list[float] = []
-    for model, line in _REFERENCE_STYLES.items():
-        if found := rate(results, model, selection):
-            shown.append(100 * found.value)
-            axes.axhline(shown[-1], color=_INK, linestyle=line, linewidth=1.3, label=model)
-    for place, (label, style) in enumerate(styles(results).items(), start=1):
-        seeds = courses(results, label, selection)
-        mean = mean_course(seeds)
-        if not mean:
-            continue
-        for course in seeds if len(seeds) > 1 else ():
-            heights = [100 * value for value in course.values()]
-            axes.plot(list(course), heights, color=style.colour, linewidth=0.6, alpha=0.35)
-            shown += heights
-        heights = [100 * value for value in mean.values()]
-        axes.plot(
-            list(mean), heights, color=style.colour, marker=style.marker, markersize=4.5,
-            label=_glyphs(label),
-        )  # fmt: skip
-        shown += heights
-        if found := rate(results, label, selection):
-            low, high = 100 * found.low, 100 * found.high
-            beside = max(mean) * (1 + 0.025 * place)  # the next label's bar stands next to it
-            axes.plot([beside] * 2, [low, high], color=style.colour, linewidth=2, alpha=0.7)
-            shown += [low, high]
-    bottom, top = min(shown, default=0.0) - 5, max(shown, default=100.0) + 5
-    axes.set(xlabel="step", ylim=(max(0.0, bottom), min(101.0, top)))
-
-
-def _paint_rates(axes: Any, results: Results, selection: Selection) -> None:
-    """Success of the last evaluation, a line with its interval for every model."""
-    looks = {**dict.fromkeys(REFERENCES, Style(_INK, "|")), **styles(results)}
-    rows = [(m, look, f) for m, look in looks.items() if (f := rate(results, m, selection))]
-    for place, (_, look, found) in enumerate(rows):
-        value, low, high = (100 * x for x in (found.value, found.low, found.high))
-        axes.plot([low, high], [place, place], color=look.colour, linewidth=1.6)
-        axes.plot([value], [place], color=look.colour, marker=look.marker, markersize=6)
-    axes.set_yticks(range(len(rows)), [_glyphs(model) for model, _, _ in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.grid(visible=False, axis="y")
-    axes.set(xlabel="tasks solved (%)")
-
-
-# -- metrics --------------------------------------------------------------------------------------
-
-
-def _metrics_paint(results: Results, panels: Sequence[Panel]) -> Paint:
-    """Paint metrics over steps, mean over replicates: two in a row, a line for each label."""
-
-    def paint(figure: Any) -> None:
-        grid = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False, sharex=True)
-        looks = styles(results)
-        for panel, axes in zip_longest(panels, grid.flat):
-            if panel is None:
-                axes.set_axis_off()
-                continue
-            for place, (label, look) in enumerate(looks.items()):
-                course = mean_metric(results, label, panel.metric)
-                # Lines that lie on each other have their markers at different steps.
-                every = max(1, len(course) // 6)
-                axes.plot(
-                    list(course),
-                    smooth([panel.scale * value for value in course.values()], panel.window),
-                    color=look.colour,
-                    linewidth=1.5,
-                    marker=look.marker,
-                    markersize=4,
-                    markevery=(place * every // len(looks), every),
-                    label=_glyphs(label),
-                )
-            axes.set_title(panel.title, fontsize=10)
-            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        for axes in grid[-1]:
-            axes.set_xlabel("step")
-        _legend(grid[0][0])
-
-    return paint
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -276,34 +152,101 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 # -- drawing --------------------------------------------------------------------------------------
 
 
-def _svg(paint: Paint, size: tuple[float, float]) -> str:
-    """Return a figure as the data URI of an SVG picture; equal figures give equal URIs."""
-    options = {"format": "svg", "metadata": {"Date": None}}
-    encoded = base64.b64encode(_draw(paint, size, options)).decode("ascii")
-    return f"data:image/svg+xml;base64,{encoded}"
-
-
-def _png(paint: Paint, size: tuple[float, float]) -> bytes:
-    """Return a figure as a PNG file of 130 dots an inch."""
+def _png(paint: Callable[[Any], None], height: float) -> bytes:
+    """Return a figure of 7 inches in width as PNG; `paint` draws into an empty figure."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
     from PIL import Image  # a dependency of matplotlib
 
-    small = io.BytesIO()
-    painted = io.BytesIO(_draw(paint, size, {"format": "png", "dpi": 130}))
+    painted, small = io.BytesIO(), io.BytesIO()
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Canvas(figsize=(7.0, height), layout="constrained")
+        paint(figure)
+        figure.savefig(painted, facecolor="white", dpi=_DPI)
     # A palette makes the file a third as large.
     Image.open(painted).convert("RGB").quantize(255).save(small, format="png", optimize=True)
     return small.getvalue()
 
 
-def _draw(paint: Paint, size: tuple[float, float], options: Any) -> bytes:
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
+def _paint_success(results: Results, split: str | None, figure: Any) -> None:
+    """Paint a panel for each mode: the course, or the last success where only that is known."""
+    with_course: list[Any] = []
+    panels = figure.subplots(1, len(results.modes), squeeze=False)[0]
+    for mode, axes in zip(results.modes, panels, strict=True):
+        selection = Selection(mode, split)
+        found = [c for label in results.labels for c in courses(results, label, selection)]
+        if any(len(course) > 2 for course in found):
+            _paint_courses(axes, results, selection)
+            axes.set(title=mode, ylabel="" if with_course else "tasks solved (%)")
+            with_course.append(axes)
+        else:
+            _paint_rates(axes, results, selection)
+            axes.set_title(f"{mode}, last step")
+    if with_course:
+        _add_legend(with_course[0])
 
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Canvas(figsize=size, layout="constrained")
-        paint(figure)
-        figure.savefig(buffer, facecolor="white", **options)
-    return buffer.getvalue()
+
+def _paint_courses(axes: Any, results: Results, selection: Selection) -> None:
+    """Success over steps of every label, and start and teacher as lines."""
+
+    def plot(steps: Sequence[float], shares: Sequence[float], **look: Any) -> None:
+        axes.plot(steps, [100 * share for share in shares], **look)
+
+    for model, line in _REFERENCE_STYLES.items():
+        if found := rate(results, model, selection):
+            axes.axhline(
+                100 * found.value, color="black", linestyle=line, linewidth=1.3, label=model
+            )
+    for place, (label, (colour, marker)) in enumerate(styles(results).items(), start=1):
+        seeds = courses(results, label, selection)
+        mean = mean_course(seeds)
+        if not mean:
+            continue
+        for seed in seeds if len(seeds) > 1 else ():
+            plot([*seed], [*seed.values()], color=colour, linewidth=0.6, alpha=0.35)
+        plot([*mean], [*mean.values()], color=colour, marker=marker, label=_glyphs(label))
+        if found := rate(results, label, selection):
+            beside = max(mean) * (1 + 0.025 * place)  # the next label's bar stands next to it
+            plot([beside] * 2, [found.low, found.high], color=colour, linewidth=2, alpha=0.7)
+    bottom, top = axes.get_ylim()
+    axes.set(xlabel="step", ylim=(max(0.0, bottom), min(101.0, top)))
+
+
+def _paint_rates(axes: Any, results: Results, selection: Selection) -> None:
+    """Success of the last evaluation, a line with its interval for every model."""
+    looks = {**dict.fromkeys(REFERENCES, Style("black", "|")), **styles(results)}
+    rows = [(m, look, f) for m, look in looks.items() if (f := rate(results, m, selection))]
+    for place, (_, (colour, marker), found) in enumerate(rows):
+        axes.plot([100 * found.low, 100 * found.high], [place, place], color=colour)
+        axes.plot([100 * found.value], [place], color=colour, marker=marker, markersize=6)
+    axes.set_yticks(range(len(rows)), [_glyphs(model) for model, _, _ in rows])
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="tasks solved (%)", ylim=(len(rows) - 0.4, -0.6))
+
+
+def _paint_metrics(results: Results, panels: Sequence[Panel], figure: Any) -> None:
+    """Paint metrics over steps, mean over replicates: two in a row, a line for each label."""
+    grid = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False, sharex=True)
+    looks = styles(results)
+    for panel, axes in zip_longest(panels, grid.flat):
+        if panel is None:
+            axes.set_axis_off()
+            continue
+        for place, (label, (colour, marker)) in enumerate(looks.items()):
+            course = mean_metric(results, label, panel.metric)
+            values = smooth([panel.scale * value for value in course.values()], panel.window)
+            # Lines that lie on each other have their markers at different steps.
+            every = max(1, len(course) // 6)
+            marked = (place * every // len(looks), every)
+            axes.plot(
+                [*course], values, color=colour, marker=marker, markevery=marked,
+                label=_glyphs(label),
+            )  # fmt: skip
+        axes.set_title(panel.title)
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+    _add_legend(grid[0][0])
 
 
 def _glyphs(label: str) -> str:
@@ -311,7 +254,7 @@ def _glyphs(label: str) -> str:
     return "".join(c if 32 <= ord(c) < 127 else "?" for c in label[:24])
 
 
-def _legend(axes: Any) -> None:
+def _add_legend(axes: Any) -> None:
     """Add a legend under the plot, where it hides nothing; as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
     if not labels:

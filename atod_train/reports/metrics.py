@@ -38,8 +38,7 @@ import functools
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -47,6 +46,7 @@ from typing import TYPE_CHECKING, Any
 from atod_gym.errors import MissingExtraError
 from atod_train.files import read_json_lines, without_infinities, write_text
 from atod_train.reports.evaluations import Evaluation, EvaluationResult
+from atod_train.reports.rows import FORMAT
 from atod_train.reports.run_folder import (
     EVALUATIONS_FILE,
     METRICS_FILE,
@@ -58,34 +58,9 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-@dataclass(frozen=True)
-class TurnDisplay:
-    """One turn of a trajectory as reports show it; None: not measured."""
-
-    text: str
-    """The observation that the model answered."""
-    completion: str
-    action: str
-    valid: bool
-    reward: float
-    disagreement: float | None = None
-    uncertainty: float | None = None
-    weight: float | None = None
-
-
-@dataclass(frozen=True)
-class TrajectoryRecord:
-    """One line of trajectories.jsonl."""
-
-    step: int
-    task_id: str
-    success: bool
-    turns: tuple[TurnDisplay, ...]
-
-
-def _read_steps(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file, each with the step it belongs to."""
-    return list(read_json_lines(path, integer="step"))
+def _read_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file, each with the step it belongs to."""
+    return read_json_lines(path, integer="step")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -97,7 +72,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         FileError: a line other than a torn last one is broken.
     """
-    return _read_steps(run_dir / METRICS_FILE)
+    return list(_read_steps(run_dir / METRICS_FILE))
 
 
 def read_evaluations(run_dir: Path) -> list[Evaluation]:
@@ -110,35 +85,26 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
     ]
 
 
-def read_trajectories(run_dir: Path) -> list[TrajectoryRecord]:
-    """Return the recorded trajectories in the order written; empty if there is none."""
-    path = run_dir / TRAJECTORIES_FILE
-    try:
-        return [
-            TrajectoryRecord(
-                record["step"],
-                record["task_id"],
-                record["success"],
-                tuple(TurnDisplay(**turn) for turn in record["turns"]),
-            )
-            for record in _read_steps(path)
-        ]
-    except (KeyError, TypeError) as error:
-        raise RunFolderError(f"{path} holds a record that is no trajectory: {error}") from error
+def read_trajectories(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the recorded trajectories in the order written; those of another format are left out.
+
+    Each is a row as in `rows`, with its `step` and without `sequences`.
+    """
+    rows = _read_steps(run_dir / TRAJECTORIES_FILE)
+    return [row for row in rows if row.get("format") == FORMAT]
 
 
-class MetricsWriter:
+class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Append to the JSON-lines files of a run, and write metrics as TensorBoard events.
 
     On resume every record after the resumed step is removed first, so that no step occurs
-    twice. Each line is flushed: a killed process loses at most the line it writes.
+    twice. A killed process loses at most the line it writes.
 
     Args:
         run_dir: the run folder; made if absent.
         resume_step: the last step of the checkpoint that is resumed, 0 to repeat all steps of a
             run killed before its first checkpoint; None: a new run. Records of step 0, such as
             the evaluation of the start, stay.
-        tensorboard: also write events under `run_dir/tensorboard`.
 
     Raises:
         MissingExtraError: tensorboard is not installed.
@@ -146,9 +112,7 @@ class MetricsWriter:
         OSError: as of every method, a file cannot be written; it names the file or the folder.
     """
 
-    def __init__(
-        self, run_dir: Path, *, resume_step: int | None = None, tensorboard: bool = True
-    ) -> None:
+    def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
         self.run_dir = run_dir
         self._last_step = resume_step or 0
         if resume_step is None and read_metrics(run_dir):
@@ -157,9 +121,12 @@ class MetricsWriter:
             )
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, EVALUATIONS_FILE, TRAJECTORIES_FILE):
-            _truncate_after(run_dir / name, self._last_step)
-        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._events = _open_events(run_dir, resume_step) if tensorboard else None
+            path = run_dir / name
+            if path.is_file():  # a torn line is left out too
+                kept = [record for record in _read_steps(path) if record["step"] <= self._last_step]
+                write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        # Events of steps that are repeated are hidden.
+        self._events = _open_events(run_dir, None if resume_step is None else resume_step + 1)
 
     def write(self, metrics: Mapping[str, float | int | str | bool | None]) -> None:
         """Append the metrics of one step; `step` must be larger than the last.
@@ -171,39 +138,31 @@ class MetricsWriter:
         if not isinstance(step, int) or step <= self._last_step:
             raise RunFolderError(f"step {step} cannot follow step {self._last_step} in the metrics")
         self._last_step = step
-        with _naming(self.run_dir):
-            self._file.write(json.dumps(without_infinities(dict(metrics))) + "\n")
-            self._file.flush()
-            if self._events is not None:
-                for key, value in metrics.items():
-                    if key != "step" and isinstance(value, (int, float)):
-                        self._events.add_scalar(key, float(value), step)
+        scalars = {
+            name: float(value)
+            for name, value in metrics.items()
+            if name != "step" and isinstance(value, (int, float))
+        }
+        self._append(METRICS_FILE, metrics, scalars)
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Append an evaluation, with the result of every task."""
         result = evaluation.result
         record = {"step": evaluation.step, "model": evaluation.model, **result.to_json()}
-        with _naming(self.run_dir):
-            _append_line(self.run_dir / EVALUATIONS_FILE, record)
-            if self._events is not None:
-                tag = f"evaluation/{evaluation.model}/{result.split}/success"
-                self._events.add_scalar(tag, result.success_rate, evaluation.step)
+        name = f"evaluation/{evaluation.model}/{result.split}/success"
+        self._append(EVALUATIONS_FILE, record, {name: result.success_rate})
 
-    def write_trajectory(self, trajectory: TrajectoryRecord) -> None:
-        """Append a trajectory."""
-        with _naming(self.run_dir):
-            _append_line(self.run_dir / TRAJECTORIES_FILE, asdict(trajectory))
+    def write_trajectory(self, step: int, row: Mapping[str, Any]) -> None:
+        """Append a trajectory of a step: its row without the token sequences."""
+        self._append(TRAJECTORIES_FILE, {"step": step, **row}, {})
 
-    def close(self) -> None:
-        """Close the files; may be called twice."""
+    def _append(self, name: str, record: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
+        """Append a line to a file, and its numbers to the events."""
         with _naming(self.run_dir):
-            self._file.close()
-            if self._events is not None:
-                events, self._events = self._events, None
-                events.close()
-
-    def __enter__(self) -> MetricsWriter:
-        return self
+            with (self.run_dir / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(without_infinities(record)) + "\n")
+            for tag, value in scalars.items():
+                self._events.add_scalar(tag, value, record["step"])
 
     def __exit__(
         self,
@@ -211,7 +170,9 @@ class MetricsWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        """Close the events."""
+        with _naming(self.run_dir):
+            self._events.close()
 
 
 @contextmanager
@@ -225,31 +186,15 @@ def _naming(folder: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
 
 
-def _append_line(path: Path, record: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(without_infinities(record)) + "\n")
-
-
-def _truncate_after(path: Path, last_step: int) -> None:
-    """Rewrite a JSON-lines file without records after `last_step` and without a torn line."""
-    if not path.is_file():
-        return
-    kept = [record for record in _read_steps(path) if record["step"] <= last_step]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def _open_events(run_dir: Path, resume_step: int | None) -> SummaryWriter:
+def _open_events(run_dir: Path, purge_step: int | None) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingExtraError(
-            "TensorBoard events need the package tensorboard: pip install 'atod-gym[train]', "
-            "or switch them off"
+            "TensorBoard events need the package tensorboard: pip install 'atod-gym[train]'"
         ) from error
     _silence_event_threads()
-    # purge_step hides events of the steps that are repeated.
-    purge = None if resume_step is None else resume_step + 1
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
 
 @functools.cache

@@ -16,8 +16,7 @@ from typing import Any
 
 from atod_gym.errors import AtodError
 from atod_train.files import write_text
-from atod_train.reports.figures import metrics_figure, png_figures, success_figure
-from atod_train.reports.metrics import TrajectoryRecord
+from atod_train.reports.figures import metrics_figure, signals_picture, success_figure
 from atod_train.reports.results import Results
 from atod_train.reports.tables import (
     claims_table,
@@ -54,10 +53,8 @@ def write_report(folder: Path, environments: Sequence[Results], *, pictures: boo
     Args:
         folder: made if absent.
         environments: what was measured; those made of run folders have trajectories too.
-        pictures: also write two PNG files for each environment, for other documents.
-
-    Returns:
-        The path of the report.
+        pictures: also write two PNG files for each environment, for other documents: success, and
+            coefficients with the sizes of the signals. Needs evaluations.
 
     Raises:
         ReportError: there are no environments, or a file cannot be written.
@@ -75,20 +72,21 @@ def write_report(folder: Path, environments: Sequence[Results], *, pictures: boo
         finalize=_printable,
     ).get_template("report.html.j2")
     names = ", ".join(results.name for results in environments)
+    parts = [_part(results) for results in environments]
     text = template.render(
         title=f"Results: {names}",
         css=(here / "report.css").read_text(encoding="utf-8"),
         claims=claims_table(environments) if len(environments) > 1 else None,
-        parts=[_part(results) for results in environments],
+        parts=parts,
         measures=_MEASURES,
         longest_text=LONGEST_TEXT,
     )
     path = folder / REPORT_FILE
     try:
         write_text(path, text)
-        for results in environments if pictures else ():
-            for name, picture in png_figures(results).items():
-                (folder / name).write_bytes(picture)
+        for results, part in zip(environments, parts, strict=True) if pictures else ():
+            (folder / f"{results.name}-success.png").write_bytes(part["figure"].png)
+            (folder / f"{results.name}-signals.png").write_bytes(signals_picture(results))
     except OSError as error:
         raise ReportError(
             f"{folder} cannot be written ({error}); choose another folder."
@@ -171,10 +169,10 @@ def _facts(results: Results) -> dict[str, str]:
     return {name: ", ".join(texts) for name, texts in facts.items()}
 
 
-def _latest_trajectories(results: Results) -> list[tuple[str, TrajectoryRecord]]:
+def _latest_trajectories(results: Results) -> list[tuple[str, dict[str, Any]]]:
     """Return the latest trajectories, run after run in turn, until there are enough."""
     by_run = [
-        [(f"{run.label}, seed {run.seed}", record) for record in reversed(run.trajectories)]
+        [(f"{run.label}, seed {run.seed}", row) for row in reversed(run.trajectories)]
         for run in results.folders
     ]
     found = [pair for pairs in zip_longest(*by_run) for pair in pairs if pair]

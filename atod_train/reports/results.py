@@ -111,13 +111,7 @@ def _lines(results: Results) -> str:
 
 
 def read_results(paths: Sequence[Path]) -> tuple[Results, ...]:
-    """Read results files and merge what belongs to the same environment.
-
-    Args:
-        paths: of files that `atod-train study` wrote.
-
-    Returns:
-        The environments in order of appearance.
+    """Read results files, and merge what belongs to the same environment.
 
     Raises:
         ResultsError: a file is no results file; tasks, data or settings of an environment differ

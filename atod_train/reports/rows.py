@@ -37,15 +37,8 @@ from atod_train.files import read_json_lines, replacing
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 
 FORMAT = "atod-trajectory/1"
-_SAME = (
-    "group_id", "task_id", "task_type", "terminated", "truncated", "stop_reason", "success", "score"
-)  # fmt: skip
-_SAME_IN_TURN = (
-    "index", "completion", "action", "reward", "penalty", "is_action_valid", "turns_left_out",
-    "invalid_reason", "is_trained",
-)  # fmt: skip
-_LATER = {"invalid_reason", "is_trained"}
-"""Keys that rows of earlier versions do not have."""
+_SAME = [name for name in Trajectory.__slots__ if name != "turns"]
+_SAME_IN_TURN = [name for name in Turn.__slots__ if name not in ("prompt", "tokens")]
 
 
 class TurnStatistics(NamedTuple):
@@ -119,12 +112,11 @@ def from_row(row: Mapping[str, Any]) -> tuple[Trajectory, tuple[TurnStatistics, 
         record = Trajectory(**{name: row[name] for name in _SAME}, turns=turns)
         found = [tuple(turn[name] for name in TurnStatistics._fields) for turn in row["turns"]]
         # The row must equal the one of the trajectory it describes, or it was changed by hand.
-        again = to_row(record)
-        if again["sequences"] != [dict(part) for part in row["sequences"]]:
+        if to_row(record)["sequences"] != [dict(part) for part in row["sequences"]]:
             raise ValueError("the turns do not cover the sequences")
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        missing = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        raise AtodError(f"not the row of a trajectory: {missing}") from error
+        reason = f"no key {error}" if isinstance(error, KeyError) else error
+        raise AtodError(f"not the row of a trajectory: {reason}") from error
     if any(None in values for values in found):
         return record, None
     return record, tuple(TurnStatistics(*values) for values in found)
@@ -141,7 +133,8 @@ def _turn(row: Mapping[str, Any], sequences: Sequence[Mapping[str, Any]]) -> Tur
         extends_previous=first > 0,
     )
     prompt = tuple(Message(message["role"], message["content"]) for message in row["prompt"])
-    same = {name: row[name] for name in _SAME_IN_TURN if name in row or name not in _LATER}
+    # Rows of earlier versions do not have all of what `Turn` has a default for.
+    same = {name: row[name] for name in _SAME_IN_TURN if name in row}
     return Turn(**same, prompt=prompt, tokens=tokens)
 
 
@@ -193,7 +186,6 @@ def to_dataset(rows: Iterable[Mapping[str, Any]]) -> Any:
     def typed(names: Iterable[str], kind: str) -> dict[str, Any]:
         return {name: Value(kind) for name in names}
 
-    text = ("format", "task_id", "task_type", "stop_reason")
     turn = {
         **typed(("index", "turns_left_out", "sequence", "prompt_start", "start", "end"), "int64"),
         **typed(("completion", "action", "invalid_reason", "finish_reason"), "string"),
@@ -206,14 +198,12 @@ def to_dataset(rows: Iterable[Mapping[str, Any]]) -> Any:
         "completion_mask": List(Value("int64")),
         "sampling_logprobs": List(Value("float64")),
     }
-    features = Features(
-        {
-            **typed(text, "string"),
-            **typed(("group_id",), "int64"),
-            **typed(("terminated", "truncated", "success"), "bool"),
-            **typed(("score", "episode_return"), "float64"),
-            "sequences": List(sequence),
-            "turns": List(turn),
-        }
-    )
-    return Dataset.from_list([dict(row) for row in rows], features=features)
+    features = {
+        **typed(("format", "task_id", "task_type", "stop_reason"), "string"),
+        **typed(("group_id",), "int64"),
+        **typed(("terminated", "truncated", "success"), "bool"),
+        **typed(("score", "episode_return"), "float64"),
+        "sequences": List(sequence),
+        "turns": List(turn),
+    }
+    return Dataset.from_list([dict(row) for row in rows], features=Features(features))

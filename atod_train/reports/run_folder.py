@@ -6,7 +6,7 @@ Files of a run folder, all UTF-8 JSON or JSON lines:
     manifest.json       what was run on what: data and its hash, seeds, versions (`write_manifest`)
     metrics.jsonl       one object per step (`MetricsWriter.write`)
     evaluations.jsonl   one `Evaluation` per evaluated model, split and step
-    trajectories.jsonl  a few whole trajectories for people (`TrajectoryRecord`)
+    trajectories.jsonl  a few trajectories for people: rows as in `rows`, without tokens
     summary.json        totals at the end: steps, minutes (wall time, over all parts of a resumed
                         run), tokens (sampled), trajectories, best_step, finished
     tensorboard/        the numbers of metrics.jsonl as events
@@ -126,13 +126,9 @@ def first_difference(
 def setting_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], sections: Sequence[str], free: AbstractSet[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name and both values of settings that both JSON objects have with different values.
+    """Yield the name and both values of each setting that two JSON objects have and that differs.
 
-    Args:
-        old: section -> its settings by name, or None.
-        new: the same.
-        sections: to compare.
-        free: names of settings that may differ.
+    They hold settings by section and name; those with a name in `free` may differ.
     """
     for section in sections:
         a, b = old.get(section) or {}, new.get(section) or {}
@@ -190,10 +186,6 @@ def write_manifest(
 
 def is_finished(run_dir: Path, config: RunConfig) -> bool:
     """Return whether a run has all the steps wanted; one with fewer can be continued.
-
-    Args:
-        run_dir: the run folder; it need not exist.
-        config: the settings wanted.
 
     Raises:
         OtherSettingsError: it has ended, with more steps or other settings.

@@ -12,12 +12,7 @@ from typing import Any
 from atod_train.config import RunConfig
 from atod_train.files import read_json
 from atod_train.reports.evaluations import EvaluatedModel, Evaluation
-from atod_train.reports.metrics import (
-    TrajectoryRecord,
-    read_evaluations,
-    read_metrics,
-    read_trajectories,
-)
+from atod_train.reports.metrics import read_evaluations, read_metrics, read_trajectories
 from atod_train.reports.run_folder import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -43,7 +38,8 @@ class RunSummary:
     seed: int
     metrics: tuple[dict[str, Any], ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
-    trajectories: tuple[TrajectoryRecord, ...] = ()
+    trajectories: tuple[dict[str, Any], ...] = ()
+    """As `read_trajectories` returns them."""
     manifest: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -85,12 +81,11 @@ def read_run(run_dir: Path, label: str, seed: int) -> RunSummary:
 def finished_runs(
     folder: Path, settings: Mapping[str, RunConfig]
 ) -> tuple[list[RunSummary], list[str]]:
-    """Return the finished runs in the folder of an environment.
+    """Return the finished runs in the folder of an environment, `<label>-seed<seed>` each.
 
     Args:
-        folder: of the environment; a run lies in `<label>-seed<seed>`.
-        settings: of the runs to look for, by label, whatever their seeds; the order is that of the
-            runs of one seed.
+        folder: of the environment.
+        settings: of the runs to look for, by label, whatever their seeds.
 
     Returns:
         The runs, by seeds, then labels; and a line for each that was left out since it was made

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from atod_gym.errors import InvalidSettingError
 from atod_gym.types import Message
 from atod_train.algorithm.atod import masked
 from atod_train.algorithm.methods import Advantages, solved_groups
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.records import Batch, TokenScores, Trajectory
-from atod_train.reports.metrics import TrajectoryRecord, TurnDisplay
+from atod_train.reports.rows import TurnStatistics, to_row
 
 _SHOWN_TRAJECTORIES = 2
 _RENDERED_TRAJECTORIES = 16
+"""Most dialogues of a step that are encoded again."""
+
 _SHOWN_REASONS = 5
 """Most frequent reasons of invalid turns in a step."""
 
@@ -32,9 +33,6 @@ def batch_metrics(
 
     reasons = Counter(turn.invalid_reason for turn in turns if turn.invalid_reason)
     verbs = sum((trajectory.verbs for trajectory in trajectories), Counter())
-    per_episode = {
-        f"actions/{verb}": count / len(trajectories) for verb, count in sorted(verbs.items())
-    }
 
     def token_mean(values: Tensor) -> float:
         return float(masked(values.abs(), mask).sum() / tokens)
@@ -58,15 +56,11 @@ def batch_metrics(
         "rollout/logprob_drift": token_mean(batch.sampling_logprobs - scores.logprobs),
         "completions_cut": sum(t.tokens.finish_reason == "length" for t in turns) / len(turns),
         "rollout/truncated_prompts": sum(turn.turns_left_out > 0 for turn in turns) / len(turns),
-        **per_episode,
+        **{f"actions/{verb}": n / len(trajectories) for verb, n in sorted(verbs.items())},
     }
 
 
-def rendering_drift(
-    trajectories: Sequence[Trajectory],
-    dialogue: DialogueEncoder,
-    limit: int = _RENDERED_TRAJECTORIES,
-) -> float | None:
+def rendering_drift(trajectories: Sequence[Trajectory], dialogue: DialogueEncoder) -> float | None:
     """Return the share of dialogues that would be trained on other ids if encoded from text.
 
     The chat template's rendering of the whole dialogue, encoded again, is compared with the ids
@@ -76,19 +70,11 @@ def rendering_drift(
     segmentation than the tokenizer's, from completions that are no valid UTF-8, and from templates
     that strip thoughts or spaces.
 
-    Args:
-        trajectories: of a step; those that left out turns are skipped.
-        dialogue: encodes in chat style.
-        limit: number of trajectories to compare, spread over all of them.
+    Trajectories that left out turns are skipped; of many, a few are compared, spread over all.
 
     Returns:
         None if there was no dialogue to compare, as always in window style.
-
-    Raises:
-        InvalidSettingError: a limit below 1.
     """
-    if limit < 1:
-        raise InvalidSettingError(f"limit must be >= 1, not {limit}.")
     if dialogue.style != "chat":
         return None
     whole = [
@@ -97,7 +83,7 @@ def rendering_drift(
         if record.turns and all(turn.tokens.extends_previous for turn in record.turns[1:])
     ]
     # Neighbours belong to one task, so every n-th is taken.
-    chosen = whole[:: -(-len(whole) // limit) or 1]
+    chosen = whole[:: -(-len(whole) // _RENDERED_TRAJECTORIES) or 1]
     if not chosen:
         return None
     return sum(not _is_rendered_alike(record, dialogue) for record in chosen) / len(chosen)
@@ -115,36 +101,18 @@ def _is_rendered_alike(record: Trajectory, dialogue: DialogueEncoder) -> bool:
     return dialogue.finished(messages)[: len(seen)] == seen
 
 
-def trajectories_to_show(
-    step: int,
-    batch: Batch,
-    trajectories: Sequence[Trajectory],
-    advantages: Advantages,
-    has_teacher: bool,
-) -> list[TrajectoryRecord]:
-    """Return a solved and a failed trajectory, if there are both."""
+def rows_to_show(
+    batch: Batch, trajectories: Sequence[Trajectory], advantages: Advantages, has_teacher: bool
+) -> list[dict[str, Any]]:
+    """Return the rows of a solved and a failed trajectory, if there are both, without tokens."""
     solved = [i for i, t in enumerate(trajectories) if t.success]
     failed = [i for i, t in enumerate(trajectories) if not t.success]
-    records = []
+    measures = (advantages.disagreement, advantages.uncertainty, advantages.turn_weights)
+    rows = []
     for number in (*solved[:1], *failed[:1], *solved[1:])[:_SHOWN_TRAJECTORIES]:
-        rows = (batch.trajectory_index == number).nonzero().squeeze(1).tolist()
-        turns = []
-        for row, turn in zip(rows, trajectories[number].turns, strict=True):
-            display = TurnDisplay(
-                text="\n".join(m.content for m in turn.prompt if m.role == "user"),
-                completion=turn.completion,
-                action=turn.action,
-                valid=turn.is_action_valid,
-                reward=turn.reward,
-                uncertainty=float(advantages.uncertainty[row]),
-            )
-            if has_teacher:
-                display = replace(
-                    display,
-                    disagreement=float(advantages.disagreement[row]),
-                    weight=float(advantages.turn_weights[row]),
-                )
-            turns.append(display)
-        record = trajectories[number]
-        records.append(TrajectoryRecord(step, record.task_id, record.success, tuple(turns)))
-    return records
+        turns = batch.trajectory_index == number
+        found = zip(*(values[turns].tolist() for values in measures), strict=True)
+        statistics = [TurnStatistics(*values) for values in found] if has_teacher else None
+        rows.append(to_row(trajectories[number], statistics))
+        del rows[-1]["sequences"]
+    return rows

@@ -8,21 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from atod_train.reports.analysis import (
-    Selection,
-    cost,
-    difference,
-    mean_score,
-    rate,
-    verdict,
-)
+from atod_train.reports.analysis import Selection, cost, difference, mean_score, rate, verdict
 from atod_train.reports.results import REFERENCES, Results
 from atod_train.reports.statistics import Estimate
 
 NOTHING = "\u2013"
 """Text of a cell without a value."""
 
+ALL_SPLITS = "all splits together"
 _PHASES = ("environment", "generation", "teacher", "update")
 
 
@@ -56,13 +51,9 @@ class Table:
 
 
 def main_table(results: Results, split: str | None = None) -> Table:
-    """Return success, gain and cost of start, teacher and every label.
+    """Return success, gain and cost of start, teacher and every label, on a split or on all tasks.
 
     Where scores say more than success, as in WebShop, there is a column for their mean.
-
-    Args:
-        results: of one environment.
-        split: tasks of this split; None: all tasks together.
     """
     greedy, sampled = Selection("greedy", split), Selection("sampled", split)
     models = (*REFERENCES, *results.labels)
@@ -74,21 +65,21 @@ def main_table(results: Results, split: str | None = None) -> Table:
     )
     rows = []
     for model in models:
-        is_run = model not in REFERENCES
-        best = rate(results, model, Selection("greedy", split, "best")) if is_run else None
+        runs = results.of(model)
+        best = rate(results, model, Selection("greedy", split, "best")) if runs else None
         rates = [rate(results, model, greedy), best, solved[model]]
-        if not is_run and not any(rates):
+        if not runs and not any(rates):
             continue
         gain = None if model == "start" else difference(results, model, "start", sampled)
         score = scores[model]
         rows.append(
             (
                 model,
-                str(len(results.of(model))) if is_run else NOTHING,
+                str(len(runs)) if runs else NOTHING,
                 *map(rate_text, rates),
                 difference_text(gain),
                 *([NOTHING if score is None else f"{100 * score:.1f}"] if is_scored else []),
-                f"{cost(results, model).minutes:.1f}" if is_run else NOTHING,
+                f"{cost(results, model).minutes:.1f}" if runs else NOTHING,
             )
         )
     head = (
@@ -101,7 +92,7 @@ def main_table(results: Results, split: str | None = None) -> Table:
         *(["score (sampled, last)"] if is_scored else []),
         "minutes",
     )
-    return Table(f"{_where(split)}: tasks solved, % [95 % interval]", head, tuple(rows))
+    return Table(f"{split or ALL_SPLITS}: tasks solved, % [95 % interval]", head, tuple(rows))
 
 
 def first_pairs(results: Results) -> list[tuple[str, str]]:
@@ -111,34 +102,27 @@ def first_pairs(results: Results) -> list[tuple[str, str]]:
     return [(first, other) for other in (*others, *(["teacher"] if taught else []))]
 
 
-def difference_table(
-    results: Results, pairs: Sequence[tuple[str, str]], split: str | None = None
-) -> Table:
+def difference_table(results: Results, pairs: Sequence[tuple[str, str]]) -> Table:
     """Return claims that the first of two models solves more than the second, with verdicts.
 
-    Args:
-        results: of one environment.
-        pairs: labels, `start` or `teacher`; a pair with nothing in common has no numbers.
-        split: of the tasks; None: all of them together.
+    The models are labels, `start` or `teacher`; a pair with nothing in common has no numbers.
     """
     rows = []
     for first, second in pairs:
         cells, common = [], 0
         for mode in ("greedy", "sampled"):
-            found = difference(results, first, second, Selection(mode, split))
+            found = difference(results, first, second, Selection(mode))
             cells += [difference_text(found), verdict(found) if found else NOTHING]
             common = max(common, found.replicates if found else 0)
         rows.append((f"{first} > {second}", str(common), *cells))
     head = ("claim", "common seeds", "greedy, last", "verdict", "sampled, last", "verdict")
-    return Table(f"{_where(split)}: differences, points", head, tuple(rows))
+    return Table(f"{ALL_SPLITS}: differences, points", head, tuple(rows))
 
 
 def claims_table(environments: Sequence[Results], pairs: Sequence[tuple[str, str]] = ()) -> Table:
     """Return claims at one glance: sampled success at the last step in every environment.
 
-    Args:
-        environments: of a study.
-        pairs: claims, as in `difference_table`; none: the `first_pairs` of all of them.
+    The pairs are claims, as in `difference_table`; none: the `first_pairs` of all environments.
     """
     claims = dict.fromkeys(pairs or (pair for found in environments for pair in first_pairs(found)))
     rows = []
@@ -170,18 +154,11 @@ def phase_table(results: Results) -> Table:
     """Return minutes, episodes and tokens of a run, and the share of each phase."""
     rows = []
     for label in results.labels:
-        found = cost(results, label)
-        shares = [found.phases.get(phase, 0.0) for phase in _PHASES]
-        rest = sum(share for phase, share in found.phases.items() if phase not in _PHASES)
-        rows.append(
-            (
-                label,
-                f"{found.minutes:.1f}",
-                f"{found.episodes:.0f}",
-                f"{found.tokens / 1000:.0f}",
-                *(f"{share:.0f} %" for share in (*shares, rest)),
-            )
-        )
+        minutes, episodes, tokens, phases = cost(results, label)
+        shares = [phases.get(phase, 0.0) for phase in _PHASES]
+        rest = sum(share for phase, share in phases.items() if phase not in _PHASES)
+        totals = (f"{minutes:.1f}", f"{episodes:.0f}", f"{tokens / 1000:.0f}")
+        rows.append((label, *totals, *(f"{share:.0f} %" for share in (*shares, rest))))
     head = ("model", "minutes", "episodes", "thousand tokens", *_PHASES, "evaluation, other")
     return Table("A run on average, and where its time goes", head, tuple(rows))
 
@@ -189,23 +166,15 @@ def phase_table(results: Results) -> Table:
 def all_tables(
     results: Results, pairs: Sequence[tuple[str, str]] = (), *, by_split: bool
 ) -> list[Table]:
-    """Return all tables of an environment in order.
+    """Return all tables of an environment; `by_split`: success on each of several splits too.
 
-    Args:
-        results: of one environment.
-        pairs: claims, as in `difference_table`; none: `first_pairs`.
-        by_split: success for each split too, where there are several.
+    The pairs are claims, as in `difference_table`; none: the `first_pairs`.
     """
     splits = list(results.tasks) if by_split and len(results.tasks) > 1 else []
     tables = [main_table(results, split) for split in (None, *splits)]
     if chosen := pairs or first_pairs(results):
         tables.append(difference_table(results, chosen))
     return [*tables, phase_table(results)]
-
-
-def as_text(tables: Sequence[Table]) -> str:
-    """Return tables for a terminal, each under its title."""
-    return "\n\n".join(f"{table.title}\n{table.text}" for table in tables)
 
 
 def describe(results: Results) -> str:
@@ -217,25 +186,16 @@ def describe(results: Results) -> str:
     return f"{total} tasks ({sizes}); {len(results.runs)} runs from {made}."
 
 
-def rate_text(found: Estimate | None) -> str:
+def rate_text(found: Estimate | None, sign: Literal["", "+"] = "") -> str:
     """Return a rate as "72.1 [64.2, 78.9]", in percent."""
     if found is None:
         return NOTHING
-    return f"{_points(found.value)} [{_points(found.low)}, {_points(found.high)}]"
+    shares = (found.value, found.low, found.high)
+    # Adding 0.0 makes 0.0 of -0.0.
+    value, low, high = (f"{round(100 * share, 1) + 0.0:{sign}.1f}" for share in shares)
+    return f"{value} [{low}, {high}]"
 
 
 def difference_text(found: Estimate | None) -> str:
     """Return a difference as "+4.3 [-1.0, +9.9]", in points."""
-    if found is None:
-        return NOTHING
-    low, high = (_points(bound, "+") for bound in (found.low, found.high))
-    return f"{_points(found.value, '+')} [{low}, {high}]"
-
-
-def _points(share: float, sign: str = "") -> str:
-    rounded = round(100 * share, 1) + 0.0  # no "-0.0"
-    return f"{rounded:{sign}.1f}"
-
-
-def _where(split: str | None) -> str:
-    return split or "all splits together"
+    return rate_text(found, "+")

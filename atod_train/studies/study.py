@@ -33,7 +33,7 @@ from atod_train.reports.run_folder import (
     is_finished,
 )
 from atod_train.reports.run_summary import finished_runs
-from atod_train.reports.tables import all_tables, as_text
+from atod_train.reports.tables import all_tables
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.checks import check_folder, header, is_taught
 from atod_train.studies.file import Run, Study, StudyPart, keep_study, study_of
@@ -131,7 +131,9 @@ def _write_results(study: Study, out: Path) -> list[Results]:
 def _report(environments: Sequence[Results], out: Path) -> None:
     """Print the tables of environments and write their report."""
     for results in (found for found in environments if found.tasks):
-        print(f"\n{results.name}\n{as_text(all_tables(results, by_split=True))}")
+        print(f"\n{results.name}")
+        for table in all_tables(results, by_split=True):
+            print(f"\n{table.title}\n{table.text}")
     are_several = sum(len(results.runs) for results in environments) > 1
     pictures = are_several and all(results.tasks for results in environments)
     report = write_report(out, environments, pictures=pictures)

@@ -22,7 +22,6 @@ from atod_train.models.policy import Policy
 from atod_train.reports.evaluations import Evaluation, EvaluationMode, EvaluationResult
 from atod_train.reports.metrics import (
     MetricsWriter,
-    TrajectoryRecord,
     read_evaluations,
     read_metrics,
 )
@@ -218,21 +217,21 @@ class RunRecord:
     # -- steps -------------------------------------------------------------------------------------
 
     def finish_step(
-        self, done: Progress, row: dict[str, Any], shown: Iterable[TrajectoryRecord]
+        self, done: Progress, row: dict[str, Any], shown: Iterable[dict[str, Any]]
     ) -> None:
         """Write the metrics of a step, which is then finished.
 
         Args:
             done: totals after it.
             row: its metrics.
-            shown: trajectories to keep for readers.
+            shown: rows of trajectories to keep for people.
         """
         self.done, self.row, self._updates = done, row, self._learner.updates
         self._count_minutes()
         if self._writer is not None:
             self._writer.write(row)
             for trajectory in shown:
-                self._writer.write_trajectory(trajectory)
+                self._writer.write_trajectory(done.step, trajectory)
 
     def save(self) -> None:
         """Save a checkpoint of the last finished step unless it has one."""

@@ -40,8 +40,7 @@ from atod_train.models.policy import Policy
 from atod_train.progress import PhaseTimes, progress
 from atod_train.records import Batch, TokenScores, Trajectory
 from atod_train.reports.evaluations import Evaluation, EvaluationMode
-from atod_train.reports.metrics import TrajectoryRecord
-from atod_train.reports.step_records import batch_metrics, rendering_drift, trajectories_to_show
+from atod_train.reports.step_records import batch_metrics, rendering_drift, rows_to_show
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, nothing_fits, seed_for, tasks_for_step
 from atod_train.teachers.local import LocalTeacher, Teacher
@@ -227,10 +226,10 @@ class Trainer:
         drift = rendering_drift(trajectories, self._dialogue)
         if drift is not None:
             row["rollout/rendering_drift"] = drift
-        shown: Sequence[TrajectoryRecord] = ()
+        shown: Sequence[dict[str, Any]] = ()
         if self._is_evaluated_after(step):
             has_teacher = self.teacher is not None
-            shown = trajectories_to_show(step, batch, trajectories, advantages, has_teacher)
+            shown = rows_to_show(batch, trajectories, advantages, has_teacher)
         done = replace(done, tokens=done.tokens + int(batch.completion_mask.sum()))
         record.finish_step(done, row | self._times.take(), shown)
 

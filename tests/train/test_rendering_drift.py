@@ -11,11 +11,11 @@ import pytest
 from test_dialogue import CHATML, DESK, MUG, make_tokenizer
 from transformers import AutoTokenizer
 
-from atod_gym.errors import InvalidSettingError
 from atod_gym.types import Message
 from atod_train.batch import make_batch
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.records import FinishReason, TokenizedTurn, Trajectory, Turn
+from atod_train.reports import step_records
 from atod_train.reports.step_records import rendering_drift
 
 
@@ -77,7 +77,7 @@ def test_the_last_completion_counts() -> None:
     assert rendering_drift([_episode(dialogue, [ids], [MUG])], dialogue) == 0.0
 
 
-def test_a_template_that_strips_thoughts_drifts() -> None:
+def test_a_template_that_strips_thoughts_drifts(monkeypatch: pytest.MonkeyPatch) -> None:
     stripping = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
     dialogue = DialogueEncoder(make_tokenizer(stripping))
     plain = dialogue.completion("take mug 1")
@@ -87,10 +87,9 @@ def test_a_template_that_strips_thoughts_drifts() -> None:
     ]
     assert rendering_drift(records, dialogue) == 0.25
     # A bounded number is looked at, here the first of each half.
-    assert rendering_drift(records, dialogue, limit=2) == 0.5
-    assert rendering_drift(records, dialogue, limit=1) == 1.0
-    with pytest.raises(InvalidSettingError, match="limit"):
-        rendering_drift(records, dialogue, limit=0)
+    for limit, drift in ((2, 0.5), (1, 1.0)):
+        monkeypatch.setattr(step_records, "_RENDERED_TRAJECTORIES", limit)
+        assert rendering_drift(records, dialogue) == drift
     # Trained is what was sampled.
     batch = make_batch(records[:1], 0)
     assert batch.completion_ids[0].tolist() == thinking

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from html_page import Page
 
+from atod_gym.types import Message
 from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
 from atod_train.files import FileError, read_json, write_json
+from atod_train.records import TokenizedTurn, Trajectory, Turn
 from atod_train.reports.evaluations import (
     EvaluatedModel,
     Evaluation,
@@ -20,9 +22,10 @@ from atod_train.reports.evaluations import (
     TaskResult,
 )
 from atod_train.reports.figures import smooth
-from atod_train.reports.metrics import MetricsWriter, TrajectoryRecord, TurnDisplay
+from atod_train.reports.metrics import MetricsWriter
 from atod_train.reports.report import LONGEST_TEXT, ReportError, write_report
 from atod_train.reports.results import results_of
+from atod_train.reports.rows import TurnStatistics, to_row
 from atod_train.reports.run_folder import write_config, write_manifest
 from atod_train.reports.run_summary import RunSummary, read_run, record_of
 from atod_train.reports.statistics import estimate, paired_difference
@@ -63,12 +66,15 @@ def make_run(
         "parameters": {"student": 871_424, "teacher": 3_412_992 if teacher else None},
     }
     write_manifest(run_dir, beginning)
-    measured = (0.101, 0.037, 0.75) if teacher else (None, None, None)
+    tokens = TokenizedTurn((1,), (2,), (0.0,), "stop", False)
+    prompts = [(Message("user", content),) for content in (text, "done")]
     turns = (
-        TurnDisplay(text, f"<action>{text}</action>", text, False, -0.1, *measured),
-        TurnDisplay("done", "look", "look", True, 10.0, *measured),
+        Turn(0, prompts[0], f"<action>{text}</action>", text, -0.1, False, tokens),
+        Turn(1, prompts[1], "look", "look", 10.0, True, tokens),
     )
-    with MetricsWriter(run_dir, tensorboard=False) as writer:
+    trajectory = Trajectory(0, task, "pick", turns, True, False, "terminated", True, 1.0)
+    measured = [TurnStatistics(0.101, 0.037, 0.75)] * 2 if teacher else None
+    with MetricsWriter(run_dir) as writer:
         writer.write_evaluation(evaluation(0, 5))
         if teacher:
             writer.write_evaluation(evaluation(0, 18, "teacher"))
@@ -79,7 +85,7 @@ def make_run(
                 metrics |= {"kappa": 1.0, "opd_signal": 0.3, "turn_weight": 0.6}
             writer.write(metrics)
             writer.write_evaluation(evaluation(step, solved + (step == 1)))
-        writer.write_trajectory(TrajectoryRecord(2, task, True, turns))
+        writer.write_trajectory(2, to_row(trajectory, measured))
     write_json(run_dir / "summary.json", {"steps": 2, "minutes": 3.25})
     return run_dir
 
@@ -131,7 +137,7 @@ def test_figures_and_tables_are_described(usual: Path) -> None:
     assert all(len(attrs["alt"]) > 20 for attrs in images)
     assert "atod, greedy: 75.0 %" in images[0]["alt"]
     pictures = [base64.b64decode(attrs["src"].partition(",")[2]) for attrs in images]
-    assert all(b"<svg" in picture for picture in pictures)
+    assert all(picture[:4] == b"\x89PNG" for picture in pictures)
     assert all(attrs.get("scope") in ("col", "row") for tag, attrs in page.tags if tag == "th")
 
 

@@ -67,7 +67,7 @@ def test_page_and_pictures_are_written(
     assert f"report: {out / 'report.html'}" in capsys.readouterr().out
     page = Page((out / "report.html").read_text(encoding="utf-8"))
     assert page.attributes("href") == []
-    assert all(source.startswith("data:image/svg+xml;") for source in page.attributes("src"))
+    assert all(source.startswith("data:image/png;") for source in page.attributes("src"))
     assert all(len(alt) > 20 for alt in page.attributes("alt"))
     rows = {tuple(row[:3]) for row in page.rows}
     assert ("atod", "2", "66.7 [33.3, 100.0]") in rows
@@ -77,7 +77,7 @@ def test_page_and_pictures_are_written(
         picture = (out / f"{name}.png").read_bytes()
         assert picture[:8] == b"\x89PNG\r\n\x1a\n"
         width, _ = struct.unpack(">II", picture[16:24])
-        assert 850 < width < 950
+        assert 1100 < width < 1140
         assert len(picture) < 120_000
 
 

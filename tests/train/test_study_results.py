@@ -60,7 +60,7 @@ def make_run(folder: Path, *, method: str = "atod", seed: int = 0, finished: boo
         "parameters": {"student": 1000, "teacher": None if method == "grpo" else 5000},
     }
     write_manifest(folder, beginning)
-    with MetricsWriter(folder, tensorboard=False) as writer:
+    with MetricsWriter(folder) as writer:
         writer.write_evaluation(evaluation(0, "001"))
         writer.write_evaluation(evaluation(0, "111", "teacher"))
         for step in (1, 2, 4):

@@ -157,7 +157,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path.write_text("3\n", encoding="utf-8")
     with pytest.raises(AtodError, match=r"line 1 of .*no JSON object"):
         list(read_rows(path))
-    with pytest.raises(AtodError, match="no such file"):
+    with pytest.raises(AtodError, match="No such file"):
         list(read_rows(tmp_path / "none.jsonl"))
 
 
