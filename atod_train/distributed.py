@@ -32,14 +32,6 @@ _BUCKET = 2**23
 
 
 @dataclass(frozen=True)
-class Sharding:
-    """Sharding of weights for training (FSDP2), as accelerate was configured."""
-
-    reshard_after_forward: bool = True
-    """Gather a layer's weights a second time for the backward pass instead of keeping them."""
-
-
-@dataclass(frozen=True)
 class Processes:
     """One process among those of a run; every rank must call each method."""
 
@@ -47,7 +39,8 @@ class Processes:
     count: int = 1
     device: str = "cpu"
     """Device of tensors while they are exchanged."""
-    sharding: Sharding | None = None
+    sharding: dict[str, bool] | None = None
+    """Keywords of FSDP2's `fully_shard`, as accelerate was configured; None: weights are whole."""
 
     @property
     def is_main(self) -> bool:
@@ -97,9 +90,8 @@ class Processes:
 def join_processes(device: str, teacher_device: str = "") -> Processes:
     """Connect this process with the others that the environment names, if there are any.
 
-    Args:
-        device: the setting `model.device`; auto or cpu where there are several processes.
-        teacher_device: the setting `model.teacher_device`; no GPU where there are several.
+    Arguments are settings of the model: several processes need the device auto or cpu, and no GPU
+    of their own for teachers.
 
     Raises:
         InvalidSettingError: several processes cannot use the device or the way of sharding.
@@ -118,12 +110,12 @@ def join_processes(device: str, teacher_device: str = "") -> Processes:
             "be on that GPU. Leave it empty (the device of the student), or use cpu, or a "
             "teacher's server (--model.teacher http://..)."
         )
+    sharding = _sharding()
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if _is_set(f"ACCELERATE_USE_{name}"):
             raise InvalidSettingError(
                 f"accelerate is configured for {name}. Use data parallel or FSDP version 2."
             )
-    sharding = _sharding()
     try:
         from accelerate import PartialState
     except ImportError:
@@ -164,7 +156,7 @@ def end_process(code: int) -> int:
     os._exit(code)
 
 
-def _sharding() -> Sharding | None:
+def _sharding() -> dict[str, bool] | None:
     """Return what `accelerate launch --use_fsdp` or `accelerate config` set in the environment."""
     if not _is_set("ACCELERATE_USE_FSDP"):
         return None
@@ -178,9 +170,9 @@ def _sharding() -> Sharding | None:
             "accelerate is configured to keep weights in the processor's memory, which is not "
             "possible here. Set fsdp_offload_params to false; see --model.gradient-checkpointing."
         )
-    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("true", "1")
-    return Sharding(reshard)
+    # False: keep a layer's weights for the backward pass instead of gathering them again.
+    return {"reshard_after_forward": _is_set("FSDP_RESHARD_AFTER_FORWARD", "true")}
 
 
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("true", "1", "yes")
+def _is_set(name: str, default: str = "") -> bool:
+    return os.environ.get(name, default).lower() in ("true", "1", "yes")

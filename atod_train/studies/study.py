@@ -40,7 +40,7 @@ from atod_train.studies.file import Run, Study, StudyPart, keep_study, study_of
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher
 from atod_train.training.checks import check_settings
-from atod_train.training.inputs import HiddenInputs
+from atod_train.training.inputs import check_inputs, hidden_inputs
 from atod_train.training.starts import evaluate_start, policy_of
 from atod_train.training.stopping import StoppedByUser, interruptible
 from atod_train.training.trainer import Trainer
@@ -212,9 +212,10 @@ def _check_models(config: RunConfig, has_teacher: bool, begun: Sequence[Path]) -
         dialogue = DialogueEncoder(
             student.tokenizer, config.env.prompt_style, config.env.template_options
         )
-        inputs = HiddenInputs.of(student, teacher, dialogue, pools)
+        inputs = hidden_inputs(student, teacher, dialogue, pools)
+        template = str(student.tokenizer.chat_template)
         for folder in begun:
-            inputs.check(read_json(folder / MANIFEST_FILE), str(student.tokenizer.chat_template))
+            check_inputs(inputs, read_json(folder / MANIFEST_FILE), template)
 
 
 def _train(run: Run, known: Sequence[Evaluation], processes: Processes) -> None:
@@ -224,7 +225,7 @@ def _train(run: Run, known: Sequence[Evaluation], processes: Processes) -> None:
         trainer = Trainer(
             run.config, run.folder, student, teacher, pool, eval_pools, known, processes, run.label
         )
-        trainer.run(resume=True)  # what must not be continued is refused before any work
+        trainer.run()  # what must not be continued is refused before any work
 
 
 @contextmanager

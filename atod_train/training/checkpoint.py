@@ -157,10 +157,12 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: the checkpoint belongs to another model; names the differing tensors.
     """
-    saved = {name: tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
-    ours, theirs = (
-        {name.removeprefix(_MODEL): f"{t.dtype} {list(t.shape)}" for name, t in of.items()}
-        for of in (model_tensors(model), saved)
+    saved, own = (
+        {name.removeprefix(_MODEL): t for name, t in of.items() if name.startswith(_MODEL)}
+        for of in (tensors, model_tensors(model))
+    )
+    theirs, ours = (
+        {name: f"{t.dtype} {list(t.shape)}" for name, t in of.items()} for of in (saved, own)
     )
     if differing := sorted({name for name, _ in ours.items() ^ theirs.items()}):
         lines = [
@@ -171,8 +173,7 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             "The checkpoint belongs to another model. Choose the model that it was saved from, or "
             f"start a new run. {len(differing)} tensors differ:\n" + "\n".join(lines)
         )
-    weights = {name.removeprefix(_MODEL): tensor for name, tensor in saved.items()}
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(saved, strict=False)
 
 
 def optimizer_tensors(
@@ -181,12 +182,8 @@ def optimizer_tensors(
     """Return the optimiser's moments and step counts as `optimizer.<parameter>.<moment>`.
 
     Moments that are divided over processes are gathered one parameter at a time and moved to the
-    CPU, so all processes must call this. Learning rates follow from the settings and are left out.
-
-    Args:
-        optimizer: over parameters of `model`; its state holds tensors alone.
-        model: names the parameters.
-        keep: whether this process needs the result; another returns nothing.
+    CPU, so all processes must call this; without `keep`, one returns nothing. Learning rates follow
+    from the settings and are left out.
     """
     found = {}
     for name, weight in model.named_parameters():

@@ -19,30 +19,20 @@ from atod_train.training.checkpoint import first_not_finite, model_tensors
 
 _AT_LEAST = {
     "env.max_turns": 1,
-    "env.eval_tasks": 0,
-    "env.history_window": 0,
-    "env.invalid_action_penalty": 0,
-    "model.lora_rank": 0,
     "model.max_context": 2,
     "start.demonstrations": 1,
-    "start.epochs": 0,
-    "start.lr": 0,
-    "start.observation_weight": 0,
-    "algorithm.kappa": 0,
-    "algorithm.rho": 0,
-    "algorithm.clip": 0,
+    "algorithm.anneal_steps": -math.inf,
+    "algorithm.entropy_bonus": -math.inf,
     "train.steps": 1,
     "train.tasks_per_step": 1,
     "train.group_size": 1,
     "train.minibatches": 1,
     "train.max_completion_tokens": 1,
     "train.tokens_per_microbatch": 1,
-    "train.eval_every": 0,
     "train.save_every": 1,
-    "train.seed": 0,
 }
-_ABOVE_ZERO = {"train.lr", "env.success_reward"}
-_MAY_BE_INFINITE = {"algorithm.clip"}
+"""Of a number; others are at least 0."""
+_ABOVE_ZERO = ("train.lr", "env.success_reward")
 _SKIPPED_IN_A_ROW = 5
 
 
@@ -79,10 +69,10 @@ def check_settings(config: RunConfig) -> None:
 
 
 def _check_number(name: str, value: float) -> None:
-    if not math.isfinite(value) and not (value == math.inf and name in _MAY_BE_INFINITE):
+    if not math.isfinite(value) and (name, value) != ("algorithm.clip", math.inf):
         raise InvalidSettingError(f"{name} must be finite, not {value}.")
-    if value < _AT_LEAST.get(name, -math.inf):
-        raise InvalidSettingError(f"{name} must be at least {_AT_LEAST[name]}, not {value}.")
+    if value < (least := _AT_LEAST.get(name, 0)):
+        raise InvalidSettingError(f"{name} must be at least {least}, not {value}.")
     if name in _ABOVE_ZERO and value <= 0:
         raise InvalidSettingError(f"{name} must be above 0, not {value}.")
 

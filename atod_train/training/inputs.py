@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,97 +29,74 @@ _SAMPLED_WEIGHTS = 1024
 """Of each tensor, for its fingerprint."""
 
 
-@dataclass(frozen=True)
-class HiddenInputs:
-    """Inputs of a run that are not settings; JSON values."""
+def hidden_inputs(
+    student: Policy, teacher: Teacher | None, dialogue: DialogueEncoder, pools: Sequence[EnvPool]
+) -> dict[str, Any]:
+    """Return the inputs of a run that begins with these models, prompts and splits; JSON values.
 
-    data: dict[str, str]
-    """Split -> content hash of its tasks."""
-    prompt: str
-    """Hash of the ids of a fixed prompt."""
-    frozen: str | None
-    """Fingerprint of the student's weights that are not trained; None: all are trained."""
-    teacher: str | list[float] | None
-    """Fingerprint; of a server: log-probs of some fixed tokens, nats; None: no teacher."""
+    A teacher on a server is asked for log-probs.
 
-    @classmethod
-    def of(
-        cls,
-        student: Policy,
-        teacher: Teacher | None,
-        dialogue: DialogueEncoder,
-        pools: Sequence[EnvPool],
-    ) -> HiddenInputs:
-        """Return the hidden inputs of a run that begins with these.
+    Returns:
+        data: split -> content hash of its tasks. prompt: hash of the ids of a fixed prompt. frozen:
+        fingerprint of the student's weights that are not trained; None: all are trained. teacher:
+        its fingerprint; of a server: log-probs of some fixed tokens, nats; None: no teacher.
+    """
+    ids = dialogue.first((Message("user", _PROBE),))
+    is_frozen = any(not weight.requires_grad for weight in student.model.parameters())
+    return {
+        "data": {pool.split: pool.content_hash for pool in pools},
+        "prompt": hashlib.sha256(str(list(ids)).encode()).hexdigest(),
+        "frozen": fingerprint(student.model, frozen=True) if is_frozen else None,
+        "teacher": _identity(teacher, student),
+    }
 
-        Args:
-            student: its start.
-            teacher: of the run; a server is asked for log-probs.
-            dialogue: renders prompts.
-            pools: environments of all splits.
-        """
-        ids = dialogue.first((Message("user", _PROBE),))
-        is_frozen = any(not weight.requires_grad for weight in student.model.parameters())
-        return cls(
-            data={pool.split: pool.content_hash for pool in pools},
-            prompt=hashlib.sha256(str(list(ids)).encode()).hexdigest(),
-            frozen=fingerprint(student.model, frozen=True) if is_frozen else None,
-            teacher=_identity(teacher, student),
-        )
 
-    def check(self, manifest: Mapping[str, Any], template: str) -> str:
-        """Compare with the inputs of the part of the run that came before.
+def check_inputs(inputs: Mapping[str, Any], manifest: Mapping[str, Any], template: str) -> str:
+    """Compare inputs with a run's manifest (empty where it has none), to continue it.
 
-        Args:
-            manifest: of the run; empty where it has none.
-            template: the chat template.
+    Returns:
+        A warning that the chat template writes the date; empty if nothing changed.
 
-        Returns:
-            A warning; empty if nothing changed.
-
-        Raises:
-            RunFolderError: other tasks, frozen weights, teacher or tokenizer.
-        """
-        before: Mapping[str, Any] = manifest.get("inputs") or {}
-        for split, tasks in (before.get("data") or {}).items():
-            if self.data.get(split, tasks) != tasks:
-                raise RunFolderError(
-                    f"The tasks of split {split} are not those that this run began with (content "
-                    f"hash {tasks[:12]}, now {self.data[split][:12]}). Resume with the same data "
-                    "(--env.data), or start a new run."
-                )
-        for name, what in (
-            ("teacher", "The teacher is not the one"),
-            ("frozen", "The frozen weights of the student are not those"),
-        ):
-            if _is_other(before.get(name), getattr(self, name)):
-                raise RunFolderError(
-                    f"{what} that this run began with: it is another model. Resume with the same "
-                    "models, or start a new run."
-                )
-        if before.get("prompt", self.prompt) == self.prompt:
-            return ""
-        if "strftime_now" in template or "date_string" in template:
-            return (
-                f"the chat template writes the date into prompts, and this run began on "
-                f"{str(manifest.get('time'))[:10]}: it continues with other prompts. A new run can "
-                "fix the date if the template has a variable for it, such as "
-                "--env.template-options date_string '26 Jul 2024'"
+    Raises:
+        RunFolderError: other tasks, frozen weights, teacher or tokenizer.
+    """
+    before: Mapping[str, Any] = manifest.get("inputs", inputs)
+    for split, tasks in inputs["data"].items():
+        if tasks != (old := before["data"].get(split, tasks)):
+            raise RunFolderError(
+                f"The tasks of split {split} are not those that this run began with (content hash "
+                f"{old[:12]}, now {tasks[:12]}). Resume with the same data (--env.data), or start "
+                "a new run."
             )
-        raise RunFolderError(
-            "The chat template gives other prompts than this run began with: the tokenizer was "
-            "changed. Resume with the same model folder, or start a new run."
+    for name, what in (
+        ("teacher", "The teacher is not the one"),
+        ("frozen", "The frozen weights of the student are not those"),
+    ):
+        if _is_other(before[name], inputs[name]):
+            raise RunFolderError(
+                f"{what} that this run began with: it is another model. Resume with the same "
+                "models, or start a new run."
+            )
+    if before["prompt"] == inputs["prompt"]:
+        return ""
+    if "strftime_now" in template or "date_string" in template:
+        return (
+            "the chat template writes the date into prompts, and this run began on "
+            f"{manifest['time'][:10]}: it continues with other prompts. A new run can fix the date "
+            "if the template has a variable for it, such as --env.template-options date_string "
+            "'26 Jul 2024'"
         )
+    raise RunFolderError(
+        "The chat template gives other prompts than this run began with: the tokenizer was "
+        "changed. Resume with the same model folder, or start a new run."
+    )
 
 
 def fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
     """Return a hash of some weights of every tensor of a model.
 
-    It is that of their bfloat16 values, so that precision and device do not change it.
-
-    Args:
-        model: on any device.
-        frozen: leave out the weights that are trained.
+    It is that of their bfloat16 values, so that precision and device do not change it. `frozen`
+    leaves out the weights that are trained.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
@@ -147,10 +123,8 @@ def _identity(teacher: Teacher | None, student: Policy) -> str | list[float] | N
 
 
 def _is_other(old: Any, new: Any) -> bool:
-    """Return whether two identities are of two models; those of two kinds are not compared."""
-    if isinstance(old, str) and isinstance(new, str):
-        return old != new
+    """Return whether two identities are of two models; None, where there was none, is not other."""
     if isinstance(old, list) and isinstance(new, list):
         apart = [abs(a - b) for a, b in zip(old, new, strict=False)]
         return len(old) != len(new) or sum(apart) > _ANOTHER * len(apart)
-    return False
+    return None not in (old, new) and old != new

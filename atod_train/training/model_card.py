@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from huggingface_hub import ModelCardData
+from jinja2 import StrictUndefined, Template
 
 from atod_train.algorithm.methods import needs_teacher
 from atod_train.config import RunConfig, is_url
@@ -28,41 +29,27 @@ def model_card(
     *,
     label: str = "",
 ) -> str:
-    """Return the text of a model card.
+    """Return the card of the model that a run has after a step.
 
-    Args:
-        run_dir: of the run, which has a manifest.
-        config: its settings.
-        step: whose weights are saved.
-        evaluations: of the start, the teacher and the student.
-        label: name of the run in tables; empty: its method.
+    `evaluations` are those of the start, the teacher and the student; `label` is the run's name in
+    tables, its method by default.
     """
     manifest = read_json(run_dir / MANIFEST_FILE)
     student, teacher = config.model.student, config.model.teacher
     # Names of folders say nothing to others, and the hub takes names of its own alone.
     is_hub_name = bool(_HUB_NAME.fullmatch(student)) and not Path(student).exists()
-    metadata = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        **({"base_model": student} if is_hub_name else {}),
-        "tags": [
-            "atod",
-            "agent",
-            "on-policy-distillation",
-            "reinforcement-learning",
-            config.env.id,
-        ],
-    }
-    teacher = "a server" if is_url(teacher) else f"`{Path(teacher).name}`"
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
+    card = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=student if is_hub_name else None,
+        tags=["atod", "agent", "on-policy-distillation", "reinforcement-learning", config.env.id],
     )
-    return environment.get_template("model_card.md.j2").render(
+    teacher = "a server" if is_url(teacher) else f"`{Path(teacher).name}`"
+    text = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
+    return Template(text, undefined=StrictUndefined, keep_trailing_newline=True).render(
         config=config,
         manifest=manifest,
-        metadata=metadata,
+        metadata=card.to_yaml(),
         method=label or config.algorithm.method,
         student=student if is_hub_name else Path(student).name,
         teacher=teacher if needs_teacher(config.algorithm.method) else "",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from atod_train.config import RunConfig
 from atod_train.distributed import Processes
 from atod_train.files import read_json, without_infinities, write_json
 from atod_train.models.policy import Policy
-from atod_train.reports.evaluations import Evaluation, EvaluationMode, EvaluationResult
+from atod_train.reports.evaluations import Evaluation, EvaluationMode
 from atod_train.reports.metrics import (
     MetricsWriter,
     read_evaluations,
@@ -43,7 +43,7 @@ from atod_train.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from atod_train.training.inputs import HiddenInputs
+from atod_train.training.inputs import check_inputs
 from atod_train.training.model_card import model_card
 from atod_train.training.update import Learner
 
@@ -74,7 +74,7 @@ class RunRecord:
         config: the settings.
         run_dir: the folder, seen by all ranks.
         learner: its weights and moments are saved.
-        processes: this rank among those that train the student.
+        processes: this rank among others.
         label: name of the run in tables.
 
     Attributes:
@@ -84,12 +84,7 @@ class RunRecord:
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        run_dir: Path,
-        learner: Learner,
-        processes: Processes,
-        label: str,
+        self, config: RunConfig, run_dir: Path, learner: Learner, processes: Processes, label: str
     ) -> None:
         self.run_dir = run_dir
         self.label = label
@@ -99,59 +94,65 @@ class RunRecord:
         self._config, self._learner, self._processes = config, learner, processes
         self._updates = 0
         self._since = time.perf_counter()
-        self._resumed = False
         self._writer: MetricsWriter | None = None
 
     # -- begin and end -----------------------------------------------------------------------------
 
-    def open(
-        self, resume: bool, inputs: HiddenInputs, pool: EnvPool, teacher: Policy | None
-    ) -> None:
-        """Write config and manifest, and restore the newest checkpoint where there is one.
+    @contextmanager
+    def opened(
+        self,
+        inputs: dict[str, Any],
+        pool: EnvPool,
+        teacher: Policy | None,
+        known: Sequence[Evaluation],
+    ) -> Iterator[None]:
+        """Restore the newest checkpoint where there is one, and keep the files of metrics open.
+
+        If something fails before the next step changes weights, the last finished step is saved.
 
         Args:
-            resume: continue a run that is in the folder.
-            inputs: of the models before anything is restored.
+            inputs: see `hidden_inputs`, before anything is restored.
             pool: environments of the training split.
             teacher: in this process; None: on a server, or none.
+            known: evaluations of the start and the teacher, to be written once.
 
         Raises:
-            RunFolderError: the folder holds a run and `resume` is false, or a run of other
-                settings or inputs, or one with more steps.
+            RunFolderError: the folder holds a run of other settings or inputs, or with more steps.
             CheckpointError: no checkpoint can be used.
         """
-        # Barrier: every rank must have read the folder before rank 0 writes to it.
-        self._resumed = self._processes.any((self.run_dir / CONFIG_FILE).is_file())
-        if self._resumed and not resume:
-            raise RunFolderError(
-                f"{self.run_dir} holds a run already; add --resume to continue it, or "
-                f"{ANOTHER_FOLDER}"
-            )
-        if self._resumed:
-            check_same_settings(self.run_dir, self._config)
-        self._processes.wait()
+        is_begun = (self.run_dir / CONFIG_FILE).is_file()
         if self._processes.is_main:
+            if is_begun:
+                check_same_settings(self.run_dir, self._config)
             self._describe(inputs, pool, teacher)
-        checkpoint, passed = load_latest(self.run_dir)
-        if checkpoint is not None:
-            self._learner.restore(checkpoint.tensors)
-            self.done = Progress(**checkpoint.metadata["progress"])
-            self.row = checkpoint.metadata["metrics"]
-            self.saved_step = self.done.step
-            if self.done.step > self._config.train.steps:
-                raise RunFolderError(
-                    f"{self.run_dir} has {self.done.step} steps, more than train.steps="
-                    f"{self._config.train.steps}; ask for {self.done.step} or more, or "
-                    f"{ANOTHER_FOLDER}"
-                )
-            for reason in passed if self._processes.is_main else ():
-                print(f"{reason}; continuing from step {self.done.step}", file=sys.stderr)
-        self._processes.wait()
+        self._restore()
+        self._since = time.perf_counter()
+        with ExitStack() as stack:
+            if self._processes.is_main:
+                steps = [row["step"] for row in read_metrics(self.run_dir)]
+                is_lost = bool(self.row) and self.done.step not in steps
+                resume_step = self.done.step - is_lost if is_begun else None
+                writer = MetricsWriter(self.run_dir, resume_step=resume_step)
+                self._writer = stack.enter_context(writer)
+                if is_lost:
+                    self._writer.write(self.row)
+                there = {evaluation.key for evaluation in read_evaluations(self.run_dir)}
+                for evaluation in known:
+                    if evaluation.key not in there:
+                        self._writer.write_evaluation(evaluation)
+            try:
+                yield
+            except Exception:
+                if self._learner.updates == self._updates and self._learner.can_save_alone:
+                    with suppress(AtodError, OSError):  # the first error is the cause
+                        self.save()
+                raise
 
-    def _describe(self, inputs: HiddenInputs, pool: EnvPool, teacher: Policy | None) -> None:
+    def _describe(self, inputs: dict[str, Any], pool: EnvPool, teacher: Policy | None) -> None:
+        """Write config and manifest, unless the run had other inputs."""
         student, config = self._learner.student, self._config
         template = str(student.tokenizer.chat_template or "")
-        if warning := inputs.check(read_json(self.run_dir / MANIFEST_FILE), template):
+        if warning := check_inputs(inputs, read_json(self.run_dir / MANIFEST_FILE), template):
             print(warning, file=sys.stderr)
         # A run that continues is not finished until it ends again.
         (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
@@ -162,39 +163,28 @@ class RunRecord:
             "data": {"name": pool.data, "hash": pool.content_hash},
             "seeds": {"train": config.train.seed},
             "parameters": {
-                "student": _parameters(student),
-                "teacher": _parameters(teacher) if teacher else None,
+                "student": student.model.num_parameters(),
+                "teacher": teacher.model.num_parameters() if teacher else None,
             },
-            "inputs": asdict(inputs),
+            "inputs": inputs,
         }
         write_manifest(self.run_dir, beginning, str(student.device), self._processes.count)
 
-    @contextmanager
-    def writing(self, known: Sequence[Evaluation]) -> Iterator[None]:
-        """Keep the files of metrics open.
-
-        Args:
-            known: evaluations of the start and the teacher, to be written once.
-        """
-        self._since = time.perf_counter()
-        if not self._processes.is_main:
-            yield
+    def _restore(self) -> None:
+        checkpoint, passed = load_latest(self.run_dir)
+        if checkpoint is None:
             return
-        resume_step: int | None = None
-        is_lost = False
-        if self._resumed:
-            steps = {row["step"] for row in read_metrics(self.run_dir)}
-            is_lost = bool(self.row) and self.done.step not in steps
-            resume_step = self.done.step - is_lost
-        with MetricsWriter(self.run_dir, resume_step=resume_step) as self._writer:
-            if is_lost:
-                self._writer.write(self.row)
-            if self.done.step == 0:
-                there = {evaluation.key for evaluation in read_evaluations(self.run_dir)}
-                for evaluation in known:
-                    if evaluation.key not in there:
-                        self._writer.write_evaluation(evaluation)
-            yield
+        self._learner.restore(checkpoint.tensors)
+        self.done = Progress(**checkpoint.metadata["progress"])
+        self.row = checkpoint.metadata["metrics"]
+        self.saved_step = self.done.step
+        if self.done.step > self._config.train.steps:
+            raise RunFolderError(
+                f"{self.run_dir} has {self.done.step} steps, more than train.steps="
+                f"{self._config.train.steps}; ask for {self.done.step} or more, or {ANOTHER_FOLDER}"
+            )
+        for reason in passed if self._processes.is_main else ():
+            print(f"{reason}; continuing from step {self.done.step}", file=sys.stderr)
 
     def finish(self) -> None:
         """Save the last model and the summary of a finished run."""
@@ -212,20 +202,13 @@ class RunRecord:
             }
             write_json(self.run_dir / SUMMARY_FILE, totals)
             prune_checkpoints(self.run_dir, keep=1)
-        self._processes.wait()
 
     # -- steps -------------------------------------------------------------------------------------
 
     def finish_step(
         self, done: Progress, row: dict[str, Any], shown: Iterable[dict[str, Any]]
     ) -> None:
-        """Write the metrics of a step, which is then finished.
-
-        Args:
-            done: totals after it.
-            row: its metrics.
-            shown: rows of trajectories to keep for people.
-        """
+        """Write the metrics of a step and rows of trajectories for people: it is then finished."""
         self.done, self.row, self._updates = done, row, self._learner.updates
         self._count_minutes()
         if self._writer is not None:
@@ -235,30 +218,11 @@ class RunRecord:
 
     def save(self) -> None:
         """Save a checkpoint of the last finished step unless it has one."""
-        if self.saved_step < self.done.step:
-            self._save()
-            self._processes.wait()
-
-    @contextmanager
-    def saving_if_it_fails(self) -> Iterator[None]:
-        """Save the last finished step when something fails before the next changes weights."""
-        try:
-            yield
-        except Exception:
-            is_unchanged = self._learner.updates == self._updates
-            if is_unchanged and self.saved_step < self.done.step and self._learner.can_save_alone:
-                with suppress(AtodError, OSError):  # the first error is the cause
-                    self._save()
-            raise
-
-    def _save(self) -> None:
+        if self.saved_step == self.done.step:
+            return
         tensors = self._learner.tensors()
         if self._processes.is_main:
-            metadata = {
-                "progress": asdict(self.done),
-                "seed": self._config.train.seed,
-                "metrics": without_infinities(self.row),
-            }
+            metadata = {"progress": asdict(self.done), "metrics": without_infinities(self.row)}
             path = checkpoint_path(self.run_dir, self.done.step)
             save_checkpoint(path, Checkpoint(tensors, metadata))
             prune_checkpoints(self.run_dir, _CHECKPOINTS_KEPT)
@@ -273,14 +237,10 @@ class RunRecord:
 
     def evaluated(self) -> set[tuple[str, EvaluationMode]]:
         """Return the splits and modes in which the last finished step is evaluated already."""
-        found: list[tuple[str, EvaluationMode]] = []
-        if self._processes.is_main:  # other ranks might read what rank 0 is writing
-            found = [
-                (evaluation.result.split, evaluation.result.mode)
-                for evaluation in read_evaluations(self.run_dir)
-                if (evaluation.step, evaluation.model) == (self.done.step, "student")
-            ]
-        return set(self._processes.gather(found))
+        # Other ranks might read what rank 0 is writing.
+        found = read_evaluations(self.run_dir) if self._processes.is_main else []
+        own = [e.result for e in found if (e.step, e.model) == (self.done.step, "student")]
+        return set(self._processes.gather([(result.split, result.mode) for result in own]))
 
     def add_evaluations(self, found: Sequence[Evaluation]) -> None:
         """Write evaluations of the student, and save it as models/best if it is the best so far."""
@@ -297,20 +257,12 @@ class RunRecord:
         self._learner.student.save(self.run_dir / "models" / name, card)
 
 
-def _parameters(policy: Policy) -> int:
-    return sum(parameter.numel() for parameter in policy.model.parameters())
-
-
 def _best_step(evaluations: Sequence[Evaluation]) -> int:
     """Return the first step with the highest greedy success on all tasks; 0: none."""
-    found: dict[int, list[EvaluationResult]] = {}
+    solved: dict[int, list[bool]] = {}
     for evaluation in evaluations:
         is_own = evaluation.model == "student" and evaluation.step > 0
         if is_own and evaluation.result.mode == "greedy":
-            found.setdefault(evaluation.step, []).append(evaluation.result)
-
-    def success(step: int) -> float:
-        tasks = sum(len(result.tasks) for result in found[step])
-        return sum(result.successes for result in found[step]) / max(1, tasks)
-
-    return max(found, key=success, default=0)
+            tasks = evaluation.result.tasks
+            solved.setdefault(evaluation.step, []).extend(task.success for task in tasks)
+    return max(solved, key=lambda step: sum(solved[step]) / len(solved[step]), default=0)

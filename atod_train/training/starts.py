@@ -14,15 +14,13 @@ import os
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from atod_gym.errors import InvalidSettingError
 from atod_train.config import Precision, RunConfig
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
-from atod_train.files import read_json, write_json
+from atod_train.files import read_json, without_infinities, write_json
 from atod_train.memory import memory_errors
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
@@ -53,10 +51,10 @@ from atod_train.training.supervised import (
 _RECIPE = 6
 """Raised whenever the way of making demonstrations or starts changes, so that caches expire."""
 
-NOISE = 0.2
+_NOISE = 0.2
 """Probability of a random action in place of the expert's."""
 
-MODES: tuple[EvaluationMode, ...] = ("greedy", "sampled")
+_MODES: tuple[EvaluationMode, ...] = ("greedy", "sampled")
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -65,15 +63,9 @@ MODES: tuple[EvaluationMode, ...] = ("greedy", "sampled")
 def policy_of(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> Policy:
     """Load the teacher or the student's start; train and cache it first where it is not there.
 
-    It is the same for every method and seed.
-
-    Args:
-        config: the settings.
-        role: which model.
-        pool: environments of the training split.
+    It is the same for every method and seed. `pool` has the environments of the training split.
 
     Raises:
-        InvalidSettingError: a model from scratch has no passes over demonstrations.
         AtodError: the model cannot be loaded or trained, or memory runs out.
     """
     name, epochs, _ = _origin(config, role)
@@ -81,19 +73,13 @@ def policy_of(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> Policy:
     label = f"{role} ({Path(name).name})"
     path: str | Path = name
     if epochs:
-        path = cache_folder() / _key(config, role, pool)
+        path = cache_folder() / _identity(config, role, pool)
         if not (path / "config.json").is_file():
             advice = "Lower --train.tokens-per-microbatch or model.max_context."
             with memory_errors(f"training the {role}'s start", advice):
                 _train(config, role, pool, label).save(path)
     with memory_errors(f"loading the {role}", "Use a smaller model, or another --model.device."):
         return _load(path, config, role, label)
-
-
-def identity_of(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
-    """Return what identifies a model: a hash of all that it was made from, or its files."""
-    name, epochs, _ = _origin(config, role)
-    return _key(config, role, pool) if epochs else _newest_weights(name)
 
 
 def choose_threads(config: RunConfig) -> None:
@@ -109,14 +95,8 @@ def choose_threads(config: RunConfig) -> None:
 def _origin(config: RunConfig, role: EvaluatedModel) -> tuple[str, float, int]:
     """Return a model's name, its passes over the demonstrations, and the seed of its training."""
     if role == "student":
-        name, epochs, seed = config.model.student, config.start.epochs[0], 1
-    else:
-        name, epochs, seed = config.model.teacher, config.start.epochs[1], 0
-    if name in MODEL_SHAPES and not epochs:
-        raise InvalidSettingError(
-            f"{name} is made from scratch: start.epochs must be above 0 for it."
-        )
-    return name, epochs, seed
+        return config.model.student, config.start.epochs[0], 1
+    return config.model.teacher, config.start.epochs[1], 0
 
 
 def _load(path: str | Path, config: RunConfig, role: EvaluatedModel, label: str) -> Policy:
@@ -135,16 +115,18 @@ def _load(path: str | Path, config: RunConfig, role: EvaluatedModel, label: str)
     return load_policy(path, device=device, dtype=frozen, name=label)
 
 
-def _key(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
-    """Return the name in the cache of a model that is trained on demonstrations."""
+def _identity(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
+    """Return what identifies a model: its files, or its name in the cache if it is trained here."""
     name, epochs, seed = _origin(config, role)
+    if not epochs:
+        return _newest_weights(name)
     env, model, start = config.env, config.model, config.start
     depends: dict[str, object] = {
         "recipe": _RECIPE,
         "env": [env.id, sorted(env.options.items()), env.max_turns, env.prompt_style],
         "prompt": [env.history_window, env.show_admissible, env.parse_profile],
         "data": pool.content_hash,
-        "demonstrations": [start.demonstrations, NOISE],
+        "demonstrations": [start.demonstrations, _NOISE],
         "model": [name, epochs, start.lr, start.observation_weight, seed],
     }
     if name in MODEL_SHAPES:
@@ -157,10 +139,17 @@ def _key(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
     return f"{Path(name).name}-{digest[:20]}"
 
 
+def _newest_weights(name: str) -> str:
+    """Return a model's name and, for a folder, the time of its newest file of weights."""
+    times = [file.stat().st_mtime_ns for file in Path(name).glob("*.safetensors")]
+    return f"{Path(name).resolve() if times else name} {max(times, default=0)}"
+
+
 def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -> Policy:
     """Return a model that was trained on demonstrations."""
     name, epochs, seed = _origin(config, role)
-    episodes = demonstrate(pool, config.start.demonstrations, NOISE, seed=0)
+    env, start = config.env, config.start
+    episodes = demonstrate(pool, start.demonstrations, _NOISE, seed=0)
     if name in MODEL_SHAPES:
         tokenizer = build_word_tokenizer(demonstration_texts(episodes))
         policy = build_policy(name, tokenizer, seed, name=label)
@@ -168,25 +157,17 @@ def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -
         # Either way the weights that are trained are float32.
         dtype: Precision = "mixed" if config.model.dtype == "mixed" else "auto"
         policy = load_policy(name, device=config.model.device, dtype=dtype, name=label)
-    dialogue = DialogueEncoder(
-        policy.tokenizer, config.env.prompt_style, config.env.template_options
-    )
+    dialogue = DialogueEncoder(policy.tokenizer, env.prompt_style, env.template_options)
     train_on_demonstrations(
         policy,
         [tokenize(episode, dialogue) for episode in episodes],
         epochs=epochs,
-        lr=config.start.lr,
+        lr=start.lr,
         seed=seed,
-        observation_weight=config.start.observation_weight,
+        observation_weight=start.observation_weight,
         tokens_per_microbatch=config.train.tokens_per_microbatch,
     )
     return policy
-
-
-def _newest_weights(name: str) -> str:
-    """Return a model's name and, for a folder, the time of its newest file of weights."""
-    times = [file.stat().st_mtime_ns for file in Path(name).glob("*.safetensors")]
-    return f"{Path(name).resolve() if times else name} {max(times, default=0)}"
 
 
 # -- evaluations -----------------------------------------------------------------------------------
@@ -197,59 +178,46 @@ def evaluate_start(
 ) -> list[Evaluation]:
     """Evaluate the start or the teacher on one split in every mode; what is kept is not made again.
 
-    Args:
-        config: what all runs share.
-        role: which model.
-        split: of the environment.
-        folder: of the runs.
-        processes: share the tasks; rank 0 writes.
+    Processes share the tasks; rank 0 writes to the folder of the runs.
 
     Raises:
         AtodError: as `evaluate`.
         RunFolderError: a file is broken.
     """
     advice = "Lower model.max_context, or use a smaller model."
+    found: list[Evaluation] = []
+    policy: Policy | None = None
     with (
         closing(EnvPool(config.env, "train")) as train_pool,
         closing(EnvPool(config.env, split)) as pool,
         memory_errors(f"evaluating the {role}", advice),
     ):
-        settings = _settings(config, identity_of(config, role, train_pool), pool.content_hash)
-        paths = {mode: folder / "evaluations" / f"{role}-{split}-{mode}.json" for mode in MODES}
-        # All ranks read the same: rank 0 writes only when all have evaluated.
-        kept = {mode: _kept(path, settings) for mode, path in paths.items()}
-        results = {mode: result for mode, result in kept.items() if result is not None}
-        if missing := [mode for mode in MODES if mode not in results]:
-            policy = policy_of(config, role, train_pool)
-            for mode in missing:
-                results[mode] = evaluate(policy, pool, config, mode, processes)
+        # What an evaluation depends on; devices and a teacher's URL may change.
+        settings = without_infinities(
+            {
+                "made_from": _identity(config, role, train_pool),
+                "tasks": pool.content_hash,
+                "env": asdict(config.env),
+                "dtype": config.model.dtype,
+                "max_context": config.model.max_context,
+                "max_completion_tokens": config.train.max_completion_tokens,
+                "seed": config.train.seed,
+            }
+        )
+        for mode in _MODES:
+            path = folder / "evaluations" / f"{role}-{split}-{mode}.json"
+            record = read_json(path)
+            if record.get("settings") == settings:
+                try:
+                    result = EvaluationResult.from_json(record.get("result", {}))
+                except InvalidCountsError as error:
+                    message = f"{path} holds no evaluation ({error}); remove it"
+                    raise RunFolderError(message) from error
+            else:
+                policy = policy or policy_of(config, role, train_pool)
+                # All ranks have read the file: each has a share of the evaluation.
+                result = evaluate(policy, pool, config, mode, processes)
                 if processes.is_main:
-                    record = {"settings": settings, "result": results[mode].to_json()}
-                    write_json(paths[mode], record)
-    return [Evaluation(0, role, results[mode]) for mode in MODES]
-
-
-def _settings(config: RunConfig, identity: str, tasks: str) -> dict[str, Any]:
-    """Return what an evaluation depends on, as JSON; devices and a teacher's URL may change."""
-    settings = {
-        "made_from": identity,
-        "tasks": tasks,
-        "env": asdict(config.env),
-        "dtype": config.model.dtype,
-        "max_context": config.model.max_context,
-        "max_completion_tokens": config.train.max_completion_tokens,
-        "seed": config.train.seed,
-    }
-    value: dict[str, Any] = json.loads(json.dumps(settings))
-    return value
-
-
-def _kept(path: Path, settings: dict[str, Any]) -> EvaluationResult | None:
-    """Return the result of a file with these settings; None: there is none."""
-    record = read_json(path)
-    if not record or record.get("settings") != settings:
-        return None
-    try:
-        return EvaluationResult.from_json(record["result"])
-    except (KeyError, TypeError, InvalidCountsError) as error:
-        raise RunFolderError(f"{path} holds no evaluation ({error}); remove it") from error
+                    write_json(path, {"settings": settings, "result": result.to_json()})
+            found.append(Evaluation(0, role, result))
+    return found

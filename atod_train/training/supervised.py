@@ -36,13 +36,9 @@ _SCORED_WORDS = 4096
 
 
 def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Trajectory]:
-    """Return expert episodes; those that fail are left out.
+    """Play `count` expert episodes, and return those that succeed; tasks repeat in passes.
 
-    Args:
-        pool: environments of the training split.
-        count: episodes to play; tasks repeat when all were played.
-        noise: probability that a turn plays a random action instead.
-        seed: seed of tasks and noise.
+    `noise` is the probability that a turn plays a random action instead.
 
     Raises:
         AtodError: the environment has no scripted expert, or it solved no task.
@@ -131,7 +127,7 @@ def train_on_demonstrations(
         policy: the model; it is changed.
         trajectories: from `tokenize`.
         epochs: passes over them; may be a fraction.
-        lr: highest learning rates of AdamW and of Muon; 0 for Muon: AdamW trains all weights.
+        lr: highest learning rates of AdamW and Muon; 0 for Muon: AdamW trains all weights.
         seed: order of episodes.
         observation_weight: loss weight of an observation token; an expert token has 1.
         tokens_per_microbatch: padded tokens that go through the model at once.
@@ -276,12 +272,7 @@ class Muon(torch.optim.Muon):
 def orthogonalized(matrix: Tensor, settings: Mapping[str, Any]) -> Tensor:
     """Return a matrix with the same singular vectors, whose singular values are about one.
 
-    Args:
-        matrix: [rows, columns].
-        settings: of `torch.optim.Muon`.
-
-    Returns:
-        Of the same shape; singular values that were not tiny end between about 0.5 and 1.5.
+    Those that were not tiny end between about 0.5 and 1.5. Settings are those of the optimizer.
     """
     is_tall = matrix.shape[0] > matrix.shape[1]
     found = matrix.mT if is_tall else matrix

@@ -46,7 +46,7 @@ from atod_train.rollout.rollout import collect, nothing_fits, seed_for, tasks_fo
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher
 from atod_train.training.checks import check_scores, check_update
-from atod_train.training.inputs import HiddenInputs
+from atod_train.training.inputs import hidden_inputs
 from atod_train.training.run_record import RunRecord
 from atod_train.training.stopping import StoppedByUser, interruptible
 from atod_train.training.update import Learner, score_batch, update_policy
@@ -108,8 +108,10 @@ class Trainer:
 
     # -- the run -----------------------------------------------------------------------------------
 
-    def run(self, resume: bool = False) -> None:
+    def run(self) -> None:
         """Train up to `train.steps` steps, evaluating and saving on the way.
+
+        A run that the folder holds is continued.
 
         Raises:
             StoppedByUser: after Ctrl-C or SIGTERM; the last finished step is saved.
@@ -121,15 +123,13 @@ class Trainer:
         settings, record = self.config.train, self._record
         teacher = self.teacher.policy if isinstance(self.teacher, LocalTeacher) else None
         pools = (self._train_pool, *self._eval_pools)
-        inputs = HiddenInputs.of(self.student, self.teacher, self._dialogue, pools)
-        record.open(resume, inputs, self._train_pool, teacher)
+        inputs = hidden_inputs(self.student, self.teacher, self._dialogue, pools)
         with (
-            record.writing(self._known),
+            record.opened(inputs, self._train_pool, teacher, self._known),
             interruptible() as interrupted,
             progress(
                 settings.steps, f"{record.label}, seed {settings.seed}", initial=record.done.step
             ) as advance,
-            record.saving_if_it_fails(),
         ):
             if isinstance(self.teacher, RemoteTeacher):
                 self.teacher.interrupted = interrupted

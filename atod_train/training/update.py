@@ -360,15 +360,13 @@ def share_of_sequences(batch: Batch, processes: Processes) -> Tensor:
 
 def _sharded(student: Policy, processes: Processes) -> Policy:
     """Return a copy of the student whose weights are sharded over the ranks, layer by layer."""
-    sharding = processes.sharding
-    assert sharding is not None
     device = student.device
     # The copy is made in the memory of the CPU: the GPU may hold one whole model only.
     model = copy.deepcopy(torch.nn.Module.to(student.model, "cpu"))
     torch.nn.Module.to(student.model, device)
     settings: dict[str, Any] = {
         "mesh": init_device_mesh(processes.device, (processes.count,)),
-        "reshard_after_forward": sharding.reshard_after_forward,
+        **(processes.sharding or {}),
     }
     layers = set(getattr(model, "_no_split_modules", None) or ())
     for module in list(model.modules()):

@@ -34,7 +34,7 @@ from atod_train.studies.study import train_one
 from atod_train.training import starts, trainer
 from atod_train.training.checkpoint import saved_checkpoints
 from atod_train.training.checks import check_settings
-from atod_train.training.inputs import HiddenInputs, fingerprint
+from atod_train.training.inputs import check_inputs, fingerprint, hidden_inputs
 from atod_train.training.starts import policy_of
 
 
@@ -259,12 +259,12 @@ def test_a_server_of_another_teacher_is_found_by_its_log_probs() -> None:
                 logprobs = score_completions(teacher, batch).logprobs  # noqa: B023
                 return logprobs + error  # noqa: B023
 
-        found = HiddenInputs.of(student, Served(), DialogueEncoder(student.tokenizer), [])
+        found = hidden_inputs(student, Served(), DialogueEncoder(student.tokenizer), [])
         inputs.append(found)
-    manifest = {"inputs": asdict(inputs[0])}
-    assert inputs[1].check(manifest, "") == ""
+    manifest = {"inputs": inputs[0]}
+    assert check_inputs(inputs[1], manifest, "") == ""
     with pytest.raises(RunFolderError, match="teacher is not the one"):
-        inputs[2].check(manifest, "")
+        check_inputs(inputs[2], manifest, "")
 
 
 def test_a_date_in_the_template_is_reported(

@@ -22,6 +22,7 @@ from atod_train.models.pretrained import cache_folder, load_policy
 from atod_train.models.scores import score_completions
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.rollout.env_pool import EnvPool
+from atod_train.studies.study import train_one
 from atod_train.training import starts, supervised
 from atod_train.training.checks import DivergedError
 from atod_train.training.starts import policy_of
@@ -152,12 +153,12 @@ def test_the_expert_may_have_fewer_turns_than_the_student(pool: EnvPool) -> None
     assert 0 < max(len(episode.turns) for episode in shown) < longest
 
 
-def test_a_model_from_scratch_needs_demonstrations(config: RunConfig, pool: EnvPool) -> None:
+def test_a_model_from_scratch_needs_demonstrations(config: RunConfig, tmp_path: Path) -> None:
     scratch = replace(config, model=replace(config.model, teacher="micro"))
     with pytest.raises(
         InvalidSettingError, match=r"micro is made from scratch: start\.epochs must"
     ):
-        policy_of(scratch, "teacher", pool)
+        train_one(scratch, tmp_path / "out")
 
 
 def test_a_start_that_diverges_stops_and_names_its_setting(

@@ -361,13 +361,7 @@ def test_a_folder_is_resumed_without_its_settings(
     assert "is no folder of a study" in capsys.readouterr().err
 
 
-def test_settings_without_meaning_are_named(tmp_path: Path) -> None:
-    with pytest.raises(AtodError, match=r"train\.steps"):
-        train_one(_with(CONFIG, steps=0), tmp_path)
-    for setting in ({"kappa": (0.05, 0.1)}, {"rho": (1.0, 0.5)}, {"clip": (0.2, 0.2, 1.0)}):
-        wrong = replace(CONFIG, algorithm=replace(CONFIG.algorithm, **setting))
-        with pytest.raises(AtodError, match="algorithm"):
-            train_one(wrong, tmp_path)
+def test_models_that_do_not_fit_are_named(tmp_path: Path) -> None:
     build_policy("micro", build_word_tokenizer(["other words"]), seed=0).save(tmp_path / "other")
     foreign = replace(CONFIG, model=replace(CONFIG.model, teacher=str(tmp_path / "other")))
     with pytest.raises(AtodError, match="share a vocabulary"):
