@@ -185,41 +185,32 @@ def optimizer_tensors(
     CPU, so all processes must call this; without `keep`, one returns nothing. Learning rates follow
     from the settings and are left out.
     """
+    names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
     found = {}
-    for name, weight in model.named_parameters():
-        for key, value in optimizer.state.get(weight, {}).items():
+    for weight, values in optimizer.state.items():
+        for key, value in values.items():
             tensor = whole(value)
             if keep:
                 # What was gathered must not stay on the GPU until all are gathered.
                 tensor = tensor if tensor is value else tensor.cpu()
-                found[f"{_OPTIMIZER}{name}.{key}"] = tensor
+                found[f"{_OPTIMIZER}{names[weight]}.{key}"] = tensor
     return found
 
 
 def restore_optimizer(
     optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put the result of `optimizer_tensors` into an optimiser over the same parameters.
-
-    Raises:
-        CheckpointError: a saved name is no parameter of this optimiser.
-    """
+    """Put the result of `optimizer_tensors` into an optimiser over the same parameters."""
+    names = {weight: name for name, weight in model.named_parameters()}
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    index_of = {weight: index for index, weight in enumerate(weights)}
-    trained = {name: weight for name, weight in model.named_parameters() if weight in index_of}
+    index_of = {names[weight]: index for index, weight in enumerate(weights)}
     restored: dict[int, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
-        if not full_name.startswith(_OPTIMIZER):
-            continue
-        name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition(".")
-        if name not in trained:
-            raise CheckpointError(
-                f"The checkpoint has optimiser state for {name!r}, which this run does not train. "
-                "Choose the model and the settings of the run that saved it."
-            )
-        # A copy: the optimiser changes its moments in place.
-        moment = divided_like(tensor.clone(), trained[name])
-        restored.setdefault(index_of[trained[name]], {})[key] = moment
+        if full_name.startswith(_OPTIMIZER):
+            name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition(".")
+            # A copy: the optimiser changes its moments in place.
+            moment = divided_like(tensor.clone(), model.get_parameter(name))
+            restored.setdefault(index_of[name], {})[key] = moment
     optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
 
 

@@ -22,17 +22,11 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(
-    run_dir: Path,
-    config: RunConfig,
-    step: int,
-    evaluations: Sequence[Evaluation],
-    *,
-    label: str = "",
+    run_dir: Path, config: RunConfig, label: str, step: int, evaluations: Sequence[Evaluation]
 ) -> str:
-    """Return the card of the model that a run has after a step.
+    """Return the card of the model that a run, named by its label, has after a step.
 
-    `evaluations` are those of the start, the teacher and the student; `label` is the run's name in
-    tables, its method by default.
+    Evaluations are those of the start, the teacher and the student.
     """
     manifest = read_json(run_dir / MANIFEST_FILE)
     student, teacher = config.model.student, config.model.teacher
@@ -50,7 +44,7 @@ def model_card(
         config=config,
         manifest=manifest,
         metadata=card.to_yaml(),
-        method=label or config.algorithm.method,
+        method=label,
         student=student if is_hub_name else Path(student).name,
         teacher=teacher if needs_teacher(config.algorithm.method) else "",
         step=step,

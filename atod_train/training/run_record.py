@@ -253,7 +253,7 @@ class RunRecord:
             self._writer.write_evaluation(evaluation)
 
     def _save_model(self, name: str, evaluations: Sequence[Evaluation]) -> None:
-        card = model_card(self.run_dir, self._config, self.done.step, evaluations, label=self.label)
+        card = model_card(self.run_dir, self._config, self.label, self.done.step, evaluations)
         self._learner.student.save(self.run_dir / "models" / name, card)
 
 

@@ -9,7 +9,7 @@ some turn), so that a model sees how to recover; only the expert's own turns are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -128,7 +128,7 @@ def train_on_demonstrations(
         trajectories: from `tokenize`.
         epochs: passes over them; may be a fraction.
         lr: highest learning rates of AdamW and Muon; 0 for Muon: AdamW trains all weights.
-        seed: order of episodes.
+        seed: of the order of episodes.
         observation_weight: loss weight of an observation token; an expert token has 1.
         tokens_per_microbatch: padded tokens that go through the model at once.
 
@@ -253,8 +253,8 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update the weights that have a gradient; the closure is not used."""
+    def step(self) -> None:  # type: ignore[override]
+        """Update the weights that have a gradient."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:

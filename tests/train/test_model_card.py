@@ -56,10 +56,10 @@ def test_the_card_of_a_model_says_what_it_is(run: Path) -> None:
 
 def test_names_of_the_hub_are_kept_and_folders_are_not(run: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, model=replace(CONFIG.model, student="Qwen/Qwen3-0.6B"))
-    text = model_card(run, config, 4, [])
+    text = model_card(run, config, "atod", 4, [])
     assert ModelCard(text).data.base_model == "Qwen/Qwen3-0.6B"
     assert "It was not evaluated." in text
     folder = replace(CONFIG, model=replace(CONFIG.model, student=str(tmp_path / "mine")))
-    card = ModelCard(model_card(run, folder, 4, []))
+    card = ModelCard(model_card(run, folder, "atod", 4, []))
     assert card.data.base_model is None
     assert re.search("^# mine, atod", card.text, re.MULTILINE)
