@@ -20,11 +20,7 @@ from atod_train.distributed import Processes
 from atod_train.files import read_json, without_infinities, write_json
 from atod_train.models.policy import Policy
 from atod_train.reports.evaluations import Evaluation, EvaluationMode
-from atod_train.reports.metrics import (
-    MetricsWriter,
-    read_evaluations,
-    read_metrics,
-)
+from atod_train.reports.metrics import MetricsWriter, read_evaluations, read_metrics
 from atod_train.reports.run_folder import (
     ANOTHER_FOLDER,
     CONFIG_FILE,

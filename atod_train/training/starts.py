@@ -25,12 +25,7 @@ from atod_train.memory import memory_errors
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import (
-    cache_folder,
-    is_mixed,
-    load_policy,
-    pick_device,
-)
+from atod_train.models.pretrained import cache_folder, is_mixed, load_policy, pick_device
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.reports.evaluations import (
     EvaluatedModel,

@@ -256,9 +256,7 @@ class Muon(torch.optim.Muon):
     def step(self) -> None:  # type: ignore[override]
         """Update the weights that have a gradient."""
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
+            for weight in (w for w in group["params"] if w.grad is not None):
                 state = self.state[weight]
                 if not state:
                     state["mean"] = torch.zeros_like(weight)
