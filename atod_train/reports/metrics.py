@@ -64,10 +64,7 @@ def _read_steps(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the steps of a run in order; keys as in the module's docstring, null as None.
-
-    Returns:
-        One dict per step; empty if the run has written nothing yet.
+    """Return a dict for each step of a run in order; keys as in the module's docstring.
 
     Raises:
         FileError: a line other than a torn last one is broken.

@@ -54,9 +54,7 @@ def to_row(
 ) -> dict[str, Any]:
     """Return the row of a trajectory, of JSON values only.
 
-    Args:
-        trajectory: one episode.
-        statistics: one for each turn; None: there was no teacher.
+    Statistics are given for each turn, or not at all where there was no teacher.
 
     Raises:
         AtodError: the number of statistics is another; a first turn claims to extend another.
@@ -139,10 +137,7 @@ def _turn(row: Mapping[str, Any], sequences: Sequence[Mapping[str, Any]]) -> Tur
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one row a line, atomically.
-
-    Returns:
-        The number of rows.
+    """Write one row a line, atomically; return the number of rows.
 
     Raises:
         AtodError: the file cannot be written; a number is not finite, which JSON cannot hold.
