@@ -50,18 +50,18 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
             inject_adapter_in_model(settings, decoder)
     except ValueError as error:
         raise AtodError(f"peft cannot adapt this model: {error}. Use lora_rank=0.") from error
-    matrices = {_BASE: 0, "": 0}
+    adapted = total = 0
     for name, weight in decoder.named_parameters():
         if _ADAPTER in name:
             weight.data = weight.data.float()
         elif weight.ndim > 1 and weight is not embedding.weight:
-            matrices[_BASE if _BASE in name else ""] += weight.numel()
-    share = matrices[_BASE] / sum(matrices.values())
-    if share < _MOST:
+            total += weight.numel()
+            adapted += weight.numel() if _BASE in name else 0
+    if adapted < _MOST * total:
         # The experts of a mixture are one tensor, which gets no adapter.
         warnings.warn(
-            f"Adapters train {share:.0%} of the decoder's matrices; the rest, such as fused "
-            "experts, stays frozen.",
+            f"Adapters train {adapted / total:.0%} of the decoder's matrices; the rest, such as "
+            "fused experts, stays frozen.",
             stacklevel=2,
         )
 

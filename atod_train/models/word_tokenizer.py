@@ -41,23 +41,6 @@ _CHAT_TEMPLATE = (
 )
 
 
-def _empty_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="removed", invert=True)
-    # Words are joined with single spaces; brackets close up, so that the action "search[red
-    # shoes]" comes back as it was written.
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.WordPiece(prefix="\u0000", cleanup=False),
-            decoders.Fuse(),
-            decoders.Replace(" [ ", "["),
-            decoders.Replace(" ]", "]"),
-        ]
-    )
-    return tokenizer
-
-
 def build_word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Build a word-level tokenizer with a chat template from example texts.
 
@@ -72,19 +55,32 @@ def build_word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         A fast tokenizer; `save_pretrained` and `from_pretrained` keep it, chat template included.
         Its pad token is `<pad>`, its end-of-turn (eos) token `<end>`.
     """
-    splitter = _empty_tokenizer({"<unk>": 0})
-    words: set[str] = set()
+    words = Tokenizer(models.WordLevel({}, unk_token="<unk>"))
+    words.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="removed", invert=True)
+    # Words are joined with single spaces; brackets close up, so that the action "search[red
+    # shoes]" comes back as it was written.
+    words.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="\u0000", cleanup=False),
+            decoders.Fuse(),
+            decoders.Replace(" [ ", "["),
+            decoders.Replace(" ]", "]"),
+        ]
+    )
+    found: set[str] = set()
     for text in texts:
-        normal = splitter.normalizer.normalize_str(text)
-        words.update(piece for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(normal))
-    for thing in filter(None, map(_THING.fullmatch, sorted(words))):
+        normal = words.normalizer.normalize_str(text)
+        found.update(piece for piece, _ in words.pre_tokenizer.pre_tokenize_str(normal))
+    for thing in filter(None, map(_THING.fullmatch, sorted(found))):
         noun, number = thing.groups()
-        words.add(noun)
-        words.update(f"{noun} {n}" for n in range(1, int(number) + _NUMBERS_BEYOND + 1))
+        found.add(noun)
+        found.update(f"{noun} {n}" for n in range(1, int(number) + _NUMBERS_BEYOND + 1))
     fixed = (*_SPECIAL_TOKENS, *map(str, range(_INTEGERS)))
-    vocabulary = {token: i for i, token in enumerate((*fixed, *sorted(words.difference(fixed))))}
+    tokens = (*fixed, *sorted(found.difference(fixed)))
+    words.model = models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>")
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_empty_tokenizer(vocabulary),
+        tokenizer_object=words,
         pad_token="<pad>",
         unk_token="<unk>",
         eos_token="<end>",
