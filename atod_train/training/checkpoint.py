@@ -18,11 +18,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from atod_gym.errors import AtodError
 from atod_train.files import PARTIAL, replacing
+from atod_train.training.sharding import divided_like, whole
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 _METADATA = "atod"
@@ -212,16 +212,3 @@ def restore_optimizer(
             moment = divided_like(tensor.clone(), model.get_parameter(name))
             restored.setdefault(index_of[name], {})[key] = moment
     optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that may be divided over processes, gathered; all must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def divided_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Divide a whole tensor over processes as a parameter of the same shape is, if it is."""
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor
-    mesh = parameter.device_mesh
-    return distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements)

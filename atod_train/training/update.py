@@ -9,7 +9,6 @@ ranks. After each update the student, which samples and is evaluated and saved, 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from atod_train.algorithm.atod import aggregate_tokens, clipped_policy_loss, loss_normalizer, masked
 from atod_train.algorithm.methods import Advantages, auxiliary_loss, exact_top_k
@@ -26,19 +23,18 @@ from atod_train.batch import select_sequences, split_minibatches
 from atod_train.config import AlgorithmConfig, RunConfig
 from atod_train.distributed import Processes
 from atod_train.models.fast.prefix_trees import crossover_of, group_trees, sequences_of
-from atod_train.models.policy import Computation, Policy
+from atod_train.models.policy import Policy
 from atod_train.models.scores import Reference, score_completions, score_microbatches
 from atod_train.progress import PhaseTimes
 from atod_train.records import Batch, TokenScores
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.training.checkpoint import (
-    divided_like,
     model_tensors,
     optimizer_tensors,
     restore_model,
     restore_optimizer,
-    whole,
 )
+from atod_train.training.sharding import copy_weights, shard, whole
 
 
 def score_batch(
@@ -66,9 +62,8 @@ def score_batch(
     names += ["reference_logprobs"] * (teacher is not None)
     names += ["divergences"] * (reference is not None)
     found = {name: torch.zeros(batch.completion_ids.shape) for name in names}
-    own = share_of_sequences(batch, learner.processes)
-    if len(own):  # there may be fewer sequences than ranks
-        mine = select_sequences(batch, own)
+    mine = _share(batch, learner.processes)
+    if mine is not None:
         with times.phase("update" if reference is None else "teacher"):
             scores = score_completions(
                 learner.student,
@@ -223,7 +218,7 @@ class Learner:
         self.processes = processes
         with torch.no_grad():
             processes.same(list(student.model.parameters()))
-        self.policy = student if processes.sharding is None else _sharded(student, processes)
+        self.policy = student if processes.sharding is None else shard(student, processes)
         self.updates = 0
         """Updates of the weights that this object has begun."""
         self._optimizer = torch.optim.AdamW(
@@ -236,19 +231,15 @@ class Learner:
     def microbatches(
         self, part: Batch, tokens_per_microbatch: int, **asked: Any
     ) -> Iterator[tuple[Batch, TokenScores]]:
-        """Score this rank's share of a mini-batch, micro-batch by micro-batch.
+        """Score this rank's share of a mini-batch; call `backward` on each part before the next.
 
-        Args:
-            part: the mini-batch; the same on all ranks.
-            tokens_per_microbatch: padded tokens that go through the model at once.
-            **asked: see `score_microbatches`.
-
-        Yields:
-            Some rows and their scores; call `backward` before the next.
+        Arguments as `score_microbatches`; the mini-batch is the same on all ranks.
         """
-        own, sharding = share_of_sequences(part, self.processes), self.processes.sharding
-        mine = select_sequences(part, own) if len(own) else None
-        missing = 0 if sharding is None else self._missing_passes(mine, tokens_per_microbatch)
+        mine = _share(part, self.processes)
+        missing = 0
+        if self.processes.sharding is not None:
+            passes = 0 if mine is None else self._passes(mine, tokens_per_microbatch)
+            missing = max(self.processes.gather([passes])) - passes
         if mine is not None:
             yield from score_microbatches(self.policy, mine, tokens_per_microbatch, **asked)
         # Dummy passes: every rank joins the same number of FSDP collectives.
@@ -256,6 +247,10 @@ class Learner:
         for _ in range(missing):
             for _, scores in score_microbatches(self.policy, select_sequences(part, shortest)):
                 (0.0 * scores.logprobs.sum()).backward()
+
+    def _passes(self, mine: Batch, budget: int) -> int:
+        crossover = crossover_of(self.policy.model)
+        return len(group_trees(sequences_of(mine), budget, crossover))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a part of the loss."""
@@ -283,7 +278,7 @@ class Learner:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if math.isfinite(norm) and self.policy is not self.student:
-            self._publish()
+            copy_weights(self.policy.model, self.student.model)
         return norm
 
     @property
@@ -304,28 +299,14 @@ class Learner:
         """Restore what `tensors` returned, in a learner with any number of processes."""
         restore_model(self.student.model, tensors)
         if self.policy is not self.student:
-            self._take_over()
+            copy_weights(self.student.model, self.policy.model)
         restore_optimizer(self._optimizer, self.policy.model, tensors)
 
-    @torch.no_grad()
-    def _publish(self) -> None:
-        """Copy the trained weights to the student."""
-        trained = dict(self.policy.model.named_parameters())
-        for name, weight in self.student.model.named_parameters():
-            if weight.requires_grad:
-                weight.copy_(whole(trained[name]))
 
-    @torch.no_grad()
-    def _take_over(self) -> None:
-        """Copy the student's weights to those that are trained."""
-        for name, weight in self.policy.model.named_parameters():
-            weight.copy_(divided_like(self.student.model.get_parameter(name).detach(), weight))
-
-    def _missing_passes(self, mine: Batch | None, budget: int) -> int:
-        """Return how many passes this rank makes less than the one that makes the most."""
-        crossover = crossover_of(self.policy.model)
-        own = 0 if mine is None else len(group_trees(sequences_of(mine), budget, crossover))
-        return max(self.processes.gather([own])) - own
+def _share(batch: Batch, processes: Processes) -> Batch | None:
+    """Return this rank's sequences; None: there are fewer sequences than ranks."""
+    own = share_of_sequences(batch, processes)
+    return select_sequences(batch, own) if len(own) else None
 
 
 def share_of_sequences(batch: Batch, processes: Processes) -> Tensor:
@@ -356,29 +337,3 @@ def share_of_sequences(batch: Batch, processes: Processes) -> Tensor:
         owner[unit] = loads.index(min(loads))
         loads[int(owner[unit])] += int(tokens[unit])
     return order[owner[inverse][order] == processes.index]
-
-
-def _sharded(student: Policy, processes: Processes) -> Policy:
-    """Return a copy of the student whose weights are sharded over the ranks, layer by layer."""
-    device = student.device
-    # The copy is made in the memory of the CPU: the GPU may hold one whole model only.
-    model = copy.deepcopy(torch.nn.Module.to(student.model, "cpu"))
-    torch.nn.Module.to(student.model, device)
-    settings: dict[str, Any] = {
-        "mesh": init_device_mesh(processes.device, (processes.count,)),
-        **(processes.sharding or {}),
-    }
-    layers = set(getattr(model, "_no_split_modules", None) or ())
-    for module in list(model.modules()):
-        if type(module).__name__ in layers:
-            fully_shard(module, **settings)
-    fully_shard(model, **settings)
-
-    def run(computation: Computation) -> dict[str, Tensor]:
-        return computation()
-
-    # FSDP gathers the weights when this method is called, as it does for `forward`.
-    sharded: Any = model
-    sharded.forward_within = run
-    register_fsdp_forward_method(sharded, "forward_within")
-    return replace(student, model=model, forward_within=sharded.forward_within)

@@ -21,7 +21,7 @@ from atod_train.models.scores import score_completions
 from atod_train.progress import PhaseTimes
 from atod_train.studies.study import train_one
 from atod_train.teachers.local import LocalTeacher
-from atod_train.training.checkpoint import whole
+from atod_train.training.sharding import whole
 from atod_train.training.update import Learner, score_batch, update_policy
 
 
