@@ -138,19 +138,17 @@ def turn_weights(
     _require_same_shape(disagreement, uncertainty=uncertainty, trajectory_index=index)
     disagreement, uncertainty = disagreement.detach(), uncertainty.detach()
     scaled_d, scaled_h = min_max(disagreement, index), min_max(uncertainty, index)
-    if variant == "soft_or":
-        weights = 1.0 - (1.0 - scaled_d) * (1.0 - scaled_h)
-    elif variant == "uniform":
-        weights = torch.ones_like(disagreement)
-    elif variant == "disagreement":
-        weights = scaled_d
-    elif variant == "uncertainty":
-        weights = scaled_h
-    else:
+    choices = {
+        "soft_or": 1.0 - (1.0 - scaled_d) * (1.0 - scaled_h),
+        "uniform": torch.ones_like(disagreement),
+        "disagreement": scaled_d,
+        "uncertainty": scaled_h,
+    }
+    if variant not in choices:
         raise ValueError(f"turn weights have no variant {variant!r}")
     turns = segment_sum(torch.ones_like(disagreement), index)
     unweighted = (turns < min_turns) | (_extreme(disagreement, index, "amax") < min_disagreement)
-    return weights.masked_fill(unweighted[index], 1.0)
+    return choices[variant].masked_fill(unweighted[index], 1.0)
 
 
 def group_advantages(

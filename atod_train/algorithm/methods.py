@@ -87,11 +87,7 @@ METHODS = {
 
 
 def method_of(name: str) -> Method:
-    """Return the record of a method.
-
-    Raises:
-        ValueError: the method is unknown.
-    """
+    """Return the record of a method; ValueError for an unknown one."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
     return METHODS[name]
@@ -106,9 +102,7 @@ def exact_top_k(settings: AlgorithmConfig) -> int | None:
     """Return how many tokens `opd_signal` compares one by one: 0: all; None: sampled tokens only.
 
     Not None is the exact signal: the teacher's term is a divergence that the loss takes directly.
-
-    Raises:
-        ValueError: an unknown signal, or a method that takes only sampled tokens (sdar).
+    ValueError for an unknown signal, and for a method that takes only sampled tokens (sdar).
     """
     name, _, number = settings.opd_signal.partition(":")
     if name == "sampled" and not number:
@@ -143,11 +137,7 @@ def turn_limit(settings: AlgorithmConfig, step: int, max_turns: int) -> int:
 
 
 def schedule_of(settings: AlgorithmConfig) -> Schedule:
-    """The schedule of method atod; where it adapts itself, only its end points count.
-
-    Raises:
-        ValueError: as `Schedule`.
-    """
+    """Return the schedule of method atod; where it adapts itself, only its end points count."""
     shape = "linear" if settings.shape == "adaptive" else settings.shape
     return Schedule(*settings.kappa, *settings.rho, anneal_steps=settings.anneal_steps, shape=shape)
 

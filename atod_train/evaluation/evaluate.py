@@ -122,12 +122,8 @@ def play_in_batches(
 def episodes_at_once(policy: Policy, max_context: int, processes: int = 1) -> int:
     """Return how many episodes are played at once: as many as memory holds, from 1 to 128.
 
-    It depends on the model and the machine alone, so that all processes get the same number.
-
-    Args:
-        policy: the model.
-        max_context: longest sequence in tokens.
-        processes: how many share a processor's memory; each has a GPU of its own.
+    It depends on the model, `max_context` and the machine alone, so that all processes get the same
+    number. Processes share a processor's memory; each has a GPU of its own.
     """
     config = policy.model.config
     heads = config.num_attention_heads

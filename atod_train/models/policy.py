@@ -82,24 +82,20 @@ class Policy:
     def hidden_states(
         self, input_ids: Tensor, *, cache: Cache | None = None, **inputs: Any
     ) -> Tensor:
-        """Return the last hidden states of the decoder.
+        """Return the last hidden states [s, l, width] of the decoder.
 
         Args:
             input_ids: [s, l] int64 on the model's device. With no further inputs attention is
                 causal and sequences are taken as right-padded, so that no mask is needed.
             cache: Keys and values so far; the new ones are added.
             **inputs: Further inputs of the transformers model (mask, positions).
-
-        Returns:
-            [s, l, width].
         """
         inputs["use_cache"] = cache is not None
         if cache is not None:
             kind: Any = type(self.model.base_model)
             inputs[_cache_argument(kind)] = cache
         with self.precision():
-            output = self.model.base_model(input_ids=input_ids, **inputs)
-        hidden: Tensor = output.last_hidden_state
+            hidden: Tensor = self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -125,9 +121,7 @@ class Policy:
         The folder appears when it is complete. An existing folder is replaced; if its configuration
         is the same, it holds a whole model at every moment.
 
-        Args:
-            path: of the folder.
-            card: text of its README.md; empty: none.
+        `card` is the text of its README.md, where there is one.
 
         Raises:
             AtodError: a weight is NaN or infinite, or the weights cannot be written; what was

@@ -30,16 +30,13 @@ _LEAST_LOGPROB = -50.0
 
 @dataclass(frozen=True)
 class Reference:
-    """A frozen model whose distributions are compared with the student's, token by token.
-
-    Attributes:
-        policy: scores the same ids; it may be on another device.
-        top_k: compare the student's most likely tokens and all others together as one; 0: compare
-            the whole vocabulary.
-    """
+    """A frozen model whose distributions are compared with the student's, token by token."""
 
     policy: Policy
+    """Scores the same ids; it may be on another device."""
     top_k: int = 0
+    """Compare the student's most likely tokens, and all others together as one; 0: compare the
+    whole vocabulary."""
 
 
 @torch.no_grad()
@@ -159,14 +156,9 @@ def _states_before_completions(policy: Policy, part: Batch, trees: PrefixTrees |
 def states_at(
     policy: Policy, input_ids: Tensor, row: Tensor, position: Tensor, **inputs: Any
 ) -> Tensor:
-    """Return the last hidden states [m, width] at m positions.
+    """Return the last hidden states [m, width] at rows and columns [m] of `input_ids` [s, l].
 
-    Args:
-        policy: The model.
-        input_ids: [s, l], see `Policy.hidden_states`.
-        row: [m] int64, rows of `input_ids`.
-        position: [m] int64, columns of `input_ids`.
-        **inputs: See `Policy.hidden_states`.
+    Further inputs as `Policy.hidden_states`.
     """
     # Layers that are computed again in the backward pass would then be computed in full.
     if is_llama_on_cpu(policy.model) and not policy.gradient_checkpointing:
@@ -217,9 +209,6 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0) -
         student_logits: [m, V] float32; the gradient flows through them.
         teacher_logits: [m, V'] float32 on the same device.
         top_k: 0 for the whole vocabulary.
-
-    Returns:
-        [m], never negative but for rounding.
     """
     common = min(student_logits.shape[-1], teacher_logits.shape[-1])
     ours = student_logits[..., :common].log_softmax(dim=-1)

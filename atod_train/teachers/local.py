@@ -52,13 +52,6 @@ class LocalTeacher:
         policy.model.eval()
 
     def score(self, batch: Batch) -> Tensor:
-        """Return the log-probs of the completion tokens under the teacher at temperature 1.
-
-        Args:
-            batch: The student's batch, packed or not.
-
-        Returns:
-            [R, T] float32 without gradient, 0 on padding, on the batch's device.
-        """
+        """Return the log-probs as `Teacher.score`, without gradient, on the batch's device."""
         scores = score_completions(self.policy, batch, self.tokens_per_microbatch).logprobs
         return scores.to(batch.completion_ids.device)

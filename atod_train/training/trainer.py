@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,7 +21,6 @@ from atod_gym.errors import AtodError
 from atod_train.algorithm.atod import MIN_DISAGREEMENT
 from atod_train.algorithm.methods import (
     LOW_PRECISION_DISAGREEMENT,
-    Advantages,
     compute_advantages,
     is_adaptive,
     moved_on,
@@ -38,7 +36,7 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.progress import PhaseTimes, progress
-from atod_train.records import Batch, TokenScores, Trajectory
+from atod_train.records import Trajectory
 from atod_train.reports.evaluations import Evaluation, EvaluationMode
 from atod_train.reports.step_records import batch_metrics, rendering_drift, rows_to_show
 from atod_train.rollout.env_pool import EnvPool
@@ -141,7 +139,9 @@ class Trainer:
                 if step == settings.steps or step % settings.save_every == 0:
                     self._save()
                 self._warn_of_cut_completions()
-                advance(note=_note(record.row), tokens=int(record.row["tokens"]))
+                row = record.row
+                note = f"success {row['train_success']:.2f}, turns {row['turns']:.1f}"
+                advance(note=note, tokens=int(row["tokens"]))
                 self._stop_if(bool(interrupted))
                 self._evaluate_if_due()
                 self._stop_if(bool(interrupted))
@@ -199,7 +199,7 @@ class Trainer:
 
     def _step(self, step: int) -> None:
         """Make one optimiser cycle: rollout, scores, advantages, updates, metrics."""
-        record = self._record
+        config, record = self.config, self._record
         trajectories = self._collect(step)
         give_back()
         played = record.done.trajectories + len(trajectories)
@@ -211,15 +211,29 @@ class Trainer:
             record.finish_step(done, row | self._times.take(), ())
             return
         batch = make_batch(trajectories, self.student.pad_id)
-        scores = self._score(batch, step)
-        advantages = self._advantages(batch, scores, step)
-        update = self._update(batch, scores, advantages, step)
-        row = {
-            "step": step,
-            **batch_metrics(batch, trajectories, scores, advantages),
-            **update,
-        }
-        if is_adaptive(self.config.algorithm):
+        advice = _LESS_IN_UPDATES.format(config.train.tokens_per_microbatch)
+        with memory_errors(f"scoring the tokens of step {step}", advice):
+            scores = score_batch(self.learner, self.teacher, batch, config, self._times)
+        check_scores(scores, batch.completion_mask, step)
+        try:
+            advantages = compute_advantages(
+                batch, scores, config.algorithm, step, done.anneal_progress, self._rounding()
+            )
+        except ValueError as error:
+            raise AtodError(f"Step {step}: {error}.") from error
+        order = torch.Generator().manual_seed(seed_for(config.train.seed, step, "minibatches"))
+        with (
+            self._times.phase("update"),
+            memory_errors(f"updating the weights in step {step}", advice),
+        ):
+            update = update_policy(
+                self.learner, self.teacher, batch, scores, advantages, config, order
+            )
+        skipped, is_none_made = int(update["skipped_updates"]), math.isnan(update["grad_norm"])
+        self._skipped_in_a_row = self._skipped_in_a_row + skipped if is_none_made else 0
+        check_update(self.student.model, self._skipped_in_a_row, step, record.saved_step)
+        row = {"step": step, **batch_metrics(batch, trajectories, scores, advantages), **update}
+        if is_adaptive(config.algorithm):
             row["anneal_progress"] = done.anneal_progress
             moved = moved_on(done.anneal_progress, row["solved_groups"])
             done = replace(done, annealing={"progress": moved})
@@ -232,6 +246,14 @@ class Trainer:
             shown = rows_to_show(batch, trajectories, advantages, has_teacher)
         done = replace(done, tokens=done.tokens + int(batch.completion_mask.sum()))
         record.finish_step(done, row | self._times.take(), shown)
+
+    def _rounding(self) -> float:
+        """Return the disagreement, nats per token, that rounding can give two equal models."""
+        scored = [self.student]
+        if isinstance(self.teacher, LocalTeacher):
+            scored.append(self.teacher.policy)
+        is_low = any(policy.layer_dtype != torch.float32 for policy in scored)
+        return LOW_PRECISION_DISAGREEMENT if is_low else MIN_DISAGREEMENT
 
     def _collect(self, step: int) -> list[Trajectory]:
         """Return the episodes of all ranks; each plays its share of the groups."""
@@ -264,57 +286,3 @@ class Trainer:
                 on_end=lambda episode: advance(tokens=episode.sampled_tokens),
             )
             return self.processes.gather(own)
-
-    def _score(self, batch: Batch, step: int) -> TokenScores:
-        """Score the sampled tokens with the student before the update and with the teacher."""
-        advice = _LESS_IN_UPDATES.format(self.config.train.tokens_per_microbatch)
-        with memory_errors(f"scoring the tokens of step {step}", advice):
-            scores = score_batch(self.learner, self.teacher, batch, self.config, self._times)
-        check_scores(scores, batch.completion_mask, step)
-        return scores
-
-    def _update(
-        self, batch: Batch, scores: TokenScores, advantages: Advantages, step: int
-    ) -> dict[str, float]:
-        """Update the weights; refuse to continue where they or many gradients are not finite."""
-        config = self.config
-        advice = _LESS_IN_UPDATES.format(config.train.tokens_per_microbatch)
-        order = torch.Generator().manual_seed(seed_for(config.train.seed, step, "minibatches"))
-        with (
-            self._times.phase("update"),
-            memory_errors(f"updating the weights in step {step}", advice),
-        ):
-            update = update_policy(
-                self.learner, self.teacher, batch, scores, advantages, config, order
-            )
-        skipped = int(update["skipped_updates"])
-        is_none_made = math.isnan(update["grad_norm"])
-        self._skipped_in_a_row = self._skipped_in_a_row + skipped if is_none_made else 0
-        check_update(self.student.model, self._skipped_in_a_row, step, self._record.saved_step)
-        return update
-
-    def _advantages(self, batch: Batch, scores: TokenScores, step: int) -> Advantages:
-        """Compute the method's advantages; what it refuses names the step."""
-        try:
-            return compute_advantages(
-                batch,
-                scores,
-                self.config.algorithm,
-                step,
-                self._record.done.anneal_progress,
-                min_disagreement=self._rounding(),
-            )
-        except ValueError as error:
-            raise AtodError(f"Step {step}: {error}.") from error
-
-    def _rounding(self) -> float:
-        """Return the disagreement, nats per token, that rounding can give two equal models."""
-        scored = [self.student]
-        if isinstance(self.teacher, LocalTeacher):
-            scored.append(self.teacher.policy)
-        is_low = any(policy.layer_dtype != torch.float32 for policy in scored)
-        return LOW_PRECISION_DISAGREEMENT if is_low else MIN_DISAGREEMENT
-
-
-def _note(metrics: dict[str, Any]) -> str:
-    return f"success {metrics['train_success']:.2f}, turns {metrics['turns']:.1f}"
