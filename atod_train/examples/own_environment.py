@@ -42,7 +42,7 @@ class GuessEnv(gymnasium.Env[str, str]):
         return text, float(found), found, False, {"success": found}
 
     def expert(self) -> Bisection:
-        """Return an expert for one episode, see `atod_train.rollout.episode.Expert`."""
+        """Return an expert for one episode, see `atod_train.training.supervised.Expert`."""
         return Bisection()
 
 

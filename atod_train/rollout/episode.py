@@ -19,11 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from atod_gym.dialogue import AgentDialogue
 from atod_gym.envs.turn_env import TurnEnv
-from atod_gym.errors import AtodError
 from atod_gym.parsing import invalid_reason
 from atod_gym.prompts import left_out_note
 from atod_gym.types import Message, ParsedAction, TurnObservation
@@ -74,36 +73,6 @@ class EpisodePrompt:
         return [*self.context, *self.ids]
 
 
-class Expert(Protocol):
-    """Plays an environment's tasks well, for demonstrations and as an agent of `atod-eval`.
-
-    Models that are made from scratch learn from its episodes before the run; language models need
-    none. An environment's method `expert()` returns a new one for each episode, which sees what an
-    agent sees. A method `demonstrator()` is preferred to it in demonstrations; what it returns may
-    know the solution. Not all of its episodes need to succeed: those that fail are left out.
-
-    An attribute `max_turns`, if it has one, is the number of turns after which it has failed.
-    """
-
-    def reset(self, instruction: str, text: str) -> None:
-        """Begin an episode.
-
-        Args:
-            instruction: the task in one sentence; empty where the environment gives none.
-            text: the first observation.
-        """
-
-    def act(self, text: str, admissible_actions: tuple[str, ...], last_action: str | None) -> str:
-        """Return the next action.
-
-        Args:
-            text: the current observation.
-            admissible_actions: what can be done now; empty where the environment gives no list.
-            last_action: what was executed in the last turn, None in the first. In demonstrations
-                it is now and then a random action instead of the expert's: continue from there.
-        """
-
-
 class Episode:
     """One episode of an `EnvPool`.
 
@@ -140,23 +109,6 @@ class Episode:
         """The listed actions, without placeholders that are to be filled in."""
         listed = self.observation["admissible_actions"]
         return tuple([action for action in listed if not TurnEnv.is_placeholder(action)])
-
-    def expert(self) -> Expert:
-        """Return an expert that has been shown the first observation of this episode.
-
-        Raises:
-            AtodError: the environment has none.
-        """
-        unwrapped = self.env.unwrapped
-        make = getattr(unwrapped, "demonstrator", None) or getattr(unwrapped, "expert", None)
-        if make is None:
-            raise AtodError(
-                f"{type(unwrapped).__name__} has no expert() and no demonstrator(), so that there "
-                "are no demonstrations: start from language models, see `Expert`."
-            )
-        expert: Expert = make()
-        expert.reset(self.observation["instruction"], self.observation["text"])
-        return expert
 
     # -- prompts -----------------------------------------------------------------------------------
 

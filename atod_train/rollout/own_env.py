@@ -252,5 +252,5 @@ def check_env(config: EnvConfig, from_scratch: str = "") -> None:
                 f"{config.id} has no expert, and the model {from_scratch} is made from an expert's "
                 "episodes. Start from language models (--model.student smollm2 --model.teacher "
                 "NAME), or give the environment a method expert(), see "
-                "atod_train.rollout.episode.Expert."
+                "atod_train.training.supervised.Expert."
             )

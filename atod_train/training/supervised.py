@@ -1,9 +1,7 @@
 """Supervised training on demonstrations: expert episodes, and models trained on them.
 
-An environment is demonstrated by the player of its `demonstrator()`, which may know more of a task
-than an agent, or else of its `expert()`. An episode longer than the player's `max_turns`, where it
-has that attribute, has failed. Some turns play a random action instead (one that was admissible at
-some turn), so that a model sees how to recover; only the expert's own turns are trained.
+Some turns play a random action instead of the expert's (one that was admissible at some turn), so
+that a model sees how to recover; only the expert's own turns are trained.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from atod_train.models.policy import Policy
 from atod_train.progress import progress
 from atod_train.records import Batch, TokenizedTurn, Trajectory, Turn
 from atod_train.rollout.env_pool import EnvPool
+from atod_train.rollout.episode import Episode
 from atod_train.rollout.rollout import seed_for, tasks_for_step
 from atod_train.training.checks import DivergedError
 
@@ -33,6 +32,54 @@ _EXPERT_TOKENS = 180
 """Completion tokens of an update, about; it takes more episodes where they are short."""
 _SCORED_WORDS = 4096
 """With a larger vocabulary, fewer observation tokens are scored, so that it costs the same."""
+
+
+class Expert(Protocol):
+    """Plays an environment's tasks well, for demonstrations and as an agent of `atod-eval`.
+
+    Models that are made from scratch learn from its episodes before the run; language models need
+    none. An environment's method `expert()` returns a new one for each episode, which sees what an
+    agent sees. A method `demonstrator()` is preferred to it in demonstrations; what it returns may
+    know the solution. Not all of its episodes need to succeed: those that fail are left out.
+
+    An attribute `max_turns`, if it has one, is the number of turns after which it has failed.
+    """
+
+    def reset(self, instruction: str, text: str) -> None:
+        """Begin an episode.
+
+        Args:
+            instruction: the task in one sentence; empty where the environment gives none.
+            text: the first observation.
+        """
+
+    def act(self, text: str, admissible_actions: tuple[str, ...], last_action: str | None) -> str:
+        """Return the next action.
+
+        Args:
+            text: the current observation.
+            admissible_actions: what can be done now; empty where the environment gives no list.
+            last_action: what was executed in the last turn, None in the first. In demonstrations
+                it is now and then a random action instead of the expert's: continue from there.
+        """
+
+
+def expert_of(episode: Episode) -> Expert:
+    """Return an expert that has been shown the first observation of an episode.
+
+    Raises:
+        AtodError: the environment has none.
+    """
+    env = episode.env.unwrapped
+    make = getattr(env, "demonstrator", None) or getattr(env, "expert", None)
+    if make is None:
+        raise AtodError(
+            f"{type(env).__name__} has no expert() and no demonstrator(), so that there are no "
+            "demonstrations: start from language models, see `Expert`."
+        )
+    expert: Expert = make()
+    expert.reset(episode.observation["instruction"], episode.observation["text"])
+    return expert
 
 
 def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Trajectory]:
@@ -63,7 +110,7 @@ def _demonstrate_one(
     pool: EnvPool, task_id: str, noise: float, rng: np.random.Generator
 ) -> Trajectory | None:
     [episode] = pool.start([task_id])
-    expert = episode.expert()
+    expert = expert_of(episode)
     limit = getattr(expert, "max_turns", math.inf)
     action: str | None = None
     seen: list[str] = []

@@ -21,6 +21,7 @@ from atod_train.examples.own_environment import GuessEnv
 from atod_train.reports.metrics import read_metrics
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.own_env import check_env
+from atod_train.training.supervised import expert_of
 
 GUESS = EnvConfig(
     id="atod_train.examples.own_environment:my/Guess-v0", max_turns=6, eval_splits=("test",)
@@ -161,7 +162,7 @@ def test_seeds_are_the_tasks_of_an_environment_without_any() -> None:
             [episode] = pool.start([task_id])
             expected.reset(seed=int(task_id.removeprefix("seed-")))
             assert episode.env.unwrapped.number == expected.number
-            expert, action = episode.expert(), None
+            expert, action = expert_of(episode), None
             while episode.stop_reason is None:
                 action = expert.act(episode.observation["text"], (), action)
                 pool.play([episode], [action])
