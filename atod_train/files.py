@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,6 +62,44 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(target: Path, identity: str, *, last: str) -> Iterator[Path]:
+    """Replace a folder of files: it appears when it is complete.
+
+    Args:
+        target: the folder, which may exist.
+        identity: name of a file. Where it is the same in the folder that exists, files are replaced
+            one by one, so that each is there at every moment; else they must not be mixed, and the
+            folder is replaced as a whole.
+        last: glob of the files that are replaced last.
+
+    Yields:
+        The folder to write to, deleted when the block raises; `target` then stays as it is.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        old, new = target / identity, partial / identity
+        if not old.is_file() or old.read_bytes() != new.read_bytes():
+            previous = partial.with_name(f"{partial.name}-previous")
+            if target.exists():
+                target.rename(previous)
+            partial.rename(target)
+            shutil.rmtree(previous, ignore_errors=True)
+            return
+        files = sorted(partial.iterdir(), key=lambda file: file.match(last))
+        for file in files:
+            os.replace(file, target / file.name)
+        names = {file.name for file in files}
+        for file in target.iterdir():
+            if file.name not in names and file.is_file():
+                file.unlink()
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from atod_gym.errors import AtodError
+from atod_train.files import replacing_folder
 from atod_train.models.lora import merged_weights
 
 NO_LIMIT = 2**30
@@ -133,52 +132,26 @@ class Policy:
                 raise AtodError(
                     f"Model {self.name} is not saved: {name} holds NaN or infinity. Lower train.lr."
                 )
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            # One file of weights: it is replaced as a whole.
-            self.model.save_pretrained(partial, state_dict=weights, max_shard_size="10TB")
-            self.tokenizer.save_pretrained(partial)
-            # safetensors makes files that only their owner can read; others serve the model too.
-            for weights_file in partial.glob("*.safetensors"):
-                weights_file.chmod((partial / "config.json").stat().st_mode)
-            if card:
-                (partial / "README.md").write_text(card, encoding="utf-8")
-            _put_in_place(partial, target)
+            with replacing_folder(Path(path), "config.json", last="*.safetensors") as partial:
+                # One file of weights: it is replaced as a whole.
+                self.model.save_pretrained(partial, state_dict=weights, max_shard_size="10TB")
+                self.tokenizer.save_pretrained(partial)
+                # safetensors makes files that only their owner can read.
+                for weights_file in partial.glob("*.safetensors"):
+                    weights_file.chmod((partial / "config.json").stat().st_mode)
+                if card:
+                    (partial / "README.md").write_text(card, encoding="utf-8")
         except SafetensorError as error:
             raise AtodError(
-                f"The model {target} could not be written ({error}). Free disk space; what was "
+                f"The model {path} could not be written ({error}). Free disk space; what was "
                 "saved before is untouched."
             ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _embedding(self) -> Tensor:
         weight = self.model.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
         return weight
-
-
-def _put_in_place(made: Path, target: Path) -> None:
-    """Give a finished folder of a model its name, which another may have."""
-    old, new = target / "config.json", made / "config.json"
-    if not old.is_file() or old.read_bytes() != new.read_bytes():
-        # Files of two models must not be mixed.
-        previous = made.with_name(f"{made.name}-previous")
-        if target.exists():
-            target.rename(previous)
-        made.rename(target)
-        shutil.rmtree(previous, ignore_errors=True)
-        return
-    # The weights last, for a model that is loaded meanwhile.
-    files = sorted(made.iterdir(), key=lambda file: file.suffix == ".safetensors")
-    for file in files:
-        os.replace(file, target / file.name)
-    for file in target.iterdir():
-        if file.name not in {kept.name for kept in files} and file.is_file():
-            file.unlink()
 
 
 def max_positions(config: Any) -> int | None:
