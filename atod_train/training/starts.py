@@ -51,6 +51,9 @@ _NOISE = 0.2
 
 _MODES: tuple[EvaluationMode, ...] = ("greedy", "sampled")
 
+_threads_before: list[int] = []
+"""Number of threads before `choose_threads` lowered it; empty: it did not."""
+
 
 # -- models ----------------------------------------------------------------------------------------
 
@@ -80,11 +83,16 @@ def policy_of(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> Policy:
 def choose_threads(config: RunConfig) -> None:
     """Compute with one thread where all models are tiny: more only wait for each other.
 
-    Larger models get torch's choice, and OMP_NUM_THREADS decides where it is set.
+    Larger models get as many as there were before, and OMP_NUM_THREADS decides where it is set.
     """
-    models = {config.model.student, config.model.teacher}
-    if "OMP_NUM_THREADS" not in os.environ and models <= set(MODEL_SHAPES):
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    is_tiny = {config.model.student, config.model.teacher} <= set(MODEL_SHAPES)
+    if is_tiny and not _threads_before:
+        _threads_before.append(torch.get_num_threads())
         torch.set_num_threads(1)
+    elif not is_tiny and _threads_before:
+        torch.set_num_threads(_threads_before.pop())
 
 
 def _origin(config: RunConfig, role: EvaluatedModel) -> tuple[str, float, int]:

@@ -183,16 +183,18 @@ def test_short_episodes_share_an_update(tokens: float, episodes: int) -> None:
     assert supervised._episodes_per_update(records) == episodes  # type: ignore[arg-type]
 
 
-def test_tiny_models_compute_with_one_thread(
+def test_tiny_models_compute_with_one_thread_and_later_ones_with_all(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    threads = [5]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(starts, "_threads_before", [])
     tiny = replace(config, model=replace(config.model, student="mini", teacher="tiny"))
-    for settings, number, expected in ((tiny, "", [1]), (tiny, "3", []), (config, "", [])):
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        if number:
-            monkeypatch.setenv("OMP_NUM_THREADS", number)
-        chosen.clear()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for settings in (config, tiny, tiny, config, config):
         starts.choose_threads(settings)
-        assert chosen == expected
+    assert threads == [5, 1, 5]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    starts.choose_threads(tiny)
+    assert threads == [5, 1, 5]
