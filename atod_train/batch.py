@@ -155,6 +155,37 @@ def split_minibatches(batch: Batch, count: int, generator: torch.Generator) -> l
     return [select_sequences(batch, part.sort().values) for part in parts]
 
 
+def share_of_sequences(batch: Batch, index: int, count: int) -> Tensor:
+    """Return which sequences of a batch a rank works on.
+
+    Groups stay together, since their sequences share prefixes: the longest group first, each to the
+    rank with the fewest tokens so far. With fewer than two groups for each rank, single sequences
+    are assigned instead.
+
+    Args:
+        batch: The same on all ranks.
+        index: Number of the rank.
+        count: Number of ranks.
+
+    Returns:
+        [s] int64, longest first; over all ranks each of the S sequences once.
+    """
+    lengths = batch.attention_mask.sum(dim=1)
+    order = torch.argsort(lengths, descending=True, stable=True)
+    unit_of = torch.zeros_like(lengths)
+    unit_of[batch.sequence_index] = batch.group_index[batch.trajectory_index]
+    if len(unit_of.unique()) < 2 * count:
+        unit_of = torch.arange(len(lengths))
+    units, inverse = unit_of.unique(return_inverse=True)
+    tokens = torch.zeros(len(units), dtype=lengths.dtype).index_add(0, inverse, lengths)
+    owner = torch.zeros_like(units)
+    loads = [0] * count
+    for unit in torch.argsort(tokens, descending=True, stable=True).tolist():
+        owner[unit] = loads.index(min(loads))
+        loads[int(owner[unit])] += int(tokens[unit])
+    return order[owner[inverse][order] == index]
+
+
 def length_buckets(lengths: Tensor, tokens_per_microbatch: int) -> list[Tensor]:
     """Group sequences of like length so that each group, padded, keeps to a token budget.
 

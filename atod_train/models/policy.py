@@ -118,9 +118,7 @@ class Policy:
 
         Adapters are merged into the weights that they adapt; the policy itself keeps them apart.
         The folder appears when it is complete. An existing folder is replaced; if its configuration
-        is the same, it holds a whole model at every moment.
-
-        `card` is the text of its README.md, where there is one.
+        is the same, it holds a whole model at every moment. `card` is the text of its README.md.
 
         Raises:
             AtodError: a weight is NaN or infinite, or the weights cannot be written; what was

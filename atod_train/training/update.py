@@ -19,7 +19,7 @@ from torch import Tensor
 
 from atod_train.algorithm.atod import aggregate_tokens, clipped_policy_loss, loss_normalizer, masked
 from atod_train.algorithm.methods import Advantages, auxiliary_loss, exact_top_k
-from atod_train.batch import select_sequences, split_minibatches
+from atod_train.batch import select_sequences, share_of_sequences, split_minibatches
 from atod_train.config import AlgorithmConfig, RunConfig
 from atod_train.distributed import Processes
 from atod_train.models.fast.prefix_trees import crossover_of, group_trees, sequences_of
@@ -238,8 +238,9 @@ class Learner:
         mine = _share(part, self.processes)
         missing = 0
         if self.processes.sharding is not None:
-            passes = 0 if mine is None else self._passes(mine, tokens_per_microbatch)
-            missing = max(self.processes.gather([passes])) - passes
+            model, sequences = self.policy.model, [] if mine is None else sequences_of(mine)
+            own = len(group_trees(sequences, tokens_per_microbatch, crossover_of(model)))
+            missing = max(self.processes.gather([own])) - own
         if mine is not None:
             yield from score_microbatches(self.policy, mine, tokens_per_microbatch, **asked)
         # Dummy passes: every rank joins the same number of FSDP collectives.
@@ -247,10 +248,6 @@ class Learner:
         for _ in range(missing):
             for _, scores in score_microbatches(self.policy, select_sequences(part, shortest)):
                 (0.0 * scores.logprobs.sum()).backward()
-
-    def _passes(self, mine: Batch, budget: int) -> int:
-        crossover = crossover_of(self.policy.model)
-        return len(group_trees(sequences_of(mine), budget, crossover))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a part of the loss."""
@@ -305,35 +302,5 @@ class Learner:
 
 def _share(batch: Batch, processes: Processes) -> Batch | None:
     """Return this rank's sequences; None: there are fewer sequences than ranks."""
-    own = share_of_sequences(batch, processes)
+    own = share_of_sequences(batch, processes.index, processes.count)
     return select_sequences(batch, own) if len(own) else None
-
-
-def share_of_sequences(batch: Batch, processes: Processes) -> Tensor:
-    """Return which sequences of a batch this rank works on.
-
-    Groups stay together, since their sequences share prefixes: the longest group first, each to the
-    rank with the fewest tokens so far. With fewer than two groups for each rank, single sequences
-    are assigned instead.
-
-    Args:
-        batch: the same on all ranks.
-        processes: this rank among others.
-
-    Returns:
-        [s] int64, longest first; over all ranks each of the S sequences once.
-    """
-    lengths = batch.attention_mask.sum(dim=1)
-    order = torch.argsort(lengths, descending=True, stable=True)
-    unit_of = torch.zeros_like(lengths)
-    unit_of[batch.sequence_index] = batch.group_index[batch.trajectory_index]
-    if len(unit_of.unique()) < 2 * processes.count:
-        unit_of = torch.arange(len(lengths))
-    units, inverse = unit_of.unique(return_inverse=True)
-    tokens = torch.zeros(len(units), dtype=lengths.dtype).index_add(0, inverse, lengths)
-    owner = torch.zeros_like(units)
-    loads = [0] * processes.count
-    for unit in torch.argsort(tokens, descending=True, stable=True).tolist():
-        owner[unit] = loads.index(min(loads))
-        loads[int(owner[unit])] += int(tokens[unit])
-    return order[owner[inverse][order] == processes.index]

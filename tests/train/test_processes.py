@@ -18,13 +18,13 @@ from test_trainer import _numbers as numbers
 
 from atod_gym.errors import InvalidSettingError
 from atod_train import distributed
+from atod_train.batch import share_of_sequences
 from atod_train.config import RunConfig
 from atod_train.distributed import Processes, join_processes
 from atod_train.files import read_json
 from atod_train.reports.metrics import read_evaluations
 from atod_train.studies.study import train_one
 from atod_train.training.checkpoint import load_latest
-from atod_train.training.update import share_of_sequences
 
 HERE = Path(__file__).parent
 # Three groups for two processes.
@@ -193,7 +193,7 @@ def test_groups_stay_together_where_there_are_enough() -> None:
     for groups, whole in ((6, True), (2, False)):
         group_index = torch.arange(12) * groups // 12
         grouped = replace(batch, group_index=group_index)
-        shares = [share_of_sequences(grouped, Processes(index, 2)) for index in range(2)]
+        shares = [share_of_sequences(grouped, index, 2) for index in range(2)]
         assert sorted(torch.cat(shares).tolist()) == list(range(12))
         owners = [set(group_index[share].tolist()) for share in shares]
         assert (not owners[0] & owners[1]) == whole
