@@ -128,7 +128,9 @@ def test_without_passes_nothing_is_trained(config: RunConfig, pool: EnvPool) -> 
         assert torch.equal(weight, found.model.get_parameter(name)), name
 
 
-def test_the_expert_may_have_fewer_turns_than_the_student(pool: EnvPool) -> None:
+def test_the_expert_may_have_fewer_turns_than_the_student(
+    pool: EnvPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     longest = max(len(shown.turns) for shown in demonstrate(pool, 16, 0.2, 0))
 
     class Hurried:
@@ -139,17 +141,9 @@ def test_the_expert_may_have_fewer_turns_than_the_student(pool: EnvPool) -> None
         def __init__(self, expert: Any) -> None:
             self.act = expert.act
 
-    class Pool:
-        task_ids, play = pool.task_ids, pool.play
-
-        def start(self, task_ids: list[str]) -> Any:
-            [episode] = pool.start(task_ids)
-            expert = episode.expert
-            episode.expert = lambda: Hurried(expert())  # type: ignore[method-assign]
-            return [episode]
-
-    limited: Any = Pool()
-    shown = demonstrate(limited, 16, 0.2, 0)
+    expert_of = supervised.expert_of
+    monkeypatch.setattr(supervised, "expert_of", lambda episode: Hurried(expert_of(episode)))
+    shown = demonstrate(pool, 16, 0.2, 0)
     assert 0 < max(len(episode.turns) for episode in shown) < longest
 
 
