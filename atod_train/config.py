@@ -8,7 +8,6 @@ from typing import Literal
 from atod_gym.parsing import ParseProfile
 
 Method = Literal["atod", "opd", "grpo", "mix", "sod", "tcod", "sdar"]
-Shape = Literal["linear", "cosine", "constant", "adaptive"]
 Aggregation = Literal["token-mean", "trajectory-mean"]
 PromptStyle = Literal["chat", "window"]
 Precision = Literal["auto", "float32", "bfloat16", "mixed"]
@@ -120,7 +119,7 @@ class AlgorithmConfig:
     sod, tcod, sdar: published variants of distillation (see algorithm/methods.py)."""
     kappa: tuple[float, float] = (1.0, 0.1)
     """Coefficient of the teacher's term, first and last (atod). A last value of 0 withdraws the
-    teacher, which helped with teachers near the student."""
+    teacher, which helped with teachers near the student; it is not scored any more."""
     rho: tuple[float, float] = (1.0, 2.0)
     """Coefficient of the reward's term, first and last (atod). A larger last value follows the
     reward more once the teacher has been imitated."""
@@ -128,11 +127,13 @@ class AlgorithmConfig:
     """The teacher's term. sampled: log-ratio of the sampled token (the paper); exact: reverse KL
     over the vocabulary; top-k:64: over the student's 64 most likely tokens and the rest as one. The
     last two need a teacher in this process and have less variance."""
-    anneal_steps: int = 80
-    """Steps from the first to the last coefficients. About half of train.steps is the paper's."""
-    shape: Shape = "linear"
-    """Course of the annealing. adaptive: no length; it advances with the share of groups in which a
-    trajectory succeeds. constant: the first coefficients stay."""
+    schedule: str = "linear:80"
+    """Course of kappa and rho (atod). linear:80, cosine:80: from the first to the last values in 80
+    steps; about half of train.steps is the paper's. constant: the first values stay. adaptive: no
+    length; it advances with the share of groups in which a trajectory succeeds. gap: kappa falls
+    from its first value to 0 as the student's training success nears the teacher's, which plays a
+    step's tasks before the run; gap:0.62 gives that success. handoff:40: the teacher's term alone
+    for 40 steps, then the reward's alone; handoff: until their disagreement stops falling."""
     turn_weights: str = "soft_or"
     """Weights of the teacher's term. soft_or: T-DUR (the paper); uniform: none; disagreement,
     uncertainty: one of its parts; token: per token; top:0.5: the highest half of the turns;
@@ -156,7 +157,7 @@ class TrainConfig:
 
     steps: int = 100
     """Optimiser cycles: rollout, scores, advantages, updates. The schedule has a length of its own
-    (algorithm.anneal_steps). A finished run continues with more."""
+    (algorithm.schedule). A finished run continues with more."""
     tasks_per_step: int = 16
     """Tasks that are played in a step, each by a group of episodes (published: 16)."""
     group_size: int = 8

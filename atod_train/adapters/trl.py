@@ -129,7 +129,8 @@ class ATODTrainer(GRPOTrainer):
         *args: as of `GRPOTrainer`.
         teacher: the model that scores the student's tokens, as a model, folder or hub name; None:
             no teacher's part, whatever kappa is.
-        schedule: kappa and rho over the optimiser steps; the paper's by default.
+        schedule: kappa and rho over the optimiser steps; the paper's by default. Schedules that
+            follow the run, such as adaptive and gap, are those of atod-train alone.
         turn_weights: `soft_or` is T-DUR, `uniform` none; `disagreement` and `uncertainty` are
             its parts.
         **kwargs: as of `GRPOTrainer`.

@@ -4,7 +4,8 @@ Load this module in every process of verl: VERL_USE_EXTERNAL_MODULES=atod_train.
 the environment. Then `trainer.v1.trainer_mode=atod` is verl's synchronous trainer, and after its
 own advantages, such as those of GRPO, come ATOD's: kappa w_k delta_t + rho A (Eq. 8). The teacher
 is what verl's reference worker holds; `+trainer.v1.atod.teacher=<model>` names it. The other
-settings have the names of `AlgorithmConfig`, as in `+trainer.v1.atod.kappa=[1,0.1]`. An advantage
+settings have the names of `AlgorithmConfig`, as in `+trainer.v1.atod.kappa=[1,0.1]`; schedules that
+follow the run (adaptive, gap, handoff without a number) are those of atod-train alone. An advantage
 estimator of verl would not do: it is given rewards and masks, neither log-probs nor the step.
 
 `ATODAgentLoop` plays a row of `atod_gym.adapters.verl.task_dataset`; a file for
@@ -34,7 +35,7 @@ from atod_gym.errors import InvalidSettingError, MissingExtraError
 from atod_train.adapters.objective import Variant, mixed_advantages
 from atod_train.adapters.rows import TokenPlayer, outcome, rows_of
 from atod_train.algorithm.atod import Schedule
-from atod_train.algorithm.methods import schedule_of
+from atod_train.algorithm.schedules import has_state, schedule_of
 from atod_train.config import AlgorithmConfig, EnvConfig
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.records import Trajectory
@@ -84,7 +85,7 @@ class ATODSettings:
         Raises:
             InvalidSettingError: an unknown name, or values out of range.
         """
-        known = ("anneal_steps", "kappa", "rho", "shape", "teacher", "turn_weights")
+        known = ("kappa", "rho", "schedule", "teacher", "turn_weights")
         if unknown := sorted(set(config) - set(known)):
             raise InvalidSettingError(
                 f"trainer.v1.atod has no setting {unknown[0]!r}; known: {', '.join(known)}."
@@ -92,15 +93,20 @@ class ATODSettings:
         values = dict(config)
         teacher = str(values.pop("teacher", ""))
         settings = AlgorithmConfig(**values)
-        if settings.shape == "adaptive" or settings.turn_weights not in get_args(Variant):
-            raise InvalidSettingError(
-                "trainer.v1.atod: shape adaptive and turn weights other than "
-                f"{', '.join(get_args(Variant))} are those of atod-train alone."
-            )
         try:
+            if settings.turn_weights not in get_args(Variant):
+                raise ValueError(
+                    f"turn_weights={settings.turn_weights} is one of atod-train alone; choose one "
+                    f"of {', '.join(get_args(Variant))}"
+                )
+            if has_state(settings):
+                raise ValueError(
+                    f"schedule={settings.schedule} follows the run and is one of atod-train alone; "
+                    "choose linear:80, cosine:80, constant or handoff:40"
+                )
             return cls(schedule_of(settings), cast(Variant, settings.turn_weights), teacher)
         except (TypeError, ValueError) as error:
-            raise InvalidSettingError(f"trainer.v1.atod: {error}") from error
+            raise InvalidSettingError(f"trainer.v1.atod: {error}.") from error
 
 
 _free: dict[tuple[str, str], list[EnvPool]] = defaultdict(list)

@@ -24,7 +24,7 @@ Values on padding (mask False) never matter, not even NaN; results are 0 there.
 
 Deviations from the paper, and points that no source settles (open):
 - The log-ratio of new to old policy is held within +-20, so that exp() stays finite.
-- Schedule shapes cosine and constant are additions.
+- Schedule shapes cosine, constant and handoff are additions.
 - A group of one, or of returns equal but for rounding, gives exactly 0, not NaN or noise / eps.
 - A range of statistics that is no more than rounding is no range (`min_max`).
 - The ablations (token-level, top-fraction, smoothing, mean-preserving) are in weights.py.
@@ -49,7 +49,8 @@ MIN_DISAGREEMENT = 0.01  # nats per token; below it T-DUR's weights are 1 throug
 class Schedule:
     """Kappa and rho over the steps: from teacher to return (Eq. 10-12).
 
-    `shape` is linear (the paper), cosine (half a wave between the same end points) or constant:
+    `shape` is linear (the paper), cosine (half a wave between the same end points), handoff
+    (kappa_init and no return for `anneal_steps` steps, then rho_init and no teacher) or constant:
     the initial values stay, as they do when `anneal_steps` <= 0. ValueError for anything else, for
     a negative coefficient, and for end points in the wrong order.
     """
@@ -59,11 +60,11 @@ class Schedule:
     rho_init: float = 1.0
     rho_max: float = 2.0
     anneal_steps: int = 80
-    shape: Literal["linear", "cosine", "constant"] = "linear"
+    shape: Literal["linear", "cosine", "constant", "handoff"] = "linear"
 
     def __post_init__(self) -> None:
-        if self.shape not in ("linear", "cosine", "constant"):
-            raise ValueError(f"shape is {self.shape!r}; choose linear, cosine or constant")
+        if self.shape not in ("linear", "cosine", "constant", "handoff"):
+            raise ValueError(f"shape is {self.shape!r}; choose linear, cosine, constant or handoff")
         if not (0.0 <= self.kappa_min <= self.kappa_init and 0.0 <= self.rho_init <= self.rho_max):
             raise ValueError(
                 f"{self}: kappa falls and rho rises; choose 0 <= kappa_min <= kappa_init "
@@ -74,11 +75,15 @@ class Schedule:
         """Share of the way from the initial to the final coefficients, in [0, 1]."""
         if self.shape == "constant" or self.anneal_steps <= 0:
             return 0.0
+        if self.shape == "handoff":
+            return float(step > self.anneal_steps)
         elapsed = min(max(step / self.anneal_steps, 0.0), 1.0)
         return elapsed if self.shape == "linear" else (1.0 - math.cos(math.pi * elapsed)) / 2.0
 
     def coefficients_at(self, progress: float) -> tuple[float, float]:
         """(kappa, rho) at a progress in [0, 1], wherever that progress comes from."""
+        if self.shape == "handoff":
+            return (self.kappa_init, 0.0) if progress < 1.0 else (0.0, self.rho_init)
         kappa = self.kappa_init - (self.kappa_init - self.kappa_min) * progress
         rho = self.rho_init + (self.rho_max - self.rho_init) * progress
         return max(self.kappa_min, kappa), rho

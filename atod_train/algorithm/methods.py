@@ -3,7 +3,7 @@
 Every method is A_t = kappa * w * delta_t + rho * A_i (Eq. 8):
 
     method  kappa     rho       w                              besides
-    atod    schedule  schedule  T-DUR, or an ablated variant
+    atod    schedule  schedule  T-DUR, or an ablated variant   arXiv:2606.27814
     grpo    0         1         -                              no teacher
     opd     1         0         1
     mix     1         1         1
@@ -11,9 +11,10 @@ Every method is A_t = kappa * w * delta_t + rho * A_i (Eq. 8):
     tcod    1         0         1                              `turn_limit`, arXiv:2604.24005
     sdar    0         1         -                              `auxiliary_loss`, arXiv:2605.15155
 
-The file stands in the order of use: what a method is, how far annealing has come, advantages,
-losses; weights of the teacher's term are in `weights.py`. Names and shapes as in `atod.py`;
-results are detached, but for the losses. The trainer never asks which method it runs.
+The file stands in the order of use: what a method is, advantages, losses. Schedules are in
+`schedules.py`, which has their table; weights of the teacher's term are in `weights.py`. Names and
+shapes as in `atod.py`; results are detached, but for the losses. The trainer never asks which
+method it runs.
 
 With opd_signal exact or top-k, delta_t is minus the reverse KL over the vocabulary instead of the
 log-ratio of the sampled token.
@@ -21,7 +22,6 @@ log-ratio of the sampled token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +30,6 @@ from torch import Tensor
 
 from atod_train.algorithm.atod import (
     MIN_DISAGREEMENT,
-    Schedule,
     aggregate_tokens,
     atod_advantages,
     group_advantages,
@@ -40,6 +39,7 @@ from atod_train.algorithm.atod import (
     turn_statistics,
     turn_weights,
 )
+from atod_train.algorithm.schedules import has_state, schedule_of
 from atod_train.algorithm.weights import (
     keep_top_fraction,
     parse_turn_weights,
@@ -48,7 +48,7 @@ from atod_train.algorithm.weights import (
     token_weights,
 )
 from atod_train.config import AlgorithmConfig
-from atod_train.records import Batch, TokenScores, Trajectory
+from atod_train.records import Batch, TokenScores
 
 TCOD_STEPS_PER_TURN = 6
 SDAR_COEFFICIENT = 0.01
@@ -56,8 +56,6 @@ SDAR_GATE_SHARPNESS = 5.0
 LOW_PRECISION_DISAGREEMENT = 0.05
 """Nats per token: in bfloat16 the log-probs of two equal models differ by 0.046 on average
 (SmolLM2-135M), which `MIN_DISAGREEMENT` would take for a signal."""
-ADAPTIVE_RATE = 0.04
-"""Progress of an adaptive schedule per step in which every group has a success."""
 
 # -- what a method is ------------------------------------------------------------------------------
 
@@ -98,6 +96,35 @@ def needs_teacher(method: str) -> bool:
     return method_of(method).needs_teacher
 
 
+def coefficients(
+    settings: AlgorithmConfig, step: int, progress: float = 0.0
+) -> tuple[float, float]:
+    """Return kappa and rho of optimiser cycle `step`, counted from 1.
+
+    Args:
+        settings: method, coefficients and schedule.
+        step: optimiser cycle.
+        progress: of a schedule that has a state, in [0, 1]; others take `step`.
+    """
+    method = method_of(settings.method)
+    if method.kappa is not None and method.rho is not None:
+        return method.kappa, method.rho
+    schedule = schedule_of(settings)
+    return (
+        schedule.coefficients_at(progress) if has_state(settings) else schedule.coefficients(step)
+    )
+
+
+def scores_teacher(settings: AlgorithmConfig, step: int, progress: float = 0.0) -> bool:
+    """Return whether a step scores completions with the teacher; arguments as `coefficients`.
+
+    A schedule withdraws the teacher where kappa is 0: its scores would change nothing.
+    """
+    method = method_of(settings.method)
+    is_withdrawn = method.kappa is None and coefficients(settings, step, progress)[0] == 0.0
+    return method.needs_teacher and not is_withdrawn
+
+
 def exact_top_k(settings: AlgorithmConfig) -> int | None:
     """Return how many tokens `opd_signal` compares one by one: 0: all; None: sampled tokens only.
 
@@ -131,43 +158,6 @@ def turn_limit(settings: AlgorithmConfig, step: int, max_turns: int) -> int:
     if settings.method != "tcod":
         return max_turns
     return min(1 + step // TCOD_STEPS_PER_TURN, max_turns)
-
-
-# -- how far annealing has come --------------------------------------------------------------------
-
-
-def schedule_of(settings: AlgorithmConfig) -> Schedule:
-    """Return the schedule of method atod; where it adapts itself, only its end points count."""
-    shape = "linear" if settings.shape == "adaptive" else settings.shape
-    return Schedule(*settings.kappa, *settings.rho, anneal_steps=settings.anneal_steps, shape=shape)
-
-
-def is_adaptive(settings: AlgorithmConfig) -> bool:
-    """Return whether progress comes from the run itself, see `moved_on`."""
-    return settings.method == "atod" and settings.shape == "adaptive"
-
-
-def solved_groups(trajectories: Sequence[Trajectory]) -> float:
-    """Return the share of a step's groups in which a trajectory reached the goal, 0 to 1."""
-    groups = {trajectory.group_id for trajectory in trajectories}
-    solved = {trajectory.group_id for trajectory in trajectories if trajectory.success}
-    return len(solved) / len(groups)
-
-
-def moved_on(progress: float, solved: float) -> float:
-    """Return the progress of an adaptive schedule after a step; it never falls.
-
-    Reinforcement learning has no signal where all trajectories of a group fail alike, and that is
-    where the teacher is needed. So progress, which `Schedule.coefficients_at` turns into kappa and
-    rho, rises by `ADAPTIVE_RATE` times the share of groups with a success: a weak start keeps the
-    teacher, a strong one anneals in little more than 25 steps. (Ours; TIDE and RetireOPD,
-    arXiv:2609.20784, wait until the disagreement with the teacher stops falling.)
-
-    ValueError for a number that is not between 0 and 1.
-    """
-    if not (0 <= progress <= 1 and 0 <= solved <= 1):
-        raise ValueError(f"progress {progress} and share {solved} must be between 0 and 1")
-    return min(1.0, progress + ADAPTIVE_RATE * solved)
 
 
 # -- advantages ------------------------------------------------------------------------------------
@@ -216,12 +206,12 @@ def compute_advantages(
             anything.
         settings: method, coefficients and variants.
         step: optimiser cycle, counted from 1.
-        progress: of an adaptive schedule, in [0, 1]; others take `step`.
+        progress: of a schedule that has a state, in [0, 1]; others take `step`.
         min_disagreement: nats per token below which the teacher's weights are 1; more where a
             model is scored in low precision, whose rounding is no disagreement.
 
     Raises:
-        ValueError: an unknown method; no reference_logprobs for a method that needs them; a
+        ValueError: an unknown method; no reference_logprobs in a step that needs them; a
             log-probability of student or teacher that is not finite on a sampled token (names the
             turn rows: such a token would give an infinite advantage and NaN gradients); a return
             that is not finite.
@@ -229,7 +219,7 @@ def compute_advantages(
     mask, student = batch.completion_mask, scores.logprobs
     teacher = scores.reference_logprobs
     if teacher is None:
-        if needs_teacher(settings.method):
+        if scores_teacher(settings, step, progress):
             raise ValueError(f"method {settings.method} needs reference_logprobs; they are None")
         teacher = student  # delta = 0 and d = 0
     with torch.no_grad():
@@ -239,7 +229,7 @@ def compute_advantages(
         if scores.divergences is not None:
             log_ratio = masked(-scores.divergences, mask)
             disagreement = mean_over_tokens(log_ratio.abs(), mask)
-        kappa, rho = _coefficients(settings, step, progress)
+        kappa, rho = coefficients(settings, step, progress)
         weights = _weights(
             batch, student, settings, log_ratio, disagreement, uncertainty, min_disagreement
         )
@@ -258,16 +248,6 @@ def compute_advantages(
             rho=rho,
             divergence_weights=kappa * per_token if is_exact else None,
         )
-
-
-def _coefficients(settings: AlgorithmConfig, step: int, progress: float) -> tuple[float, float]:
-    method = method_of(settings.method)
-    if method.kappa is not None and method.rho is not None:
-        return method.kappa, method.rho
-    schedule = schedule_of(settings)
-    if is_adaptive(settings):
-        return schedule.coefficients_at(progress)
-    return schedule.coefficients(step)
 
 
 def _row_advantages(batch: Batch, settings: AlgorithmConfig) -> Tensor:

@@ -55,7 +55,8 @@ overrides = f"""data.train_files={out}/{train}.parquet data.val_files={out}/{tes
  trainer.save_freq={options.save_every} trainer.max_actor_ckpt_to_keep=2
  trainer.default_local_dir={out}/checkpoints trainer.resume_mode=auto
  trainer.test_freq={options.eval_every} trainer.val_before_train=True trainer.logger=[console]
- trainer.v1.trainer_mode=atod +{atod}.teacher={options.teacher} +{atod}.anneal_steps=80""".split()
+ trainer.v1.trainer_mode=atod +{atod}.teacher={options.teacher}
+ +{atod}.schedule=linear:80""".split()
 print("VERL_USE_EXTERNAL_MODULES=atod_train.adapters.verl", end=" ")
 print("python -m verl.trainer.main_ppo", shlex.join(overrides))
 try:

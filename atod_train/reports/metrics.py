@@ -5,7 +5,8 @@ number that is not finite is written as null. Shares and rates are 0..1.
 
     step                  1-based optimiser cycle
     kappa, rho            coefficients of the distillation and the reward term
-    anneal_progress       of an adaptive schedule, 0 to 1
+    anneal_progress       of a schedule that follows the run, 0 to 1
+    teacher_success       of schedule gap: success of the teacher, measured before the run
     opd_signal            mean over tokens of |kappa * w * delta|
     rl_signal             mean over tokens of |rho * A|
     turn_weight           mean turn weight w

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atod_gym.types import Message
 from atod_train.algorithm.atod import masked
-from atod_train.algorithm.methods import Advantages, solved_groups
+from atod_train.algorithm.methods import Advantages
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.records import Batch, TokenScores, Trajectory
 from atod_train.reports.rows import TurnStatistics, to_row
@@ -58,6 +58,13 @@ def batch_metrics(
         "rollout/truncated_prompts": sum(turn.turns_left_out > 0 for turn in turns) / len(turns),
         **{f"actions/{verb}": n / len(trajectories) for verb, n in sorted(verbs.items())},
     }
+
+
+def solved_groups(trajectories: Sequence[Trajectory]) -> float:
+    """Return the share of a step's groups in which a trajectory reached the goal, 0 to 1."""
+    groups = {trajectory.group_id for trajectory in trajectories}
+    solved = {trajectory.group_id for trajectory in trajectories if trajectory.success}
+    return len(solved) / len(groups)
 
 
 def rendering_drift(trajectories: Sequence[Trajectory], dialogue: DialogueEncoder) -> float | None:

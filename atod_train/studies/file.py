@@ -13,7 +13,7 @@ A study file has the settings of `atod-train <preset>` by their names on the com
     [runs.opd]
     "algorithm.method" = "opd"
     [runs.adaptive]
-    "algorithm.shape" = "adaptive"
+    "algorithm.schedule" = "adaptive"
 
 Runs may change `algorithm.*` and `train.*` alone, so that start, teacher and tasks are the same for
 all of them; `train.seed` is for `seeds` to decide.

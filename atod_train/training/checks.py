@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.algorithm.atod import clipped_policy_loss
-from atod_train.algorithm.methods import exact_top_k, schedule_of
+from atod_train.algorithm.methods import exact_top_k
+from atod_train.algorithm.schedules import measures_teacher, schedule_of
 from atod_train.algorithm.weights import parse_turn_weights
 from atod_train.config import SECTIONS, AlgorithmConfig, RunConfig, is_url
 from atod_train.models.pretrained import pick_device
@@ -65,6 +66,12 @@ def check_settings(config: RunConfig) -> None:
         raise InvalidSettingError(
             f"algorithm.opd_signal={config.algorithm.opd_signal} needs a teacher in this process, "
             f"not the server {config.model.teacher}."
+        )
+    if measures_teacher(config.algorithm) and is_url(config.model.teacher):
+        raise InvalidSettingError(
+            f"algorithm.schedule=gap lets the teacher play, and the server {config.model.teacher} "
+            "only scores tokens. Give the teacher's success on the training tasks, such as "
+            "--algorithm.schedule gap:0.62."
         )
 
 

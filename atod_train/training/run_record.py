@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from atod_gym.errors import AtodError
+from atod_train.algorithm.schedules import ScheduleState
 from atod_train.config import RunConfig
 from atod_train.distributed import Processes
 from atod_train.files import read_json, without_infinities, write_json
@@ -54,13 +55,15 @@ class Progress:
     minutes: float = 0.0
     tokens: int = 0
     trajectories: int = 0
-    annealing: dict[str, Any] = field(default_factory=dict)
-    """State of an adaptive schedule, under the key `progress`."""
+    schedule: ScheduleState = field(default_factory=ScheduleState)
+    """Of a schedule that follows the run."""
 
-    @property
-    def anneal_progress(self) -> float:
-        """Progress of an adaptive schedule, 0 to 1; see `atod_train.algorithm.methods`."""
-        return float(self.annealing.get("progress", 0.0))
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Progress:
+        """Return the totals that a checkpoint holds."""
+        state = record["schedule"]
+        schedule = ScheduleState(**{**state, "seen": tuple(state["seen"])})
+        return cls(**{**record, "schedule": schedule})
 
 
 class RunRecord:
@@ -171,7 +174,7 @@ class RunRecord:
         if checkpoint is None:
             return
         self._learner.restore(checkpoint.tensors)
-        self.done = Progress(**checkpoint.metadata["progress"])
+        self.done = Progress.from_json(checkpoint.metadata["progress"])
         self.row = checkpoint.metadata["metrics"]
         self.saved_step = self.done.step
         if self.done.step > self._config.train.steps:

@@ -23,11 +23,11 @@ from atod_train.algorithm.atod import MIN_DISAGREEMENT
 from atod_train.algorithm.methods import (
     LOW_PRECISION_DISAGREEMENT,
     compute_advantages,
-    is_adaptive,
-    moved_on,
     needs_teacher,
+    scores_teacher,
     turn_limit,
 )
+from atod_train.algorithm.schedules import advanced, has_state, measures_teacher
 from atod_train.batch import make_batch
 from atod_train.config import RunConfig
 from atod_train.distributed import Processes
@@ -95,15 +95,17 @@ class Trainer:
         self.processes = processes or Processes()
         self.learner = Learner(student, config.train.lr, self.processes)
         self._train_pool, self._eval_pools, self._known = train_pool, eval_pools, known
-        self._dialogue = DialogueEncoder(
-            student.tokenizer, config.env.prompt_style, config.env.template_options
-        )
+        self._dialogue = self._dialogue_of(student)
         self._times = PhaseTimes()
         self._record = RunRecord(
             config, run_dir, self.learner, self.processes, label or config.algorithm.method
         )
         self._skipped_in_a_row = 0
         self._has_warned = False
+
+    def _dialogue_of(self, policy: Policy) -> DialogueEncoder:
+        env = self.config.env
+        return DialogueEncoder(policy.tokenizer, env.prompt_style, env.template_options)
 
     # -- the run -----------------------------------------------------------------------------------
 
@@ -132,6 +134,8 @@ class Trainer:
         ):
             if isinstance(self.teacher, RemoteTeacher):
                 self.teacher.interrupted = interrupted
+            if measures_teacher(self.config.algorithm) and not record.done.schedule.teacher_success:
+                self._measure(teacher)
             self._evaluate_if_due()
             while record.done.step < settings.steps:
                 self._step(record.done.step + 1)
@@ -212,13 +216,15 @@ class Trainer:
             record.finish_step(done, row | self._times.take(), ())
             return
         batch = make_batch(trajectories, self.student.pad_id)
+        algorithm, schedule = config.algorithm, done.schedule
+        teacher = self.teacher if scores_teacher(algorithm, step, schedule.progress) else None
         advice = _LESS_IN_UPDATES.format(config.train.tokens_per_microbatch)
         with memory_errors(f"scoring the tokens of step {step}", advice):
-            scores = score_batch(self.learner, self.teacher, batch, config, self._times)
+            scores = score_batch(self.learner, teacher, batch, config, self._times)
         check_scores(scores, batch.completion_mask, step)
         try:
             advantages = compute_advantages(
-                batch, scores, config.algorithm, step, done.anneal_progress, self._rounding()
+                batch, scores, algorithm, step, schedule.progress, self._rounding()
             )
         except ValueError as error:
             raise AtodError(f"Step {step}: {error}.") from error
@@ -227,24 +233,22 @@ class Trainer:
             self._times.phase("update"),
             memory_errors(f"updating the weights in step {step}", advice),
         ):
-            update = update_policy(
-                self.learner, self.teacher, batch, scores, advantages, config, order
-            )
+            update = update_policy(self.learner, teacher, batch, scores, advantages, config, order)
         skipped, is_none_made = int(update["skipped_updates"]), math.isnan(update["grad_norm"])
         self._skipped_in_a_row = self._skipped_in_a_row + skipped if is_none_made else 0
         check_update(self.student.model, self._skipped_in_a_row, step, record.saved_step)
         row = {"step": step, **batch_metrics(batch, trajectories, scores, advantages), **update}
-        if is_adaptive(config.algorithm):
-            row["anneal_progress"] = done.anneal_progress
-            moved = moved_on(done.anneal_progress, row["solved_groups"])
-            done = replace(done, annealing={"progress": moved})
+        if has_state(algorithm):
+            row["anneal_progress"] = schedule.progress
+            if schedule.teacher_success is not None:
+                row["teacher_success"] = schedule.teacher_success
+            done = replace(done, schedule=advanced(schedule, algorithm, row))
         drift = rendering_drift(trajectories, self._dialogue)
         if drift is not None:
             row["rollout/rendering_drift"] = drift
         shown: Sequence[dict[str, Any]] = ()
         if self._is_evaluated_after(step):
-            has_teacher = self.teacher is not None
-            shown = rows_to_show(batch, trajectories, advantages, has_teacher)
+            shown = rows_to_show(batch, trajectories, advantages, teacher is not None)
         done = replace(done, tokens=done.tokens + int(batch.completion_mask.sum()))
         record.finish_step(done, row | self._times.take(), shown)
 
@@ -256,12 +260,39 @@ class Trainer:
         is_low = any(policy.layer_dtype != torch.float32 for policy in scored)
         return LOW_PRECISION_DISAGREEMENT if is_low else MIN_DISAGREEMENT
 
-    def _collect(self, step: int) -> list[Trajectory]:
-        """Return the episodes of all ranks; each plays its share of the groups."""
+    def _measure(self, teacher: Policy | None) -> None:
+        """Let the teacher play the tasks of the first step, and keep its success for schedule gap.
+
+        Raises:
+            AtodError: it solves none.
+        """
+        assert teacher is not None  # a server is refused before any work
+        record = self._record
+        episodes = self._collect(1, teacher)
+        self._times.take()  # the seconds belong to no step
+        success = sum(episode.success for episode in episodes) / len(episodes)
+        shown = f"{success:.1%} of {len(episodes)} episodes of training tasks"
+        if not success:
+            raise AtodError(
+                f"The teacher solved {shown}: schedule gap has nothing to compare with. Use a "
+                "better teacher, another --algorithm.schedule, or give its success (gap:0.62)."
+            )
+        if self.processes.is_main:
+            print(f"{record.label}: the teacher solves {shown}", file=sys.stderr)
+        schedule = replace(record.done.schedule, teacher_success=success)
+        record.done = replace(record.done, schedule=schedule)
+
+    def _collect(self, step: int, player: Policy | None = None) -> list[Trajectory]:
+        """Return the episodes of all ranks; each plays its share of the groups.
+
+        Args:
+            step: draws tasks and samples.
+            player: None: the student.
+        """
         settings = self.config.train
         generator = Generator(
-            self.student,
-            self._dialogue,
+            player or self.student,
+            self._dialogue_of(player) if player else self._dialogue,
             temperature=1.0,
             max_completion_tokens=settings.max_completion_tokens,
             completion_format=self._train_pool.completion_format,

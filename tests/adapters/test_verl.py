@@ -289,7 +289,7 @@ def test_advantages_are_those_of_the_paper(style: str, folder: Path, queue: None
     ours, _ = advantages_of(trainer(folder, **equal), rows)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
-    mixed, metrics = advantages_of(trainer(folder, anneal_steps=4), rows)
+    mixed, metrics = advantages_of(trainer(folder, schedule="linear:4"), rows)
     kappa, rho = 1.0 - 0.9 / 2, 1.0 + 1.0 / 2
     assert (metrics["atod/kappa"], metrics["atod/rho"]) == pytest.approx((kappa, rho))
     for session in sorted({key.rpartition("_")[0] for key in rows}):
@@ -385,6 +385,11 @@ def test_settings_that_make_no_sense(folder: Path) -> None:
         ATODSettings.read({"kappa": [1.0, 2.0]})
     with pytest.raises(InvalidSettingError, match="of atod-train alone"):
         ATODSettings.read({"turn_weights": "token"})
+    for schedule in ("adaptive", "gap", "gap:0.5", "handoff"):
+        with pytest.raises(InvalidSettingError, match=f"schedule={schedule} follows the run"):
+            ATODSettings.read({"schedule": schedule})
+    handoff = ATODSettings.read({"schedule": "handoff:3"}).schedule
+    assert [handoff.coefficients(step) for step in (3, 4)] == [(1.0, 0.0), (0.0, 1.0)]
     more = ("+trainer.v1.atod.teacher=x", "actor_rollout_ref.actor.use_kl_loss=False")
     with pytest.raises(InvalidSettingError, match="use_kl_loss=True"):
         ATODTrainer(composed(folder, "chat", *more))

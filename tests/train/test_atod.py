@@ -74,6 +74,12 @@ def test_without_annealing_the_initial_values_stay(schedule: Schedule) -> None:
     assert [schedule.coefficients(step) for step in (0, 1, 80, 10_000)] == [(1.0, 1.0)] * 4
 
 
+def test_handoff_is_the_teacher_alone_and_then_the_return_alone() -> None:
+    schedule = Schedule(0.8, 0.1, 1.5, 2.0, anneal_steps=40, shape="handoff")
+    assert [schedule.coefficients(step) for step in (1, 40)] == [(0.8, 0.0)] * 2
+    assert [schedule.coefficients(step) for step in (41, 1000)] == [(0.0, 1.5)] * 2
+
+
 def test_coefficients_at_takes_any_progress() -> None:
     assert Schedule(shape="constant").coefficients_at(0.5) == pytest.approx((0.55, 1.5))
 

@@ -54,7 +54,7 @@ def test_demonstrations_steps_evaluation_and_report(
         ),
         # The actions of a shop take longer to learn.
         start=StartConfig(demonstrations=64, epochs=(2, 60 if "WebShop" in env_id else 20)),
-        algorithm=AlgorithmConfig(anneal_steps=2),
+        algorithm=AlgorithmConfig(schedule="linear:2"),
         train=TrainConfig(
             steps=2,
             tasks_per_step=2,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import gymnasium
 import pytest
 import torch
-from echo_env import EchoEnv
+from echo_env import ECHO
 
 from atod_train.config import AlgorithmConfig, EnvConfig, RunConfig, TrainConfig
 from atod_train.evaluation.evaluate import evaluate
@@ -20,7 +19,6 @@ from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.reports.metrics import read_metrics
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.teachers.local import LocalTeacher
-from atod_train.training import supervised
 from atod_train.training.supervised import (
     demonstrate,
     demonstration_texts,
@@ -33,7 +31,7 @@ SHAPE = ModelShape(layers=2, width=64, heads=2, mlp_width=128, max_positions=204
 ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=14, eval_splits=())
 CONFIG = RunConfig(
     env=ENV,
-    algorithm=AlgorithmConfig(anneal_steps=0),
+    algorithm=AlgorithmConfig(schedule="constant"),
     train=TrainConfig(
         steps=10,
         tasks_per_step=4,
@@ -96,46 +94,6 @@ def test_atod_brings_the_student_closer_to_its_teacher(
 
 # -- success itself: a two-turn task with one reward at its end ----------------------------------
 
-if "tests/Echo-v0" not in gymnasium.registry:
-    gymnasium.register("tests/Echo-v0", entry_point=EchoEnv)
-
-ECHO = RunConfig(
-    env=EnvConfig(id="tests/Echo-v0", max_turns=2, eval_splits=()),
-    train=TrainConfig(
-        steps=60,
-        # With 128 episodes a step and this rate each of 48 runs gained 0.34 or more. With 64 and
-        # 1e-3, one run in 16 lost half its success near its end.
-        tasks_per_step=16,
-        group_size=8,
-        minibatches=2,
-        lr=7e-4,
-        eval_every=0,
-        save_every=100,
-        max_completion_tokens=4,
-    ),
-)
-
-
-@pytest.fixture(scope="module")
-def echo_pool() -> EnvPool:
-    return EnvPool(ECHO.env, "train")
-
-
-@pytest.fixture(scope="module")
-def echo_policies(echo_pool: EnvPool) -> tuple[Policy, Policy]:
-    """A student that rarely says both words, and a teacher that mostly does."""
-    torch.set_num_threads(1)
-    shape = ModelShape(layers=2, width=48, heads=4, mlp_width=96, max_positions=2048)
-    episodes = demonstrate(echo_pool, 120, 0.0, seed=0)
-    tokenizer = build_word_tokenizer(demonstration_texts(episodes))
-    trajectories = [tokenize(episode, DialogueEncoder(tokenizer)) for episode in episodes]
-    student, teacher = (build_policy(shape, tokenizer, seed=1) for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervised, "_episodes_per_update", lambda trajectories: 4)
-        for policy, epochs in ((student, 9.0), (teacher, 11.0)):
-            train_on_demonstrations(policy, trajectories, epochs=epochs, lr=(3e-3, 1.8e-2), seed=1)
-    return student, teacher
-
 
 @pytest.mark.parametrize("method", ["grpo", "atod"])
 def test_reward_makes_the_student_succeed(
@@ -144,7 +102,7 @@ def test_reward_makes_the_student_succeed(
     start, teacher = echo_policies
     start.save(tmp_path / "start")
     student = load_policy(tmp_path / "start")
-    config = replace(ECHO, algorithm=AlgorithmConfig(method=method, anneal_steps=20))  # type: ignore[arg-type]
+    config = replace(ECHO, algorithm=AlgorithmConfig(method=method, schedule="linear:20"))  # type: ignore[arg-type]
     teacher_here = LocalTeacher(teacher, student)
     Trainer(config, tmp_path / "run", student, teacher_here, echo_pool, []).run()
     success = [float(row["train_success"]) for row in read_metrics(tmp_path / "run")]

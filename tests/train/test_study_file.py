@@ -35,7 +35,7 @@ preset = "houses-tiny"
 
 [runs.atod]
 [runs.adaptive]
-"algorithm.shape" = "adaptive"
+"algorithm.schedule" = "adaptive"
 "algorithm.kappa" = [0.8, 0.2]
 """
 OTHER = """
@@ -58,7 +58,7 @@ def test_a_study_is_read(study: Path, tmp_path: Path) -> None:
         "atod-seed0", "adaptive-seed0", "atod-seed1", "adaptive-seed1"
     ]  # fmt: skip
     first, second = part.runs[:2]
-    assert first.config.algorithm.shape == "linear"
+    assert first.config.algorithm.schedule.startswith("linear:")
     assert second.config.algorithm.kappa == (0.8, 0.2)
     assert second.label == "adaptive"
     assert {run.config.train.save_every for run in part.runs} == {20}
@@ -103,14 +103,14 @@ def test_a_value_of_a_wrong_type_is_found(
         ("seeds = [0, 1]", "seeds = [", "Cannot read the study"),
         ("[runs.adaptive]", "[runs.'a/b']", "cannot be the name of a folder"),
         ('preset = "houses-tiny"', 'preset = "slowstart"', "preset must be one of"),
-        ('"algorithm.shape" = "adaptive"', '"model.student" = "tiny"', "cannot be set here"),
-        ('"algorithm.shape" = "adaptive"', '"env.max_turns" = 3', "cannot be set here"),
-        ('"algorithm.shape" = "adaptive"', 'algorithm.shape = "adaptive"', "with quotes"),
+        ('"algorithm.schedule" = "adaptive"', '"model.student" = "tiny"', "cannot be set here"),
+        ('"algorithm.schedule" = "adaptive"', '"env.max_turns" = 3', "cannot be set here"),
+        ('"algorithm.schedule" = "adaptive"', 'algorithm.schedule = "adaptive"', "with quotes"),
         ('"env.max_turns" = 12', '"study.jobs" = 12', "invalid setting"),
         ("[runs.atod]\n[runs.adaptive]", "[run.adaptive]", "unknown key 'run'"),
         ("[runs.adaptive]", "[runs.teacher]", "cannot be called 'teacher'"),
         ('"train.steps" = 2', '"train.seed" = 2', "write seeds = [2] at the top"),
-        ('"algorithm.shape" = "adaptive"', '"train.seed" = 5', "write seeds = [5] at the top"),
+        ('"algorithm.schedule" = "adaptive"', '"train.seed" = 5', "write seeds = [5] at the top"),
     ],
 )
 def test_what_has_no_meaning_is_refused(

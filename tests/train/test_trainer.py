@@ -52,7 +52,7 @@ CONFIG = RunConfig(
     ),
     model=ModelConfig(student="micro", teacher="micro"),
     start=StartConfig(demonstrations=16, epochs=(2, 4)),
-    algorithm=AlgorithmConfig(anneal_steps=4),
+    algorithm=AlgorithmConfig(schedule="linear:4"),
     train=TrainConfig(
         steps=6,
         tasks_per_step=2,

@@ -158,7 +158,7 @@ def test_a_run_counts_them_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 ALGORITHMS = [
-    AlgorithmConfig(method="atod", anneal_steps=4),
+    AlgorithmConfig(method="atod", schedule="linear:4"),
     AlgorithmConfig(method="grpo", advantage_over="turns"),
     AlgorithmConfig(method="sod", aggregation="trajectory-mean"),
     AlgorithmConfig(method="sdar"),
