@@ -134,11 +134,35 @@ def select_sequences(batch: Batch, sequences: Tensor) -> Batch:
     )
 
 
+def minibatch_count(minibatches: str, rows: int) -> int:
+    """Return the number of updates of a step.
+
+    Args:
+        minibatches: the setting: a number of updates; or `rows:256`, as many as give each about
+            256 turn rows.
+        rows: turn rows of the step.
+
+    Raises:
+        InvalidSettingError: it is neither.
+    """
+    name, separator, number = str(minibatches).rpartition(":")
+    if (
+        (name, separator) not in (("", ""), ("rows", ":"))
+        or not number.isdecimal()
+        or int(number) < 1
+    ):
+        raise InvalidSettingError(
+            "train.minibatches must be a number of updates of at least 1, or rows with the turn "
+            f"rows of an update (rows:256), not {minibatches!r}."
+        )
+    return max(1, round(rows / int(number))) if separator else int(number)
+
+
 def split_minibatches(batch: Batch, count: int, generator: torch.Generator) -> list[Batch]:
     """Split a batch at random into parts for several optimiser updates.
 
     Whole sequences are drawn, so a packed trajectory never falls apart. In window style a sequence
-    is one turn row, which gives the published mini-batches of turn rows.
+    is one turn row, as in the published runs.
 
     Args:
         batch: The batch of one step.

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from importlib import metadata
 from operator import or_
@@ -25,7 +25,7 @@ except ImportError as error:
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.config import SECTIONS, Method, RunConfig
-from atod_train.presets import PRESETS, completed
+from atod_train.presets import PRESETS, completed, without_tables
 from atod_train.studies.file import Selection, Study, read_kept_study, read_study, study_of
 from atod_train.training.stopping import StoppedByUser
 
@@ -280,9 +280,8 @@ def _parsed(words: Sequence[str]) -> Command:
 
 def _training(name: str, kind: type[Train], preset: str, about: str | None = None) -> Any:
     """Return the command that begins with the settings of a preset."""
-    config = PRESETS[preset].config
+    config = without_tables(PRESETS[preset].config)
     sections = {section: getattr(config, section) for section in SECTIONS}
-    sections["env"] = replace(config.env, options={})  # else tyro would take no others than these
     default = kind(**sections, preset=preset, out=Path("runs") / name)
     return Annotated[kind, tyro.conf.subcommand(name, default=default, description=about)]
 

@@ -5,12 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from atod_gym.errors import InvalidSettingError
 from atod_gym.parsing import ParseProfile
+from atod_gym.prompts import PROMPT_STYLES, PromptStyle
 
 Method = Literal["atod", "opd", "grpo", "mix", "sod", "tcod", "sdar"]
 Aggregation = Literal["token-mean", "trajectory-mean"]
-PromptStyle = Literal["chat", "window"]
 Precision = Literal["auto", "float32", "bfloat16", "mixed"]
+
+
+def parse_prompt_style(text: str) -> tuple[PromptStyle, int]:
+    """Return the style that the setting `prompt_style` names, and how many past turns it shows.
+
+    The number is of the window style; chat shows all turns.
+
+    Raises:
+        InvalidSettingError: there is no such style.
+    """
+    name, separator, number = text.partition(":")
+    style = next((style for style in PROMPT_STYLES if style == name), None)
+    is_number = name == "window" and number.isdecimal()
+    if style is None or (separator and not is_number):
+        raise InvalidSettingError(
+            f"prompt_style must be chat, window, or window with a number of past turns (window:4), "
+            f"not {text!r}."
+        )
+    return style, int(number or 2)
 
 
 def is_url(model: str) -> bool:
@@ -29,22 +49,26 @@ class EnvConfig:
     generated, or a path."""
     options: dict[str, int | str] = field(default_factory=dict)
     """Further keyword arguments of gym.make, such as house_size tiny or products 100. Those of a
-    preset (houses-tiny: house_size tiny; webshop-tiny: products 300; searchqa-tiny: entities 10000,
-    topk 1, task_types one_hop) stay where they are not given."""
+    preset (houses-tiny: house_size tiny; webshop-tiny: products 300; webshop: split_rule
+    verl-agent; searchqa-tiny: entities 10000, topk 1, task_types one_hop) stay where they are not
+    given."""
     max_turns: int = 30
     """Turn limit of an episode. Raise it for tasks that an expert needs longer for."""
     eval_splits: tuple[str, ...] = ("valid_seen", "valid_unseen")
     """Splits on which start, teacher and student are evaluated, every task of each. Empty: no
     evaluation."""
+    eval_modes: tuple[str, ...] = ("greedy", "sampled")
+    """How evaluations decode: greedy; sampled, at temperature 0.4; or sampled:0.7, at another. All
+    after the last step, the first alone before it, which also chooses models/best."""
     eval_tasks: int = 0
     """Tasks of each split that are evaluated on, the first ones; 0: all. Fewer widen intervals."""
-    prompt_style: PromptStyle = "chat"
+    prompt_style: str = "chat"
     """chat: append-only dialogue, one sequence per trajectory; window: one row per turn, with the
-    last turns in one message. Use it where episodes outgrow the context."""
+    last two turns in one message; window:4: the last four. Use it where episodes outgrow the
+    context."""
     template_options: dict[str, bool | str] = field(default_factory=dict)
-    """Variables for the chat template of a language model, such as enable_thinking False."""
-    history_window: int = 2
-    """Past turns that a prompt shows in window style; chat shows all."""
+    """Variables for the chat template of a language model, such as enable_thinking False, which the
+    presets of published runs have."""
     show_admissible: bool = False
     """Whether prompts list the admissible actions. Use it for models that do not know the task's
     actions; prompts become longer."""
@@ -52,12 +76,9 @@ class EnvConfig:
     """How completions are read. plain: the completion is the action; tags: <think>, <action>;
     react: lines of Thought: and Action:; compat: published rules. Use tags or react for language
     models that reason before they act."""
-    success_reward: float = 10.0
-    """Factor of the environment's reward (published: 10). Returns are normalised in groups, so it
-    matters only relative to invalid_action_penalty."""
-    invalid_action_penalty: float = 0.1
-    """Subtracted from the reward of a turn whose completion does not parse (published: 0.1, in
-    Search-QA 0.01). 0: such a turn costs nothing beyond itself."""
+    invalid_action_penalty: float = 0.01
+    """Subtracted from the reward of a turn whose completion does not parse, where success is worth
+    1 (published: a hundredth of it). 0: such a turn costs nothing beyond itself."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +87,8 @@ class ModelConfig:
 
     student: str = "tiny"
     """A shape (mini, tiny, small) that is trained from scratch on demonstrations; or a folder or
-    hub name of a causal language model; or smollm2, whose weights are a Python package."""
+    hub name of a causal language model; or smollm2, whose weights are a Python package. The presets
+    of published runs have none."""
     teacher: str = "small"
     """As student; or the URL of a server that scores tokens, such as http://10.0.0.2:8000. Its
     vocabulary must be the student's."""
@@ -163,11 +185,15 @@ class TrainConfig:
     group_size: int = 8
     """Episodes of each task in a step, whose returns are compared (published: 8). At least 2 for
     methods with a reward term; more find rare successes and take longer."""
-    minibatches: int = 4
-    """Optimiser updates per step, each on a part of the trajectories. 1: on-policy throughout."""
+    minibatches: str = "4"
+    """Optimiser updates per step, each on a part of the trajectories. 1: on-policy throughout.
+    rows:256: as many as give each about 256 turn rows (published)."""
     lr: float = 5e-4
-    """Learning rate of AdamW, constant. The default is for tiny models made from scratch; use 1e-6
-    for language models, 1e-5 to 1e-4 for adapters."""
+    """Learning rate of AdamW. The default is for tiny models made from scratch; use 1e-6 for
+    language models, 1e-5 to 1e-4 for adapters."""
+    lr_warmup: float = 0.0
+    """Share of train.steps over which the learning rate rises linearly from 0; then it is constant
+    (published in Search-QA: 0.1). Use it where the first updates are too large."""
     max_completion_tokens: int = 16
     """Longest completion of a turn in tokens. A cut action is invalid: a line reports when most are
     cut. Use 512 and more for models that reason."""

@@ -23,7 +23,64 @@ class Preset:
     config: RunConfig
 
 
+_PUBLISHED = RunConfig(
+    EnvConfig(
+        data="official",
+        max_turns=50,
+        eval_splits=("valid_seen",),
+        eval_modes=("sampled:0.4",),
+        eval_tasks=128,
+        prompt_style="window:2",
+        template_options={"enable_thinking": False},
+        show_admissible=True,
+        parse_profile="compat",
+    ),
+    ModelConfig(student="", teacher="", max_context=2048 + 512),
+    StartConfig(),
+    AlgorithmConfig(advantage_over="turns", entropy_bonus=0.001),
+    TrainConfig(
+        steps=150, minibatches="rows:256", lr=1e-6, max_completion_tokens=512, eval_every=5
+    ),
+)
+"""The published run on ALFWorld. Defaults that are not repeated here are published, too."""
+
 PRESETS = {
+    "alfworld": Preset(
+        "The published run on the official games; give --model.student and --model.teacher.",
+        _PUBLISHED,
+    ),
+    "webshop": Preset(
+        "The published run on the official shop of 1,000 products; give both models.",
+        replace(
+            _PUBLISHED,
+            env=replace(
+                _PUBLISHED.env,
+                id="atod/WebShop-v0",
+                options={"split_rule": "verl-agent"},
+                max_turns=15,
+                eval_splits=("val",),
+            ),
+            model=replace(_PUBLISHED.model, max_context=4096 + 512),
+            train=replace(_PUBLISHED.train, minibatches="rows:64"),
+        ),
+    ),
+    "searchqa": Preset(
+        "The published run on the official questions; give both models.",
+        replace(
+            _PUBLISHED,
+            env=replace(
+                _PUBLISHED.env,
+                id="atod/SearchQA-v0",
+                max_turns=4,
+                eval_splits=("test",),
+                eval_modes=("greedy",),
+                eval_tasks=512,
+                prompt_style="window:4",
+            ),
+            model=replace(_PUBLISHED.model, max_context=4096 + 512),
+            train=replace(_PUBLISHED.train, tasks_per_step=128, lr_warmup=0.1),
+        ),
+    ),
     "houses-tiny": Preset(
         "Generated houses, on a processor, about four minutes: the settings of quickstart.",
         RunConfig(
@@ -60,7 +117,7 @@ PRESETS = {
             TrainConfig(
                 steps=90,
                 group_size=4,
-                minibatches=1,
+                minibatches="1",
                 max_completion_tokens=24,
                 eval_every=45,
                 lr=1e-4,
@@ -84,7 +141,7 @@ PRESETS = {
             TrainConfig(
                 steps=200,
                 tasks_per_step=32,
-                minibatches=1,
+                minibatches="1",
                 max_completion_tokens=12,
                 tokens_per_microbatch=4096,
                 eval_every=50,
@@ -95,19 +152,26 @@ PRESETS = {
 }
 
 
+def without_tables(config: RunConfig) -> RunConfig:
+    """Return settings whose tables are empty: tyro would take no other keys than theirs."""
+    return replace(config, env=replace(config.env, options={}, template_options={}))
+
+
 def completed(config: RunConfig, default: RunConfig, words: Sequence[str]) -> RunConfig:
     """Return the settings of a command line, with what they leave to a default.
 
     Args:
-        config: as parsed, with the environment's options that the command line has.
-        default: its options are added where the environment is the same. Its passes over
-            demonstrations are for models made from scratch: a loaded model that takes the place of
-            one has none, unless the command line gives them.
+        config: as parsed, with the keys of tables that the command line has.
+        default: its keys are added; those of the environment's options where it is the same. Its
+            passes over demonstrations are for models made from scratch: a loaded model that takes
+            the place of one has none, unless the command line gives them.
         words: the command line.
     """
     from atod_train.models.from_scratch import MODEL_SHAPES
 
     env, start = config.env, config.start
+    template_options = default.env.template_options | env.template_options
+    env = replace(env, template_options=template_options)
     if env.id == default.env.id:
         env = replace(env, options=default.env.options | env.options)
     if not any(word.startswith("--start.epochs") for word in words):

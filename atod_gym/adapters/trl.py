@@ -50,7 +50,6 @@ def task_dataset(env_id: str, *, tools: bool = True, **settings: Any) -> Any:
 def environment_factory(
     env_id: str,
     *,
-    success_reward: float = 1.0,
     invalid_action_penalty: float = 0.0,
     show_admissible: bool = True,
     **settings: Any,
@@ -59,8 +58,8 @@ def environment_factory(
 
     Args:
         env_id: such as `atod/WebShop-v0`.
-        success_reward: the environment's reward is multiplied by this.
-        invalid_action_penalty: subtracted for every action that was not valid.
+        invalid_action_penalty: subtracted from the environment's reward for every action that was
+            not valid.
         show_admissible: whether the model is told the admissible actions.
         **settings: of the environment, such as `split`, `data` and `max_turns`.
 
@@ -70,7 +69,7 @@ def environment_factory(
 
     def make() -> TaskTool:
         env = made_env(env_id, settings)
-        return TaskTool(env, success_reward, invalid_action_penalty, show_admissible)
+        return TaskTool(env, invalid_action_penalty, show_admissible)
 
     return make
 
@@ -84,13 +83,11 @@ class TaskTool:
     def __init__(
         self,
         env: gymnasium.Env[Any, str],
-        success_reward: float = 1.0,
         invalid_action_penalty: float = 0.0,
         show_admissible: bool = True,
     ) -> None:
         """See `environment_factory`."""
         self.env = env
-        self.success_reward = success_reward
         self.invalid_action_penalty = invalid_action_penalty
         self.show_admissible = show_admissible
         self.info: dict[str, Any] = {}
@@ -129,7 +126,7 @@ class TaskTool:
         if self._over:
             return _OVER
         observation, reward, terminated, truncated, self.info = self.env.step(str(action))
-        self._reward += float(reward) * self.success_reward
+        self._reward += float(reward)
         if not self.info["is_action_valid"]:
             self._reward -= self.invalid_action_penalty
         self._over = terminated or truncated

@@ -24,7 +24,7 @@ from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
 from atod_train.adapters.objective import Variant, mixed_advantages
 from atod_train.adapters.rows import RowTokens, TokenPlayer, outcome, rows_of
 from atod_train.algorithm.atod import Schedule
-from atod_train.config import EnvConfig
+from atod_train.config import EnvConfig, parse_prompt_style
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.episode import Limits
@@ -78,7 +78,7 @@ class Rollouts:
             InvalidSettingError: window style with a trainer that knows no turn rows.
             AtodError: as environments do; no first prompt fits the model.
         """
-        is_window = self.config.prompt_style == "window"
+        is_window = parse_prompt_style(self.config.prompt_style)[0] == "window"
         if is_window and not isinstance(trainer, ATODTrainer):
             raise InvalidSettingError(
                 "In window style every turn is a row of its own, which GRPOTrainer cannot take: "

@@ -140,12 +140,13 @@ class ATODAgentLoop(AgentLoopBase):
             self.env_config = EnvConfig(**dict(given or {}))
         except TypeError as error:
             raise InvalidSettingError(f"The agent loop's env: {error}.") from error
-        style = self.env_config.prompt_style
-        self.encoder = DialogueEncoder(self.tokenizer, style, self.env_config.template_options)
+        self.encoder = DialogueEncoder(
+            self.tokenizer, self.env_config.prompt_style, self.env_config.template_options
+        )
         prompt = int(self.rollout_config.prompt_length)
         response = int(self.rollout_config.response_length)
         completion = min(max_completion_tokens, response)
-        if style == "window":
+        if self.encoder.style == "window":
             self.limits = Limits(completion, prompt + completion)
         else:
             self.limits = Limits(completion, prompt + response, prompt, can_restart=False)

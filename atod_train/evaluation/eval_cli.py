@@ -201,7 +201,7 @@ def _chosen_tasks(known: Sequence[str], options: EvalOptions) -> tuple[str, ...]
 def _settings(pool: EnvPool, agent: Mapping[str, Any], task_ids: Sequence[str]) -> dict[str, Any]:
     """Return all that results depend on, as JSON values."""
     config = asdict(pool.config)
-    names = ("options", "prompt_style", "parse_profile", "history_window", "show_admissible")
+    names = ("options", "prompt_style", "parse_profile", "show_admissible")
     template = pool.template and hashlib.sha256(pool.template.read_bytes()).hexdigest()
     return {
         "env_id": pool.config.id,

@@ -14,7 +14,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from atod_gym.errors import InvalidSettingError
 from atod_gym.parsing import ParseProfile
-from atod_train.config import EnvConfig, PromptStyle
+from atod_train.config import EnvConfig
 from atod_train.evaluation.local_model import LOCAL
 
 _MOST_EPISODES_AT_ONCE = 1024
@@ -42,13 +42,12 @@ class EnvOptions:
     """Further setting of the environment, such as house_size=tiny."""
     max_turns: Unset[int] = None
     """Turn limit of an episode. Default: the environment's."""
-    prompt_style: Unset[PromptStyle] = None
-    """chat (default): append-only dialogue; window: the last turns in one message."""
+    prompt_style: Unset[str] = None
+    """chat (default): append-only dialogue; window: the last two turns in one message; window:4:
+    the last four."""
     parse_profile: Unset[ParseProfile] = None
     """How replies are written. plain: the action alone; tags (default): <action>..</action>; react:
     Thought: and Action:; compat: as in published runs."""
-    history_window: Unset[int] = None
-    """Turns shown in window style. Default: 2."""
     template: Unset[Path] = None
     """File with a prompt template."""
     hide_admissible: Unset[bool] = None
@@ -219,7 +218,7 @@ class EvalOptions:
             "max_turns": options.pop("max_turns", config.max_turns),
             "options": options,
         }
-        names = ("data", "max_turns", "prompt_style", "parse_profile", "history_window")
+        names = ("data", "max_turns", "prompt_style", "parse_profile")
         given |= {name: value for name in names if (value := getattr(self.env, name)) is not None}
         if self.env.hide_admissible is not None:
             given["show_admissible"] = not self.env.hide_admissible

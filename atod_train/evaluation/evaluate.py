@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from atod_gym.errors import InvalidSettingError
 from atod_train.config import RunConfig
 from atod_train.distributed import Processes
 from atod_train.memory import give_back
@@ -27,6 +29,27 @@ _CACHE_SHARE = 0.2
 """Of the memory of the device, for keys and values of the episodes that are played at once."""
 
 
+def temperature_of(mode: EvaluationMode) -> float:
+    """Return the sampling temperature of a mode: greedy, sampled or sampled:T.
+
+    Raises:
+        InvalidSettingError: it is none of these.
+    """
+    name, _, number = mode.partition(":")
+    try:
+        temperature = float(number) if number else SAMPLING_TEMPERATURE
+    except ValueError:
+        temperature = math.nan
+    if mode == "greedy":
+        return 0.0
+    if name != "sampled" or mode.endswith(":") or not 0 < temperature < math.inf:
+        raise InvalidSettingError(
+            "An evaluation is greedy, sampled, or sampled with a temperature above 0 "
+            f"(sampled:0.4), not {mode!r}: change env.eval_modes."
+        )
+    return temperature
+
+
 def evaluate(
     policy: Policy,
     pool: EnvPool,
@@ -40,7 +63,7 @@ def evaluate(
         policy: the model; it is not changed.
         pool: environments of the split.
         config: prompt style, limits and (for the sampled mode) the seed.
-        mode: `greedy`, or `sampled` at `SAMPLING_TEMPERATURE`.
+        mode: how completions are chosen, see `temperature_of`.
         processes: share the tasks; each has the same policy.
 
     Returns:
@@ -50,7 +73,7 @@ def evaluate(
         AtodError: no first prompt fits the model's context.
     """
     task_ids = pool.task_ids[: config.env.eval_tasks or None]
-    temperature = 0.0 if mode == "greedy" else SAMPLING_TEMPERATURE
+    temperature = temperature_of(mode)
     processes = processes or Processes()
     results: list[TaskResult] = []
     title = f"evaluating {policy.name} on {pool.split}, {mode}"

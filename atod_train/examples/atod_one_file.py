@@ -82,9 +82,7 @@ class Args:
     """Whether prompts list the admissible actions."""
     parse_profile: Literal["tags", "react", "plain", "compat"] = "tags"
     """How completions name their action; plain: the completion is the action."""
-    success_reward: float = 10.0
-    """Factor on the environment's reward."""
-    invalid_action_penalty: float = 0.1
+    invalid_action_penalty: float = 0.01
     """Subtracted from the reward of a turn whose completion does not parse."""
 
     steps: int = 150
@@ -223,8 +221,8 @@ def rollout(
             text = tokenizer.decode(ids[:-1] if ids[-1] in stops else ids)
             messages, reward, terminated, truncated, info = envs[number].step(text)
             penalty = args.invalid_action_penalty if info["parse_error"] else 0.0
-            paid = args.success_reward * float(reward) - penalty
-            rows[number].append(Row(number, len(rows[number]), prompt_ids, ids, paid))
+            turn = Row(number, len(rows[number]), prompt_ids, ids, float(reward) - penalty)
+            rows[number].append(turn)
             solved[number] = bool(info["success"])
             if not (terminated or truncated):
                 show(number, messages)

@@ -3,11 +3,12 @@
     pip install 'atod-gym[train,trl]' && python -m atod_train.examples.trl_atod
 
 With a model of your own, on a CPU too: --model <folder or hub name> --teacher <folder or hub name>
-With the published settings of ALFWorld: --published --data official
+With the published settings of ALFWorld: --published --data official (or --published webshop, ..)
 """
 
 import argparse
 import os
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -18,15 +19,20 @@ from trl import GRPOConfig
 from atod_gym.adapters.trl import task_dataset
 from atod_train.adapters.trl import ATODTrainer, Rollouts, episode_returns
 from atod_train.algorithm.atod import Schedule
+from atod_train.algorithm.schedules import schedule_of
 from atod_train.config import EnvConfig
 from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.presets import PRESETS
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="the student: folder or hub name; default: a random tiny model")
 parser.add_argument("--teacher", help="the same vocabulary; default: another random one, or none")
 parser.add_argument("--style", choices=("chat", "window"), default="chat")
-parser.add_argument("--published", action="store_true", help="sizes and rules of published runs")
+parser.add_argument(
+    "--published", nargs="?", const="alfworld", choices=("alfworld", "webshop", "searchqa"),
+    help="settings of a published run, as the preset of that name has them; default: alfworld",
+)  # fmt: skip
 parser.add_argument("--data", default="generated", help="official, generated or a path")
 parser.add_argument("--steps", type=int, help="optimiser steps; default: 1, as published 150")
 parser.add_argument("--out", default="runs/trl-atod")
@@ -40,28 +46,32 @@ else:
     tokenizer = build_word_tokenizer(["go to desk 1", "take mug 1 from desk 1", "open drawer 1"])
     shape = ModelShape(layers=2, width=32, heads=2, mlp_width=64, max_positions=1024)
     student, teacher = (build_policy(shape, tokenizer, seed).model for seed in (0, 1))
-rules: dict[str, Any] = {"prompt_style": options.style, "max_turns": 5}
+house = {"house_size": "tiny"} if options.data == "generated" else {}
+env = EnvConfig(data=options.data, options=dict(house), prompt_style=options.style, max_turns=5)
 sizes: dict[str, Any] = {
     "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 16,
     "learning_rate": 1e-4,
 }  # fmt: skip
-house = {"house_size": "tiny"} if options.data == "generated" else {}
+steps, schedule = options.steps or 1, Schedule(anneal_steps=1)
 if options.published:
-    rules = {"prompt_style": "window", "max_turns": 50, "history_window": 2,
-             "show_admissible": True, "parse_profile": "compat"}  # fmt: skip
-    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16,
-             "num_generations": 8, "max_completion_length": 512, "learning_rate": 1e-6,
-             "weight_decay": 0.01, "lr_scheduler_type": "constant"}  # fmt: skip
-steps = options.steps or (150 if options.published else 1)
-env = EnvConfig(data=options.data, options=dict(house), **rules)
+    preset = PRESETS[options.published].config
+    train, steps = preset.train, options.steps or preset.train.steps
+    env, schedule = replace(preset.env, data=options.data), schedule_of(preset.algorithm)
+    sizes = {
+        "per_device_train_batch_size": train.group_size,
+        "gradient_accumulation_steps": train.tasks_per_step,
+        "num_generations": train.group_size, "max_completion_length": train.max_completion_tokens,
+        "learning_rate": train.lr, "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": round(train.lr_warmup * steps), "weight_decay": 0.01,
+    }  # fmt: skip
 trainer = ATODTrainer(
     model=student,
     processing_class=tokenizer,
     teacher=teacher,
-    schedule=Schedule(anneal_steps=max(1, steps * 8 // 15)),
+    schedule=schedule,
     reward_funcs=episode_returns,
     rollout_func=Rollouts(env),
-    train_dataset=task_dataset(env.id, tools=False, data=options.data, **house),
+    train_dataset=task_dataset(env.id, tools=False, data=env.data, **env.options),
     args=GRPOConfig(
         output_dir=options.out, max_steps=steps, use_cpu=not torch.cuda.is_available(),
         report_to="none", loss_type="dapo", delta=3.0, logging_steps=1, beta=0.0, **sizes,

@@ -3,60 +3,70 @@
     pip install 'atod-gym[train,verl,servers]' 'verl[vllm]' && atod-data get alfworld
     python -m atod_train.examples.verl_recipe alfworld --student .. --teacher .. --gpus 8
 
-Nothing is trained here, and no GPU is needed. Without verl the files of tasks are not written and
-the settings are printed unchecked. verl multiplies the size of a mini-batch by the size of a group:
-32 x 8 = 256 turn rows, as published. Checkpoints stay in --out; the same command continues there.
+The settings are those of the preset of that name. Nothing is trained here, and no GPU is needed.
+Without verl the files of tasks are not written and the settings are printed unchecked. verl
+multiplies the size of a mini-batch by the size of a group: 32 x 8 = 256 turn rows, as published.
+Checkpoints stay in --out; the same command continues there.
 """
 
 import argparse
+import json
 import shlex
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
-# id, splits, turns, window, prompt tokens, tasks, mini-batch, penalty, reward, validation T
-RUNS = {
-    "alfworld": ("ALFWorld", "train", "valid_unseen", 50, 2, 2048, 16, 32, 0.1, 10, 0.4),
-    "webshop": ("WebShop", "train", "dev", 15, 2, 4096, 16, 8, 0.1, 10, 0.4),
-    "searchqa": ("SearchQA", "train", "test", 4, 4, 4096, 128, 32, 0.01, 1, 0.0),
-}
+from atod_train.evaluation.evaluate import temperature_of
+from atod_train.presets import PRESETS
+
 parser = argparse.ArgumentParser()
-parser.add_argument("run", choices=RUNS)
+parser.add_argument("run", choices=("alfworld", "webshop", "searchqa"))
 for name in ("student", "teacher"):
     parser.add_argument(f"--{name}", required=True, help="folder or hub name")
 parser.add_argument("--gpus", type=int, default=8, help="GPUs of this machine; published: 8")
 parser.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
-parser.add_argument("--eval-every", type=int, default=5, help="steps between evaluations")
+parser.add_argument("--eval-every", type=int, help="steps between evaluations; published: 5")
 parser.add_argument("--data", default="official")
 parser.add_argument("--out", type=Path, default=Path("runs/verl-atod"))
 options = parser.parse_args()
-name, train, test, turns, window, tokens, tasks, mini, penalty, reward, heat = RUNS[options.run]
-if options.gpus < 1 or tasks * 8 % options.gpus:
-    parser.error(f"--gpus must divide the {tasks * 8} episodes of a step, not {options.gpus}")
-out, data, env_id = options.out.resolve(), options.data, f"atod/{name}-v0"
+preset = PRESETS[options.run].config
+env, train, method = replace(preset.env, data=options.data), preset.train, preset.algorithm
+episodes, [mode] = train.tasks_per_step * train.group_size, env.eval_modes
+if options.gpus < 1 or episodes % options.gpus:
+    parser.error(f"--gpus must divide the {episodes} episodes of a step, not {options.gpus}")
+out, heat = options.out.resolve(), temperature_of(mode)
+splits = ("train", *env.eval_splits)
+files = [out / f"{split}.parquet" for split in splits]
+mini_batch = int(train.minibatches.removeprefix("rows:")) // train.group_size
 out.mkdir(parents=True, exist_ok=True)
-(out / "loop.yaml").write_text(f"""- name: atod
-  _target_: atod_train.adapters.verl.ATODAgentLoop
-  env: {{id: {env_id}, data: {data}, prompt_style: window, history_window: {window},
-        show_admissible: true, parse_profile: compat, max_turns: {turns},
-        invalid_action_penalty: {penalty}, success_reward: {reward}}}
-""")
+loop = {
+    "name": "atod",
+    "_target_": "atod_train.adapters.verl.ATODAgentLoop",
+    "max_completion_tokens": train.max_completion_tokens,
+    "env": asdict(env),
+}
+(out / "loop.yaml").write_text(json.dumps([loop], indent=1))  # JSON is YAML
 rollout, actor, atod = "actor_rollout_ref.rollout", "actor_rollout_ref.actor", "trainer.v1.atod"
-overrides = f"""data.train_files={out}/{train}.parquet data.val_files={out}/{test}.parquet
- data.train_batch_size={tasks} data.max_prompt_length={tokens} data.max_response_length=512
- actor_rollout_ref.model.path={options.student} {rollout}.name=vllm {rollout}.n=8
+overrides = f"""data.train_files={files[0]} data.val_files={files[1]}
+ data.train_batch_size={train.tasks_per_step} data.val_max_samples={env.eval_tasks}
+ data.max_prompt_length={preset.model.max_context - train.max_completion_tokens}
+ data.max_response_length={train.max_completion_tokens} data.seed={train.seed}
+ actor_rollout_ref.model.path={options.student} {rollout}.name=vllm {rollout}.n={train.group_size}
  {rollout}.tensor_model_parallel_size=1
  {rollout}.agent.agent_loop_config_path={out}/loop.yaml {rollout}.temperature=1.0
  {rollout}.val_kwargs.do_sample={heat > 0} {rollout}.val_kwargs.temperature={heat}
- {actor}.ppo_mini_batch_size={mini} {actor}.use_dynamic_bsz=True {actor}.optim.lr=1e-6
- {actor}.optim.weight_decay=0.01 {actor}.grad_clip=1.0 {actor}.clip_ratio=0.2
- {actor}.clip_ratio_c=3.0 {actor}.entropy_coeff=0.001 {actor}.use_kl_loss=True
- {actor}.kl_loss_coef=0.0 {actor}.loss_agg_mode=token-mean algorithm.adv_estimator=grpo
- trainer.nnodes=1 trainer.n_gpus_per_node={options.gpus} trainer.total_training_steps=150
+ {actor}.ppo_mini_batch_size={mini_batch} {actor}.use_dynamic_bsz=True {actor}.optim.lr={train.lr}
+ {actor}.optim.lr_warmup_steps_ratio={train.lr_warmup} {actor}.optim.weight_decay=0.01
+ {actor}.grad_clip=1.0 {actor}.clip_ratio_low={method.clip[0]} {actor}.clip_ratio={method.clip[0]}
+ {actor}.clip_ratio_high={method.clip[1]} {actor}.clip_ratio_c={method.clip[2]}
+ {actor}.entropy_coeff={method.entropy_bonus} {actor}.use_kl_loss=True
+ {actor}.kl_loss_coef=0.0 {actor}.loss_agg_mode={method.aggregation} algorithm.adv_estimator=grpo
+ trainer.nnodes=1 trainer.n_gpus_per_node={options.gpus} trainer.total_training_steps={train.steps}
  trainer.save_freq={options.save_every} trainer.max_actor_ckpt_to_keep=2
  trainer.default_local_dir={out}/checkpoints trainer.resume_mode=auto
- trainer.test_freq={options.eval_every} trainer.val_before_train=True trainer.logger=[console]
- trainer.v1.trainer_mode=atod +{atod}.teacher={options.teacher}
- +{atod}.schedule=linear:80""".split()
+ trainer.test_freq={options.eval_every or train.eval_every} trainer.val_before_train=True
+ trainer.logger=[console] trainer.v1.trainer_mode=atod +{atod}.teacher={options.teacher}
+ +{atod}.schedule={method.schedule}""".split()
 print("VERL_USE_EXTERNAL_MODULES=atod_train.adapters.verl", end=" ")
 print("python -m verl.trainer.main_ppo", shlex.join(overrides))
 try:
@@ -70,6 +80,6 @@ except ImportError as error:
 with initialize_config_module("verl.trainer.config", version_base=None):
     config = compose("ppo_trainer", overrides=overrides)
 validate_config(config, need_reference_policy(config), need_critic(config))
-for split in (train, test):
-    rows = write_tasks(out / f"{split}.parquet", env_id, split=split, data=data)
+for split, file in zip(splits, files, strict=True):
+    rows = write_tasks(file, env.id, split=split, data=env.data, **env.options)
     print(f"{split}: {rows} tasks", file=sys.stderr)

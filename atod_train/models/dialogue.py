@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atod_gym.errors import AtodError
 from atod_gym.types import Message
-from atod_train.config import PromptStyle
+from atod_train.config import parse_prompt_style
 from atod_train.records import FinishReason
 
 # Messages with which the chat template is probed; words that no template contains by itself.
@@ -51,7 +51,7 @@ class DialogueEncoder:
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        style: "chat" (append-only) or "window" (a full prompt each turn).
+        style: As `EnvConfig.prompt_style`: append-only, or a full prompt each turn.
         template_options: Further variables for the chat template, such as
             `{"enable_thinking": False}`.
 
@@ -68,7 +68,7 @@ class DialogueEncoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        style: PromptStyle = "chat",
+        style: str = "chat",
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
         if not tokenizer.chat_template:
@@ -77,7 +77,7 @@ class DialogueEncoder:
                 "tokenizer.chat_template."
             )
         self.tokenizer = tokenizer
-        self.style = style
+        self.style, _ = parse_prompt_style(style)
         self._options = dict(template_options or {})
         self._template = _DATE.sub(
             lambda asked: repr(TEMPLATE_DATE.strftime(asked[2])), tokenizer.get_chat_template()
@@ -91,7 +91,7 @@ class DialogueEncoder:
         self.stop_ids = frozenset({self.end_of_turn_id, tokenizer.eos_token_id}) - {None}
         opening = self._render(_USERS[:1], generate=True).rpartition(_USERS[0].content)[2]
         self.opens_thought = opening.rfind("<think>") > opening.rfind("</think>")
-        if style == "chat":
+        if self.style == "chat":
             self._check_append_only()
 
     def first(self, messages: Sequence[Message]) -> list[int]:

@@ -26,7 +26,7 @@ class Selection:
     """Which evaluations and tasks a number is about."""
 
     mode: str
-    """Decoding: `greedy` or `sampled`."""
+    """Decoding, such as `greedy`; see `EvaluationMode`."""
     split: str | None = None
     """Tasks of this split; None: those of all splits together."""
     which: Literal["last", "best"] = "last"

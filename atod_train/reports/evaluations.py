@@ -17,8 +17,8 @@ from atod_train.reports.statistics import (
     paired_difference,
 )
 
-EvaluationMode = Literal["greedy", "sampled"]
-"""Decoding: the likeliest token each time, or at the sampling temperature."""
+EvaluationMode = str
+"""Decoding: `greedy`, the likeliest token each time; `sampled`; `sampled:T` at a temperature."""
 
 EvaluatedModel = Literal["student", "teacher"]
 

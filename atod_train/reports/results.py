@@ -79,7 +79,7 @@ class Results:
     @property
     def modes(self) -> tuple[str, ...]:
         """Modes of the evaluations, in order of appearance."""
-        keys = (key for part in self.parts for key in part["start"])
+        keys = (key for part in self.parts for key in (*part["start"], *part["teacher"]))
         return tuple(dict.fromkeys(key.rpartition("/")[2] for key in keys))
 
     def of(self, label: str) -> tuple[RunResult, ...]:
@@ -220,11 +220,25 @@ def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
 def _setting_difference(a: Mapping[str, Any], b: Mapping[str, Any], sections: Sequence[str]) -> str:
     """Return the first setting that both have with different values; empty: none."""
-    for name, old, new in setting_differences(a, b, sections, FREE_SETTINGS | _FREE_BETWEEN_PARTS):
+    old_settings, new_settings = (
+        {section: _renamed(record.get(section) or {}) for section in sections} for record in (a, b)
+    )
+    free = FREE_SETTINGS | _FREE_BETWEEN_PARTS
+    for name, old, new in setting_differences(old_settings, new_settings, sections, free):
         is_model = name in ("model.student", "model.teacher")
         if not is_model or _model_name(old) != _model_name(new):
             return f"{name} ({old!r} and {new!r})"
     return ""
+
+
+def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section's settings as of today; older files have other numbers for the same."""
+    found = dict(settings)
+    if reward := found.pop("success_reward", 0.0):
+        found["invalid_action_penalty"] = found.get("invalid_action_penalty", 0.0) / reward
+    if "minibatches" in found:
+        found["minibatches"] = str(found["minibatches"])
+    return found
 
 
 def _model_name(model: object) -> str:

@@ -53,12 +53,15 @@ class Table:
 def main_table(results: Results, split: str | None = None) -> Table:
     """Return success, gain and cost of start, teacher and every label, on a split or on all tasks.
 
+    The best evaluation is that of the first mode; gains and scores are those of the last mode.
     Where scores say more than success, as in WebShop, there is a column for their mean.
     """
-    greedy, sampled = Selection("greedy", split), Selection("sampled", split)
+    first, *others = results.modes
+    final = results.modes[-1]
+    lasts = [Selection(mode, split) for mode in results.modes]
     models = (*REFERENCES, *results.labels)
-    scores = {model: mean_score(results, model, sampled) for model in models}
-    solved = {model: rate(results, model, sampled) for model in models}
+    scores = {model: mean_score(results, model, lasts[-1]) for model in models}
+    solved = {model: rate(results, model, lasts[-1]) for model in models}
     is_scored = any(
         found and not math.isclose(found.value, scores[model] or 0.0, abs_tol=1e-5)
         for model, found in solved.items()
@@ -66,11 +69,12 @@ def main_table(results: Results, split: str | None = None) -> Table:
     rows = []
     for model in models:
         runs = results.of(model)
-        best = rate(results, model, Selection("greedy", split, "best")) if runs else None
-        rates = [rate(results, model, greedy), best, solved[model]]
+        best = rate(results, model, Selection(first, split, "best")) if runs else None
+        rates = [rate(results, model, last) for last in lasts]
+        rates.insert(1, best)
         if not runs and not any(rates):
             continue
-        gain = None if model == "start" else difference(results, model, "start", sampled)
+        gain = None if model == "start" else difference(results, model, "start", lasts[-1])
         score = scores[model]
         rows.append(
             (
@@ -85,11 +89,11 @@ def main_table(results: Results, split: str | None = None) -> Table:
     head = (
         "model",
         "seeds",
-        "greedy, last",
-        "greedy, best",
-        "sampled, last",
-        "gain over start (sampled, last)",
-        *(["score (sampled, last)"] if is_scored else []),
+        f"{first}, last",
+        f"{first}, best",
+        *(f"{mode}, last" for mode in others),
+        f"gain over start ({final}, last)",
+        *([f"score ({final}, last)"] if is_scored else []),
         "minutes",
     )
     return Table(f"{split or ALL_SPLITS}: tasks solved, % [95 % interval]", head, tuple(rows))
@@ -110,17 +114,18 @@ def difference_table(results: Results, pairs: Sequence[tuple[str, str]]) -> Tabl
     rows = []
     for first, second in pairs:
         cells, common = [], 0
-        for mode in ("greedy", "sampled"):
+        for mode in results.modes:
             found = difference(results, first, second, Selection(mode))
             cells += [difference_text(found), verdict(found) if found else NOTHING]
             common = max(common, found.replicates if found else 0)
         rows.append((f"{first} > {second}", str(common), *cells))
-    head = ("claim", "common seeds", "greedy, last", "verdict", "sampled, last", "verdict")
+    modes = [text for mode in results.modes for text in (f"{mode}, last", "verdict")]
+    head = ("claim", "common seeds", *modes)
     return Table(f"{ALL_SPLITS}: differences, points", head, tuple(rows))
 
 
 def claims_table(environments: Sequence[Results], pairs: Sequence[tuple[str, str]] = ()) -> Table:
-    """Return claims at one glance: sampled success at the last step in every environment.
+    """Return claims at one glance: success in the last mode after the last step, by environment.
 
     The pairs are claims, as in `difference_table`; none: the `first_pairs` of all environments.
     """
@@ -129,11 +134,14 @@ def claims_table(environments: Sequence[Results], pairs: Sequence[tuple[str, str
     for first, second in claims:
         cells = []
         for results in environments:
-            found = difference(results, first, second, Selection("sampled"))
+            found = difference(results, first, second, Selection(results.modes[-1]))
             cells.append(f"{difference_text(found)} {verdict(found)}" if found else NOTHING)
         rows.append((f"{first} > {second}", *cells))
     head = ("claim", *(results.name for results in environments))
-    return Table("Sampled, last: differences, points, and verdicts", head, tuple(rows))
+    modes = ", ".join(dict.fromkeys(results.modes[-1] for results in environments))
+    return Table(
+        f"{modes.capitalize()}, last: differences, points, and verdicts", head, tuple(rows)
+    )
 
 
 def type_table(results: Results, mode: str) -> Table | None:

@@ -12,7 +12,7 @@ from atod_gym.dialogue import AgentDialogue
 from atod_gym.envs.vector import TurnVectorEnv
 from atod_gym.errors import AtodError, InvalidSettingError, TaskNotFoundError
 from atod_gym.parsing import CompletionFormat
-from atod_train.config import EnvConfig
+from atod_train.config import EnvConfig, parse_prompt_style
 from atod_train.rollout.episode import Episode
 from atod_train.rollout.own_env import find_spec, is_turn_env, make_text_env
 
@@ -122,11 +122,12 @@ class EnvPool:
 
     def _dialogue(self, env: Any) -> AgentDialogue:
         config = self.config
+        style, window = parse_prompt_style(config.prompt_style)
         return AgentDialogue(
             env.unwrapped.metadata,
             profile=config.parse_profile,
-            style=config.prompt_style,
-            history_window=config.history_window,
+            style=style,
+            history_window=window,
             template=self.template,
             show_admissible=config.show_admissible,
         )

@@ -212,7 +212,7 @@ class Episode:
             prompt=prompt.messages,
             completion=text,
             action=parsed.action,
-            reward=float(reward) * self._config.success_reward - penalty,
+            reward=float(reward) - penalty,
             is_action_valid=not reason,
             tokens=tokens,
             penalty=penalty,

@@ -36,7 +36,7 @@ import tyro
 from atod_gym.errors import InvalidSettingError
 from atod_train.config import Method, RunConfig
 from atod_train.files import FileError, read_json, write_json
-from atod_train.presets import PRESETS, completed
+from atod_train.presets import PRESETS, completed, without_tables
 from atod_train.reports.results import FOLDER_NAME, REFERENCES
 from atod_train.reports.run_folder import (
     ANOTHER_FOLDER,
@@ -265,10 +265,10 @@ def _changed(
             value = [part for pair in value.items() for part in pair]
         if not isinstance(value, bool):
             words += map(str, value if isinstance(value, list) else [value])
-    # Without options of the environment: tyro would take no others than those.
-    bare = replace(default, env=replace(default.env, options={}))
     try:
-        config = tyro.cli(RunConfig, default=bare, args=words, prog="atod-train study")
+        config = tyro.cli(
+            RunConfig, default=without_tables(default), args=words, prog="atod-train study"
+        )
     except SystemExit:
         raise InvalidSettingError(f"{where}: invalid setting, see the message above.") from None
     return completed(config, default, words)

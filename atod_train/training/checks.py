@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.algorithm.atod import clipped_policy_loss
-from atod_train.algorithm.methods import exact_top_k
+from atod_train.algorithm.methods import exact_top_k, needs_teacher
 from atod_train.algorithm.schedules import measures_teacher, schedule_of
 from atod_train.algorithm.weights import parse_turn_weights
-from atod_train.config import SECTIONS, AlgorithmConfig, RunConfig, is_url
+from atod_train.batch import minibatch_count
+from atod_train.config import SECTIONS, AlgorithmConfig, RunConfig, is_url, parse_prompt_style
+from atod_train.evaluation.evaluate import temperature_of
 from atod_train.models.pretrained import pick_device
 from atod_train.records import TokenScores
 from atod_train.training.checkpoint import first_not_finite, model_tensors
@@ -27,13 +29,12 @@ _AT_LEAST = {
     "train.steps": 1,
     "train.tasks_per_step": 1,
     "train.group_size": 1,
-    "train.minibatches": 1,
     "train.max_completion_tokens": 1,
     "train.tokens_per_microbatch": 1,
     "train.save_every": 1,
 }
 """Of a number; others are at least 0."""
-_ABOVE_ZERO = ("train.lr", "env.success_reward")
+_ABOVE_ZERO = ("train.lr",)
 _SKIPPED_IN_A_ROW = 5
 
 
@@ -46,6 +47,13 @@ def check_settings(config: RunConfig) -> None:
     Raises:
         InvalidSettingError: names the setting, its value, and what to change.
     """
+    needed = ("student", "teacher") if needs_teacher(config.algorithm.method) else ("student",)
+    if missing := [role for role in needed if not getattr(config.model, role)]:
+        raise InvalidSettingError(
+            f"No {' and no '.join(missing)}: a published run can have any. Give "
+            f"{' and '.join(f'--model.{role} NAME' for role in missing)}: a folder, a name of the "
+            "hub, or smollm2."
+        )
     for section in SECTIONS:
         for name, value in asdict(getattr(config, section)).items():
             for number in value if isinstance(value, tuple) else (value,):
@@ -56,6 +64,18 @@ def check_settings(config: RunConfig) -> None:
         # A GPU is only counted: touching it would take its memory in processes that do not use it.
         if device not in ("auto", *gpus) and not (device == "cuda" and gpus):
             pick_device(device)
+    parse_prompt_style(config.env.prompt_style)
+    modes = config.env.eval_modes
+    if not modes or len({temperature_of(mode) for mode in modes}) < len(modes):
+        raise InvalidSettingError(
+            f"env.eval_modes must be one or more different modes, not {' '.join(modes)!r}. "
+            "For no evaluation leave env.eval_splits empty."
+        )
+    minibatch_count(config.train.minibatches, rows=1)
+    if config.train.lr_warmup > 1:
+        raise InvalidSettingError(
+            f"train.lr_warmup is a share of train.steps, at most 1, not {config.train.lr_warmup}."
+        )
     _check_algorithm(config.algorithm)
     if config.model.dtype == "bfloat16" and not config.model.lora_rank:
         raise InvalidSettingError(

@@ -196,7 +196,7 @@ class RunRecord:
                 "minutes": self.done.minutes,
                 "tokens": self.done.tokens,
                 "trajectories": self.done.trajectories,
-                "best_step": _best_step(evaluations),
+                "best_step": self._best_step(evaluations),
                 "finished": True,
             }
             write_json(self.run_dir / SUMMARY_FILE, totals)
@@ -246,7 +246,7 @@ class RunRecord:
         if self._writer is None:
             return
         made = [*read_evaluations(self.run_dir), *found]
-        if found and _best_step(made) == self.done.step:
+        if found and self._best_step(made) == self.done.step:
             self._save_model("best", made)
         for evaluation in found:
             self._writer.write_evaluation(evaluation)
@@ -255,13 +255,12 @@ class RunRecord:
         card = model_card(self.run_dir, self._config, self.label, self.done.step, evaluations)
         self._learner.student.save(self.run_dir / "models" / name, card)
 
-
-def _best_step(evaluations: Sequence[Evaluation]) -> int:
-    """Return the first step with the highest greedy success on all tasks; 0: none."""
-    solved: dict[int, list[bool]] = {}
-    for evaluation in evaluations:
-        is_own = evaluation.model == "student" and evaluation.step > 0
-        if is_own and evaluation.result.mode == "greedy":
-            tasks = evaluation.result.tasks
-            solved.setdefault(evaluation.step, []).extend(task.success for task in tasks)
-    return max(solved, key=lambda step: sum(solved[step]) / len(solved[step]), default=0)
+    def _best_step(self, evaluations: Sequence[Evaluation]) -> int:
+        """Return the first step that solved most tasks in the first mode; 0: none."""
+        solved: dict[int, list[bool]] = {}
+        for evaluation in evaluations:
+            is_own = evaluation.model == "student" and evaluation.step > 0
+            if is_own and evaluation.result.mode == self._config.env.eval_modes[0]:
+                tasks = evaluation.result.tasks
+                solved.setdefault(evaluation.step, []).extend(task.success for task in tasks)
+        return max(solved, key=lambda step: sum(solved[step]) / len(solved[step]), default=0)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from atod_train.config import Precision, RunConfig
+from atod_train.config import Precision, RunConfig, parse_prompt_style
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.files import read_json, without_infinities, write_json
@@ -30,7 +30,6 @@ from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.reports.evaluations import (
     EvaluatedModel,
     Evaluation,
-    EvaluationMode,
     EvaluationResult,
 )
 from atod_train.reports.run_folder import RunFolderError
@@ -48,8 +47,6 @@ _RECIPE = 6
 
 _NOISE = 0.2
 """Probability of a random action in place of the expert's."""
-
-_MODES: tuple[EvaluationMode, ...] = ("greedy", "sampled")
 
 _threads_before: list[int] = []
 """Number of threads before `choose_threads` lowered it; empty: it did not."""
@@ -124,10 +121,11 @@ def _identity(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
     if not epochs:
         return _newest_weights(name)
     env, model, start = config.env, config.model, config.start
+    style, window = parse_prompt_style(env.prompt_style)
     depends: dict[str, object] = {
         "recipe": _RECIPE,
-        "env": [env.id, sorted(env.options.items()), env.max_turns, env.prompt_style],
-        "prompt": [env.history_window, env.show_admissible, env.parse_profile],
+        "env": [env.id, sorted(env.options.items()), env.max_turns, style],
+        "prompt": [window, env.show_admissible, env.parse_profile],
         "data": pool.content_hash,
         "demonstrations": [start.demonstrations, _NOISE],
         "model": [name, epochs, start.lr, start.observation_weight, seed],
@@ -207,8 +205,8 @@ def evaluate_start(
                 "seed": config.train.seed,
             }
         )
-        for mode in _MODES:
-            path = folder / "evaluations" / f"{role}-{split}-{mode}.json"
+        for mode in config.env.eval_modes:
+            path = folder / "evaluations" / f"{role}-{split}-{mode.replace(':', '-')}.json"
             record = read_json(path)
             if record.get("settings") == settings:
                 try:

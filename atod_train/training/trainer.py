@@ -38,7 +38,7 @@ from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.progress import PhaseTimes, progress
 from atod_train.records import Trajectory
-from atod_train.reports.evaluations import Evaluation, EvaluationMode
+from atod_train.reports.evaluations import Evaluation
 from atod_train.reports.step_records import batch_metrics, rendering_drift, rows_to_show
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, nothing_fits, seed_for, tasks_for_step
@@ -48,7 +48,7 @@ from atod_train.training.checks import check_scores, check_update
 from atod_train.training.inputs import hidden_inputs
 from atod_train.training.run_record import RunRecord
 from atod_train.training.stopping import StoppedByUser, interruptible
-from atod_train.training.update import Learner, score_batch, update_policy
+from atod_train.training.update import Learner, learning_rate, score_batch, update_policy
 
 _MOST_CUT = 0.5
 """A larger share of cut completions is reported."""
@@ -174,7 +174,7 @@ class Trainer:
         if not self._is_evaluated_after(step):
             return
         last = step == self.config.train.steps
-        modes: tuple[EvaluationMode, ...] = ("greedy", "sampled") if last else ("greedy",)
+        modes = self.config.env.eval_modes[: None if last else 1]
         evaluated = self._record.evaluated()
         found: list[Evaluation] = []
         with (
@@ -229,6 +229,7 @@ class Trainer:
         except ValueError as error:
             raise AtodError(f"Step {step}: {error}.") from error
         order = torch.Generator().manual_seed(seed_for(config.train.seed, step, "minibatches"))
+        self.learner.set_lr(learning_rate(config.train, step))
         with (
             self._times.phase("update"),
             memory_errors(f"updating the weights in step {step}", advice),

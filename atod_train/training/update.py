@@ -19,8 +19,13 @@ from torch import Tensor
 
 from atod_train.algorithm.atod import aggregate_tokens, clipped_policy_loss, loss_normalizer, masked
 from atod_train.algorithm.methods import Advantages, auxiliary_loss, exact_top_k
-from atod_train.batch import select_sequences, share_of_sequences, split_minibatches
-from atod_train.config import AlgorithmConfig, RunConfig
+from atod_train.batch import (
+    minibatch_count,
+    select_sequences,
+    share_of_sequences,
+    split_minibatches,
+)
+from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
 from atod_train.distributed import Processes
 from atod_train.models.fast.prefix_trees import crossover_of, group_trees, sequences_of
 from atod_train.models.policy import Policy
@@ -106,7 +111,8 @@ def update_policy(
         number of tokens; and `skipped_updates`, the updates whose gradient was not finite.
     """
     algorithm = config.algorithm
-    minibatches = split_minibatches(batch, config.train.minibatches, order)
+    count = minibatch_count(config.train.minibatches, len(batch.rows))
+    minibatches = split_minibatches(batch, count, order)
     sums = torch.zeros(3, dtype=torch.float64)  # loss, clipped tokens, tokens
     norms: list[float] = []
     reference = _reference(teacher, algorithm)
@@ -139,6 +145,12 @@ def update_policy(
         "grad_norm": sum(norm / made for norm in norms) if made else math.nan,
         "skipped_updates": len(minibatches) - made,
     }
+
+
+def learning_rate(settings: TrainConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 1: lr * min(1, step / warm-up steps)."""
+    warmup = settings.lr_warmup * settings.steps
+    return settings.lr * min(1.0, step / warmup) if warmup else settings.lr
 
 
 def _loss(
@@ -254,6 +266,11 @@ class Learner:
         # FSDP averages gradients over ranks instead of adding them.
         scale = self.processes.count if self.processes.sharding is not None else 1
         (loss * scale).backward()
+
+    def set_lr(self, lr: float) -> None:
+        """Change the learning rate."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
 
     def step(self) -> float:
         """Sum the gradients over ranks, clip them and update the weights.

@@ -180,7 +180,7 @@ def test_rows_are_what_was_shown_and_sampled(style: str, folder: Path, queue: No
     rows = play(folder, style)
     sessions = sorted({key.rpartition("_")[0] for key in rows})
     assert len(sessions) == 8
-    dialogue = DialogueEncoder(WORDS, style)  # type: ignore[arg-type]
+    dialogue = DialogueEncoder(WORDS, style)
     env = agent_env(
         gymnasium.make("atod/ALFWorld-v0", max_turns=4, **SETTINGS),
         profile="plain", style=style,  # type: ignore[arg-type]
@@ -408,7 +408,7 @@ def test_their_configuration_finds_the_trainer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "split"), [("alfworld", "valid_unseen"), ("webshop", "dev"), ("searchqa", "test")]
+    ("run", "split"), [("alfworld", "valid_seen"), ("webshop", "val"), ("searchqa", "test")]
 )
 def test_the_recipe_is_one_that_verl_accepts(
     run: str, split: str, folder: Path, tmp_path: Path

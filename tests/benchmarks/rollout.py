@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from atod_gym.wrappers import agent_env, make_env
-from atod_train.config import EnvConfig
+from atod_train.config import EnvConfig, parse_prompt_style
 from atod_train.models import generation
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
@@ -145,7 +145,10 @@ def ours(policy: Policy, pool: EnvPool, options: argparse.Namespace) -> tuple[in
 def _single(config: EnvConfig) -> Any:
     env = make_env(config.id, config.max_turns, data=config.data, **config.options)
     return agent_env(
-        env, profile=config.parse_profile, style=config.prompt_style, show_admissible=False
+        env,
+        profile=config.parse_profile,
+        style=parse_prompt_style(config.prompt_style)[0],
+        show_admissible=False,
     )
 
 

@@ -91,7 +91,7 @@ ECHO = RunConfig(
         # 1e-3, one run in 16 lost half its success near its end.
         tasks_per_step=16,
         group_size=8,
-        minibatches=2,
+        minibatches="2",
         lr=7e-4,
         eval_every=0,
         save_every=100,

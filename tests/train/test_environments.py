@@ -59,7 +59,7 @@ def test_demonstrations_steps_evaluation_and_report(
             steps=2,
             tasks_per_step=2,
             group_size=2,
-            minibatches=1,
+            minibatches="1",
             max_completion_tokens=16,
             eval_every=2,
         ),

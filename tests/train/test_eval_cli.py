@@ -154,7 +154,7 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("--agent", "random", "--option", "a"), "--option takes KEY=VALUE, not 'a'."),
         (("--agent", "random", "--option", "a=1"), "does not take these settings"),
         (("--agent", "random", "--template", "/no/file"), "Cannot read the prompt template"),
-        (("--agent", "random", "--history-window", "-1", "--prompt-style", "window"), "window"),
+        (("--agent", "random", "--prompt-style", "window:-1"), "not 'window:-1'"),
         (("--agent", "chat"), "Name the model with --model."),
         (("--agent", "chat", "--model", "m", "--extra-body", "{"), "--extra-body is no JSON"),
         (("--agent", "chat", "--model", "m", "--extra-body", "[]"), "must be a JSON object"),

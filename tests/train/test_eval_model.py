@@ -102,11 +102,11 @@ def test_the_best_model_is_preferred_and_a_model_is_of_its_run(run: Path, tmp_pa
 
 def test_options_override_the_run(run: Path, tmp_path: Path) -> None:
     options = ("--max-turns", "1", "--max-tokens", "3", "--max-context", "100", "--prompt-style")
-    more = ("window", "--no-hide-admissible", "--parse-profile", "tags", "--history-window", "1")
+    more = ("window:1", "--no-hide-admissible", "--parse-profile", "tags")
     assert play(tmp_path, run, *options, *more, "--tasks", "3") == 0
     settings = read(tmp_path)["settings"]
     assert settings["max_turns"] == 1
-    assert settings["prompt_style"] == "window"
+    assert settings["prompt_style"] == "window:1"
     assert settings["parse_profile"] == "tags"
     assert settings["show_admissible"] is True
     assert settings["agent"]["max_completion_tokens"] == 3

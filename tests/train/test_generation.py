@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atod_gym.errors import AtodError
+from atod_gym.prompts import PromptStyle
 from atod_train.batch import make_batch
-from atod_train.config import PromptStyle
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.generation import Completion, Generator

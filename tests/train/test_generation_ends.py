@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from atod_gym.parsing import CompletionFormat
+from atod_gym.prompts import PromptStyle
 from atod_gym.types import Message
 from atod_train.batch import make_batch
-from atod_train.config import PromptStyle
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.generation import Generator

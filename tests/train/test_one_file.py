@@ -29,7 +29,7 @@ from atod_train.training.update import Learner, score_batch, update_policy
 
 TURNS, TASKS, GROUP, TOKENS, LR, STEP = 6, 3, 4, 6, 1e-3, 30
 SHAPE = ModelShape(layers=2, width=32, heads=2, mlp_width=64, max_positions=2048)
-ENV = EnvConfig(data="generated", max_turns=TURNS, prompt_style="window", history_window=2)
+ENV = EnvConfig(data="generated", max_turns=TURNS, prompt_style="window")
 ARGS = one_file.Args(
     student="", teacher="", max_turns=TURNS, show_admissible=False, parse_profile="plain",
     group_size=GROUP, minibatches=1, rows_per_pass=7, max_completion_tokens=TOKENS, lr=LR,
@@ -92,7 +92,7 @@ def test_a_step_moves_the_weights_alike(pool: EnvPool, policy: Policy) -> None:
     config = RunConfig(
         env=ENV,
         algorithm=AlgorithmConfig(entropy_bonus=ARGS.entropy_bonus),
-        train=TrainConfig(minibatches=1, lr=LR, group_size=GROUP),
+        train=TrainConfig(minibatches="1", lr=LR, group_size=GROUP),
     )
 
     mine = copy.deepcopy(policy.model)

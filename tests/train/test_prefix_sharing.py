@@ -9,8 +9,8 @@ import torch
 from test_generation import POLICY, continued, make_generator, random_prompts
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from atod_gym.prompts import PromptStyle
 from atod_train.batch import make_batch
-from atod_train.config import PromptStyle
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.fast.llama import packed_logits
 from atod_train.models.generation import Generator

@@ -328,7 +328,7 @@ def test_one_step_of_every_method_with_smollm2(
             steps=1,
             tasks_per_step=1,
             group_size=2,
-            minibatches=1,
+            minibatches="1",
             max_completion_tokens=4,
             lr=1e-5,
         ),

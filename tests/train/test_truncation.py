@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerFast
 
 from atod_gym.dialogue import AgentDialogue
 from atod_gym.errors import AtodError
-from atod_gym.prompts import PromptTemplate, left_out_note
+from atod_gym.prompts import PromptStyle, PromptTemplate, left_out_note
 from atod_gym.spaces import UnicodeText, turn_observation_space
 from atod_gym.types import Message, TurnObservation
 from atod_train.batch import make_batch
-from atod_train.config import AlgorithmConfig, EnvConfig, PromptStyle
+from atod_train.config import AlgorithmConfig, EnvConfig, parse_prompt_style
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
@@ -41,7 +41,7 @@ from atod_train.studies.study import train_one
 from atod_train.training import trainer
 from atod_train.training.supervised import demonstrate, demonstration_texts
 
-ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=12, history_window=6)
+ENV = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=12)
 SHAPE = ModelShape(layers=1, width=32, heads=2, mlp_width=64, max_positions=1024)
 NOTE = "[ 1 2 3 4 5 earlier turn turns left out ]"
 
@@ -57,7 +57,8 @@ def _play(
     tokenizer: PreTrainedTokenizerFast, style: PromptStyle, max_context: int
 ) -> tuple[Policy, list[Trajectory]]:
     policy = build_policy(SHAPE, tokenizer, seed=0)
-    pool = EnvPool(replace(ENV, prompt_style=style), "train")
+    shown = "window:6" if style == "window" else style
+    pool = EnvPool(replace(ENV, prompt_style=shown), "train")
     dialogue = DialogueEncoder(tokenizer, style)
     generator = Generator(policy, dialogue, max_completion_tokens=5, max_context=max_context)
     return policy, collect(pool, generator, pool.task_ids[:6], group_size=2, turn_limit=12)
@@ -267,7 +268,7 @@ class _Pool(EnvPool):
         self._dialogues = []
 
     def _dialogue(self, env: Any) -> AgentDialogue:
-        style = self.config.prompt_style
+        style, _ = parse_prompt_style(self.config.prompt_style)
         later = "{history}\n\n{text}" if style == "window" else "{text}"
         return AgentDialogue(
             env.metadata,
