@@ -59,9 +59,11 @@ class EnvConfig:
     evaluation."""
     eval_modes: tuple[str, ...] = ("greedy", "sampled")
     """How evaluations decode: greedy; sampled, at temperature 0.4; or sampled:0.7, at another. All
-    after the last step, the first alone before it, which also chooses models/best."""
+    are for start, teacher and last step; the first alone is for steps before, and chooses
+    models/best."""
     eval_tasks: int = 0
-    """Tasks of each split that are evaluated on, the first ones; 0: all. Fewer widen intervals."""
+    """Tasks of each split that are evaluated on, spread evenly over it; 0: all. Fewer widen
+    intervals."""
     prompt_style: str = "chat"
     """chat: append-only dialogue, one sequence per trajectory; window: one row per turn, with the
     last two turns in one message; window:4: the last four. Use it where episodes outgrow the

@@ -57,7 +57,7 @@ def evaluate(
     mode: EvaluationMode = "greedy",
     processes: Processes | None = None,
 ) -> EvaluationResult:
-    """Play every task of the pool's split, or the first `env.eval_tasks` of them, once.
+    """Play every task of the pool's split, or `env.eval_tasks` spread evenly over it, once.
 
     Args:
         policy: the model; it is not changed.
@@ -72,7 +72,9 @@ def evaluate(
     Raises:
         AtodError: no first prompt fits the model's context.
     """
-    task_ids = pool.task_ids[: config.env.eval_tasks or None]
+    known = len(pool.task_ids)
+    count = min(config.env.eval_tasks, known) or known
+    task_ids = [pool.task_ids[i * known // count] for i in range(count)]
     temperature = temperature_of(mode)
     processes = processes or Processes()
     results: list[TaskResult] = []
