@@ -27,6 +27,7 @@ from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.config import SECTIONS, Method, RunConfig
 from atod_train.presets import PRESETS, completed, without_tables
 from atod_train.studies.file import Selection, Study, read_kept_study, read_study, study_of
+from atod_train.training.loggers import LoggerName, LogTo
 from atod_train.training.stopping import StoppedByUser
 
 _DESCRIPTION = """Train small agents with ATOD and other methods. Each command has --help.
@@ -56,13 +57,16 @@ class Train(RunConfig):
 
     out: Path = Path("runs")
     """Folder of the study."""
+    log: tuple[LoggerName, ...] = LogTo().loggers
+    """Where numbers go while a run trains, besides its folder: tensorboard, wandb, trackio. The
+    study is one project there. wandb needs an account, or WANDB_MODE=offline."""
     resume: bool = False
     """Continue runs that the folder holds; finished ones too, if train.steps is larger."""
     preset: Suppress[str] = ""
 
     def run(self, words: Sequence[str]) -> int:
         """Make the run."""
-        study = study_of(self.config(words), self.out, name=self.preset)
+        study = study_of(self.config(words), self.out, name=self.preset, log=self.log)
         return _train(study, self.out, self.resume)
 
     def config(self, words: Sequence[str]) -> RunConfig:
@@ -91,7 +95,15 @@ class Quickstart(Train):
                 "quickstart has --runs and --seeds, not algorithm.method and train.seed. For one "
                 f"run: atod-train {self.preset} --algorithm.method {method} --train.seed {seed}"
             )
-        study = study_of(config, self.out, self.runs, self.seeds, name=self.preset, jobs=self.jobs)
+        study = study_of(
+            config,
+            self.out,
+            self.runs,
+            self.seeds,
+            name=self.preset,
+            jobs=self.jobs,
+            log=self.log,
+        )
         return _train(study, self.out, self.resume)
 
 

@@ -108,7 +108,12 @@ def _lines(total: int, initial: int, is_part: bool) -> Iterator[_Show]:
 @contextmanager
 def _bar(total: int, initial: int, is_part: bool) -> Iterator[_Show]:
     bar = tqdm(
-        total=total, desc=_open[-1], initial=initial, leave=not _open[1:], dynamic_ncols=True
+        total=total,
+        desc=_open[-1],
+        initial=initial,
+        leave=not _open[1:],
+        dynamic_ncols=True,
+        bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} left{postfix}",
     )
 
     def show(amount: int, note: str) -> None:

@@ -18,7 +18,7 @@ number that is not finite is written as null. Shares and rates are 0..1.
     return                mean return of a trajectory
     turns                 mean turns of a trajectory
     invalid_share         share of turns whose action was not valid
-    invalid/<reason>      how many turns were not valid for that reason; the most frequent ones
+    invalid/<reason>      share of turns that were not valid for that reason; the most frequent ones
     completions_cut       share of turns whose completion reached train.max_completion_tokens
     skipped_updates       updates of the step that were skipped: their gradient was not finite
     actions/<verb>        mean valid actions of a trajectory that begin with that word
@@ -28,23 +28,21 @@ number that is not finite is written as null. Shares and rates are 0..1.
                           ids than were sampled (`step_records.rendering_drift`)
     entropy               mean entropy of the policy per token before the update, in nats
     clip_fraction         share of tokens whose ratio was clipped
+    approx_kl             mean over tokens of ratio - 1 - log ratio, in nats: how far the updates
+                          before its own moved a token's policy
     loss, grad_norm       of the policy update, mean over its minibatches
     tokens                completion tokens of the step
+    tokens_per_second     of its wall time, without evaluations and checkpoints
     seconds/<phase>       seconds spent: environment, generation, teacher, update, other, ...
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from atod_gym.errors import MissingExtraError
 from atod_train.files import read_json_lines, without_infinities, write_text
 from atod_train.reports.evaluations import Evaluation, EvaluationResult
 from atod_train.reports.rows import FORMAT
@@ -54,9 +52,6 @@ from atod_train.reports.run_folder import (
     TRAJECTORIES_FILE,
     RunFolderError,
 )
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 def _read_steps(path: Path) -> Iterator[dict[str, Any]]:
@@ -92,8 +87,8 @@ def read_trajectories(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("format") == FORMAT]
 
 
-class MetricsWriter(AbstractContextManager["MetricsWriter"]):
-    """Append to the JSON-lines files of a run, and write metrics as TensorBoard events.
+class MetricsWriter:
+    """Append to the JSON-lines files of a run, and send their numbers to its loggers.
 
     On resume every record after the resumed step is removed first, so that no step occurs
     twice. A killed process loses at most the line it writes.
@@ -104,14 +99,17 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
             run killed before its first checkpoint; None: a new run. Records of step 0, such as
             the evaluation of the start, stay.
 
+    Attributes:
+        log: called with each step and its numbers by name.
+
     Raises:
-        MissingExtraError: tensorboard is not installed.
         RunFolderError: a file of the run is broken, or a new run meets the metrics of an old one.
         OSError: as of every method, a file cannot be written; it names the file or the folder.
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
         self.run_dir = run_dir
+        self.log: Callable[[int, Mapping[str, float]], object] = lambda step, numbers: None
         self._last_step = resume_step or 0
         if resume_step is None and read_metrics(run_dir):
             raise RunFolderError(
@@ -123,8 +121,6 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
             if path.is_file():  # a torn line is left out too
                 kept = [record for record in _read_steps(path) if record["step"] <= self._last_step]
                 write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        # Events of steps that are repeated are hidden.
-        self._events = _open_events(run_dir, None if resume_step is None else resume_step + 1)
 
     def write(self, metrics: Mapping[str, float | int | str | bool | None]) -> None:
         """Append the metrics of one step; `step` must be larger than the last.
@@ -136,76 +132,37 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         if not isinstance(step, int) or step <= self._last_step:
             raise RunFolderError(f"step {step} cannot follow step {self._last_step} in the metrics")
         self._last_step = step
-        scalars = {
+        numbers = {
             name: float(value)
             for name, value in metrics.items()
             if name != "step" and isinstance(value, (int, float))
         }
-        self._append(METRICS_FILE, metrics, scalars)
+        self._append(METRICS_FILE, metrics)
+        self.log(step, numbers)
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Append an evaluation, with the result of every task."""
-        result = evaluation.result
-        record = {"step": evaluation.step, "model": evaluation.model, **result.to_json()}
-        name = f"evaluation/{evaluation.model}/{result.split}/success"
-        self._append(EVALUATIONS_FILE, record, {name: result.success_rate})
+        step, model, result = evaluation.step, evaluation.model, evaluation.result
+        self._append(EVALUATIONS_FILE, {"step": step, "model": model, **result.to_json()})
+        numbers = {
+            "success": result.success_rate,
+            "score": result.mean_score,
+            "turns": result.mean_turns,
+            "invalid_share": result.invalid_share,
+        }
+        name = f"evaluation/{model}/{result.split}/{result.mode}"
+        self.log(step, {f"{name}/{key}": value for key, value in numbers.items()})
 
     def write_trajectory(self, step: int, row: Mapping[str, Any]) -> None:
         """Append a trajectory of a step: its row without the token sequences."""
-        self._append(TRAJECTORIES_FILE, {"step": step, **row}, {})
+        self._append(TRAJECTORIES_FILE, {"step": step, **row})
 
-    def _append(self, name: str, record: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
-        """Append a line to a file, and its numbers to the events."""
-        with _naming(self.run_dir):
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        try:
             with (self.run_dir / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(without_infinities(record)) + "\n")
-            for tag, value in scalars.items():
-                self._events.add_scalar(tag, value, record["step"])
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the events."""
-        with _naming(self.run_dir):
-            self._events.close()
-
-
-@contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    """Add the folder to an OSError that names no file, such as that of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
-
-
-def _open_events(run_dir: Path, purge_step: int | None) -> SummaryWriter:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtraError(
-            "TensorBoard events need the package tensorboard: pip install 'atod-gym[train]'"
-        ) from error
-    _silence_event_threads()
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
-
-
-@functools.cache
-def _silence_event_threads() -> None:
-    """Keep TensorBoard's writer threads from printing tracebacks of OSErrors.
-
-    TensorBoard raises the error again in the next call of the writer, where it is handled.
-    """
-    others = threading.excepthook
-
-    def hook(arguments: threading.ExceptHookArgs) -> None:
-        is_writer = type(arguments.thread).__module__.startswith("tensorboard.")
-        if not (is_writer and isinstance(arguments.exc_value, OSError)):
-            others(arguments)
-
-    threading.excepthook = hook
+        except OSError as error:  # that of a full disk names no file
+            if error.filename is not None:
+                raise
+            reason = error.strerror or str(error)
+            raise OSError(error.errno, reason, str(self.run_dir)) from error

@@ -9,7 +9,8 @@ Files of a run folder, all UTF-8 JSON or JSON lines:
     trajectories.jsonl  a few trajectories for people: rows as in `rows`, without tokens
     summary.json        totals at the end: steps, minutes (wall time, over all parts of a resumed
                         run), tokens (sampled), trajectories, best_step, finished
-    tensorboard/        the numbers of metrics.jsonl as events
+    tensorboard/        the numbers of metrics.jsonl and of evaluations as events
+    wandb/              the same, as Weights & Biases keeps them; with --log wandb only
     checkpoints/        one safetensors file per checkpoint
 """
 
@@ -161,9 +162,10 @@ def write_manifest(
 
     Args:
         run_dir: the run folder.
-        beginning: of a new run: `method` (or what else the run is called), `env_id`, `data` (its
-            name and the hash of the task manifest), `seeds`, `parameters` (number of weights of
-            student and teacher; None: there is no teacher), `inputs` (see `training.inputs`).
+        beginning: of a new run: `run_id` (no other run has it), `method` (or what else the run is
+            called), `env_id`, `data` (its name and the hash of the task manifest), `seeds`,
+            `parameters` (number of weights of student and teacher; None: there is no teacher),
+            `inputs` (see `training.inputs`).
         device: such as `cpu` or the name of the GPU.
         processes: number of processes that train together.
     """

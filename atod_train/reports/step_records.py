@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,7 +52,10 @@ def batch_metrics(
         "return": float(batch.returns.mean()),
         "turns": len(turns) / len(trajectories),
         "invalid_share": sum(not turn.is_action_valid for turn in turns) / len(turns),
-        **{f"invalid/{reason}": count for reason, count in reasons.most_common(_SHOWN_REASONS)},
+        **{
+            f"invalid/{reason}": count / len(turns)
+            for reason, count in reasons.most_common(_SHOWN_REASONS)
+        },
         "rollout/logprob_drift": token_mean(batch.sampling_logprobs - scores.logprobs),
         "completions_cut": sum(t.tokens.finish_reason == "length" for t in turns) / len(turns),
         "rollout/truncated_prompts": sum(turn.turns_left_out > 0 for turn in turns) / len(turns),
@@ -65,6 +68,12 @@ def solved_groups(trajectories: Sequence[Trajectory]) -> float:
     groups = {trajectory.group_id for trajectory in trajectories}
     solved = {trajectory.group_id for trajectory in trajectories if trajectory.success}
     return len(solved) / len(groups)
+
+
+def throughput(tokens: int, seconds: Mapping[str, float]) -> float:
+    """Return tokens per second of a step, whose phases are those of `PhaseTimes.take`."""
+    apart = ("seconds/evaluation", "seconds/checkpoint")
+    return tokens / max(sum(s for phase, s in seconds.items() if phase not in apart), 1e-6)
 
 
 def rendering_drift(trajectories: Sequence[Trajectory], dialogue: DialogueEncoder) -> float | None:

@@ -4,6 +4,7 @@ A study file has the settings of `atod-train <preset>` by their names on the com
 
     seeds = [0, 1, 2]
     jobs = 2
+    log = ["tensorboard", "wandb"]    # tensorboard alone where it is not given
 
     [environments.houses]             # start, teacher and tasks are its own
     preset = "houses-tiny"
@@ -45,6 +46,7 @@ from atod_train.reports.run_folder import (
     config_from_json,
     first_difference,
 )
+from atod_train.training.loggers import LoggerName, LogTo
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,7 +54,7 @@ else:
     import tomli as tomllib
 
 STUDY_FILE = "study.json"
-_KEYS = {"seeds", "jobs", "environments", "runs"}
+_KEYS = {"seeds", "jobs", "log", "environments", "runs"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class StudyPart:
 
 @dataclass(frozen=True)
 class Study:
-    """Runs, and how many of them are made at the same time.
+    """Runs, how many of them are made at the same time, and the loggers of their numbers.
 
     Raises:
         InvalidSettingError: fewer than one run is made at the same time.
@@ -96,6 +98,7 @@ class Study:
 
     parts: tuple[StudyPart, ...]
     jobs: int = 1
+    log: tuple[LoggerName, ...] = LogTo().loggers
 
     def __post_init__(self) -> None:
         if type(self.jobs) is not int or self.jobs < 1:
@@ -119,6 +122,8 @@ class Selection:
     """Runs of the file that are made, in place of all."""
     jobs: int | None = None
     """Runs at the same time, each in a process of its own, in place of the number in the file."""
+    log: tuple[LoggerName, ...] | None = None
+    """Loggers of the runs' numbers, in place of those of the file."""
 
 
 def study_of(
@@ -129,6 +134,7 @@ def study_of(
     *,
     name: str = "run",
     jobs: int = 1,
+    log: tuple[LoggerName, ...] = LogTo().loggers,
 ) -> Study:
     """Return the study of some methods with some seeds; none: those of the settings.
 
@@ -138,7 +144,8 @@ def study_of(
         method: replace(config, algorithm=replace(config.algorithm, method=method))
         for method in methods or [config.algorithm.method]
     }
-    return Study((_part(name, out, settings, seeds or [config.train.seed], settings),), jobs)
+    part = _part(name, out, settings, seeds or [config.train.seed], settings)
+    return Study((part,), jobs, log)
 
 
 def _part(
@@ -191,8 +198,11 @@ def _study(content: Mapping[str, Any], out: Path, selection: Selection) -> Study
         raise InvalidSettingError(f"unknown key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
     seeds = content.get("seeds", [0]) if selection.seeds is None else list(selection.seeds)
     jobs = content.get("jobs", 1) if selection.jobs is None else selection.jobs
+    log = content.get("log", LogTo().loggers) if selection.log is None else selection.log
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
         raise InvalidSettingError("seeds must be a list of whole numbers, such as [0, 1, 2].")
+    if not isinstance(log, list | tuple):
+        raise InvalidSettingError('log must be a list of loggers, such as ["wandb"].')
     environments, runs = (_tables(content, name) for name in ("environments", "runs"))
     chosen = _chosen("environment", selection.environments, environments)
     labels = _chosen("run", selection.runs, runs)
@@ -212,7 +222,7 @@ def _study(content: Mapping[str, Any], out: Path, selection: Selection) -> Study
         }
         folder = out / name if len(environments) > 1 else out
         parts.append(_part(name, folder, configs, seeds, labels if name in chosen else ()))
-    return Study(tuple(parts), jobs)
+    return Study(tuple(parts), jobs, tuple(log))
 
 
 def _chosen(kind: str, names: Sequence[str] | None, known: Iterable[str]) -> list[str]:
@@ -302,8 +312,8 @@ def keep_study(study: Study, out: Path) -> Study:
         for part in merged
         for run in part.runs
     ]
-    write_json(out / STUDY_FILE, {"jobs": study.jobs, "runs": runs_of_all})
-    return Study(merged, study.jobs)
+    write_json(out / STUDY_FILE, {"jobs": study.jobs, "log": study.log, "runs": runs_of_all})
+    return Study(merged, study.jobs, study.log)
 
 
 def _is_alike(run: Run, config: RunConfig) -> bool:
@@ -335,7 +345,8 @@ def read_kept_study(folder: Path) -> tuple[Study, Path]:
             run = Run(entry["label"], config, out / entry["folder"])
             settings = {run.label: config}
             parts.append(StudyPart(entry["environment"], run.folder.parent, (run,), settings))
-        return Study(_merged(parts), int(record["jobs"])), out
+        log = tuple(record.get("log", LogTo().loggers))
+        return Study(_merged(parts), int(record["jobs"]), log), out
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"{out / STUDY_FILE} is not of this version ({error}).") from error
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher
 from atod_train.training.checks import check_settings
 from atod_train.training.inputs import check_inputs, hidden_inputs
+from atod_train.training.loggers import LogTo, check_loggers
 from atod_train.training.starts import evaluate_start, policy_of
 from atod_train.training.stopping import StoppedByUser, interruptible
 from atod_train.training.trainer import Trainer
@@ -76,6 +78,8 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
         show_progress("nothing")
     all_left = [(part, _left(part, resume)) for part in study.parts]
     if processes.is_main:
+        if any(left for _, left in all_left):
+            check_loggers(study.log)
         for part, left in all_left:
             if kept := len(part.runs) - len(left):
                 print(f"{part.name}: finished runs that are kept: {kept}", file=sys.stderr)
@@ -90,7 +94,7 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
             # Processes that train together make one run after the other.
             with _workers(study.jobs if processes.count == 1 else 1) as call_all:
                 # Models that cannot be used are refused before the first run begins.
-                for make in (_make_models, _make_runs):
+                for make in (_make_models, partial(_make_runs, log=LogTo(study.log, out))):
                     for part, left in all_left:
                         if left:
                             make(part, left, processes, call_all)
@@ -174,7 +178,7 @@ def _make_models(
 
 
 def _make_runs(
-    part: StudyPart, left: Sequence[Run], processes: Processes, call_all: CallAll
+    part: StudyPart, left: Sequence[Run], processes: Processes, call_all: CallAll, log: LogTo
 ) -> None:
     """Evaluate start and teacher of an environment, then make the runs."""
     splits = part.config.env.eval_splits
@@ -182,7 +186,7 @@ def _make_runs(
         (part.config, r, split, part.folder, processes) for r in _roles(part) for split in splits
     ]
     known = [evaluation for found in call_all(evaluate_start, wanted) for evaluation in found]
-    call_all(_train, [(run, known, processes) for run in left])
+    call_all(_train, [(run, known, processes, log) for run in left])
 
 
 def _roles(part: StudyPart) -> list[EvaluatedModel]:
@@ -218,14 +222,22 @@ def _check_models(config: RunConfig, has_teacher: bool, begun: Sequence[Path]) -
             check_inputs(inputs, read_json(folder / MANIFEST_FILE), template)
 
 
-def _train(run: Run, known: Sequence[Evaluation], processes: Processes) -> None:
+def _train(run: Run, known: Sequence[Evaluation], processes: Processes, log: LogTo) -> None:
     """Make one run, from the start or from its last checkpoint."""
     has_teacher = needs_teacher(run.config.algorithm.method)
     with _loaded(run.config, has_teacher) as (student, teacher, (pool, *eval_pools)):
-        trainer = Trainer(
-            run.config, run.folder, student, teacher, pool, eval_pools, known, processes, run.label
-        )
-        trainer.run()  # what must not be continued is refused before any work
+        Trainer(
+            run.config,
+            run.folder,
+            student,
+            teacher,
+            pool,
+            eval_pools,
+            known,
+            processes,
+            run.label,
+            log,
+        ).run()  # what must not be continued is refused before any work
 
 
 @contextmanager

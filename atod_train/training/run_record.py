@@ -6,6 +6,7 @@ write them has them when it is resumed.
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from atod_train.training.checkpoint import (
     save_checkpoint,
 )
 from atod_train.training.inputs import check_inputs
+from atod_train.training.loggers import Loggers, LogTo
 from atod_train.training.model_card import model_card
 from atod_train.training.update import Learner
 
@@ -75,6 +77,7 @@ class RunRecord:
         learner: its weights and moments are saved.
         processes: this rank among others.
         label: name of the run in tables.
+        log: where its numbers go besides the folder.
 
     Attributes:
         done: totals after the last finished step.
@@ -83,7 +86,13 @@ class RunRecord:
     """
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, learner: Learner, processes: Processes, label: str
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        learner: Learner,
+        processes: Processes,
+        label: str,
+        log: LogTo,
     ) -> None:
         self.run_dir = run_dir
         self.label = label
@@ -91,6 +100,7 @@ class RunRecord:
         self.row: dict[str, Any] = {}
         self.saved_step = 0
         self._config, self._learner, self._processes = config, learner, processes
+        self._log = log
         self._updates = 0
         self._since = time.perf_counter()
         self._writer: MetricsWriter | None = None
@@ -131,8 +141,11 @@ class RunRecord:
                 steps = [row["step"] for row in read_metrics(self.run_dir)]
                 is_lost = bool(self.row) and self.done.step not in steps
                 resume_step = self.done.step - is_lost if is_begun else None
-                writer = MetricsWriter(self.run_dir, resume_step=resume_step)
-                self._writer = stack.enter_context(writer)
+                self._writer = MetricsWriter(self.run_dir, resume_step=resume_step)
+                settings = without_infinities({"label": self.label, **asdict(self._config)})
+                run_id = read_json(self.run_dir / MANIFEST_FILE).get("run_id", "")
+                loggers = Loggers(self._log, self.run_dir, run_id, settings, resume_step)
+                self._writer.log = stack.enter_context(loggers).log
                 if is_lost:
                     self._writer.write(self.row)
                 there = {evaluation.key for evaluation in read_evaluations(self.run_dir)}
@@ -157,6 +170,7 @@ class RunRecord:
         (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
         write_config(self.run_dir, config)
         beginning = {
+            "run_id": secrets.token_hex(4),
             "method": self.label,
             "env_id": config.env.id,
             "data": {"name": pool.data, "hash": pool.content_hash},

@@ -39,13 +39,19 @@ from atod_train.models.policy import Policy
 from atod_train.progress import PhaseTimes, progress
 from atod_train.records import Trajectory
 from atod_train.reports.evaluations import Evaluation
-from atod_train.reports.step_records import batch_metrics, rendering_drift, rows_to_show
+from atod_train.reports.step_records import (
+    batch_metrics,
+    rendering_drift,
+    rows_to_show,
+    throughput,
+)
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, nothing_fits, seed_for, tasks_for_step
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher
 from atod_train.training.checks import check_scores, check_update
 from atod_train.training.inputs import hidden_inputs
+from atod_train.training.loggers import LogTo
 from atod_train.training.run_record import RunRecord
 from atod_train.training.stopping import StoppedByUser, interruptible
 from atod_train.training.update import Learner, learning_rate, score_batch, update_policy
@@ -74,6 +80,7 @@ class Trainer:
         known: evaluations of the start and the teacher.
         processes: this rank among those that train the student.
         label: name of the run in tables and progress; empty: its method.
+        log: where its numbers go besides the folder; None: TensorBoard.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class Trainer:
         known: Sequence[Evaluation] = (),
         processes: Processes | None = None,
         label: str = "",
+        log: LogTo | None = None,
     ) -> None:
         self.config = config
         self.run_dir = run_dir
@@ -97,8 +105,9 @@ class Trainer:
         self._train_pool, self._eval_pools, self._known = train_pool, eval_pools, known
         self._dialogue = self._dialogue_of(student)
         self._times = PhaseTimes()
+        label = label or config.algorithm.method
         self._record = RunRecord(
-            config, run_dir, self.learner, self.processes, label or config.algorithm.method
+            config, run_dir, self.learner, self.processes, label, log or LogTo()
         )
         self._skipped_in_a_row = 0
         self._has_warned = False
@@ -136,6 +145,7 @@ class Trainer:
                 self.teacher.interrupted = interrupted
             if measures_teacher(self.config.algorithm) and not record.done.schedule.teacher_success:
                 self._measure(teacher)
+            self._times.take()  # what came before belongs to no step
             self._evaluate_if_due()
             while record.done.step < settings.steps:
                 self._step(record.done.step + 1)
@@ -250,8 +260,11 @@ class Trainer:
         shown: Sequence[dict[str, Any]] = ()
         if self._is_evaluated_after(step):
             shown = rows_to_show(batch, trajectories, advantages, teacher is not None)
-        done = replace(done, tokens=done.tokens + int(batch.completion_mask.sum()))
-        record.finish_step(done, row | self._times.take(), shown)
+        tokens = int(batch.completion_mask.sum())
+        done = replace(done, tokens=done.tokens + tokens)
+        seconds = self._times.take()
+        row |= {**seconds, "tokens_per_second": throughput(tokens, seconds)}
+        record.finish_step(done, row, shown)
 
     def _rounding(self) -> float:
         """Return the disagreement, nats per token, that rounding can give two equal models."""
@@ -270,7 +283,6 @@ class Trainer:
         assert teacher is not None  # a server is refused before any work
         record = self._record
         episodes = self._collect(1, teacher)
-        self._times.take()  # the seconds belong to no step
         success = sum(episode.success for episode in episodes) / len(episodes)
         shown = f"{success:.1%} of {len(episodes)} episodes of training tasks"
         if not success:

@@ -107,13 +107,13 @@ def update_policy(
         order: draws which sequences share a mini-batch; the same on all ranks.
 
     Returns:
-        Means over the updates made: loss, clip_fraction, grad_norm (NaN where none was made); the
-        number of tokens; and `skipped_updates`, the updates whose gradient was not finite.
+        Means over the updates made: loss, clip_fraction, approx_kl, grad_norm (NaN where none was
+        made); the number of tokens; and `skipped_updates`, whose gradient was not finite.
     """
     algorithm = config.algorithm
     count = minibatch_count(config.train.minibatches, len(batch.rows))
     minibatches = split_minibatches(batch, count, order)
-    sums = torch.zeros(3, dtype=torch.float64)  # loss, clipped tokens, tokens
+    sums = torch.zeros(4, dtype=torch.float64)  # loss, clipped tokens, approximate KL, tokens
     norms: list[float] = []
     reference = _reference(teacher, algorithm)
     for part in minibatches:
@@ -136,11 +136,12 @@ def update_policy(
             norms.append(norm)
             sums += part_sums
     learner.processes.add([sums])
-    loss_sum, clipped, seen = sums.tolist()
+    loss_sum, clipped, kl, seen = sums.tolist()
     made = len(norms)
     return {
         "loss": loss_sum / made if made else math.nan,
         "clip_fraction": clipped / max(1.0, seen),
+        "approx_kl": kl / max(1.0, seen),
         "tokens": float(batch.completion_mask.sum()),
         "grad_norm": sum(norm / made for norm in norms) if made else math.nan,
         "skipped_updates": len(minibatches) - made,
@@ -162,7 +163,9 @@ def _loss(
     advantages: Advantages,
     algorithm: AlgorithmConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Return a micro-batch's share of its mini-batch's loss, and [3]: it, clipped tokens, tokens.
+    """Return a micro-batch's share of its mini-batch's loss, and sums over its tokens.
+
+    The sums are [4]: the loss, clipped tokens, approximate KL, tokens.
 
     Args:
         micro: part of the step's batch; `normalizer`, `scores` and `advantages` have its R rows.
@@ -200,9 +203,10 @@ def _loss(
     if found.entropies is not None:
         entropy = masked(found.entropies, mask).sum()
         loss = loss - algorithm.entropy_bonus * entropy / max(1, tokens)
-    count = float(mask.sum())
-    seen = (float(loss.detach()), float(stats.clip_fraction) * count, count)
-    return loss, torch.tensor(seen, dtype=torch.float64)
+    found_here = (loss.detach(), stats.clip_fraction, stats.approx_kl, stats.tokens)
+    counts = torch.stack([value.float() for value in found_here]).cpu().double()
+    counts[1:3] *= counts[3]
+    return loss, counts
 
 
 def _reference(teacher: Teacher | None, algorithm: AlgorithmConfig) -> Reference | None:

@@ -44,17 +44,17 @@ ROW = {"format": FORMAT, "task_id": "t1", "turns": [{"completion": ODD_TEXT}]}
 
 
 def write_steps(run_dir, steps, **options) -> None:
-    with MetricsWriter(run_dir, **options) as writer:
-        for step in steps:
-            writer.write({"step": step, "loss": step / 2})
-            writer.write_evaluation(make_evaluation(step))
-            writer.write_trajectory(step, ROW)
+    writer = MetricsWriter(run_dir, **options)
+    for step in steps:
+        writer.write({"step": step, "loss": step / 2})
+        writer.write_evaluation(make_evaluation(step))
+        writer.write_trajectory(step, ROW)
 
 
 def test_lines_come_back_and_infinities_become_null(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
-        writer.write({"step": 1, "loss": math.nan, "return": math.inf, "kappa": 0.1})
-        assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "return": None, "kappa": 0.1}]
+    writer = MetricsWriter(tmp_path)
+    writer.write({"step": 1, "loss": math.nan, "return": math.inf, "kappa": 0.1})
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "return": None, "kappa": 0.1}]
     assert read_evaluations(tmp_path) == []
 
 
@@ -70,8 +70,8 @@ def test_resume_removes_later_steps_and_the_torn_line_from_every_file(tmp_path):
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
-        writer.write_evaluation(make_evaluation(0))
+    writer = MetricsWriter(tmp_path)
+    writer.write_evaluation(make_evaluation(0))
     write_steps(tmp_path, [1, 2])
     write_steps(tmp_path, [1], resume_step=0)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1]
@@ -86,10 +86,10 @@ def test_a_new_run_refuses_the_folder_of_an_old_one(tmp_path):
 
 @pytest.mark.parametrize("metrics", [{"step": 2}, {"step": 1}, {"loss": 1.0}, {"step": "3"}])
 def test_steps_must_rise(tmp_path, metrics):
-    with MetricsWriter(tmp_path) as writer:
-        writer.write({"step": 2})
-        with pytest.raises(RunFolderError, match="cannot follow step 2"):
-            writer.write(metrics)
+    writer = MetricsWriter(tmp_path)
+    writer.write({"step": 2})
+    with pytest.raises(RunFolderError, match="cannot follow step 2"):
+        writer.write(metrics)
 
 
 @pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}'])
@@ -104,47 +104,19 @@ def test_trajectories_of_another_format_are_left_out(tmp_path):
     assert read_trajectories(tmp_path) == []
 
 
-def test_events_are_written_without_warnings_and_resumed(tmp_path):
-    program = """
-        import sys
-        from pathlib import Path
-        from atod_train.reports.metrics import MetricsWriter
-        for resume, steps in ((None, (1, 2, 3)), (1, (2, 3))):
-            with MetricsWriter(Path(sys.argv[1]), resume_step=resume) as writer:
-                for step in steps:
-                    writer.write({"step": step, "loss": float(step + (resume or 0) * 10)})
-    """
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (result.returncode, result.stderr) == (0, "")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
-        (1, 1.0),
-        (2, 12.0),
-        (3, 13.0),
-    ]
-
-
 def test_a_full_disk_is_one_error_that_names_the_run(tmp_path):
-    # A limit on the size of files fails as a full disk does; events outgrow metrics.jsonl.
+    # A limit on the size of files fails as a full disk does.
     program = """
         import resource, sys
         from pathlib import Path
         from atod_train.reports.metrics import MetricsWriter
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         step = 0
+        writer = MetricsWriter(Path(sys.argv[1]))
         try:
-            with MetricsWriter(Path(sys.argv[1])) as writer:
-                while step < 10_000:
-                    step += 1
-                    writer.write({"step": step, "loss": 0.5})
+            while step < 10_000:
+                step += 1
+                writer.write({"step": step, "loss": 0.5})
         except OSError as error:
             print(step, error.strerror, error.filename, sep="; ")
     """
@@ -157,7 +129,7 @@ def test_a_full_disk_is_one_error_that_names_the_run(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     step, reason, name = result.stdout.strip().split("; ")
     assert (reason, name) == ("File too large", str(tmp_path))
-    assert (tmp_path / "metrics.jsonl").stat().st_size < 20_000
+    assert (tmp_path / "metrics.jsonl").stat().st_size <= 20_000
     # What was written before is there: the last line may be torn.
     assert len(read_metrics(tmp_path)) in (int(step) - 1, int(step))
 

@@ -123,6 +123,15 @@ def test_a_step_moves_the_weights_alike(pool: EnvPool, policy: Policy) -> None:
     assert moved > 0
     assert apart < 1e-3 * moved
 
+    # A further update on this batch finds how far the one before moved the policy.
+    assert update["approx_kl"] == pytest.approx(0.0, abs=1e-9)
+    now = score_batch(learner, taught, batch, config, PhaseTimes()).logprobs
+    change = (now - scores.logprobs)[batch.completion_mask].double()
+    again = update_policy(
+        learner, taught, batch, scores, advantages, config, torch.Generator().manual_seed(0)
+    )
+    assert again["approx_kl"] == pytest.approx(float((change.expm1() - change).mean()), rel=1e-3)
+
 
 def test_the_command_trains_and_saves(
     policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -74,18 +74,18 @@ def make_run(
     )
     trajectory = Trajectory(0, task, "pick", turns, True, False, "terminated", True, 1.0)
     measured = [TurnStatistics(0.101, 0.037, 0.75)] * 2 if teacher else None
-    with MetricsWriter(run_dir) as writer:
-        writer.write_evaluation(evaluation(0, 5))
+    writer = MetricsWriter(run_dir)
+    writer.write_evaluation(evaluation(0, 5))
+    if teacher:
+        writer.write_evaluation(evaluation(0, 18, "teacher"))
+    for step in (1, 2):
+        metrics = {"step": step, "rho": 1.0 + step, "train_success": 0.5, "entropy": 0.4,
+                   "seconds/update": 2.0, "seconds/generation": 1.0}  # fmt: skip
         if teacher:
-            writer.write_evaluation(evaluation(0, 18, "teacher"))
-        for step in (1, 2):
-            metrics = {"step": step, "rho": 1.0 + step, "train_success": 0.5, "entropy": 0.4,
-                       "seconds/update": 2.0, "seconds/generation": 1.0}  # fmt: skip
-            if teacher:
-                metrics |= {"kappa": 1.0, "opd_signal": 0.3, "turn_weight": 0.6}
-            writer.write(metrics)
-            writer.write_evaluation(evaluation(step, solved + (step == 1)))
-        writer.write_trajectory(2, to_row(trajectory, measured))
+            metrics |= {"kappa": 1.0, "opd_signal": 0.3, "turn_weight": 0.6}
+        writer.write(metrics)
+        writer.write_evaluation(evaluation(step, solved + (step == 1)))
+    writer.write_trajectory(2, to_row(trajectory, measured))
     write_json(run_dir / "summary.json", {"steps": 2, "minutes": 3.25})
     return run_dir
 

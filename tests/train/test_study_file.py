@@ -123,7 +123,7 @@ def test_what_has_no_meaning_is_refused(
 
 def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
     study.write_text(STUDY + OTHER, encoding="utf-8")
-    selection = Selection(seeds=(3, 2), environments=("more",), runs=("adaptive",), jobs=7)
+    selection = Selection((3, 2), ("more",), ("adaptive",), jobs=7, log=("wandb",))
     chosen = read_study(study, tmp_path, selection)
     houses, more = chosen.parts
     assert [run.folder.name for run in more.runs] == ["adaptive-seed3", "adaptive-seed2"]
@@ -132,7 +132,9 @@ def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
     # What all runs share does not depend on which are chosen.
     whole = read_study(study, tmp_path, Selection((3, 2))).parts
     assert more.config == whole[1].config
-    assert chosen.jobs == 7
+    assert (chosen.jobs, chosen.log) == (7, ("wandb",))
+    keep_study(chosen, tmp_path)
+    assert read_kept_study(tmp_path)[0].log == ("wandb",)
     assert more.config.env.max_turns == 5
 
 

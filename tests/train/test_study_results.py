@@ -21,6 +21,7 @@ from atod_train.reports.run_summary import finished_runs, record_of
 from atod_train.studies import study
 from atod_train.studies.file import Run, StudyPart
 from atod_train.studies.study import CallAll
+from atod_train.training.loggers import LogTo
 from atod_train.training.stopping import StoppedByUser
 
 STUDY = """
@@ -60,15 +61,15 @@ def make_run(folder: Path, *, method: str = "atod", seed: int = 0, finished: boo
         "parameters": {"student": 1000, "teacher": None if method == "grpo" else 5000},
     }
     write_manifest(folder, beginning)
-    with MetricsWriter(folder) as writer:
-        writer.write_evaluation(evaluation(0, "001"))
-        writer.write_evaluation(evaluation(0, "111", "teacher"))
-        for step in (1, 2, 4):
-            distance = 0.123456 / step if step != 2 else float("nan")
-            writer.write({"step": step, "rho": 1.0, "disagreement": distance, "grad_norm": 2.0,
-                          "kappa": float("nan"), "seconds/update": 1.26})  # fmt: skip
-        writer.write_evaluation(evaluation(2, "011"))
-        writer.write_evaluation(evaluation(4, "010"))
+    writer = MetricsWriter(folder)
+    writer.write_evaluation(evaluation(0, "001"))
+    writer.write_evaluation(evaluation(0, "111", "teacher"))
+    for step in (1, 2, 4):
+        distance = 0.123456 / step if step != 2 else float("nan")
+        writer.write({"step": step, "rho": 1.0, "disagreement": distance, "grad_norm": 2.0,
+                      "kappa": float("nan"), "seconds/update": 1.26})  # fmt: skip
+    writer.write_evaluation(evaluation(2, "011"))
+    writer.write_evaluation(evaluation(4, "010"))
     totals = {"steps": 4, "minutes": 1.5, "tokens": 90, "trajectories": 16, "finished": finished}
     write_json(folder / "summary.json", totals)
 
@@ -145,7 +146,7 @@ def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     asked = []
 
     def make_runs(
-        part: StudyPart, left: list[Run], processes: Processes, call_all: CallAll
+        part: StudyPart, left: list[Run], processes: Processes, call_all: CallAll, log: LogTo
     ) -> None:
         asked.append([run.folder.relative_to(out).as_posix() for run in left])
         make_run(left[0].folder, method=left[0].label, seed=7)
@@ -183,7 +184,7 @@ def test_models_of_all_environments_are_checked_before_the_first_run(
             raise AtodError("the vocabulary is another")
 
     monkeypatch.setattr(study, "_make_models", make_models)
-    monkeypatch.setattr(study, "_make_runs", lambda part, *_: asked.append(part))
+    monkeypatch.setattr(study, "_make_runs", lambda part, *_, **__: asked.append(part))
     assert main(["study", str(path), "--out", str(tmp_path / "out")]) == 2
     assert asked == ["houses", "more"]
     assert "the vocabulary is another" in capsys.readouterr().err
