@@ -24,7 +24,6 @@ _AT_LEAST = {
     "env.max_turns": 1,
     "model.max_context": 2,
     "start.demonstrations": 1,
-    "algorithm.anneal_steps": -math.inf,
     "algorithm.entropy_bonus": -math.inf,
     "train.steps": 1,
     "train.tasks_per_step": 1,
