@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from atod_gym.errors import InvalidSettingError
 from atod_train.config import RunConfig
 from atod_train.distributed import Processes
 from atod_train.memory import give_back
@@ -17,37 +15,18 @@ from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.progress import progress
 from atod_train.records import Trajectory
-from atod_train.reports.evaluations import EvaluationMode, EvaluationResult, TaskResult
+from atod_train.reports.evaluations import (
+    EvaluationMode,
+    EvaluationResult,
+    TaskResult,
+    temperature_of,
+)
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, nothing_fits, seed_for
-
-SAMPLING_TEMPERATURE = 0.4
-"""Of the sampled mode, as in the published validation of ALFWorld and WebShop."""
 
 _MOST_EPISODES = 128
 _CACHE_SHARE = 0.2
 """Of the memory of the device, for keys and values of the episodes that are played at once."""
-
-
-def temperature_of(mode: EvaluationMode) -> float:
-    """Return the sampling temperature of a mode: greedy, sampled or sampled:T.
-
-    Raises:
-        InvalidSettingError: it is none of these.
-    """
-    name, _, number = mode.partition(":")
-    try:
-        temperature = float(number) if number else SAMPLING_TEMPERATURE
-    except ValueError:
-        temperature = math.nan
-    if mode == "greedy":
-        return 0.0
-    if name != "sampled" or mode.endswith(":") or not 0 < temperature < math.inf:
-        raise InvalidSettingError(
-            "An evaluation is greedy, sampled, or sampled with a temperature above 0 "
-            f"(sampled:0.4), not {mode!r}: change env.eval_modes."
-        )
-    return temperature
 
 
 def evaluate(

@@ -16,8 +16,8 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from atod_train.evaluation.evaluate import temperature_of
 from atod_train.presets import PRESETS
+from atod_train.reports.evaluations import temperature_of
 
 parser = argparse.ArgumentParser()
 parser.add_argument("run", choices=("alfworld", "webshop", "searchqa"))

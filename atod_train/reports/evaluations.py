@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from atod_gym.errors import InvalidSettingError
 from atod_train.reports.statistics import (
     Estimate,
     InvalidCountsError,
@@ -20,7 +21,31 @@ from atod_train.reports.statistics import (
 EvaluationMode = str
 """Decoding: `greedy`, the likeliest token each time; `sampled`; `sampled:T` at a temperature."""
 
+SAMPLING_TEMPERATURE = 0.4
+"""Of the sampled mode, as in the published validation of ALFWorld and WebShop."""
+
 EvaluatedModel = Literal["student", "teacher"]
+
+
+def temperature_of(mode: EvaluationMode) -> float:
+    """Return the sampling temperature of a mode: greedy, sampled or sampled:T.
+
+    Raises:
+        InvalidSettingError: it is none of these.
+    """
+    name, _, number = mode.partition(":")
+    try:
+        temperature = float(number) if number else SAMPLING_TEMPERATURE
+    except ValueError:
+        temperature = math.nan
+    if mode == "greedy":
+        return 0.0
+    if name != "sampled" or mode.endswith(":") or not 0 < temperature < math.inf:
+        raise InvalidSettingError(
+            "An evaluation is greedy, sampled, or sampled with a temperature above 0 "
+            f"(sampled:0.4), not {mode!r}: change env.eval_modes."
+        )
+    return temperature
 
 
 @dataclass(frozen=True, slots=True)

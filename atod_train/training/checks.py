@@ -15,9 +15,9 @@ from atod_train.algorithm.schedules import measures_teacher, schedule_of
 from atod_train.algorithm.weights import parse_turn_weights
 from atod_train.batch import minibatch_count
 from atod_train.config import SECTIONS, AlgorithmConfig, RunConfig, is_url, parse_prompt_style
-from atod_train.evaluation.evaluate import temperature_of
 from atod_train.models.pretrained import pick_device
 from atod_train.records import TokenScores
+from atod_train.reports.evaluations import temperature_of
 from atod_train.training.checkpoint import first_not_finite, model_tensors
 
 _AT_LEAST = {

@@ -239,6 +239,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
         advance(2, note="done")
     assert "[not markup]" in stream.getvalue()
     assert "2/2" in stream.getvalue()
+    assert "00:00 gone, 00:00 left, done" in stream.getvalue()
 
 
 def test_a_bar_inside_of_another_is_a_line_below_it(monkeypatch):

@@ -14,8 +14,8 @@ from atod_gym.errors import InvalidSettingError
 from atod_train import cli
 from atod_train.batch import minibatch_count
 from atod_train.config import EnvConfig, RunConfig, TrainConfig, parse_prompt_style
-from atod_train.evaluation.evaluate import temperature_of
 from atod_train.presets import PRESETS
+from atod_train.reports.evaluations import temperature_of
 from atod_train.reports.results import ResultsError, read_results
 from atod_train.reports.run_summary import read_run
 from atod_train.reports.tables import claims_table, difference_table, main_table

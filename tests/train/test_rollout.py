@@ -12,13 +12,14 @@ from atod_gym.serving.connection import ServedConnection
 from atod_train.config import EnvConfig, ModelConfig, RunConfig
 from atod_train.distributed import Processes
 from atod_train.evaluation import evaluate as evaluation
-from atod_train.evaluation.evaluate import SAMPLING_TEMPERATURE, evaluate
+from atod_train.evaluation.evaluate import evaluate
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import Trajectory
+from atod_train.reports.evaluations import SAMPLING_TEMPERATURE
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect, seed_for, tasks_for_step
 from atod_train.training.supervised import (
