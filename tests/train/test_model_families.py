@@ -210,11 +210,12 @@ def plain_logprobs(policy: Policy, trajectories: list[Trajectory]) -> torch.Tens
             context = [*(context if tokens.extends_previous else []), *tokens.prompt_ids]
             start = len(context)
             context += tokens.completion_ids
-            with torch.no_grad():
-                logits = policy.model(input_ids=torch.tensor([context]), use_cache=False).logits
+            ids = torch.tensor([context], device=policy.device)
+            with torch.no_grad(), policy.precision():
+                logits = policy.model(input_ids=ids, use_cache=False).logits.float().cpu()
             found = logits[0, start - 1 : -1, : policy.vocabulary].log_softmax(-1)
-            ids = torch.tensor(tokens.completion_ids)[:, None]
-            rows.append(found.gather(-1, ids)[:, 0])
+            chosen = torch.tensor(tokens.completion_ids)[:, None]
+            rows.append(found.gather(-1, chosen)[:, 0])
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
