@@ -199,9 +199,9 @@ class TrainConfig:
     max_completion_tokens: int = 16
     """Longest completion of a turn in tokens. A cut action is invalid: a line reports when most are
     cut. Use 512 and more for models that reason."""
-    tokens_per_microbatch: int = 2048
-    """Padded tokens that go through a model at once. It changes memory and speed alone: use less
-    where memory runs out, 16384 and more on a GPU."""
+    tokens_per_microbatch: int = 0
+    """Padded tokens that go through a model at once. 0: 2048 on a processor, up to 16384 on a GPU,
+    by its memory. It changes memory and speed alone: use less where memory runs out."""
     eval_every: int = 20
     """Steps between evaluations of the student; 0: only after the last step. The best of them is
     saved as models/best."""

@@ -55,7 +55,8 @@ def machine() -> Iterator[Finding]:
     )
     for index in range(count := torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        bf16 = "" if torch.cuda.is_bf16_supported() else "; no bfloat16: use --model.dtype float32"
+        has_units = computes_bfloat16(torch.device("cuda", index))
+        bf16 = "" if has_units else "; no units for bfloat16: models run in float32"
         yield Finding(
             "ok", f"cuda:{index}: {device.name}, {device.total_memory / 1e9:.0f} GB{bf16}"
         )

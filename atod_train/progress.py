@@ -128,16 +128,20 @@ class PhaseTimes:
     """Measure the seconds per phase of a step.
 
     Phases may nest: the time of an inner phase counts for the inner one alone, so that the
-    phases add up to the wall time. Asynchronous devices: synchronise before a phase ends if its
-    time matters.
+    phases add up to the wall time.
+
+    Args:
+        wait: Called where phases meet: wait for what an asynchronous device has left to do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wait: Callable[[], None] | None = None) -> None:
+        self._wait = wait or (lambda: None)
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._since = self._began = time.perf_counter()
 
     def _book(self) -> None:
+        self._wait()
         now = time.perf_counter()
         if self._open:
             self._seconds[self._open[-1]] += now - self._since

@@ -192,16 +192,15 @@ class LocalModel:
         Raises:
             AtodError: an environment fails, or the tokenizer's chat template cannot be used.
         """
-        from atod_train.evaluation.evaluate import play_in_batches
+        from atod_train.evaluation.evaluate import play_tasks
 
         config = replace(self._config, env=replace(pool.config, max_turns=pool.max_turns))
         with memory_errors("playing", "Use a lower --concurrency or --max-context."):
-            for _ in play_in_batches(
+            play_tasks(
                 self._policy, pool, config, task_ids,
                 temperature=self._sampling.temperature or 0.0, stream=already, at_once=concurrency,
                 on_end=lambda trajectory: on_record(_record(trajectory)),
-            ):  # fmt: skip
-                pass
+            )  # fmt: skip
 
 
 def _record(trajectory: Trajectory) -> EpisodeRecord:

@@ -143,16 +143,22 @@ class Generator:
         self._next_logits = packed_logits if can_be_packed(policy) else padded_logits
         self.start(0)
 
-    def start(self, episodes: int, own: range | None = None) -> None:
+    def draw_seeds(self, episodes: int) -> list[int]:
+        """Return seeds of the random streams of so many episodes, for `start`.
+
+        Where episodes are played in parts, or by several processes, all are drawn at once: each
+        episode samples what it would if they were played together.
+        """
+        seeds: list[int] = torch.randint(2**62, (episodes,), generator=self._generator).tolist()
+        return seeds
+
+    def start(self, episodes: int | Sequence[int]) -> None:
         """Discard all episodes and begin new ones, the rows 0, 1, ..
 
         Args:
-            episodes: Number of episodes.
-            own: Where several processes share a rollout, those of them that this one plays. All
-                draw the random streams of all episodes, so that they sample what one would.
+            episodes: Their seeds, or how many there are.
         """
-        seeds = torch.randint(2**62, (episodes,), generator=self._generator).tolist()
-        seeds = seeds if own is None else seeds[own.start : own.stop]
+        seeds = self.draw_seeds(episodes) if isinstance(episodes, int) else episodes
         self._episodes = [_Episode(row, seed) for row, seed in enumerate(seeds)]
         self._cache = KVCache(len(seeds), self.policy.device)
 
@@ -184,20 +190,11 @@ class Generator:
             # At least one token is fed, to have logits after it.
             common = min(common_prefix(episode.ids, ids), len(ids) - 1)
             episode.ids, episode.cached = list(ids), min(episode.cached, common)
-        if self.policy.autocast_dtype is None:
-            with torch.inference_mode():
-                return self._complete(episodes)
         # Autocast converts a weight once for all tokens, not for each, if it is trainable and
-        # inference mode is off.
-        frozen = [w for w in self.policy.model.parameters() if not w.requires_grad]
-        try:
-            for weight in frozen:
-                weight.requires_grad_(True)
-            with torch.no_grad(), self.policy.precision():
-                return self._complete(episodes)
-        finally:
-            for weight in frozen:
-                weight.requires_grad_(False)
+        # inference mode is off; frozen ones are stored in the lower precision.
+        is_mixed = self.policy.autocast_dtype is not None
+        with torch.no_grad() if is_mixed else torch.inference_mode(), self.policy.precision():
+            return self._complete(episodes)
 
     def _complete(self, asked: list[_Episode]) -> list[Completion]:
         """Sample one completion for each episode, whose last tokens are a prompt."""
@@ -277,6 +274,8 @@ class Generator:
 
     def _sample(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Sample from n distributions; return ids [n] int64 and their log-probs [n] float32."""
+        if logits.device.type == "mps":  # it has no float64
+            logits = logits.cpu()
         if self.temperature == 0:
             logprobs = logits.log_softmax(dim=-1)
             ids = logits.argmax(dim=-1)

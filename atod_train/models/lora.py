@@ -21,7 +21,7 @@ _MOST = 0.9
 """Share of the decoder's matrices below which a warning is given."""
 
 
-def add_adapters(model: PreTrainedModel, rank: int) -> None:
+def add_adapters(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> None:
     """Freeze a model and add adapters to all linear layers of its decoder.
 
     An adapter adds `2 B A x`; B is zero at first, so the model is unchanged. A has the same random
@@ -31,6 +31,8 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
     Args:
         model: it is changed in place.
         rank: rows of A.
+        dtype: precision that the decoder's layers run in. Frozen matrices are stored in it, since
+            autocast would convert them to it for each token.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -57,6 +59,12 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
         elif weight.ndim > 1 and weight is not embedding.weight:
             total += weight.numel()
             adapted += weight.numel() if _BASE in name else 0
+    for module in decoder.modules():
+        # Embeddings are looked up in the precision that they are stored in.
+        if not isinstance(module, nn.Embedding):
+            for weight in module.parameters(recurse=False):
+                if weight.ndim > 1 and not weight.requires_grad:
+                    weight.data = weight.data.to(dtype)
     if adapted < _MOST * total:
         # The experts of a mixture are one tensor, which gets no adapter.
         warnings.warn(
@@ -66,7 +74,7 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
         )
 
 
-def merged_weights(model: nn.Module) -> dict[str, Tensor] | None:
+def merged_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
     """Return the state of a model with its adapters merged; None if it has none.
 
     The model is not changed: merging and unmerging would change the last bits.
@@ -86,5 +94,5 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor] | None:
     for name, module in adapted.items():
         weight = weights[f"{name}.weight"]
         delta: Tensor = module.get_delta_weight("default").detach()
-        weights[f"{name}.weight"] = (weight + delta).to(weight.dtype)
+        weights[f"{name}.weight"] = (weight + delta).to(model.dtype)
     return weights

@@ -100,12 +100,17 @@ class Policy:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return next-token logits [.., vocabulary] float32 from hidden states [.., width].
 
-        Padded rows of the embedding, which no token has, are not in the distribution.
+        Padded rows of the embedding, which no token has, are not in the distribution. The
+        weights of a bfloat16 model are converted: its product would be rounded to 8 bits, which is
+        more than student and teacher may differ by.
         """
         head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
         with self.precision(enabled=False):
-            logits: Tensor = head(hidden.to(head.weight.dtype))
-        return logits[..., : self.vocabulary].float()
+            logits = torch.nn.functional.linear(
+                hidden.float(), head.weight.float(), None if bias is None else bias.float()
+            )
+        return logits[..., : self.vocabulary]
 
     def precision(self, enabled: bool = True) -> AbstractContextManager[Any]:
         """Return a context in which the layers run in `autocast_dtype`."""

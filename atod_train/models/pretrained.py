@@ -67,6 +67,9 @@ def load_policy(
     "Assistant:" on a line, closed with its end-of-sequence token; the beginning-of-sequence token
     comes first where the tokenizer itself adds one).
 
+    A model whose layers run in bfloat16 on a GPU sets TF32 for the float32 products of the process,
+    which are those of output layers.
+
     Args:
         path: folder written by `Policy.save` or `save_pretrained`, a model's hub name, or
             "smollm2".
@@ -107,13 +110,17 @@ def load_policy(
         autocast_dtype=torch.bfloat16 if mixed else None,
         gradient_checkpointing=gradient_checkpointing,
     )
+    if place.type == "cuda" and policy.layer_dtype == torch.bfloat16:
+        # Of all products only that of the output layer is in float32: sums stay exact, while
+        # factors have the 11 bits of TF32, more than the hidden states that they come from.
+        torch.set_float32_matmul_precision("high")
     check_model(policy, samples=samples)
     if gradient_checkpointing:
-        # Newer versions of transformers have the first name.
-        older = model.gradient_checkpointing_enable
-        getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
+        # Newer versions of transformers have the first name; the other one warns there.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
     if lora_rank:
-        add_adapters(model, lora_rank)
+        add_adapters(model, lora_rank, policy.layer_dtype)
     return policy
 
 

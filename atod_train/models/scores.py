@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from atod_gym.errors import AtodError
+from atod_train.models.budgets import tokens_at_once
 from atod_train.models.fast.llama import group_positions, is_llama_on_cpu, last_layer_at
 from atod_train.models.fast.prefix_trees import PrefixTrees, crossover_of, split_microbatches
 from atod_train.models.policy import Policy
@@ -75,7 +76,7 @@ def score_microbatches(
     Args:
         policy: The model.
         batch: Packed or unpacked batch, on any device.
-        tokens_per_microbatch: Padded tokens that go through the model at once.
+        tokens_per_microbatch: Padded tokens that go through the model at once; 0: `tokens_at_once`.
         with_entropy: Compute entropies.
         reference: Compute its log-probs and the divergences from it.
 
@@ -92,7 +93,8 @@ def score_microbatches(
             f"of model {policy.name}. Lower max_context."
         )
     crossover = crossover_of(policy.model)
-    for part, trees in split_microbatches(batch, tokens_per_microbatch, crossover):
+    budget = tokens_per_microbatch or tokens_at_once(policy)
+    for part, trees in split_microbatches(batch, budget, crossover):
         # transformers recomputes layers in training mode only.
         policy.model.train(policy.gradient_checkpointing and torch.is_grad_enabled())
         try:

@@ -10,6 +10,8 @@ import numpy as np
 
 from atod_gym.errors import AtodError
 from atod_train.distributed import Processes
+from atod_train.memory import give_back
+from atod_train.models.budgets import episodes_at_once
 from atod_train.models.generation import Generator
 from atod_train.progress import PhaseTimes
 from atod_train.records import Trajectory
@@ -54,8 +56,9 @@ def collect(
     times: PhaseTimes | None = None,
     processes: Processes | None = None,
     on_end: Callable[[Trajectory], None] | None = None,
+    at_once: int = 0,
 ) -> list[Trajectory]:
-    """Play `group_size` episodes of each task, all at once, and record them.
+    """Play `group_size` episodes of each task, as many at once as memory holds, and record them.
 
     Args:
         pool: environments of the split that the tasks belong to.
@@ -66,6 +69,8 @@ def collect(
         times: takes the seconds of the phases `environment` and `generation`.
         processes: share the tasks; each samples what one process alone would.
         on_end: takes each trajectory as soon as its episode has ended.
+        at_once: most episodes at once; 0: `episodes_at_once`. More are played in waves, in which
+            each samples what it would if all were played together.
 
     Returns:
         The trajectories that this process has played, task after task in the order given;
@@ -73,23 +78,27 @@ def collect(
         fit the model's context has no turns.
     """
     times = times or PhaseTimes()
-    share = (processes or Processes()).share(len(task_ids))
+    processes = processes or Processes()
+    share = processes.share(len(task_ids))
     groups = [group for group in share for _ in range(group_size)]
-    own = range(share.start * group_size, share.stop * group_size)
-    generator.start(len(task_ids) * group_size, own)
-    if not groups:
-        return []
-    with times.phase("environment"):
-        episodes = pool.start([task_ids[group] for group in groups])
-    active = dict(enumerate(episodes))
+    seeds = generator.draw_seeds(len(task_ids) * group_size)[share.start * group_size :]
+    at_once = at_once or episodes_at_once(generator.policy, generator.max_context, processes.count)
     ended: dict[int, Trajectory] = {}
-    while active:
-        _play_turn(active, generator, pool, turn_limit, times)
-        for row, episode in list(active.items()):
-            if episode.stop_reason is not None:
-                ended[row] = active.pop(row).trajectory(groups[row])
-                if on_end is not None:
-                    on_end(ended[row])
+    for first in range(0, len(groups), at_once):
+        rows = range(first, min(first + at_once, len(groups)))
+        generator.start([seeds[row] for row in rows])
+        with times.phase("environment"):
+            episodes = pool.start([task_ids[groups[row]] for row in rows])
+        active = dict(enumerate(episodes))
+        while active:
+            _play_turn(active, generator, pool, turn_limit, times)
+            for number, episode in list(active.items()):
+                if episode.stop_reason is not None:
+                    row = rows[number]
+                    ended[row] = active.pop(number).trajectory(groups[row])
+                    if on_end is not None:
+                        on_end(ended[row])
+        give_back()
     return [ended[row] for row in range(len(groups))]
 
 

@@ -29,7 +29,7 @@ class LocalTeacher:
     Args:
         policy: The teacher.
         student: The student whose tokens are to be scored.
-        tokens_per_microbatch: Padded tokens that go through the model at once.
+        tokens_per_microbatch: Padded tokens that go through the model at once; 0: `tokens_at_once`.
 
     Raises:
         AtodError: A token of the student has another id or none, or no embedding.

@@ -29,7 +29,6 @@ _AT_LEAST = {
     "train.tasks_per_step": 1,
     "train.group_size": 1,
     "train.max_completion_tokens": 1,
-    "train.tokens_per_microbatch": 1,
     "train.save_every": 1,
 }
 """Of a number; others are at least 0."""

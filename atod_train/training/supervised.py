@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atod_gym.errors import AtodError
 from atod_train.batch import length_buckets, make_batch
+from atod_train.models.budgets import tokens_at_once
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.policy import Policy
 from atod_train.progress import progress
@@ -177,7 +178,7 @@ def train_on_demonstrations(
         lr: highest learning rates of AdamW and Muon; 0 for Muon: AdamW trains all weights.
         seed: of the order of episodes.
         observation_weight: loss weight of an observation token; an expert token has 1.
-        tokens_per_microbatch: padded tokens that go through the model at once.
+        tokens_per_microbatch: padded tokens that go through the model at once; 0: `tokens_at_once`.
 
     Returns:
         Mean loss per token of each update, in nats.
@@ -234,6 +235,7 @@ def _supervised_update(
     weights = _token_weights(batch, trajectories, observation_weight, share, generator)
     total = 0.0
     policy.model.zero_grad(set_to_none=True)
+    budget = budget or tokens_at_once(policy)
     for bucket in length_buckets(batch.attention_mask.sum(dim=1), budget):
         longest = int(batch.attention_mask[bucket].sum(dim=1).max())
         ids = batch.input_ids[bucket, :longest].to(policy.device)

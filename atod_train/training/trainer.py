@@ -13,10 +13,12 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.accelerator import synchronize
 
 from atod_gym.errors import AtodError
 from atod_train.algorithm.atod import MIN_DISAGREEMENT
@@ -33,6 +35,7 @@ from atod_train.config import RunConfig
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.memory import give_back, memory_errors
+from atod_train.models.budgets import tokens_at_once
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
@@ -104,8 +107,10 @@ class Trainer:
         self.learner = Learner(student, config.train.lr, self.processes)
         self._train_pool, self._eval_pools, self._known = train_pool, eval_pools, known
         self._dialogue = self._dialogue_of(student)
-        self._times = PhaseTimes()
         label = label or config.algorithm.method
+        self._times = PhaseTimes(
+            None if student.device.type == "cpu" else partial(synchronize, student.device)
+        )
         self._record = RunRecord(
             config, run_dir, self.learner, self.processes, label, log or LogTo()
         )
@@ -216,7 +221,6 @@ class Trainer:
         """Make one optimiser cycle: rollout, scores, advantages, updates, metrics."""
         config, record = self.config, self._record
         trajectories = self._collect(step)
-        give_back()
         played = record.done.trajectories + len(trajectories)
         done = replace(record.done, step=step, trajectories=played)
         if not any(trajectory.turns for trajectory in trajectories):
@@ -228,7 +232,8 @@ class Trainer:
         batch = make_batch(trajectories, self.student.pad_id)
         algorithm, schedule = config.algorithm, done.schedule
         teacher = self.teacher if scores_teacher(algorithm, step, schedule.progress) else None
-        advice = _LESS_IN_UPDATES.format(config.train.tokens_per_microbatch)
+        tokens = config.train.tokens_per_microbatch or tokens_at_once(self.student)
+        advice = _LESS_IN_UPDATES.format(tokens)
         with memory_errors(f"scoring the tokens of step {step}", advice):
             scores = score_batch(self.learner, teacher, batch, config, self._times)
         check_scores(scores, batch.completion_mask, step)

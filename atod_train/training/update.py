@@ -27,6 +27,7 @@ from atod_train.batch import (
 )
 from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
 from atod_train.distributed import Processes
+from atod_train.models.budgets import tokens_at_once
 from atod_train.models.fast.prefix_trees import crossover_of, group_trees, sequences_of
 from atod_train.models.policy import Policy
 from atod_train.models.scores import Reference, score_completions, score_microbatches
@@ -121,7 +122,7 @@ def update_policy(
         normalizer = torch.zeros(len(batch.rows), dtype=torch.int64)
         normalizer[part.rows] = loss_normalizer(mask, algorithm.aggregation, index)
         tokens = int(mask.sum())
-        part_sums = torch.zeros_like(sums)
+        parts: list[Tensor] = []
         for micro, found in learner.microbatches(
             part,
             config.train.tokens_per_microbatch,
@@ -130,11 +131,13 @@ def update_policy(
         ):
             loss, counts = _loss(micro, found, normalizer, tokens, scores, advantages, algorithm)
             learner.backward(loss)
-            part_sums += counts
+            parts.append(counts)
         norm = learner.step()
         if math.isfinite(norm):
             norms.append(norm)
-            sums += part_sums
+            for part_sums in (counts.cpu().double() for counts in parts):
+                part_sums[1:3] *= part_sums[3]
+                sums += part_sums
     learner.processes.add([sums])
     loss_sum, clipped, kl, seen = sums.tolist()
     made = len(norms)
@@ -163,9 +166,10 @@ def _loss(
     advantages: Advantages,
     algorithm: AlgorithmConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Return a micro-batch's share of its mini-batch's loss, and sums over its tokens.
+    """Return a micro-batch's share of its mini-batch's loss, and [4]: means over its tokens.
 
-    The sums are [4]: the loss, clipped tokens, approximate KL, tokens.
+    They are the loss, the share of clipped tokens, the approximate KL and the number of tokens, on
+    the model's device: nothing here waits for it.
 
     Args:
         micro: part of the step's batch; `normalizer`, `scores` and `advantages` have its R rows.
@@ -203,10 +207,8 @@ def _loss(
     if found.entropies is not None:
         entropy = masked(found.entropies, mask).sum()
         loss = loss - algorithm.entropy_bonus * entropy / max(1, tokens)
-    found_here = (loss.detach(), stats.clip_fraction, stats.approx_kl, stats.tokens)
-    counts = torch.stack([value.float() for value in found_here]).cpu().double()
-    counts[1:3] *= counts[3]
-    return loss, counts
+    means = (loss.detach(), stats.clip_fraction, stats.approx_kl, stats.tokens)
+    return loss, torch.stack([value.float() for value in means])
 
 
 def _reference(teacher: Teacher | None, algorithm: AlgorithmConfig) -> Reference | None:
@@ -237,11 +239,13 @@ class Learner:
         self.policy = student if processes.sharding is None else shard(student, processes)
         self.updates = 0
         """Updates of the weights that this object has begun."""
+        is_on_gpu = student.device.type == "cuda"
         self._optimizer = torch.optim.AdamW(
             [weight for weight in self.policy.model.parameters() if weight.requires_grad],
             lr=lr,
             weight_decay=_WEIGHT_DECAY,
-            foreach=True,
+            fused=is_on_gpu,
+            foreach=not is_on_gpu,
         )
 
     def microbatches(
@@ -255,7 +259,8 @@ class Learner:
         missing = 0
         if self.processes.sharding is not None:
             model, sequences = self.policy.model, [] if mine is None else sequences_of(mine)
-            own = len(group_trees(sequences, tokens_per_microbatch, crossover_of(model)))
+            budget = tokens_per_microbatch or tokens_at_once(self.policy)
+            own = len(group_trees(sequences, budget, crossover_of(model)))
             missing = max(self.processes.gather([own])) - own
         if mine is not None:
             yield from score_microbatches(self.policy, mine, tokens_per_microbatch, **asked)

@@ -54,7 +54,7 @@ from atod_train.training.update import Learner, update_policy
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 ROUNDING = 0.1
-"""Mean difference, nats per token, that bfloat16 may make between two ways to compute a log-prob."""
+"""Mean difference, nats per token, of a log-prob that is computed in two ways in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,9 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 def families(folder: Path, small: bool) -> Found:
     from test_model_families import ACCEPTED, make_folder, plain_logprobs, play
 
-    for name, made in ACCEPTED.items():
+    # On a processor all of them are tested in float32; bfloat16 is mostly emulated.
+    for name in ("llama", "qwen3", "gpt2") if small else ACCEPTED:
+        made = ACCEPTED[name]
         policy = load_policy(make_folder(folder / name, made), device=DEVICE)
         policy = replace(policy, autocast_dtype=torch.bfloat16)
         trajectories = play(policy, "chat")
@@ -138,7 +140,7 @@ def families(folder: Path, small: bool) -> Found:
         scored = score_completions(policy, batch).logprobs.cpu()
         mask = batch.completion_mask
         numbers: Numbers = {
-            f"{way}, nats": float((values - expected)[mask].abs().mean())
+            f"{way} off by nats": float((values - expected)[mask].abs().mean())
             for way, values in (("sampling", batch.sampling_logprobs), ("scoring", scored))
         }
         yield name, numbers, all(float(number) < ROUNDING for number in numbers.values())
@@ -183,7 +185,7 @@ def methods(folder: Path, small: bool) -> Found:
         forget_peak()
         row = train(folder / method, names, method, 1)
         seconds = sum(value for key, value in row.items() if key.startswith("seconds/"))
-        numbers: Numbers = {"loss": row["loss"], "gradient": row["grad_norm"], "s": seconds}
+        numbers: Numbers = {"loss": row["loss"], "gradient": row["grad_norm"], "seconds": seconds}
         yield f"{method}, {Path(names[0]).name}", {**numbers, "peak GB": peak_gb()}, True
 
 
@@ -194,7 +196,8 @@ def resume(folder: Path, small: bool) -> Found:
     parts = train(folder / "parts", names, "atod", 2)
     keys = ("loss", "grad_norm", "tokens")
     difference = max(abs(whole[key] - parts[key]) / max(1e-9, abs(whole[key])) for key in keys)
-    yield "relative difference", {"of step 2": difference}, difference <= (0.05 if ON_GPU else 0)
+    is_right = difference <= (0.05 if ON_GPU else 0)
+    yield "step 2", {"relative difference": difference}, is_right
 
 
 # -- speed -----------------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ def step(
 ) -> tuple[dict[str, float], Batch]:
     """Seconds of the phases of a step with the default updates, and its batch."""
     student, seconds, config = learner.student, dict[str, float](), RunConfig()
-    budget = config.train.tokens_per_microbatch
+    budget = config.train.tokens_per_microbatch  # 0: as many as fit
     with timed(seconds, "rollout"):
         trajectories = play(student, work, turns, completion)
     batch = make_batch(trajectories, student.pad_id)
@@ -287,7 +290,7 @@ def speed(folder: Path, small: bool) -> Found:
     source = random_model(folder / "random", work)
     student = load_policy(source, device=DEVICE)
     frozen = load_policy(source, device=DEVICE, dtype="bfloat16" if ON_GPU else "float32")
-    teacher = LocalTeacher(frozen, student, tokens_per_microbatch=8192)
+    teacher = LocalTeacher(frozen, student, tokens_per_microbatch=0)
     learner = Learner(student, 1e-6, Processes())
     step(learner, teacher, work, work.turns, work.completion)
     forget_peak()
@@ -296,8 +299,8 @@ def speed(folder: Path, small: bool) -> Found:
     total = sum(seconds.values())
     for phase, taken in seconds.items():
         tokens = sampled if phase == "rollout" else whole
-        yield phase, {"tokens/s": tokens / taken, "s": taken, "share": taken / total}, True
-    sizes: Numbers = {"sampled tokens": sampled, "tokens": whole, "s": total, "peak GB": peak_gb()}
+        yield phase, {"tokens/s": tokens / taken, "seconds": taken, "share": taken / total}, True
+    sizes: Numbers = {"tokens": whole, "sampled": sampled, "seconds": total, "peak GB": peak_gb()}
     yield f"step of {len(batch.input_ids)} dialogues", sizes, True
 
 
@@ -311,13 +314,14 @@ def trl(folder: Path, small: bool) -> Found:
     step(learner, None, work, 1, 2 * work.completion)
     forget_peak()
     seconds, _ = step(learner, None, work, 1, 2 * work.completion)
-    ours: Numbers = {"s": sum(seconds.values()), "peak GB": peak_gb()}
+    ours: Numbers = {"seconds": sum(seconds.values()), "peak GB": peak_gb()}
     yield "GRPO step, ours", ours, True
     del learner
     forget_peak()
-    theirs: Numbers = {"s": seconds_of_trl(source, folder, work), "peak GB": peak_gb()}
+    theirs: Numbers = {"seconds": seconds_of_trl(source, folder, work)}
+    theirs["peak GB"] = peak_gb()
     yield "GRPO step, TRL's GRPOTrainer", theirs, True
-    yield "TRL / ours", {"time": float(theirs["s"]) / float(ours["s"])}, True
+    yield "TRL / ours", {"time": float(theirs["seconds"]) / float(ours["seconds"])}, True
 
 
 def seconds_of_trl(source: Path, folder: Path, work: Workload) -> float:
@@ -337,11 +341,12 @@ def seconds_of_trl(source: Path, folder: Path, work: Workload) -> float:
     random = torch.Generator().manual_seed(0)
     shape = (4 * work.groups, work.first_prompt)
     ids = torch.randint(5, work.model["vocab_size"], shape, generator=random).tolist()
+    prompts = [" ".join(f"w{token}" for token in row) for row in ids]
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
         processing_class=AutoTokenizer.from_pretrained(source),
         reward_funcs=lambda completions, **_: [len(set(text)) / 10 for text in completions],
-        train_dataset=Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids]}),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
         callbacks=[Clock()],
         args=GRPOConfig(
             output_dir=str(folder / "trl"), max_steps=2 * updates + 1, learning_rate=1e-6, beta=0.0,
@@ -371,7 +376,7 @@ def describe_machine() -> str:
 
 def shown(numbers: Numbers) -> str:
     return ", ".join(
-        f"{value:,.4g} {name}" if isinstance(value, float | int) else f"{name} {value}"
+        f"{name} {value if isinstance(value, str) else format(value, ',.4g')}"
         for name, value in numbers.items()
     )
 
@@ -384,6 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not (ON_GPU or options.small):
         parser.error("no CUDA device; --small measures small sizes on the processor")
+    if options.small:
+        torch.set_num_threads(1)
     logging.disable_progress_bar()
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
@@ -403,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Exception as error:
                 text = (str(error) or type(error).__name__).splitlines()[0]
                 add(part, "error", {type(error).__name__: text.replace("|", "/")}, False)
-            add(part, "all", {"s": time.perf_counter() - since}, True)
+            add(part, "all", {"seconds": time.perf_counter() - since}, True)
     result = {"machine": describe_machine(), "seconds": time.perf_counter() - began, "rows": rows}
     options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0 if all(row["is_right"] for row in rows) else 1

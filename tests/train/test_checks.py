@@ -64,7 +64,7 @@ def test_presets_are_in_range(name: str) -> None:
         ("train.lr", 0.0),
         ("train.save_every", 0),
         ("train.seed", -1),
-        ("train.tokens_per_microbatch", 0),
+        ("train.tokens_per_microbatch", -1),
         ("env.max_turns", 0),
         ("env.eval_tasks", -1),
         ("env.prompt_style", "windows"),

@@ -155,6 +155,22 @@ def test_phases_add_up_and_inner_phases_are_not_counted_twice(monkeypatch):
     assert times.take() == {"seconds/other": 1.0}
 
 
+def test_a_phase_ends_when_the_device_has_finished(monkeypatch):
+    now, left = [0.0], [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def wait():
+        now[0], left[0] = now[0] + left[0], 0.0
+
+    times = PhaseTimes(wait)
+    with times.phase("update"):
+        left[0] = 3.0
+    with times.phase("environment"):
+        now[0] += 1.0
+    seconds = times.take()
+    assert (seconds["seconds/update"], seconds["seconds/environment"]) == (3.0, 1.0)
+
+
 def test_a_phase_ends_when_it_raises():
     times = PhaseTimes()
     with pytest.raises(KeyError), times.phase("update"):

@@ -137,11 +137,11 @@ def test_processes_take_their_own_streams_of_all() -> None:
     shared = []
     for row in range(3):
         generator = make_generator()
-        generator.start(3, range(row, row + 1))
+        generator.start(generator.draw_seeds(3)[row : row + 1])
         shared += generator.prompt([prompts[row]], [0])
     assert [c.ids for c in shared] == [c.ids for c in whole]
     # The next rollout goes on alike, also where a process had no episode.
-    generator.start(2, range(1, 1))
+    generator.start(generator.draw_seeds(2)[:0])
     again = make_generator()
     again.start(3)
     again.start(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -198,6 +199,32 @@ def test_small_steps_of_adapters_count_on_weights_of_low_precision(saved: Path) 
     policy.save(saved.parent / "low")
     merged = load_policy(saved.parent / "low", dtype="bfloat16")
     assert {weight.dtype for weight in merged.model.parameters()} == {torch.bfloat16}
+
+
+def test_what_adapters_leave_frozen_is_stored_in_the_precision_of_the_layers(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = dataclasses.replace(load_policy(saved, lora_rank=4), autocast_dtype=torch.bfloat16)
+    monkeypatch.setattr(pretrained, "computes_bfloat16", lambda _: True)
+    policy = load_policy(saved, dtype="mixed", lora_rank=4)
+    kinds = {n: w.dtype for n, w in policy.model.named_parameters() if w.dtype != torch.float32}
+    assert set(kinds.values()) == {torch.bfloat16}
+    assert len(kinds) == 2 * 7  # the matrices of two layers; neither embeddings nor norms
+    ids = torch.arange(9)[None]
+    assert torch.equal(policy.hidden_states(ids), plain.hidden_states(ids))
+    policy.save(saved.parent / "mixed")
+    merged = AutoModelForCausalLM.from_pretrained(saved.parent / "mixed", dtype="auto")
+    assert {weight.dtype for weight in merged.parameters()} == {torch.float32}
+
+
+def test_logits_of_low_precision_are_not_rounded(saved: Path) -> None:
+    policy = load_policy(saved, dtype="bfloat16")
+    head = policy.model.get_output_embeddings().weight
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = hidden.double() @ head.double().T
+    found = policy.logits(hidden)
+    torch.testing.assert_close(found.double(), expected[:, : policy.vocabulary], rtol=1e-5, atol=0)
+    assert not torch.equal(found, found.bfloat16().float())
 
 
 def test_saved_adapters_are_merged_and_the_model_is_left_alone(saved: Path) -> None:

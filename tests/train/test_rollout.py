@@ -159,6 +159,26 @@ def test_processes_that_share_a_rollout_sample_what_one_would(
     assert [len(play(1, Processes(index, 2))) for index in (0, 1)] == [0, 4]
 
 
+def test_waves_of_episodes_sample_what_all_at_once_would(pool: EnvPool, policy: Policy) -> None:
+    played: list[int] = []
+
+    def play(at_once: int) -> list[Trajectory]:
+        generator = Generator(policy, DialogueEncoder(policy.tokenizer), max_completion_tokens=5)
+        start = generator.start
+
+        def counted(episodes: Any) -> None:
+            played.append(len(episodes))
+            start(episodes)
+
+        generator.start = counted  # type: ignore[method-assign]
+        tasks = pool.task_ids[:3]
+        return collect(pool, generator, tasks, group_size=3, turn_limit=3, at_once=at_once)
+
+    whole, parts = play(0), play(4)
+    assert played == [9, 4, 4, 1]
+    assert [_without_logprobs(one) for one in parts] == [_without_logprobs(one) for one in whole]
+
+
 def _without_logprobs(record: Trajectory) -> object:
     completions = [turn.tokens.completion_ids for turn in record.turns]
     return record.group_id, record.task_id, completions
