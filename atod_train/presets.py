@@ -25,7 +25,6 @@ class Preset:
 
 _PUBLISHED = RunConfig(
     EnvConfig(
-        data="official",
         max_turns=50,
         eval_splits=("valid_seen",),
         eval_modes=("sampled:0.4",),
@@ -46,11 +45,11 @@ _PUBLISHED = RunConfig(
 
 PRESETS = {
     "alfworld": Preset(
-        "The published run on the official games; give --model.student and --model.teacher.",
+        "The published run on ALFWorld; give --model.student and --model.teacher.",
         _PUBLISHED,
     ),
     "webshop": Preset(
-        "The published run on the official shop of 1,000 products; give both models.",
+        "The published run on the shop of 1,000 products; give both models.",
         replace(
             _PUBLISHED,
             env=replace(
@@ -65,7 +64,7 @@ PRESETS = {
         ),
     ),
     "searchqa": Preset(
-        "The published run on the official questions; give both models.",
+        "The published run on Search-QA; give both models.",
         replace(
             _PUBLISHED,
             env=replace(
