@@ -114,8 +114,9 @@ def _score(
     """Return the scores of one micro-batch under the names of `TokenScores`, [r, T] each."""
 
     def compute() -> dict[str, Tensor]:
+        # Selected before the move: on a GPU the host would wait for the number of tokens.
+        targets = part.completion_ids[part.completion_mask].to(policy.device)
         mask = part.completion_mask.to(policy.device)
-        targets = part.completion_ids.to(policy.device)[mask]
         theirs = None
         if reference is not None:
             with torch.no_grad():

@@ -31,6 +31,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
+from unittest import mock
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -42,6 +43,7 @@ from atod_train.batch import make_batch
 from atod_train.cli import main as atod_train
 from atod_train.config import Method, RunConfig
 from atod_train.distributed import Processes
+from atod_train.models import scores
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
@@ -271,13 +273,13 @@ def step(
         trajectories = play(student, work, turns, completion)
     batch = make_batch(trajectories, student.pad_id)
     with timed(seconds, "scoring"):
-        scores = score_completions(student, batch, budget, with_entropy=True)
+        found = score_completions(student, batch, budget, with_entropy=True)
     if teacher is not None:
         with timed(seconds, "teacher"):
             teacher.score(batch)
     signs = torch.randn(batch.completion_ids.shape, generator=torch.Generator().manual_seed(1))
     advantages: Any = SimpleNamespace(values=signs, divergence_weights=None)
-    kept = TokenScores(logprobs=scores.logprobs.cpu())
+    kept = TokenScores(logprobs=found.logprobs.cpu())
     with timed(seconds, "update"):
         update_policy(
             learner, None, batch, kept, advantages, config, torch.Generator().manual_seed(2)
@@ -296,10 +298,17 @@ def speed(folder: Path, small: bool) -> Found:
     forget_peak()
     seconds, batch = step(learner, teacher, work, work.turns, work.completion)
     whole, sampled = int(batch.attention_mask.sum()), int(batch.completion_mask.sum())
+    alone: dict[str, float] = {}
+    with mock.patch.object(scores, "crossover_of", return_value=0):
+        score_completions(student, batch, 0, with_entropy=True)
+        with timed(alone, "s"):
+            score_completions(student, batch, 0, with_entropy=True)
     total = sum(seconds.values())
     for phase, taken in seconds.items():
         tokens = sampled if phase == "rollout" else whole
         yield phase, {"tokens/s": tokens / taken, "seconds": taken, "share": taken / total}, True
+    rate = {"tokens/s": whole / alone["s"], "seconds": alone["s"]}
+    yield "scoring each sequence alone", rate, True
     sizes: Numbers = {"tokens": whole, "sampled": sampled, "seconds": total, "peak GB": peak_gb()}
     yield f"step of {len(batch.input_ids)} dialogues", sizes, True
 
@@ -375,10 +384,12 @@ def describe_machine() -> str:
 
 
 def shown(numbers: Numbers) -> str:
-    return ", ".join(
-        f"{name} {value if isinstance(value, str) else format(value, ',.4g')}"
-        for name, value in numbers.items()
-    )
+    def text(value: float | str) -> str:
+        if isinstance(value, str):
+            return value
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+    return ", ".join(f"{name} {text(value)}" for name, value in numbers.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
