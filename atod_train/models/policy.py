@@ -106,11 +106,20 @@ class Policy:
         """
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
+        # On a processor, converting for each token would take as long as the product.
+        is_kept = head.weight.dtype != torch.float32 and self.device.type == "cpu"
+        weight = self._head_weight if is_kept else head.weight.float()
         with self.precision(enabled=False):
             logits = torch.nn.functional.linear(
-                hidden.float(), head.weight.float(), None if bias is None else bias.float()
+                hidden.float(), weight, None if bias is None else bias.float()
             )
         return logits[..., : self.vocabulary]
+
+    @cached_property
+    def _head_weight(self) -> Tensor:
+        """The weights of a bfloat16 output layer in float32; they are never trained."""
+        with torch.inference_mode(False):  # kept for backward passes, too
+            return self.model.get_output_embeddings().weight.detach().float()
 
     def precision(self, enabled: bool = True) -> AbstractContextManager[Any]:
         """Return a context in which the layers run in `autocast_dtype`."""

@@ -221,8 +221,11 @@ def test_logits_of_low_precision_are_not_rounded(saved: Path) -> None:
     policy = load_policy(saved, dtype="bfloat16")
     head = policy.model.get_output_embeddings().weight
     hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = hidden.double() @ head.double().T
-    found = policy.logits(hidden)
+    expected = (hidden.double() @ head.double().T).detach()
+    with torch.inference_mode():  # as in sampling; the weights it keeps serve updates, too
+        policy.logits(hidden)
+    found = policy.logits(hidden.requires_grad_()).detach()
+    policy.logits(hidden).sum().backward()
     torch.testing.assert_close(found.double(), expected[:, : policy.vocabulary], rtol=1e-5, atol=0)
     assert not torch.equal(found, found.bfloat16().float())
 
