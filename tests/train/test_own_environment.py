@@ -170,7 +170,7 @@ def test_seeds_are_the_tasks_of_an_environment_without_any() -> None:
             assert (record.task_id, record.success, record.stop_reason) == (
                 task_id, True, "terminated",
             )  # fmt: skip
-            assert record.episode_return == 10.0
+            assert record.episode_return == 1.0
         with pytest.raises(AtodError, match="No task 'seed-x'"):
             pool.start(["seed-x"])
         [episode] = pool.start(pool.task_ids[:1])

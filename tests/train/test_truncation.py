@@ -282,9 +282,10 @@ class _Pool(EnvPool):
 class _Watched(Generator):
     """Samples any ids, the end of a turn often enough, and keeps what the model saw."""
 
-    def start(self, episodes: int, own: range | None = None) -> None:
-        super().start(episodes, own)
-        self.seen: list[list[list[int]]] = [[] for _ in range(episodes)]
+    def start(self, episodes: int | Sequence[int]) -> None:
+        super().start(episodes)
+        count = episodes if isinstance(episodes, int) else len(episodes)
+        self.seen: list[list[list[int]]] = [[] for _ in range(count)]
         """Of each turn of each episode, all ids up to and including its completion."""
 
     def prompt(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[Completion]:
