@@ -117,7 +117,7 @@ def _bar(total: int, initial: int, is_part: bool) -> Iterator[_Show]:
     )
 
     def show(amount: int, note: str) -> None:
-        bar.set_postfix_str(note, refresh=False)
+        bar.set_postfix_str(note, refresh=not amount)
         bar.update(amount)
 
     with bar:

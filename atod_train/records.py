@@ -91,11 +91,6 @@ class Trajectory:
         return sum(turn.reward for turn in self.turns)
 
     @property
-    def sampled_tokens(self) -> int:
-        """Number of tokens that the policy sampled."""
-        return sum(len(turn.tokens.completion_ids) for turn in self.turns)
-
-    @property
     def verbs(self) -> Counter[str]:
         """Verb -> number of valid actions that begin with it."""
         return Counter(turn.verb for turn in self.turns if turn.is_action_valid)

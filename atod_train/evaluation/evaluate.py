@@ -58,7 +58,7 @@ def evaluate(
     with progress(len(processes.share(len(task_ids))), title) as advance:
         episodes = play_tasks(
             policy, pool, config, task_ids, temperature=temperature, processes=processes,
-            on_end=lambda episode: advance(tokens=episode.sampled_tokens),
+            on_end=lambda _: advance(), on_turn=lambda tokens: advance(0, tokens=tokens),
         )  # fmt: skip
     results = processes.gather([_result(episode) for episode in episodes])
     if not any(result.turns for result in results):
@@ -74,6 +74,7 @@ def play_tasks(
     *,
     temperature: float,
     on_end: Callable[[Trajectory], None],
+    on_turn: Callable[[int], None] | None = None,
     stream: int = 0,
     at_once: int | None = None,
     processes: Processes | None = None,
@@ -87,6 +88,7 @@ def play_tasks(
         task_ids: the tasks.
         temperature: of sampling; 0: greedy.
         on_end: receives each trajectory as soon as its episode has ended.
+        on_turn: see `collect`.
         stream: another number draws other samples from the same seed.
         at_once: most episodes at once; None: as many as memory holds, up to 128.
         processes: share the tasks.
@@ -110,6 +112,7 @@ def play_tasks(
         turn_limit=config.env.max_turns,
         processes=processes,
         on_end=on_end,
+        on_turn=on_turn,
         at_once=at_once or min(_MOST_EPISODES, fitting),
     )
 

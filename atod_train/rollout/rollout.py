@@ -56,6 +56,7 @@ def collect(
     times: PhaseTimes | None = None,
     processes: Processes | None = None,
     on_end: Callable[[Trajectory], None] | None = None,
+    on_turn: Callable[[int], None] | None = None,
     at_once: int = 0,
 ) -> list[Trajectory]:
     """Play `group_size` episodes of each task, as many at once as memory holds, and record them.
@@ -69,6 +70,7 @@ def collect(
         times: takes the seconds of the phases `environment` and `generation`.
         processes: share the tasks; each samples what one process alone would.
         on_end: takes each trajectory as soon as its episode has ended.
+        on_turn: takes the number of tokens that were sampled in a turn of all active episodes.
         at_once: most episodes at once; 0: `episodes_at_once`. More are played in waves, in which
             each samples what it would if all were played together.
 
@@ -91,7 +93,9 @@ def collect(
             episodes = pool.start([task_ids[groups[row]] for row in rows])
         active = dict(enumerate(episodes))
         while active:
-            _play_turn(active, generator, pool, turn_limit, times)
+            sampled = _play_turn(active, generator, pool, turn_limit, times)
+            if on_turn is not None:
+                on_turn(sampled)
             for number, episode in list(active.items()):
                 if episode.stop_reason is not None:
                     row = rows[number]
@@ -116,8 +120,8 @@ def _play_turn(
     pool: EnvPool,
     turn_limit: int,
     times: PhaseTimes,
-) -> None:
-    """Play one turn of the episodes that have not ended, by their rows in the generator."""
+) -> int:
+    """Play one turn of the episodes that have not ended, by their rows; return tokens sampled."""
     limits = Limits(generator.max_completion_tokens, generator.max_context)
     with times.phase("generation"):
         found = {row: e.next_prompt(generator.dialogue, limits) for row, e in active.items()}
@@ -130,3 +134,4 @@ def _play_turn(
         for episode in playing:
             if episode.stop_reason is None and len(episode.turns) >= turn_limit:
                 episode.stop_reason = "turn_limit"
+    return sum(len(completion.ids) for completion in completions)

@@ -333,6 +333,7 @@ class Trainer:
                 turn_limit=turn_limit(self.config.algorithm, step, self.config.env.max_turns),
                 times=self._times,
                 processes=self.processes,
-                on_end=lambda episode: advance(tokens=episode.sampled_tokens),
+                on_end=lambda _: advance(),
+                on_turn=lambda tokens: advance(0, tokens=tokens),
             )
             return self.processes.gather(own)

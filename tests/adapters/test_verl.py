@@ -200,7 +200,7 @@ def test_rows_are_what_was_shown_and_sampled(style: str, folder: Path, queue: No
             end = mask.index(0, at) if 0 in mask[at:] else len(mask)
             completion = ids[at:end]
             messages, gain, terminated, truncated, info = env.step(dialogue.decode(completion))
-            reward += 10.0 * float(gain) - (0.1 if info["parse_error"] else 0.0)
+            reward += float(gain) - (0.01 if info["parse_error"] else 0.0)
             over, turns = terminated or truncated, turns + 1
             if not over and style == "chat":
                 reason = "stop" if completion[-1] in dialogue.stop_ids else "length"

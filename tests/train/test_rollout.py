@@ -161,6 +161,7 @@ def test_processes_that_share_a_rollout_sample_what_one_would(
 
 def test_waves_of_episodes_sample_what_all_at_once_would(pool: EnvPool, policy: Policy) -> None:
     played: list[int] = []
+    tokens: list[int] = []
 
     def play(at_once: int) -> list[Trajectory]:
         generator = Generator(policy, DialogueEncoder(policy.tokenizer), max_completion_tokens=5)
@@ -172,10 +173,16 @@ def test_waves_of_episodes_sample_what_all_at_once_would(pool: EnvPool, policy: 
 
         generator.start = counted  # type: ignore[method-assign]
         tasks = pool.task_ids[:3]
-        return collect(pool, generator, tasks, group_size=3, turn_limit=3, at_once=at_once)
+        return collect(
+            pool, generator, tasks, group_size=3, turn_limit=3, at_once=at_once,
+            on_turn=tokens.append,
+        )  # fmt: skip
 
     whole, parts = play(0), play(4)
     assert played == [9, 4, 4, 1]
+    assert len(tokens) == 3 + 3 * 3  # after each turn of each wave
+    turns = [turn.tokens for record in whole for turn in record.turns]
+    assert sum(tokens) == 2 * sum(len(turn.completion_ids) for turn in turns)
     assert [_without_logprobs(one) for one in parts] == [_without_logprobs(one) for one in whole]
 
 
