@@ -130,6 +130,11 @@ def is_mixed(dtype: Precision, device: torch.device) -> bool:
     return is_asked and computes_bfloat16(device)
 
 
+def frozen_precision(dtype: Precision, device: str) -> Precision:
+    """Return the precision of a model that is never trained: its weights need no float32."""
+    return "bfloat16" if is_mixed(dtype, pick_device(device)) else dtype
+
+
 def computes_bfloat16(device: torch.device) -> bool:
     """Return whether a device multiplies matrices in bfloat16 without emulating it."""
     if device.type == "cuda":

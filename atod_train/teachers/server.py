@@ -24,7 +24,7 @@ from atod_train.batch import make_batch
 from atod_train.config import Precision
 from atod_train.memory import OutOfMemory, memory_errors
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import is_mixed, load_policy, pick_device
+from atod_train.models.pretrained import frozen_precision, load_policy
 from atod_train.models.scores import score_completions
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from env_servers import process
@@ -273,8 +273,7 @@ def serve(
         process.watch_parent(parent)
     if threads:
         torch.set_num_threads(threads)
-    if is_mixed(dtype, pick_device(device)):
-        dtype = "bfloat16"
+    dtype = frozen_precision(dtype, device)
     try:
         token = process.read_token(token_env)
         policy = load_policy(model, device=device, dtype=dtype, samples=False)

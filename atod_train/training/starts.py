@@ -25,7 +25,13 @@ from atod_train.memory import memory_errors
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import cache_folder, is_mixed, load_policy, pick_device
+from atod_train.models.pretrained import (
+    cache_folder,
+    frozen_precision,
+    is_mixed,
+    load_policy,
+    pick_device,
+)
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.reports.evaluations import (
     EvaluatedModel,
@@ -111,7 +117,7 @@ def _load(path: str | Path, config: RunConfig, role: EvaluatedModel, label: str)
             name=label,
         )
     device = model.teacher_device or model.device
-    frozen = "bfloat16" if is_mixed(model.dtype, pick_device(device)) else model.dtype
+    frozen = frozen_precision(model.dtype, device)
     return load_policy(path, device=device, dtype=frozen, name=label)
 
 

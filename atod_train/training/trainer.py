@@ -232,8 +232,8 @@ class Trainer:
         batch = make_batch(trajectories, self.student.pad_id)
         algorithm, schedule = config.algorithm, done.schedule
         teacher = self.teacher if scores_teacher(algorithm, step, schedule.progress) else None
-        tokens = config.train.tokens_per_microbatch or tokens_at_once(self.student)
-        advice = _LESS_IN_UPDATES.format(tokens)
+        budget = config.train.tokens_per_microbatch or tokens_at_once(self.student)
+        advice = _LESS_IN_UPDATES.format(budget)
         with memory_errors(f"scoring the tokens of step {step}", advice):
             scores = score_batch(self.learner, teacher, batch, config, self._times)
         check_scores(scores, batch.completion_mask, step)
