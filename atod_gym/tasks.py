@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,16 @@ def content_hash(digests: Mapping[str, str]) -> str:
     for task_id in sorted(digests):
         total.update(f"{task_id} {digests[task_id]}\n".encode("utf-8", "surrogateescape"))
     return total.hexdigest()
+
+
+def spread(task_ids: Sequence[str], count: int) -> tuple[str, ...]:
+    """Return `count` tasks spread evenly over a split, in its order; 0: all.
+
+    The first tasks of a split are often of one type.
+    """
+    known = len(task_ids)
+    count = min(count, known) or known
+    return tuple(task_ids[i * known // count] for i in range(count))
 
 
 def task_not_found(task_id: object, task_ids: tuple[str, ...], split: str) -> TaskNotFoundError:

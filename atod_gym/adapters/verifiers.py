@@ -31,6 +31,7 @@ from atod_gym.adapters.verifiers_episode import Episode
 from atod_gym.errors import InvalidSettingError, MissingExtraError
 from atod_gym.parsing import ParseProfile
 from atod_gym.prompts import PromptStyle
+from atod_gym.tasks import spread
 
 PLUGIN_ID = "atod-verifiers"
 """What verifiers calls the taskset, the environment and the harness."""
@@ -73,7 +74,7 @@ def load_environment(
             the last `history_window` turns.
         parse_profile: how completions are parsed, see `atod_gym.parsing`.
         max_turns: turn limit of the environment.
-        tasks: play only the first tasks of the split, in manifest order; -1: all.
+        tasks: how many tasks of the split are played, spread evenly over it; -1: all.
         history_window: past turns that a prompt in window style shows.
         show_admissible: whether prompts list the admissible actions.
         template: path of a prompt template, see `atod_gym.prompts`.
@@ -143,7 +144,7 @@ def load_plugin() -> Plugin:
         max_turns: int | None = None
         """Turn limit (None: the environment's default)."""
         tasks: int = -1
-        """Only the first tasks of the split (-1: all)."""
+        """How many tasks of the split are played, spread evenly over it (-1: all)."""
         history_window: int = 2
         """Past turns shown in window style."""
         show_admissible: bool = True
@@ -202,7 +203,7 @@ class _Tasks:
             task_ids: tuple[str, ...] = env.get_wrapper_attr("task_ids")
         finally:
             env.close()
-        self.task_ids = task_ids if config.tasks < 0 else task_ids[: config.tasks]
+        self.task_ids = spread(task_ids, max(0, config.tasks))
 
     def load(self) -> Iterator[Any]:
         """Yields the tasks."""

@@ -20,6 +20,7 @@ import gymnasium
 
 from atod_gym import play
 from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
+from atod_gym.tasks import spread
 from atod_train.evaluation.agents import Agent, ExpertAgent, HumanAgent, RandomAgent, load_agent
 from atod_train.evaluation.chat import ChatAgent, ChatEndpoint
 from atod_train.evaluation.eval_records import EpisodeRecord, EvaluationFolder, read_evaluated
@@ -172,9 +173,15 @@ def _play(
     bar: AbstractContextManager[Advance | None] = nullcontext()
     if options.agent != "human":
         bar = progress(len(task_ids), "playing", initial=len(finished))
+    note = ""
     with bar as advance:
 
+        def count(tokens: int) -> None:
+            if advance is not None:
+                advance(0, note, tokens)
+
         def keep(record: EpisodeRecord) -> None:
+            nonlocal note
             folder.add(record)
             if advance is None:
                 end = "Solved" if record.success else "Not solved"
@@ -182,9 +189,12 @@ def _play(
             else:
                 solved = sum(kept.success for kept in folder.records)
                 note = f"{solved} of {len(folder.records)} solved"
-                advance(note=note, tokens=record.completion_tokens or 0)
+                advance(note=note)
 
-        agent.play(pool, left, keep, concurrency=options.concurrency, already=len(finished))
+        agent.play(
+            pool, left, keep,
+            on_turn=count, concurrency=options.concurrency, already=len(finished),
+        )  # fmt: skip
 
 
 def _chosen_tasks(known: Sequence[str], options: EvalOptions) -> tuple[str, ...]:
@@ -195,7 +205,7 @@ def _chosen_tasks(known: Sequence[str], options: EvalOptions) -> tuple[str, ...]
             f"No task {missing[0]!r} among the {len(known)} of split {options.split!r}; "
             f"an example: {known[0]}."
         )
-    return tuple(dict.fromkeys(options.task_ids)) or tuple(known)[: options.tasks or None]
+    return tuple(dict.fromkeys(options.task_ids)) or spread(known, options.tasks)
 
 
 def _settings(pool: EnvPool, agent: Mapping[str, Any], task_ids: Sequence[str]) -> dict[str, Any]:

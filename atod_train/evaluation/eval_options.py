@@ -147,7 +147,7 @@ class EvalOptions:
     env_id: Annotated[Positional[str | None], arg(metavar="[ENV_ID]", help_behavior_hint="")] = None
     """Gymnasium id. Default: that of a trained model's run, else atod/ALFWorld-v0."""
     tasks: int = 0
-    """Number of first tasks; 0: all."""
+    """How many tasks are played, spread evenly over the split; 0: all."""
     task_ids: Annotated[tuple[str, ...], arg(metavar="ID [ID ...]", help_behavior_hint="")] = ()
     """Exactly these tasks."""
     concurrency: Unset[int] = None

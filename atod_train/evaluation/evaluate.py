@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from atod_gym.tasks import spread
 from atod_train.config import RunConfig
 from atod_train.distributed import Processes
 from atod_train.models.budgets import episodes_at_once
@@ -49,9 +50,7 @@ def evaluate(
     Raises:
         AtodError: no first prompt fits the model's context.
     """
-    known = len(pool.task_ids)
-    count = min(config.env.eval_tasks, known) or known
-    task_ids = [pool.task_ids[i * known // count] for i in range(count)]
+    task_ids = spread(pool.task_ids, config.env.eval_tasks)
     temperature = temperature_of(mode)
     processes = processes or Processes()
     title = f"evaluating {policy.name} on {pool.split}, {mode}"

@@ -181,6 +181,7 @@ class LocalModel:
         task_ids: Sequence[str],
         on_record: Callable[[EpisodeRecord], None],
         *,
+        on_turn: Callable[[int], None] | None = None,
         concurrency: int | None = None,
         already: int = 0,
     ) -> None:
@@ -199,7 +200,7 @@ class LocalModel:
             play_tasks(
                 self._policy, pool, config, task_ids,
                 temperature=self._sampling.temperature or 0.0, stream=already, at_once=concurrency,
-                on_end=lambda trajectory: on_record(_record(trajectory)),
+                on_end=lambda trajectory: on_record(_record(trajectory)), on_turn=on_turn,
             )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ class AgentPlayer:
         task_ids: Sequence[str],
         on_record: Callable[[EpisodeRecord], None],
         *,
+        on_turn: Callable[[int], None] | None = None,
         concurrency: int | None = None,
         already: int = 0,
     ) -> None:
@@ -56,6 +57,7 @@ class AgentPlayer:
             pool: environments of the split; there are others for further episodes at the same time.
             task_ids: the tasks, each once; they begin in this order.
             on_record: receives each record when its episode has ended.
+            on_turn: receives the number of tokens of each completion that has any.
             concurrency: episodes at the same time; None: the usual number.
             already: episodes of earlier sessions; agents do not depend on them.
 
@@ -70,7 +72,7 @@ class AgentPlayer:
             own = await asyncio.to_thread(another) if number else pool
             agent = self.make()
             while waiting:
-                on_record(await play_episode(own, agent, waiting.popleft()))
+                on_record(await play_episode(own, agent, waiting.popleft(), on_turn))
 
         async def run() -> None:
             # In threads a slow step blocks no other episode. asyncio.run waits for their end.
@@ -94,7 +96,9 @@ class AgentPlayer:
             asyncio.run(run())
 
 
-async def play_episode(pool: EnvPool, agent: Agent, task_id: str) -> EpisodeRecord:
+async def play_episode(
+    pool: EnvPool, agent: Agent, task_id: str, on_turn: Callable[[int], None] | None = None
+) -> EpisodeRecord:
     """Play one task and record it; an episode that the agent cannot continue has failed.
 
     Raises:
@@ -119,6 +123,8 @@ async def play_episode(pool: EnvPool, agent: Agent, task_id: str) -> EpisodeReco
             )
         await asyncio.to_thread(pool.play, [episode], [completion.text])
         completions.append(completion)
+        if on_turn is not None and completion.completion_tokens:
+            on_turn(completion.completion_tokens)
         if episode.stop_reason is None and len(completions) >= pool.max_turns:
             episode.stop_reason = "turn_limit"
     return EpisodeRecord.of(episode.trajectory(), completions, stop_message)

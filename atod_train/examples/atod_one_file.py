@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import atod_gym  # noqa: F401 - registers the environments
+from atod_gym.tasks import spread
 from atod_gym.wrappers import agent_env
 from atod_train.algorithm.atod import (
     Schedule,
@@ -71,7 +72,7 @@ class Args:
     eval_split: str = "valid_seen"
     """Split of the evaluation: valid_seen, dev or test, depending on the environment."""
     eval_tasks: int = 32
-    """Tasks of an evaluation (greedy)."""
+    """Tasks of an evaluation (greedy), spread evenly over the split."""
     eval_every: int = 10
     """Steps between evaluations."""
     max_turns: int = 20
@@ -362,7 +363,7 @@ def main(args: Args) -> None:
     envs = [make_env(args, "train") for _ in range(count)]
     eval_envs = [make_env(args, args.eval_split) for _ in range(args.eval_tasks)]
     all_tasks = envs[0].unwrapped.task_ids  # type: ignore[attr-defined]
-    eval_tasks = eval_envs[0].unwrapped.task_ids[: args.eval_tasks]  # type: ignore[attr-defined]
+    eval_tasks = spread(eval_envs[0].unwrapped.task_ids, args.eval_tasks)  # type: ignore[attr-defined]
 
     for step in range(1, args.steps + 1):
         torch.manual_seed(args.seed * 1_000_003 + step)

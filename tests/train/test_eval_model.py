@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from echo_env import ENV_ID
 
 from atod_gym.errors import AtodError
 from atod_train.config import EnvConfig, ModelConfig, RunConfig, TrainConfig
-from atod_train.evaluation import local_model
+from atod_train.evaluation import eval_cli, local_model
 from atod_train.evaluation.eval_cli import main
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.evaluation.local_model import find_model
@@ -27,6 +29,7 @@ from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.models.pretrained import load_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.progress import Advance
 from atod_train.reports.run_folder import write_config
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.training.supervised import (
@@ -86,6 +89,23 @@ def test_a_run_is_played_as_in_training(
     assert value["settings"]["agent"]["max_context"] == 128
     assert value["settings"]["agent"]["max_completion_tokens"] == 6
     assert value["settings"]["show_admissible"] is False
+
+
+def test_progress_counts_the_tokens_of_each_turn(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[int, int]] = []
+
+    @contextmanager
+    def recorded(*_: Any, **__: Any) -> Iterator[Advance]:
+        yield lambda amount=1, note="", tokens=0: shown.append((amount, tokens))
+
+    monkeypatch.setattr(eval_cli, "progress", recorded)
+    assert play(tmp_path, run, "--tasks", "4") == 0
+    # Two turns of all four episodes, then their ends.
+    assert [amount for amount, _ in shown] == [0, 0, 1, 1, 1, 1]
+    assert all(tokens for _, tokens in shown[:2])
+    assert sum(tokens for _, tokens in shown) == read(tmp_path)["totals"]["completion_tokens"]
 
 
 def test_the_best_model_is_preferred_and_a_model_is_of_its_run(run: Path, tmp_path: Path) -> None:
