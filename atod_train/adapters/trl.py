@@ -7,6 +7,12 @@ style every turn is a row of its own, which takes `ATODTrainer`. That adds the t
 TRL's advantages (Eq. 8), with schedule and T-DUR, also to episodes played with
 `environment_factory`; with kappa = 0 and rho = 1 it is TRL's GRPO. Tested with TRL 1.16.
 
+With `use_vllm=True` episodes are sampled by vLLM, in both modes of TRL, and
+`vllm_importance_sampling_correction` applies to turn rows as it does to episodes. Its default mode,
+`sequence_mask`, drops rows whose log-probs differ by more than log 3 in sum, which long episodes
+soon do: prefer `token_truncate`. `vllm_enable_sleep_mode` sleeps after every turn, not after the
+rollout, and loads all weights again.
+
 Differences to our trainer: the return's part is TRL's, whose group normalisation adds 1e-4 to the
 standard deviation where ours adds 1e-6; loss and clipping are TRL's (`delta=3.0` is the dual clip,
 `loss_type="dapo"` or `"bnpo"` the token mean).
@@ -14,6 +20,7 @@ standard deviation where ours adds 1e-6; loss and clipping are TRL's (`delta=3.0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +38,7 @@ from atod_train.rollout.episode import Limits
 from atod_train.teachers.vocabulary import require_same_vocabulary
 
 try:
+    from accelerate.utils import broadcast_object_list
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
     from trl import GRPOTrainer
     from trl.models import prepare_deepspeed, prepare_fsdp
@@ -54,7 +62,7 @@ class Rollouts:
             `atod_gym.adapters.trl.task_dataset(..., tools=False)`.
 
     TRL's `max_completion_length` limits the tokens of a turn, not of an episode; an episode ends
-    where its next turn would not fit the model's positions.
+    where its next turn would not fit the model's positions, or the longest sequence of vLLM.
     """
 
     def __init__(self, env: EnvConfig, split: str = "train") -> None:
@@ -75,7 +83,8 @@ class Rollouts:
             `turn_rows`.
 
         Raises:
-            InvalidSettingError: window style with a trainer that knows no turn rows.
+            InvalidSettingError: window style with a trainer that knows no turn rows, or with a
+                penalty on the distance from a reference model.
             AtodError: as environments do; no first prompt fits the model.
         """
         is_window = parse_prompt_style(self.config.prompt_style)[0] == "window"
@@ -84,20 +93,31 @@ class Rollouts:
                 "In window style every turn is a row of its own, which GRPOTrainer cannot take: "
                 "use ATODTrainer (without a teacher it is GRPO), or prompt_style='chat'."
             )
+        if is_window and trainer.beta != 0.0:
+            raise InvalidSettingError(
+                f"In window style beta must be 0.0, not {trainer.beta}: TRL scores its reference "
+                "model on whole episodes."
+            )
         if self._player is None:
             style, options = self.config.prompt_style, self.config.template_options
             encoder = DialogueEncoder(trainer.processing_class, style, options)
-            positions = int(trainer.model.config.get_text_config().max_position_embeddings)
-            limits = Limits(trainer.max_completion_length, positions, can_restart=False)
+            limits = Limits(trainer.max_completion_length, _context(trainer), can_restart=False)
             self._player = TokenPlayer(EnvPool(self.config, self.split), encoder, limits)
         player = self._player
         episodes = player.pool.start(prompts)
-        while active := [episode for episode in episodes if episode.stop_reason is None]:
+        while True:
+            active = [episode for episode in episodes if episode.stop_reason is None]
             asked = [(episode, player.next_prompt(episode)) for episode in active]
-            if playing := [(episode, ids) for episode, ids in asked if ids is not None]:
-                ids = [ids for _, ids in playing]
-                sampled = trainer._generate_single_turn(ids, None, {}, 1)
-                player.play([episode for episode, _ in playing], *sampled)
+            playing = [(episode, ids) for episode, ids in asked if ids is not None]
+            count = _prompts_of_a_turn(trainer, len(playing))
+            if not count:
+                break
+            fillers = [[player.encoder.end_of_turn_id]] * (count - len(playing))
+            sampled = trainer._generate_single_turn(
+                [*(ids for _, ids in playing), *fillers], None, {}, 1
+            )
+            own = [values and values[: len(playing)] for values in sampled]
+            player.play([episode for episode, _ in playing], *own)
         if not any(episode.turns for episode in episodes):
             raise AtodError("No first prompt fits the model; use shorter prompts.")
         records = [episode.trajectory() for episode in episodes]
@@ -115,6 +135,34 @@ class Rollouts:
             **{name: [each[name] for each in outcomes] for name in outcomes[0]},
             **({TURN_ROWS: rows} if is_window else {}),
         }
+
+
+def _context(trainer: GRPOTrainer) -> int:
+    """Return the longest sequence that the sampler takes."""
+    longest = int(trainer.model.config.get_text_config().max_position_embeddings)
+    if not trainer.use_vllm:
+        return longest
+    if trainer.vllm_mode == "colocate":
+        return min(longest, trainer.vllm_generation.llm.llm_engine.model_config.max_model_len)
+    answer: list[Any] = [None]
+    if trainer.accelerator.is_main_process:
+        client = trainer.vllm_generation.vllm_client
+        answer = [client._get(f"{client.base_url}/v1/models")["data"][0]["max_model_len"]]
+    return min(longest, broadcast_object_list(answer)[0])
+
+
+def _prompts_of_a_turn(trainer: GRPOTrainer, playing: int) -> int:
+    """Return how many prompts this process asks for, `playing` of them those of episodes.
+
+    Where processes sample together, TRL expects as many prompts from each: one with fewer episodes
+    left would be given the completions of another.
+    """
+    args = trainer.args
+    is_alone = args.use_vllm and args.vllm_mode == "colocate"
+    if is_alone and args.vllm_tensor_parallel_size == 1 and not args.vllm_enable_sleep_mode:
+        return playing
+    counts = trainer.accelerator.gather(torch.tensor([playing], device=trainer.accelerator.device))
+    return int(counts.max())
 
 
 def episode_returns(*, episode_return: Sequence[float], **columns: object) -> list[float]:
@@ -184,11 +232,6 @@ class ATODTrainer(GRPOTrainer):
         self, output: dict[str, Any], episodes: Sequence[Sequence[RowTokens]]
     ) -> tuple[dict[str, Any], Tensor]:
         """Replace the rows of episodes by those of their turns; return each row's episode."""
-        if self.beta != 0.0 or (self.use_vllm and self.vllm_importance_sampling_correction):
-            raise InvalidSettingError(
-                "In window style set beta=0.0 and vllm_importance_sampling_correction=False: TRL "
-                "computes both for whole episodes."
-            )
         device = output["prompt_ids"].device
         turns = [(i, turn) for i, rows in enumerate(episodes) for turn in rows]
         # Later the rows are divided into this many equal parts, and what is left over is dropped.
@@ -213,7 +256,25 @@ class ATODTrainer(GRPOTrainer):
         expanded["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
         if "old_per_token_logps" in output:
             expanded["old_per_token_logps"] = self._scores(self.model, expanded)
+        if "importance_sampling_ratio" in output:
+            sampled = [row.logprobs or [0.0] * len(row.mask) for row in rows]
+            expanded["importance_sampling_ratio"] = self._sampling_ratio(
+                expanded["old_per_token_logps"],
+                pad([torch.tensor(row) for row in sampled], 0.0, "right").to(device),
+                (expanded["completion_mask"] * expanded["tool_mask"]).bool(),
+            )
         return expanded, episode
+
+    def _sampling_ratio(self, logprobs: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
+        """Correct for the sampler's distribution as TRL does, from [B, T] to [B, T] or [B, 1]."""
+        level, _, form = self.vllm_importance_sampling_mode.partition("_")
+        difference = (logprobs - sampled).masked_fill(~mask, 0.0)
+        if level == "sequence":
+            difference = difference.sum(dim=1, keepdim=True)
+        ratio = difference.exp()
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        clipped = ratio.clamp(low or 0.0, math.inf if high is None else high)
+        return clipped if form == "truncate" else ratio.masked_fill(ratio != clipped, 0.0)
 
     @torch.no_grad()
     def _scores(self, model: Any, rows: dict[str, Any]) -> Tensor:

@@ -124,7 +124,8 @@ class ATODAgentLoop(AgentLoopBase):
 
     In chat style an episode is one row and ends where its next turn would not fit
     `data.max_response_length`; in window style every turn is a row, and its prompt leaves out past
-    turns where it would not fit `data.max_prompt_length`.
+    turns where it would not fit `data.max_prompt_length`. Neither outgrows `max_model_len` of
+    `actor_rollout_ref.rollout`, where that is set.
     """
 
     def __init__(
@@ -146,10 +147,12 @@ class ATODAgentLoop(AgentLoopBase):
         prompt = int(self.rollout_config.prompt_length)
         response = int(self.rollout_config.response_length)
         completion = min(max_completion_tokens, response)
+        engine = int(self.rollout_config.max_model_len or prompt + response)
         if self.encoder.style == "window":
-            self.limits = Limits(completion, prompt + completion)
+            self.limits = Limits(completion, min(prompt + completion, engine))
         else:
-            self.limits = Limits(completion, prompt + response, prompt, can_restart=False)
+            context = min(prompt + response, engine)
+            self.limits = Limits(completion, context, prompt, can_restart=False)
 
     async def run(
         self, sampling_params: dict[str, Any], **kwargs: Any

@@ -1,9 +1,16 @@
-"""ATOD inside TRL: one optimiser step of a tiny random model on generated houses, CPU, seconds.
+r"""ATOD inside TRL: one optimiser step of a tiny random model on generated houses, CPU, seconds.
 
     pip install 'atod-gym[train,trl]' && python -m atod_train.examples.trl_atod
 
 With a model of your own, on a CPU too: --model <folder or hub name> --teacher <folder or hub name>
 With the published settings of ALFWorld: --published --data official (or --published webshop, ..)
+Sampled by vLLM: --vllm colocate, with the share of a GPU's memory colocate:0.4, or --vllm <URL> of
+a server, which has GPUs of its own:
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve <model> --weight-transfer-config '{"backend": "nccl"}' \
+        --logprobs-mode processed_logprobs --max-logprobs -1
+
+On several GPUs: accelerate launch --num_processes 4 -m atod_train.examples.trl_atod ..
 """
 
 import argparse
@@ -35,8 +42,14 @@ parser.add_argument(
 )  # fmt: skip
 parser.add_argument("--data", default="generated", help="official, generated or a path")
 parser.add_argument("--steps", type=int, help="optimiser steps; default: 1, as published 150")
+parser.add_argument("--vllm", help="colocate, colocate:SHARE or URL; default: transformers samples")
 parser.add_argument("--out", default="runs/trl-atod")
 options = parser.parse_args()
+vllm, _, share = (options.vllm or "").partition(":")
+if options.vllm and not options.model:
+    parser.error("--vllm reads the model from a folder or the hub: name it with --model")
+if vllm not in ("", "colocate", "http", "https"):
+    parser.error(f"--vllm is colocate, colocate:SHARE or a URL, not {options.vllm!r}")
 
 student: Any
 if options.model:
@@ -56,14 +69,24 @@ steps, schedule = options.steps or 1, Schedule(anneal_steps=1)
 if options.published:
     preset = PRESETS[options.published].config
     train, steps = preset.train, options.steps or preset.train.steps
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if train.tasks_per_step % processes:
+        parser.error(f"{processes} processes cannot share {train.tasks_per_step} tasks of a step")
     env, schedule = replace(preset.env, data=options.data), schedule_of(preset.algorithm)
     sizes = {
         "per_device_train_batch_size": train.group_size,
-        "gradient_accumulation_steps": train.tasks_per_step,
+        "gradient_accumulation_steps": train.tasks_per_step // processes,
         "num_generations": train.group_size, "max_completion_length": train.max_completion_tokens,
         "learning_rate": train.lr, "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": round(train.lr_warmup * steps), "weight_decay": 0.01,
     }  # fmt: skip
+if vllm:
+    # TRL's default drops an episode whose log-probs differ by more than log 3 in sum.
+    sizes |= {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"}
+    if vllm != "colocate":
+        sizes |= {"vllm_mode": "server", "vllm_server_base_url": options.vllm}
+    elif share:
+        sizes |= {"vllm_gpu_memory_utilization": float(share)}
 trainer = ATODTrainer(
     model=student,
     processing_class=tokenizer,

@@ -16,6 +16,7 @@ import torch
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'atod-gym[trl]'")
 
+from accelerate import Accelerator  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
@@ -221,11 +222,10 @@ def test_it_learns_from_its_teacher_alone(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettingError, match="use ATODTrainer"):
         make_trainer(tmp_path, trl.GRPOTrainer, "window").train()
-    trainer = make_trainer(tmp_path, style="window", teacher=model(1))
-    rows, rollout = rows_of(trainer, pytest.MonkeyPatch())
+    trainer = make_trainer(tmp_path, style="window")
     trainer.beta = 0.1
-    with pytest.raises(InvalidSettingError, match=r"beta=0\.0"):
-        trainer._with_turn_rows(rows, rollout["turn_rows"])
+    with pytest.raises(InvalidSettingError, match=r"beta must be 0\.0, not 0\.1"):
+        trainer.train()
     other = build_policy(SHAPE, build_word_tokenizer(["another vocabulary"]), 0)
     other.save(tmp_path / "other")
     with pytest.raises(AtodError, match="do not share a vocabulary"):
@@ -272,7 +272,7 @@ def test_chat_rows_hold_what_the_environment_says_and_the_model_sampled(
     ("more", "kept"),
     [("<action>b</action>", ""), ("<|im_end|>", "<|im_end|>"), (" so<|im_end|>", ""), ("", "")],
 )
-def test_a_turn_ends_with_its_action(more: str, kept: str) -> None:
+def test_a_turn_ends_with_its_action(more: str, kept: str, tmp_path: Path) -> None:
     tokenizer = _byte_tokenizer()
     action = "<think>not <action>a</action></think><action>look</action>"
 
@@ -284,6 +284,8 @@ def test_a_turn_ends_with_its_action(more: str, kept: str) -> None:
     trainer: Any = SimpleNamespace(
         processing_class=tokenizer, max_completion_length=200, _generate_single_turn=sample,
         model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config)),
+        use_vllm=False, args=trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False),
+        accelerator=Accelerator(cpu=True),
     )  # fmt: skip
     env = EnvConfig(**ENV, max_turns=2, parse_profile="tags")  # type: ignore[arg-type]
     output = Rollouts(env)([tasks(1)[0]["prompt"]], trainer)

@@ -140,14 +140,14 @@ class Sampler:
         return TokenOutput(token_ids=new, log_probs=logprobs, extra_fields=steps)
 
 
-def play(folder: Path, style: str, partition: str = "train") -> dict[str, Any]:
+def play(folder: Path, style: str, *more: str, partition: str = "train") -> dict[str, Any]:
     """Plays two tasks, four times each, by verl's worker; what the queue holds by key."""
     if left := list((tq.kv_list(partition) or {}).get(partition, {})):
         tq.kv_clear(partition_id=partition, keys=left)
     torch.manual_seed(0)
     # The class that ray runs in a process of its own, here in this one.
     worker = AgentLoopWorkerTQ.__ray_actor_class__(
-        config=composed(folder, style), llm_client=Sampler(folder)
+        config=composed(folder, style, *more), llm_client=Sampler(folder)
     )
     rows = task_dataset("atod/ALFWorld-v0", **SETTINGS).select(range(2)).to_list()
 
@@ -209,6 +209,16 @@ def test_rows_are_what_was_shown_and_sampled(style: str, folder: Path, queue: No
                 at = end + len(said)
         assert len(own) == (turns if style == "window" else 1)
         assert [sum(row["rm_scores"]) for row in own] == pytest.approx([reward] * len(own))
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_no_row_is_longer_than_the_engine_takes(style: str, folder: Path, queue: None) -> None:
+    def longest(*more: str) -> int:
+        rows = play(folder, style, *more).values()
+        return max(len(row["prompts"]) + len(row["responses"]) for row in rows)
+
+    limit = longest() - 10
+    assert longest(f"actor_rollout_ref.rollout.max_model_len={limit}") <= limit
 
 
 def test_a_prompt_that_does_not_fit_trains_on_nothing(folder: Path, queue: None) -> None:
