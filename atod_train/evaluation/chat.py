@@ -14,7 +14,7 @@ import os
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from urllib3.exceptions import InvalidHeader
@@ -36,7 +36,11 @@ _NO_KEY = "none"
 
 _CHARACTERS_PER_TOKEN = 4
 _USUAL_COMPLETION = 256
-"""Estimated tokens of a completion where no limit is set."""
+"""Estimated tokens of a completion where the user sets no limit."""
+
+_MOST_TOKENS = 2048
+"""Limit of a completion where the user sets none; some models never stop by themselves."""
+_LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 
 _NO_END = CompletionFormat("plain")
 """Replies are not cut."""
@@ -113,10 +117,21 @@ class ChatEndpoint:
         self._limiter = RateLimiter(
             settings.requests_per_minute or math.inf, settings.tokens_per_minute or math.inf
         )
-        chosen = {"model": settings.model, **asdict(sampling), "top_p": settings.top_p}
+        given = sampling.max_tokens, *map(self._extra_fields.get, _LIMIT_FIELDS)
+        self._has_default_limit = not any(given)
+        self._limit = _MOST_TOKENS if self._has_default_limit else sampling.max_tokens
+        self._limit_field = _LIMIT_FIELDS[0]
+        self._estimate = sampling.max_tokens or _USUAL_COMPLETION
+        chosen = {
+            "model": settings.model,
+            "temperature": sampling.temperature,
+            "seed": sampling.seed,
+            "top_p": settings.top_p,
+        }
         self._fields = {name: value for name, value in chosen.items() if value is not None}
         self.of_results = {
             **chosen,
+            "max_tokens": self._limit,
             "extra_body": self._extra_fields,
             "keep_reasoning": settings.keep_reasoning,
             "stop_at_action": settings.stop_at_action,
@@ -137,7 +152,8 @@ class ChatEndpoint:
         """Return the model's answer to a prompt.
 
         If the endpoint refuses stop strings, or one of them ended a reply inside its thought, this
-        and later requests are sent without them; replies are still cut after their action.
+        and later requests are sent without them; replies are still cut after their action. If it
+        refuses the field `max_tokens`, they have `max_completion_tokens` instead.
 
         Args:
             messages: the prompt.
@@ -149,44 +165,54 @@ class ChatEndpoint:
         """
         if not self.settings.stop_at_action:
             form = _NO_END
-        failed = 0
+        failed, limit = 0, self._limit
         while True:
             try:
-                return await self._ask(messages, form)
-            except _StopStrings:
-                self._takes_stop = False
+                return await self._ask(messages, form, limit)
+            except _AskAgain:
+                pass
+            except EpisodeStopped as stop:
+                # Some endpoints refuse prompts that leave less than the limit, and name it; without
+                # a limit they sample what is left of the context.
+                can_grow = stop.reason == "context_limit" and self._has_default_limit
+                if not can_grow or limit is None or str(limit) not in str(stop):
+                    raise
+                limit = None
             except _Transient as error:
                 failed += 1
                 await asyncio.sleep(self._backoff(error, failed))
 
     async def _ask(
-        self, messages: Sequence[Mapping[str, str]], form: CompletionFormat
+        self, messages: Sequence[Mapping[str, str]], form: CompletionFormat, limit: int | None
     ) -> Completion:
-        """Make one attempt.
+        """Make one attempt; a completion has at most `limit` tokens (None: no limit is sent).
 
         Raises:
             EpisodeStopped: the endpoint refuses this prompt.
             ServerError: every request would fail.
-            _StopStrings: the request must be sent without stop strings.
+            _AskAgain: the request must be sent with other fields.
             _Transient: the request may succeed later.
         """
         import openai
 
         stop = list(form.stop_strings) if self._takes_stop else []
         characters = sum(len(message["content"]) for message in messages)
-        longest = self._fields.get("max_tokens", _USUAL_COMPLETION)
-        admission = await self._limiter.admit(characters // _CHARACTERS_PER_TOKEN + longest)
+        admission = await self._limiter.admit(characters // _CHARACTERS_PER_TOKEN + self._estimate)
+        more = {self._limit_field: limit, "stop": stop}
+        sent = {**self._fields, **{name: value for name, value in more.items() if value}}
         request = self._client.chat.completions.with_raw_response.create(
-            messages=list(messages), extra_body=self._extra_fields or None, **self._fields,
-            **({"stop": stop} if stop else {}),
-        )  # fmt: skip
+            messages=list(messages), extra_body=self._extra_fields or None, **sent
+        )
         try:
             answer = json.loads((await asyncio.wait_for(request, self.settings.timeout)).content)
         except openai.APIStatusError as error:
             self._has_answered = True
-            raise self._refusal(error, stop) from error
+            raise self._refusal(error, sent) from error
         except (openai.APITimeoutError, TimeoutError, asyncio.TimeoutError) as error:
-            raise _Transient(f"{self.url} gave no answer in time (--timeout)") from error
+            raise _Transient(
+                f"{self.url} gave no answer within {self.settings.timeout:g} s: raise --timeout, "
+                "or lower --max-tokens or --concurrency."
+            ) from error
         except openai.APIConnectionError as error:
             message = f"{self.url} cannot be reached ({_line(error.__cause__ or error)})"
             raise _Transient(message) from error
@@ -216,7 +242,7 @@ class ChatEndpoint:
             self._limiter.hold(wait)
         return wait
 
-    def _refusal(self, error: Any, stop: Sequence[str]) -> Exception:
+    def _refusal(self, error: Any, sent: Mapping[str, Any]) -> Exception:
         """Return the exception for an answer with an HTTP status of 400 and above."""
         status, body = error.status_code, error.body
         body = body if isinstance(body, dict) else {}
@@ -231,17 +257,17 @@ class ChatEndpoint:
             return _Transient(where, status=status, retry_after=wait)
         advice = ""
         if status in (400, 413, 422):
-            if stop and (body.get("param") == "stop" or re.search(r"\bstop\b", said)):
-                return _StopStrings()
+            if "stop" in sent and (body.get("param") == "stop" or re.search(r"\bstop\b", said)):
+                self._takes_stop = False
+                return _AskAgain()
+            if "max_tokens" in sent and "max_completion_tokens" in said:
+                self._limit_field = "max_completion_tokens"
+                return _AskAgain()
             if status == 413 or codes & _CONTEXT_CODES or _CONTEXT.search(said):
                 return EpisodeStopped("context_limit", where)
             if codes & _FILTER_CODES:
                 return EpisodeStopped("refused", where)
-            advice = "Change what it does not take (--model, --temperature, --extra-body ..)."
-            if "max_completion_tokens" in said:
-                advice = (
-                    """Use --extra-body '{"max_completion_tokens": N}' instead of --max-tokens."""
-                )
+            advice = "Change what it does not take (--model, --max-tokens, --extra-body ..)."
         elif status in (401, 403):
             advice = f"Put a valid key into {self._key_variable}, or name another variable with "
             advice += "--api-key-env."
@@ -255,7 +281,7 @@ class ChatEndpoint:
         """Return the completion of an answer, cut after its action.
 
         Raises:
-            _StopStrings: a stop string ended the reply before its thoughts had ended.
+            _AskAgain: a stop string ended the reply before its thoughts had ended.
             _Transient: the answer holds no message of text.
         """
         try:
@@ -270,8 +296,11 @@ class ChatEndpoint:
             raise self._no_completion("it has no choice with a message of text") from error
         reasoning = next((part for part in thoughts if part and isinstance(part, str)), "")
         finish = choice.get("finish_reason")
+        is_in_thought = bool(reasoning or thought) and not text
         instead = "" if text.strip() else _instead_of_text(message, finish)
-        is_in_thought = bool(reasoning) and not text
+        if is_in_thought and not instead:
+            # Parsers of servers take a text without the end of a thought for reasoning.
+            instead = "reasoning alone"
         if self.settings.keep_reasoning and reasoning:
             text = f"<think>{reasoning}</think>{text}"
         # vLLM (stop_reason) and SGLang (matched_stop) name the stop string that ended the reply, or
@@ -279,7 +308,8 @@ class ChatEndpoint:
         stopped_at = choice.get("stop_reason", choice.get("matched_stop", "unknown"))
         if stop and finish == "stop" and isinstance(stopped_at, str):
             if is_in_thought or form.is_in_thought(text):
-                raise _StopStrings
+                self._takes_stop = False
+                raise _AskAgain
             text = form.closed(text)
         end = form.end_of_action(text)
         return Completion(
@@ -300,8 +330,8 @@ class _Transient(ServerError):
     """A request failed and may succeed later."""
 
 
-class _StopStrings(Exception):
-    """The endpoint refuses stop strings, or one ended a reply inside its thought."""
+class _AskAgain(Exception):
+    """The request must be sent once more, as this endpoint takes it."""
 
 
 class ChatAgent:

@@ -61,8 +61,8 @@ class Sampling:
     temperature: Unset[float] = None
     """Default: that of the endpoint; of a local model 0, greedy decoding."""
     max_tokens: Unset[int] = None
-    """Longest completion. Default: the endpoint's; that of a local model's run, else 512, at most
-    half the context."""
+    """Longest completion, its reasoning included. Default: 2048 at an endpoint; that of a local
+    model's run, else 512, at most half the context."""
     seed: Unset[int] = None
     """Default: none at an endpoint, else 0. It is also that of --agent random."""
 

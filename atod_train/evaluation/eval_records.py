@@ -106,6 +106,8 @@ class Evaluated:
     stop_reasons: dict[str, int]
     invalid_reasons: dict[str, int] = field(default_factory=dict)
     """Why turns were not valid, and how many, the most frequent reason first."""
+    token_limit: int | None = None
+    """Of a completion; None: the agent has none, or the endpoint's own."""
 
 
 class EvaluationFolder:
@@ -243,7 +245,8 @@ class EvaluationFolder:
             **result.to_json(),
         }
         write_json(self.path / RESULT_FILE, value)
-        return Evaluated(**names, result=result, **totals)
+        limit = _token_limit(settings)
+        return Evaluated(**names, result=result, **totals, token_limit=limit)
 
     def close(self) -> None:
         """Let other processes continue the evaluation."""
@@ -266,7 +269,8 @@ def read_evaluated(path: Path) -> Evaluated:
     result = EvaluationResult.from_json(value)
     try:
         names = {name: value[name] for name in ("env_id", "agent", "data_hash")}
-        return Evaluated(**names, result=result, **value["totals"])
+        limit = _token_limit(value["settings"])
+        return Evaluated(**names, result=result, **value["totals"], token_limit=limit)
     except (KeyError, TypeError) as error:
         raise RunFolderError(f"{path / RESULT_FILE} is not of this version: {error}") from error
 
@@ -288,6 +292,12 @@ def _totals(
         "stop_reasons": dict(sorted(Counter(record.stop_reason for record in records).items())),
         "invalid_reasons": dict(reasons.most_common()),
     }
+
+
+def _token_limit(settings: Mapping[str, Any]) -> int | None:
+    """Return the limit of a completion of a chat model or a local model."""
+    agent = settings["agent"]
+    return agent.get("max_tokens") or agent.get("max_completion_tokens")
 
 
 def _token_sums(parts: Sequence[Completion | EpisodeRecord]) -> dict[str, int | None]:

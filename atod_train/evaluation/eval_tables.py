@@ -21,7 +21,7 @@ def result_table(evaluated: Evaluated) -> str:
     if len(types) > 1:
         rows += [(task_type, *_figures(found)) for task_type, found in types.items()]
     cost = _cost(evaluated)
-    thoughts = evaluated.reasoning_tokens
+    thoughts, limit = evaluated.reasoning_tokens, evaluated.token_limit
     lines = [
         f"{_title(evaluated)}, {evaluated.agent}",
         "",
@@ -29,6 +29,7 @@ def result_table(evaluated: Evaluated) -> str:
         "",
         f"tokens {_tokens(evaluated.prompt_tokens)} in, {_tokens(evaluated.completion_tokens)} out"
         + (f" ({_tokens(thoughts)} of reasoning)" if thoughts != 0 else "")
+        + (f"; at most {limit:,} a completion" if limit else "")
         + (f"; cost {cost}" if cost else "")
         + f"; {evaluated.seconds:.1f} s",
     ]
@@ -42,7 +43,8 @@ def result_table(evaluated: Evaluated) -> str:
         )
         lines.append(f"invalid turns: {counts}")
     if evaluated.cut_completions:
-        lines.append(f"completions cut by the token limit: {evaluated.cut_completions}")
+        advice = f"the limit of {limit:,} tokens (--max-tokens)" if limit else "the token limit"
+        lines.append(f"completions cut by {advice}: {evaluated.cut_completions}")
     return "\n".join(lines)
 
 

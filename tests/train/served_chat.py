@@ -35,6 +35,8 @@ class FakeChat:
         """A mishap of all requests from `healthy` on."""
         self.healthy = 10**9
         self.retry_after = ""
+        self.thoughts = 0
+        """Tokens of reasoning, which usage counts apart."""
         self.message: dict[str, Any] = {}
         """Fields of a message, which override its own."""
         self.most_characters = 10**9
@@ -121,6 +123,8 @@ class FakeChat:
                 "completion_tokens": said,
                 "total_tokens": characters + said,
             }
+            if self.thoughts:
+                answer["usage"]["completion_tokens_details"] = {"reasoning_tokens": self.thoughts}
         return 200, answer
 
 

@@ -69,7 +69,34 @@ def test_what_is_asked_and_what_comes_back(chat: FakeChat, monkeypatch: pytest.M
     ]  # fmt: skip
     assert chat.headers[0]["authorization"] == "Bearer secret"
     ask(chat)
-    assert chat.posts[1] == {"model": "toy", "messages": MESSAGES}
+    assert chat.posts[1] == {"model": "toy", "messages": MESSAGES, "max_tokens": 2048}
+    ask(chat, extra_body='{"max_completion_tokens": 9}')
+    assert chat.posts[2] == {"model": "toy", "messages": MESSAGES, "max_completion_tokens": 9}
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+def test_an_endpoint_that_takes_another_field_for_the_limit(
+    chat: FakeChat, limit: int | None
+) -> None:
+    said = "Unsupported parameter: 'max_tokens' .. Use 'max_completion_tokens' instead."
+    chat.mishaps.append((400, {"error": {"message": said, "param": "max_tokens"}}))
+    assert ask(chat, max_tokens=limit, retries=0).text == first_action(MESSAGES)
+    first, second = chat.posts
+    assert (first.pop("max_tokens"), second.pop("max_completion_tokens")) == (limit or 2048,) * 2
+    assert first == second
+
+
+def test_a_default_limit_takes_no_room_from_prompts(chat: FakeChat) -> None:
+    # As TGI says it; others refuse such prompts, too.
+    said = "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 3000 and 2048"
+    chat.mishaps.append((422, {"error": {"message": said}}))
+    assert ask(chat).text == first_action(MESSAGES)
+    assert ["max_tokens" in post for post in chat.posts] == [True, False]
+    for sampling, posts in (({}, 4), ({"max_tokens": 2048}, 5)):
+        chat.healthy, chat.always = 2, (422, {"error": {"message": said}})
+        with pytest.raises(EpisodeStopped):
+            ask(chat, **sampling)
+        assert len(chat.posts) == posts
 
 
 def test_reasoning_is_kept_apart_unless_wanted(chat: FakeChat) -> None:
@@ -88,6 +115,8 @@ def test_no_text_and_a_cut_text(chat: FakeChat) -> None:
     assert (completion.text, completion.instead) == ("", "")
     chat.mishaps.append("cut")
     assert ask(chat).instead == "cut at the limit of tokens"
+    chat.message["reasoning"] = "I say hello. <action>look</action>"
+    assert ask(chat).instead == "reasoning alone"
 
 
 def test_what_is_answered_instead_of_a_text_is_named(chat: FakeChat) -> None:
@@ -113,6 +142,11 @@ def test_what_passes_is_tried_again(chat: FakeChat, quick: None, mishap: Any) ->
 def test_a_hanging_endpoint_is_asked_again(chat: FakeChat, quick: None) -> None:
     chat.mishaps.append("hang")
     assert ask(chat, timeout=0.3).text == first_action(MESSAGES)
+    chat.mishaps.append("hang")
+    with pytest.raises(
+        ServerError, match=r"no answer within 0\.3 s: raise --timeout, or lower --m"
+    ):
+        ask(chat, timeout=0.3, retries=0)
 
 
 @pytest.mark.parametrize("mishap", [500, "garbage", "page", "no choices"])
@@ -170,7 +204,6 @@ def test_a_date_to_wait_for_and_one_too_far_away(chat: FakeChat) -> None:
         (403, "--api-key-env"),
         (404, "Check --model toy and --base-url, which mostly ends in /v1."),
         (400, "oh, 400. Change what it does not take"),
-        ((400, {"error": {"message": "use max_completion_tokens"}}), "instead of --max-tokens"),
         (402, "Add credit"),
         ((429, {"error": {"message": "spent", "code": "insufficient_quota"}}), "Add credit"),
         ((418, {"detail": "tea"}), "answers 418: tea."),
@@ -266,7 +299,7 @@ def test_all_tasks_at_once_with_tokens_and_cost(
     assert abs(totals["prompt_tokens"] - asked) < 1000
     cost = (2 * totals["prompt_tokens"] + 10 * 120) / 1e6
     assert totals["cost"] == pytest.approx(cost)
-    assert f"120 out; cost {cost:.4f}" in capsys.readouterr().out
+    assert f"120 out; at most 2,048 a completion; cost {cost:.4f}" in capsys.readouterr().out
     episode = json.loads((tmp_path / EPISODES_FILE).read_text().splitlines()[0])
     first, second = episode["transcript"]
     assert [m["role"] for m in second["messages"]] == ["user"]
@@ -341,7 +374,7 @@ def test_missing_usage_is_unknown_not_zero(
 ) -> None:
     chat.mishaps.append("no usage")
     assert evaluate(chat, tmp_path, "--tasks", "3", "--price-in", "1", "--price-out", "1") == 0
-    assert "tokens unknown in, unknown out; cost unknown" in capsys.readouterr().out
+    assert "unknown out; at most 2,048 a completion; cost unknown" in capsys.readouterr().out
     assert read(tmp_path)["totals"]["cost"] is None
 
 

@@ -89,7 +89,7 @@ def test_a_reply_that_was_long_enough_is_not_cut(chat: FakeChat) -> None:
 
 
 @pytest.mark.parametrize("says_why", [False, True])
-@pytest.mark.parametrize("field", [None, "reasoning_content"])
+@pytest.mark.parametrize("field", [None, "reasoning_content", "hidden"])
 def test_a_stop_inside_a_thought_is_taken_back(
     chat: FakeChat, says_why: bool, field: str | None
 ) -> None:
@@ -100,6 +100,7 @@ def test_a_stop_inside_a_thought_is_taken_back(
         def answer(_: Any) -> str:
             stopped = "stop" in chat.posts[-1]
             chat.message = {field: "not <action>a"}
+            chat.thoughts = 7 if field == "hidden" else 0
             return "</action>" if stopped else "<action>b</action><action>c</action>"
 
         assert ask(chat, answer, TAGS).text == "<action>b</action>"
