@@ -45,7 +45,7 @@ EXAMPLE = (
     Path(__file__).resolve().parents[2] / "atod_gym" / "adapters" / "examples" / "openenv_client.py"
 )
 ALFWORLD = "atod/ALFWorld-v0"
-README = Path(__file__).resolve().parents[2] / "README.md"
+GUIDE = Path(__file__).resolve().parents[2] / "atod_gym/README.md"
 
 
 @contextlib.contextmanager
@@ -390,8 +390,8 @@ def test_the_example_runs(
     assert any("reward 1, score 1" in end for end in ends)
 
 
-def test_the_snippet_of_the_readme_plays() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_snippet_of_the_guide_plays() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     [snippet] = [block for block in blocks if "openenv" in block]
     played: dict[str, Any] = {}
     with served("atod/WebShop-v0") as url:

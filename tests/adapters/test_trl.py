@@ -436,11 +436,11 @@ def test_the_example_takes_a_model_of_ones_own(saved: Path, tmp_path: Path) -> N
     assert "'atod/log_ratio': 0.0" in result.stdout.splitlines()[-1]
 
 
-def test_the_snippet_of_the_readme_makes_a_trainer(
+def test_the_snippet_of_the_guide_makes_a_trainer(
     saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    [snippet] = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "trl" in b]
+    text = (REPOSITORY / "atod_train/README.md").read_text(encoding="utf-8")
+    [snippet] = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "from trl" in b]
     snippet = snippet.replace("Qwen/Qwen3-0.6B", str(saved)).replace("<folder>", str(saved))
     monkeypatch.chdir(tmp_path)
     made: dict[str, Any] = {}

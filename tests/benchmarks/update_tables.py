@@ -1,8 +1,8 @@
-"""Writes all tables of results anew from the raw numbers: in the README and beside the numbers.
+"""Write all tables of results anew from the raw numbers, into the README next to the numbers.
 
-A table is known by its first row and by the environment that its section is about. A new section
-needs its heading, `## NAME`, and the first row of each table that it shall have; a new column of
-the first table in the README needs its name in the first row.
+A table is known by its first row and by the study that its section is about. A new section needs
+its heading, `## NAME`, and the first row of each of its tables. A new column of the table of all
+claims needs its name in the first row.
 
     python tests/benchmarks/update_tables.py
 """
@@ -22,20 +22,17 @@ from atod_train.reports.tables import (
     phase_table,
 )
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-RESULTS = REPOSITORY / "tests/benchmarks/results"
-SECTIONS = {"Official ALFWorld games": "alfworld-official"}
-"""Sections of the README with another heading than their environment's name."""
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def made_anew(
     first_row: str, found: dict[str, Results], section: str, split: str | None
 ) -> Table | None:
-    """The table that begins with a row, or nothing if it is no table of results."""
+    """Return the table that begins with a row, or None if it is no table of results."""
     columns = [cell.strip() for cell in first_row.strip("|\n ").split("|")]
     if columns[0] == "claim" and all(name in found for name in columns[1:]):
         return claims_table([found[name] for name in columns[1:]])
-    environment = found.get(SECTIONS.get(section, section))
+    environment = found.get(section)
     if environment is None:
         return None
     if columns[:2] == ["model", "seeds"]:
@@ -48,7 +45,7 @@ def made_anew(
 
 
 def rewritten(text: str, found: dict[str, Results]) -> str:
-    """A text with all its tables of results made anew."""
+    """Return a text with all its tables of results made anew."""
     section, split = "", None
     parts = []
     for part in re.split(r"(^#.*\n|^`\w+`:\n|(?:^\|.*\n)+)", text, flags=re.MULTILINE):
@@ -67,9 +64,8 @@ def rewritten(text: str, found: dict[str, Results]) -> str:
 
 def main() -> None:
     found = {made.name: made for made in read_results(sorted(RESULTS.glob("*.json")))}
-    for path in (REPOSITORY / "README.md", RESULTS / "README.md"):
-        text = path.read_text(encoding="utf-8")
-        path.write_text(rewritten(text, found), encoding="utf-8")
+    path = RESULTS / "README.md"
+    path.write_text(rewritten(path.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
 if __name__ == "__main__":
