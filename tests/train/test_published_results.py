@@ -34,8 +34,14 @@ AT_A_GLANCE = (
     "webshop-official",
 )
 """Studies of the table of all claims."""
-BY_HAND = ("| study | tasks |", "| method | ends at, % |")
-"""How tables of the record begin that say what was run, or repeat a column."""
+BY_HAND = (
+    "| study | ",
+    "| method | ends at, % |",
+    "| model | goals without turns left |",
+    "| start | best set by hand |",
+    "| turn weights | solved",
+)
+"""How tables of the record begin that describe studies, or repeat numbers of the text."""
 STUDIES = sorted((REPOSITORY / "tests/benchmarks/studies").glob("*.toml"))
 
 
