@@ -88,21 +88,46 @@ _PANELS = (
 )
 
 
-def success_figure(results: Results, split: str | None = None) -> Figure:
-    """Return success over steps on a split, or on all of them together (None)."""
+def success_figure(
+    results: Results, split: str | None = None, modes: Sequence[str] = (), width: float = 7.0
+) -> Figure:
+    """Return success over steps.
+
+    Args:
+        results: of an environment.
+        split: whose tasks; None: those of all splits together.
+        modes: a panel for each; none: all modes.
+        width: of the figure in inches. A narrow one can be read on a phone.
+    """
+    chosen = tuple(modes) or results.modes
     ends = [
         f"{model}, {mode}: {100 * found.value:.1f} %"
-        for mode in results.modes
+        for mode in chosen
         for model in (*REFERENCES, *results.labels)
         if (found := rate(results, model, Selection(mode, split)))
     ]
-    return Figure(
-        f"Success: {split or 'all splits together'}",
+    curves = [mode for mode in chosen if _has_curves(results, Selection(mode, split))]
+    notes = [
         "Dotted: start; dashed: teacher. Thick lines: means over seeds; thin lines: seeds. Bars on "
-        "the right: 95 % bootstrap intervals over seeds and tasks.",
+        "the right: 95 % bootstrap intervals over seeds and tasks."
+        if curves
+        else "",
+        "Last step: 95 % bootstrap intervals over seeds and tasks."
+        if len(curves) < len(chosen)
+        else "",
+    ]
+    return Figure(
+        f"Success: {', '.join((split or 'all splits together', *modes))}",
+        " ".join(filter(None, notes)),
         f"Share of the tasks solved. At the end: {'; '.join(ends)}.",
-        _png(partial(_paint_success, results, split), 3.4),
+        _png(partial(_paint_success, results, split, chosen), 3.4 * (width / 7.0) ** 0.6, width),
     )
+
+
+def _has_curves(results: Results, selection: Selection) -> bool:
+    """Return whether runs were evaluated between the first and the last step."""
+    found = [c for label in results.labels for c in courses(results, label, selection)]
+    return any(len(course) > 2 for course in found)
 
 
 def metrics_figure(results: Results) -> Figure | None:
@@ -152,15 +177,15 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 # -- drawing --------------------------------------------------------------------------------------
 
 
-def _png(paint: Callable[[Any], None], height: float) -> bytes:
-    """Return a figure of 7 inches in width as PNG; `paint` draws into an empty figure."""
+def _png(paint: Callable[[Any], None], height: float, width: float = 7.0) -> bytes:
+    """Return a figure, its size in inches, as PNG; `paint` draws into an empty figure."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
     from PIL import Image  # a dependency of matplotlib
 
     painted, small = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context(_SETTINGS):
-        figure = Canvas(figsize=(7.0, height), layout="constrained")
+        figure = Canvas(figsize=(width, height), layout="constrained")
         paint(figure)
         figure.savefig(painted, facecolor="white", dpi=_DPI)
     # A palette makes the file a third as large.
@@ -168,14 +193,13 @@ def _png(paint: Callable[[Any], None], height: float) -> bytes:
     return small.getvalue()
 
 
-def _paint_success(results: Results, split: str | None, figure: Any) -> None:
+def _paint_success(results: Results, split: str | None, modes: Sequence[str], figure: Any) -> None:
     """Paint a panel for each mode: the course, or the last success where only that is known."""
     with_course: list[Any] = []
-    panels = figure.subplots(1, len(results.modes), squeeze=False)[0]
-    for mode, axes in zip(results.modes, panels, strict=True):
+    panels = figure.subplots(1, len(modes), squeeze=False)[0]
+    for mode, axes in zip(modes, panels, strict=True):
         selection = Selection(mode, split)
-        found = [c for label in results.labels for c in courses(results, label, selection)]
-        if any(len(course) > 2 for course in found):
+        if _has_curves(results, selection):
             _paint_courses(axes, results, selection)
             axes.set(title=mode, ylabel="" if with_course else "tasks solved (%)")
             with_course.append(axes)

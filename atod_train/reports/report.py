@@ -1,8 +1,9 @@
 """`report.html` of runs or of a study: one file that needs nothing but a browser.
 
-First the tables of all splits and one figure of each environment; then, folded, splits, task types,
-metrics over steps, cost, what was run, and a few trajectories turn by turn. The page loads nothing:
-no script, no font, no picture by address; a content policy in its head forbids it as well.
+Each environment begins with what was run, the answer (`reports.answer`), one figure and what to do
+next. All else is folded: tables, splits, task types, metrics over steps, cost, settings, and a few
+trajectories turn by turn. The page loads nothing: no script, no font, no picture by address; a
+content policy in its head forbids it as well.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from atod_gym.errors import AtodError
 from atod_train.files import write_text
+from atod_train.reports.analysis import cost
+from atod_train.reports.answer import Answer, answer
 from atod_train.reports.figures import metrics_figure, signals_picture, success_figure
 from atod_train.reports.results import Results
+from atod_train.reports.run_summary import RunSummary
 from atod_train.reports.tables import (
     claims_table,
-    describe,
     difference_table,
     first_pairs,
     main_table,
@@ -33,6 +37,9 @@ LONGEST_TEXT = 4000
 """Characters of one observation or completion that are shown."""
 
 MOST_TRAJECTORIES = 6
+_NARROW = 4.6
+"""Width in inches of a figure that can be read on a phone."""
+
 _MEASURES = (
     ("disagreement", "d", "disagreement with the teacher, nats per token"),
     ("uncertainty", "h", "student's uncertainty, nats per token"),
@@ -40,6 +47,9 @@ _MEASURES = (
 )
 _PART_FACTS = ("env_id", "data", "env", "model", "parameters", "time", "platform", "device",
                "processes", "python", "packages")  # fmt: skip
+_SAVED = {"last": "after the last step", "best": "of the best evaluation"}
+"""Folders of a run's models, and which they are."""
+
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
@@ -74,7 +84,7 @@ def write_report(folder: Path, environments: Sequence[Results], *, pictures: boo
     names = ", ".join(results.name for results in environments)
     parts = [_part(results) for results in environments]
     text = template.render(
-        title=f"Results: {names}",
+        title=names,
         css=(here / "report.css").read_text(encoding="utf-8"),
         claims=claims_table(environments) if len(environments) > 1 else None,
         parts=parts,
@@ -84,8 +94,8 @@ def write_report(folder: Path, environments: Sequence[Results], *, pictures: boo
     path = folder / REPORT_FILE
     try:
         write_text(path, text)
-        for results, part in zip(environments, parts, strict=True) if pictures else ():
-            (folder / f"{results.name}-success.png").write_bytes(part["figure"].png)
+        for results in environments if pictures else ():
+            (folder / f"{results.name}-success.png").write_bytes(success_figure(results).png)
             (folder / f"{results.name}-signals.png").write_bytes(signals_picture(results))
     except OSError as error:
         raise ReportError(
@@ -103,21 +113,25 @@ def _printable(value: Any) -> Any:
 
 def _part(results: Results) -> dict[str, Any]:
     """Return what the template shows of an environment."""
-    tables, figure = [], None
+    tables, figures = [], []
     if results.tasks:
-        tables, figure = [main_table(results)], success_figure(results)
+        tables = [main_table(results)]
+        figures = [success_figure(results, None, [mode], _NARROW) for mode in results.modes]
         if pairs := first_pairs(results):
             tables.append(difference_table(results, pairs))
     splits = results.tasks if len(results.tasks) > 1 else ()
     types = [type_table(results, mode) for mode in results.modes]
     metrics = metrics_figure(results)
+    found = answer(results)
     return {
         "name": results.name,
-        "description": describe(results),
+        "setup": _setup(results),
+        "answer": found,
+        "figures": figures,
+        "next": _next_steps(results, found),
         "missing": _missing(results),
-        "tables": tables,
-        "figure": figure,
         "details": [
+            ("All numbers", tables, []),
             (
                 "Splits",
                 [main_table(results, split) for split in splits],
@@ -130,6 +144,88 @@ def _part(results: Results) -> dict[str, Any]:
         "facts": _facts(results),
         "trajectories": _latest_trajectories(results),
     }
+
+
+def _setup(results: Results) -> str:
+    """Return what was run, in a few short sentences."""
+    part, labels = results.parts[0], results.labels
+    data = (part.get("data") or {}).get("name")
+    sizes = {split: len(tasks) for split, tasks in results.tasks.items()}
+    seeds = sorted({run.seed for run in results.runs})
+    steps = [int((run.record.get("train") or {}).get("steps") or 0) for run in results.runs]
+    model = part.get("model") or {}
+    roles = [f"{r} {Path(str(model[r])).name}" for r in ("student", "teacher") if model.get(r)]
+    minutes = [cost(results, label).minutes for label in labels]
+    sentences = [
+        f"{part.get('env_id') or results.name}" + (f", {Path(data).name} data" if data else ""),
+        f"{sum(sizes.values()):,} tasks ({', '.join(f'{s} {n:,}' for s, n in sizes.items())})"
+        if sizes
+        else "",
+        f"{len(results.runs)} run{'s' * (len(results.runs) > 1)}: {', '.join(labels)}; "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        + (f"; {max(steps):,} steps" if max(steps) else ""),
+        "; ".join(roles).capitalize(),
+        f"{max(minutes):.0f} minutes a run at most" if max(minutes) >= 1 else "",
+        _day(part.get("time")),
+    ]
+    return ". ".join(filter(None, sentences)) + "."
+
+
+def _day(time: object) -> str:
+    """Return the day of an ISO time, such as 26 November 2026; empty: it is none."""
+    try:
+        day = datetime.fromisoformat(str(time))
+    except ValueError:
+        return ""
+    return f"{day.day} {day:%B %Y}"
+
+
+def saved_models(results: Results, found: Answer) -> list[Path]:
+    """Return the folders of the winner's models: the last and the best of its first run."""
+    runs = [run for run in results.folders if run.label == found.winner]
+    folders = [run.folder / "models" / name for run in runs[:1] for name in _SAVED]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _next_steps(results: Results, found: Answer | None) -> list[tuple[str, str]]:
+    """Return what can be done with the winner's model: a heading and lines to copy, each."""
+    folders = saved_models(results, found) if found else []
+    if not folders:
+        return []
+    model = folders[0]
+    run = next(run for run in results.folders if run.folder in model.parents)
+    split = next(iter(results.tasks))
+    return [
+        (
+            f"The model of {run.label}, seed {run.seed}",
+            "\n".join(f"{path}  ({_SAVED[path.name]})" for path in folders),
+        ),
+        (
+            "Load it with transformers",
+            f'folder = "{model}"\n'
+            "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        ),
+        (
+            "Evaluate it again",
+            shlex.join(["atod-eval", "--agent", f"model:{model}", "--split", split]),
+        ),
+        ("Train it for more steps", _continued(run)),
+        ("All curves", shlex.join(["tensorboard", "--logdir", str(run.folder.parent)])),
+    ]
+
+
+def _continued(run: RunSummary) -> str:
+    """Return the command that continues a finished run, or how to find it."""
+    words = [str(word) for word in run.manifest.get("command", ())][1:]
+    steps = run.config.get("train", {}).get("steps", 0)
+    if not words or words[0] in ("study", "resume"):
+        return "the command of the run, with --resume and a larger train.steps"
+    if "--train.steps" in words[:-1]:
+        place = words.index("--train.steps")
+        del words[place : place + 2]
+    more = [word for word in ("--resume",) if word not in words]
+    return shlex.join(["atod-train", *words, *more, "--train.steps", str(2 * steps)])
 
 
 def _missing(results: Results) -> list[str]:

@@ -43,6 +43,7 @@ class RunSummary:
     manifest: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
 
     def course(
         self, split: str, mode: str, model: EvaluatedModel = "student"
@@ -75,6 +76,7 @@ def read_run(run_dir: Path, label: str, seed: int) -> RunSummary:
         manifest=read_json(run_dir / MANIFEST_FILE),
         config=read_json(run_dir / CONFIG_FILE),
         summary=read_json(run_dir / SUMMARY_FILE),
+        folder=run_dir,
     )
 
 

@@ -23,8 +23,9 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES
 from atod_train.models.policy import Policy
 from atod_train.progress import progress, show_progress
+from atod_train.reports.answer import answer
 from atod_train.reports.evaluations import EvaluatedModel, Evaluation
-from atod_train.reports.report import REPORT_FILE, write_report
+from atod_train.reports.report import REPORT_FILE, saved_models, write_report
 from atod_train.reports.results import RESULTS_FILE, Results, results_of, write_results
 from atod_train.reports.run_folder import (
     ANOTHER_FOLDER,
@@ -34,7 +35,7 @@ from atod_train.reports.run_folder import (
     is_finished,
 )
 from atod_train.reports.run_summary import finished_runs
-from atod_train.reports.tables import all_tables
+from atod_train.reports.tables import main_table, phase_table
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.checks import check_folder, header, is_taught
 from atod_train.studies.file import Run, Study, StudyPart, keep_study, study_of
@@ -133,15 +134,19 @@ def _write_results(study: Study, out: Path) -> list[Results]:
 
 
 def _report(environments: Sequence[Results], out: Path) -> None:
-    """Print the tables of environments and write their report."""
-    for results in (found for found in environments if found.tasks):
-        print(f"\n{results.name}")
-        for table in all_tables(results, by_split=True):
-            print(f"\n{table.title}\n{table.text}")
+    """Write the report of environments; print their main tables and the answer."""
     are_several = sum(len(results.runs) for results in environments) > 1
     pictures = are_several and all(results.tasks for results in environments)
     report = write_report(out, environments, pictures=pictures)
-    print(f"results: {out / RESULTS_FILE}\nreport: {report}")
+    for results in (found for found in environments if found.tasks):
+        print(f"\n{results.name}")
+        for table in (main_table(results), phase_table(results)):
+            print(f"\n{table.title}\n{table.text}")
+        if found := answer(results):
+            print(f"\nAnswer: {found.text}")
+            for path in saved_models(results, found)[:1]:
+                print(f"\nmodel:   {path}")
+    print(f"results: {out / RESULTS_FILE}\nreport:  {report}")
 
 
 def _left(part: StudyPart, resume: bool) -> list[Run]:

@@ -15,6 +15,7 @@ from atod_gym.types import Message
 from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
 from atod_train.files import FileError, read_json, write_json
 from atod_train.records import TokenizedTurn, Trajectory, Turn
+from atod_train.reports.answer import answer
 from atod_train.reports.evaluations import (
     EvaluatedModel,
     Evaluation,
@@ -147,13 +148,14 @@ def test_tables_hold_the_numbers(usual: Path) -> None:
     def cell(solved: int, tasks: int = 20) -> str:
         return rate_text(evaluation(1, solved, tasks=tasks).result.success)
 
-    rows = {row[0]: row for row in reversed(page.rows)}
+    rows = {row[0]: row for row in reversed(page.rows) if len(row) > 3}
     assert rows["atod"][1:4] == ["1", cell(15), cell(16)]
     assert rows["start"][2] == cell(5)
     assert rows["teacher"][2] == cell(18)
     assert rows["atod > teacher"][1:4] == ["1", "-15.0 [-30.0, +0.0]", "one seed"]
     # t1 and t3 of t1, t3, .., t19; nine of ten for the teacher.
-    assert [row.partition(" ")[0] for row in rows["pick"][1:]] == ["20.0", "90.0", "70.0"]
+    [pick] = [row for row in page.rows if row[0] == "pick"]
+    assert [row.partition(" ")[0] for row in pick[1:]] == ["20.0", "90.0", "70.0"]
     for fact in ("871,424", "3,412,992", "c0ffee", "3.2", "--out 'a b'", "train.lr"):
         assert fact in page.text
     assert "Not recorded" not in page.text
@@ -200,12 +202,64 @@ def test_runs_of_several_seeds_have_the_crossed_interval(tmp_path: Path) -> None
         for method, seed, solved in made
     ]
     page = page_of(report_of(tmp_path, *folders))
-    rows = {row[0]: row for row in reversed(page.rows)}
+    rows = {row[0]: row for row in reversed(page.rows) if len(row) > 3}
     both = np.concatenate([evaluation(2, solved).result.solved for solved in (16, 18)])
     assert rows["atod"][1:3] == ["2", rate_text(estimate(both))]
     other = np.concatenate([evaluation(2, 12).result.solved] * 2)
     assert rows["atod > opd"][1:3] == ["2", difference_text(paired_difference(both, other))]
-    assert sum(tag == "details" for tag, _ in page.tags) == 8  # 4 trajectories, 4 of the runs
+    # Four trajectories and the fold around them; numbers, types, metrics, cost, settings, help.
+    assert sum(tag == "details" for tag, _ in page.tags) == 11
+
+
+def test_the_page_begins_with_the_answer_and_what_to_do_next(tmp_path: Path) -> None:
+    made = (("atod", 0, 16), ("atod", 1, 18), ("opd", 0, 12), ("opd", 1, 12))
+    folders = [
+        make_run(tmp_path / f"{method}{seed}", method=method, seed=seed, solved=solved)
+        for method, seed, solved in made
+    ]
+    for name in ("last", "best"):
+        (folders[0] / "models" / name).mkdir(parents=True)
+    text = page_of(report_of(tmp_path, *folders)).text.replace("\u00a0", " ")
+    first = text[: text.index("All numbers")]
+    for words in (
+        "20 tasks (valid_seen 20). 4 runs: atod, opd; seeds 0, 1;",
+        "atod ends highest and solves 85.0 % [",
+        "of 20 tasks after step 2 (greedy decoding).",
+        "+60.0",  # over the start
+        "+25.0",  # over OPD
+        "significant",
+        f'folder = "{folders[0] / "models" / "last"}"',
+        f"atod-eval --agent model:{folders[0] / 'models' / 'last'} --split valid_seen",
+    ):
+        assert words in first
+
+
+@pytest.mark.parametrize(
+    ("solved", "seeds", "words"),
+    [
+        ((15, 5), (0,), ["atod ends highest", "significant over tasks; one seed"]),
+        ((15, 15), (0, 1), ["atod, opd end highest, equal,", "not significant"]),
+        ((5, 15), (0, 1), ["opd ends highest", "+50.0"]),
+        ((0, 0), (0,), ["No run solves any of 20 tasks"]),
+    ],
+)
+def test_the_answer_names_the_highest_run_and_what_is_significant(
+    solved: tuple[int, int], seeds: tuple[int, ...], words: list[str]
+) -> None:
+    runs = [
+        RunSummary(label, seed, evaluations=(evaluation(0, 5), evaluation(1, count)))
+        for seed in seeds
+        for label, count in zip(("atod", "opd"), solved, strict=True)
+    ]
+    found = answer(results_of("houses", runs))
+    assert found is not None
+    assert all(part in found.text for part in words)
+    has_one = "Intervals of one seed do not contain the spread between seeds." in found.text
+    assert has_one == (len(seeds) == 1)
+
+
+def test_without_evaluations_there_is_no_answer() -> None:
+    assert answer(results_of("houses", [RunSummary("atod", 0)])) is None
 
 
 def test_long_texts_are_cut(tmp_path: Path) -> None:
