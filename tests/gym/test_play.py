@@ -36,14 +36,74 @@ def atod_play(
     return subprocess.CompletedProcess(COMMAND, finished.returncode, out, err)
 
 
-def test_a_page_says_why_nothing_happened() -> None:
-    observation: TurnObservation = {
-        "instruction": "", "text": "Shop [SEP] Search", "admissible_actions": (), "turn_index": 1,
+def observed(text: str, *actions: str, goal: str = "buy shoes") -> TurnObservation:
+    return {
+        "instruction": goal, "text": text, "admissible_actions": actions, "turn_index": 1,
     }  # fmt: skip
+
+
+def test_a_page_says_why_nothing_happened() -> None:
+    observation = observed("Shop [SEP] Search")
     assert play.page(observation, {"message": ""}) == "Shop\nSearch"
     assert play.page(observation, {"message": "No such button."}) == (
         "Shop\nSearch\n\nNo such button."
     )
+
+
+SIZES = observed(
+    "Instruction: [SEP] buy shoes [SEP] Back to Search [SEP] size [SEP] 3 [SEP] 2 [SEP] Buy Now",
+    "click[2]", "click[3]", "click[back to search]", "click[buy now]",
+)  # fmt: skip
+
+
+def test_buttons_have_numbers_in_the_order_of_the_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["   1  Back to Search", "size", "   2  3", "   3  2", "   4  Buy Now"]
+    assert play.page(SIZES, {"message": ""}).split("\n") == lines
+    # 2 is a number and the label of another button.
+    for typed, action in ((["1"], "click[back to search]"), (["2", "click[2]"], "click[2]")):
+        left = iter(typed)
+        monkeypatch.setattr("builtins.input", lambda _, left=left: next(left))
+        assert play.ask(SIZES) == action
+    shown = capsys.readouterr().out
+    assert shown.count("2 is number 2, click[3], and the button click[2]") == 1
+    assert "1  click" not in shown  # the page shows them
+
+
+def test_lines_break_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = play.page(observed("a cabinet 1, " * 20), {"message": ""}).split("\n")
+    assert len(lines) > 5
+    assert all(len(line) <= 40 and set(line.split()) <= {"a", "cabinet", "1,"} for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("typed", "action"),
+    [
+        (["search[a pan]"], "search[a pan]"),
+        (["dance", "dance"], "dance"),
+        (["dance", "look"], "look"),
+        (["quit"], None),
+        (["help", "1"], "look"),
+    ],
+)
+def test_a_text_that_is_no_action_is_played_only_when_repeated(
+    monkeypatch: pytest.MonkeyPatch, typed: list[str], action: str | None
+) -> None:
+    left = iter(typed)
+    monkeypatch.setattr("builtins.input", lambda _: next(left))
+    assert play.ask(observed("A room.", "look", "search[<query>]")) == action
+    assert next(left, None) is None
+
+
+def test_an_action_of_a_question_needs_its_brackets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = iter(["who", "search[who]"])
+    monkeypatch.setattr("builtins.input", lambda _: next(left))
+    assert play.ask(observed("Find out."), tags=("search", "answer")) == "search[who]"
+    assert "Write search[..] or answer[..]." in capsys.readouterr().out
 
 
 def test_a_task_can_be_won_by_text_and_by_number() -> None:
@@ -63,13 +123,13 @@ def test_a_task_can_be_won_by_text_and_by_number() -> None:
 
 def test_help_wrong_numbers_and_empty_lines_cost_no_turn() -> None:
     # Python refuses to read more than 4300 digits as a number.
-    played = atod_play(f"?\n\n999\n{'9' * 5000}\n0\nlook\nnonsense\nq\n", "--seed", "1")
+    played = atod_play(f"?\n\n999\n{'9' * 5000}\n0\nlook\nnonsense\nnonsense\nq\n", "--seed", "1")
     assert (played.returncode, played.stderr) == (0, "")
-    assert played.stdout.count("turn 1> ") == 6
+    assert played.stdout.count("turn 1 of 50> ") == 6
     assert "There is no action 999" in played.stdout
     assert played.stdout.count("shows this help") == 2
     assert "Nothing happens." in played.stdout
-    assert played.stdout.rstrip().endswith("Bye.")
+    assert played.stdout.rstrip().endswith("Stopped after 2 turns, not solved.")
 
 
 def test_the_same_seed_shows_the_same_task() -> None:
