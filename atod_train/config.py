@@ -13,6 +13,9 @@ Method = Literal["atod", "opd", "grpo", "mix", "sod", "tcod", "sdar"]
 Aggregation = Literal["token-mean", "trajectory-mean"]
 Precision = Literal["auto", "float32", "bfloat16", "mixed"]
 
+VLLM_SHARE = 0.3
+"""Share of a device's memory that vLLM gets where the setting has none."""
+
 
 def parse_prompt_style(text: str) -> tuple[PromptStyle, int]:
     """Return the style that the setting `prompt_style` names, and how many past turns it shows.
@@ -31,6 +34,25 @@ def parse_prompt_style(text: str) -> tuple[PromptStyle, int]:
             f"not {text!r}."
         )
     return style, int(number or 2)
+
+
+def parse_sampler(text: str) -> tuple[str, float]:
+    """Return the engine that the setting `sampler` names, and its share of the device's memory.
+
+    Raises:
+        InvalidSettingError: there is no such engine, or a share is not between 0 and 1.
+    """
+    name, separator, number = text.partition(":")
+    try:
+        share = float(number) if separator else VLLM_SHARE
+    except ValueError:
+        share = 0.0
+    if name not in ("plain", "vllm") or (name == "plain" and separator) or not 0 < share < 1:
+        raise InvalidSettingError(
+            "model.sampler must be plain, vllm, or vllm with a share of the device's memory "
+            f"(vllm:0.4), not {text!r}."
+        )
+    return name, share
 
 
 def is_url(model: str) -> bool:
@@ -94,11 +116,13 @@ class ModelConfig:
     teacher: str = "small"
     """As student; or the URL of a server that scores tokens, such as http://10.0.0.2:8000. Its
     vocabulary must be the student's."""
-    device: str = "auto"
-    """The torch device of the student, such as cpu or cuda:1. auto: a GPU if there is one."""
-    teacher_device: str = ""
-    """The torch device of the teacher. Empty: that of the student. Give another GPU where both do
-    not fit on one."""
+    device: tuple[str, ...] = ("auto",)
+    """The torch device, such as cpu or cuda:1. auto: a GPU if there is one. Two: the student's and
+    the teacher's, such as cuda:0 cuda:1, where both do not fit on one GPU."""
+    sampler: str = "plain"
+    """What samples the student's completions, in rollouts and evaluations. plain: transformers;
+    vllm: vLLM in this process, faster on a GPU, with a share of 0.3 of its memory; vllm:0.4:
+    another share."""
     dtype: Precision = "auto"
     """Precision. auto: float32, on a GPU mixed. mixed: float32 weights, while the layers run in
     bfloat16 and the teacher's weights are bfloat16; also fast on processors with AMX. bfloat16 is
@@ -111,6 +135,11 @@ class ModelConfig:
     max_context: int = 2048
     """Longest sequence in tokens, at most the model's positions. An episode that would outgrow it
     ends there. Less needs less memory in rollouts."""
+
+    @property
+    def devices(self) -> tuple[str, str]:
+        """The devices of student and teacher."""
+        return self.device[0], self.device[-1]
 
 
 @dataclass(frozen=True)

@@ -87,11 +87,10 @@ class Processes:
         self.gather([])
 
 
-def join_processes(device: str, teacher_device: str = "") -> Processes:
+def join_processes(device: str, teacher_device: str = "auto") -> Processes:
     """Connect this process with the others that the environment names, if there are any.
 
-    Arguments are settings of the model: several processes need the device auto or cpu, and no GPU
-    of their own for teachers.
+    Several need the device auto or cpu, and no GPU of their own for teachers.
 
     Raises:
         InvalidSettingError: several processes cannot use the device or the way of sharding.
@@ -106,9 +105,9 @@ def join_processes(device: str, teacher_device: str = "") -> Processes:
         )
     if teacher_device.startswith("cuda"):
         raise InvalidSettingError(
-            f"model.teacher_device={teacher_device!r}: the teachers of several processes would all "
-            "be on that GPU. Leave it empty (the device of the student), or use cpu, or a "
-            "teacher's server (--model.teacher http://..)."
+            f"model.device has {teacher_device!r} for the teacher: the teachers of several "
+            "processes would all be on that GPU. Give one device (that of the student), or use "
+            "cpu, or a teacher's server (--model.teacher http://..)."
         )
     sharding = _sharding()
     for name in ("DEEPSPEED", "MEGATRON_LM"):

@@ -84,7 +84,7 @@ PRESETS = {
         "Generated houses, on a processor, about four minutes: the settings of quickstart.",
         RunConfig(
             EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=20),
-            ModelConfig(device="cpu", student="mini", teacher="mini", max_context=1024),
+            ModelConfig(device=("cpu",), student="mini", teacher="mini", max_context=1024),
             StartConfig(demonstrations=3000, epochs=(1.0, 2.6)),
             AlgorithmConfig(schedule="linear:21"),
             TrainConfig(steps=40, group_size=4, max_completion_tokens=8, lr=3e-4),
@@ -94,7 +94,7 @@ PRESETS = {
         "Official ALFWorld games (--env.data), a student of about half a million parameters.",
         RunConfig(
             EnvConfig(data="official"),
-            ModelConfig(device="cpu", student="mini", teacher="tiny"),
+            ModelConfig(device=("cpu",), student="mini", teacher="tiny"),
             StartConfig(demonstrations=3553, epochs=(1.0, 4.0)),
             AlgorithmConfig(schedule="linear:53"),
             TrainConfig(group_size=4, max_completion_tokens=8, lr=3e-4),
@@ -110,7 +110,7 @@ PRESETS = {
                 max_turns=15,
                 eval_splits=("dev", "test"),
             ),
-            ModelConfig(device="cpu", student="mini", teacher="mini", max_context=3072),
+            ModelConfig(device=("cpu",), student="mini", teacher="mini", max_context=3072),
             StartConfig(6000, epochs=(0.8, 1.2), lr=(6e-3, 3.6e-3), observation_weight=0.03),
             AlgorithmConfig(schedule="linear:45"),
             TrainConfig(
@@ -134,7 +134,7 @@ PRESETS = {
                 max_turns=4,
                 eval_splits=("test",),
             ),
-            ModelConfig(device="cpu", student="mini", teacher="mini", max_context=512),
+            ModelConfig(device=("cpu",), student="mini", teacher="mini", max_context=512),
             StartConfig(20000, epochs=(0.6, 0.85), lr=(6e-3, 3.6e-3), observation_weight=0.1),
             AlgorithmConfig(schedule="linear:100"),
             TrainConfig(

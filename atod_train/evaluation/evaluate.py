@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from atod_gym.tasks import spread
 from atod_train.config import RunConfig
 from atod_train.distributed import Processes
-from atod_train.models.budgets import episodes_at_once
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.progress import progress
 from atod_train.records import Trajectory
@@ -22,7 +18,7 @@ from atod_train.reports.evaluations import (
     temperature_of,
 )
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.rollout.rollout import collect, nothing_fits, seed_for
+from atod_train.rollout.rollout import collect, make_sampler, nothing_fits, seed_for
 
 _MOST_EPISODES = 128
 """At once: a split may have thousands of tasks, and each episode has an environment."""
@@ -34,6 +30,7 @@ def evaluate(
     config: RunConfig,
     mode: EvaluationMode = "greedy",
     processes: Processes | None = None,
+    engine: str = "plain",
 ) -> EvaluationResult:
     """Play every task of the pool's split, or `env.eval_tasks` spread evenly over it, once.
 
@@ -43,6 +40,7 @@ def evaluate(
         config: prompt style, limits and (for the sampled mode) the seed.
         mode: how completions are chosen, see `temperature_of`.
         processes: share the tasks; each has the same policy.
+        engine: what samples, as `model.sampler`.
 
     Returns:
         One result per task, in manifest order.
@@ -58,6 +56,7 @@ def evaluate(
         episodes = play_tasks(
             policy, pool, config, task_ids, temperature=temperature, processes=processes,
             on_end=lambda _: advance(), on_turn=lambda tokens: advance(0, tokens=tokens),
+            engine=engine,
         )  # fmt: skip
     results = processes.gather([_result(episode) for episode in episodes])
     if not any(result.turns for result in results):
@@ -77,6 +76,7 @@ def play_tasks(
     stream: int = 0,
     at_once: int | None = None,
     processes: Processes | None = None,
+    engine: str = "plain",
 ) -> list[Trajectory]:
     """Play each task once; return the trajectories that this process has played.
 
@@ -91,28 +91,28 @@ def play_tasks(
         stream: another number draws other samples from the same seed.
         at_once: most episodes at once; None: as many as memory holds, up to 128.
         processes: share the tasks.
+        engine: what samples, as `model.sampler`.
     """
     processes = processes or Processes()
-    generator = Generator(
+    sampler = make_sampler(
         policy,
         DialogueEncoder(policy.tokenizer, config.env.prompt_style, config.env.template_options),
+        pool,
+        config,
         temperature=temperature,
-        max_completion_tokens=config.train.max_completion_tokens,
-        completion_format=pool.completion_format,
-        max_context=config.model.max_context,
-        generator=torch.Generator().manual_seed(seed_for(config.train.seed, stream, "evaluation")),
+        seed=seed_for(config.train.seed, stream, "evaluation"),
+        engine=engine,
     )
-    fitting = episodes_at_once(policy, generator.max_context, processes.count)
     return collect(
         pool,
-        generator,
+        sampler,
         task_ids,
         group_size=1,
         turn_limit=config.env.max_turns,
         processes=processes,
         on_end=on_end,
         on_turn=on_turn,
-        at_once=at_once or min(_MOST_EPISODES, fitting),
+        at_once=at_once or min(_MOST_EPISODES, sampler.episodes_at_once(processes.count)),
     )
 
 

@@ -1,13 +1,13 @@
 """Sample the completions of many episodes at once.
 
-A prompt is all that the model sees of an episode. Keys and values are kept from turn to turn, so
-only what follows the common prefix with the last prompt and its completion is fed. Episodes with
-the same tokens, as those of a group until they differ, are computed once. Each episode draws from a
-random stream of its own, so its samples do not depend on the others.
+A prompt is all that the model sees of an episode. Each episode draws from a random stream of its
+own, so its samples do not depend on the others. `Sampler` is what a rollout needs. `Generator` is
+the plain one; `models.vllm_sampler` samples with vLLM.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.parsing import CompletionFormat
+from atod_train.models.budgets import episodes_at_once
 from atod_train.models.checks import check_config
 from atod_train.models.decoding import Feed, KVCache, padded_logits
 from atod_train.models.dialogue import DialogueEncoder
@@ -100,8 +101,8 @@ class StopRule:
         return self._can_complete[token]
 
 
-class Generator:
-    """Sample completions for a batch of episodes.
+class Sampler(ABC):
+    """Samples completions for a batch of episodes.
 
     Args:
         policy: The model to sample from.
@@ -140,7 +141,6 @@ class Generator:
         self.max_context = max_context or policy.max_positions
         self._stop_rule = StopRule(dialogue, completion_format)
         self._generator = generator or torch.Generator().manual_seed(0)
-        self._next_logits = packed_logits if can_be_packed(policy) else padded_logits
         self.start(0)
 
     def draw_seeds(self, episodes: int) -> list[int]:
@@ -158,9 +158,7 @@ class Generator:
         Args:
             episodes: Their seeds, or how many there are.
         """
-        seeds = self.draw_seeds(episodes) if isinstance(episodes, int) else episodes
-        self._episodes = [_Episode(row, seed) for row, seed in enumerate(seeds)]
-        self._cache = KVCache(len(seeds), self.policy.device)
+        self._begin(self.draw_seeds(episodes) if isinstance(episodes, int) else episodes)
 
     def prompt(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[Completion]:
         """Sample the next completions of some episodes.
@@ -183,9 +181,48 @@ class Generator:
                     f"A prompt of {len(ids)} tokens; max_context={self.max_context} leaves room "
                     f"for 1 to {longest}."
                 )
+        return self._sample_turn(prompts, rows) if rows else []
+
+    @abstractmethod
+    def episodes_at_once(self, processes: int) -> int:
+        """Return how many episodes have room; others that share a processor's memory have none."""
+
+    def end(self) -> None:
+        """Discard all episodes, and give back what only they need."""
+        self._begin([])
+
+    @abstractmethod
+    def _begin(self, seeds: Sequence[int]) -> None:
+        """Begin episodes with random streams of these seeds."""
+
+    @abstractmethod
+    def _sample_turn(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> list[Completion]:
+        """Sample completions as `prompt`, whose arguments fit."""
+
+
+class Generator(Sampler):
+    """Samples with forward passes of the policy itself.
+
+    Keys and values are kept from turn to turn, so only what follows the common prefix with the last
+    prompt and its completion is fed. Episodes with the same tokens, as those of a group until they
+    differ, are computed once.
+    """
+
+    def episodes_at_once(self, processes: int) -> int:
+        """Return how many episodes have room for their keys and values."""
+        return episodes_at_once(self.policy, self.max_context, processes)
+
+    def _begin(self, seeds: Sequence[int]) -> None:
+        self._next_logits = packed_logits if can_be_packed(self.policy) else padded_logits
+        self._episodes = [_Episode(row, seed) for row, seed in enumerate(seeds)]
+        self._cache = KVCache(len(seeds), self.policy.device)
+
+    def _sample_turn(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> list[Completion]:
         episodes = [self._episodes[row] for row in rows]
-        if not episodes:
-            return []
         for episode, ids in zip(episodes, prompts, strict=True):
             # At least one token is fed, to have logits after it.
             common = min(common_prefix(episode.ids, ids), len(ids) - 1)

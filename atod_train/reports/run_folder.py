@@ -40,8 +40,7 @@ ANOTHER_FOLDER = "choose another folder (--out)"
 PACKAGES = ("atod-gym", "torch", "transformers", "tokenizers", "safetensors", "gymnasium", "numpy")
 
 FREE_SETTINGS = {
-    "eval_every", "save_every", "device", "teacher_device", "tokens_per_microbatch",
-    "gradient_checkpointing",
+    "eval_every", "save_every", "device", "tokens_per_microbatch", "gradient_checkpointing",
 }  # fmt: skip
 """Settings that a step does not depend on, but for rounding: when the student is evaluated and
 saved, devices, and what only costs memory or time."""
@@ -119,6 +118,8 @@ def first_difference(
     free = FREE_SETTINGS | {"steps"}
     if is_url(saved.model.teacher) and is_url(wanted.model.teacher):
         free |= {"teacher"}  # its server may have moved
+    if saved.model.sampler.partition(":")[0] == wanted.model.sampler.partition(":")[0]:
+        free |= {"sampler"}  # its share of memory may change
     # As JSON has them: no infinity, which is none of a value that is not finite.
     old, new = (without_infinities(asdict(settings)) for settings in (saved, wanted))
     return next(setting_differences(old, new, sections, free), None)

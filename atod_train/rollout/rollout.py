@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from atod_gym.errors import AtodError
+from atod_train.config import RunConfig, parse_sampler
 from atod_train.distributed import Processes
 from atod_train.memory import give_back
-from atod_train.models.budgets import episodes_at_once
-from atod_train.models.generation import Generator
+from atod_train.models.dialogue import DialogueEncoder
+from atod_train.models.generation import Generator, Sampler
+from atod_train.models.policy import Policy
+from atod_train.models.vllm_sampler import VllmSampler
 from atod_train.progress import PhaseTimes
 from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
@@ -46,9 +51,45 @@ def tasks_for_step(task_ids: Sequence[_Task], step: int, count: int, seed: int) 
     return chosen
 
 
+def make_sampler(
+    policy: Policy,
+    dialogue: DialogueEncoder,
+    pool: EnvPool,
+    config: RunConfig,
+    *,
+    temperature: float,
+    seed: int,
+    engine: str = "plain",
+) -> Sampler:
+    """Return what samples a policy's completions, with the limits of a run.
+
+    Args:
+        policy: the model.
+        dialogue: renders its prompts.
+        pool: environments that it plays in.
+        config: the settings.
+        temperature: of sampling; 0: greedy.
+        seed: of the episodes' random streams.
+        engine: as `model.sampler`, which is for the student alone.
+    """
+    name, share = parse_sampler(engine)
+    kind: Callable[..., Sampler] = Generator
+    if name == "vllm":
+        kind = partial(VllmSampler, share=share)
+    return kind(
+        policy,
+        dialogue,
+        temperature=temperature,
+        max_completion_tokens=config.train.max_completion_tokens,
+        completion_format=pool.completion_format,
+        max_context=config.model.max_context,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
 def collect(
     pool: EnvPool,
-    generator: Generator,
+    sampler: Sampler,
     task_ids: Sequence[str],
     *,
     group_size: int,
@@ -63,7 +104,7 @@ def collect(
 
     Args:
         pool: environments of the split that the tasks belong to.
-        generator: samples completions; its dialogue must have the pool's prompt style.
+        sampler: samples completions; its dialogue must have the pool's prompt style.
         task_ids: the tasks, one group each.
         group_size: G, episodes per task.
         turn_limit: episodes are cut after this many turns (at most the environment's own limit).
@@ -71,8 +112,8 @@ def collect(
         processes: share the tasks; each samples what one process alone would.
         on_end: takes each trajectory as soon as its episode has ended.
         on_turn: takes the number of tokens that were sampled in a turn of all active episodes.
-        at_once: most episodes at once; 0: `episodes_at_once`. More are played in waves, in which
-            each samples what it would if all were played together.
+        at_once: most episodes at once; 0: as many as the sampler has room for. More are played in
+            waves, in which each samples what it would if all were played together.
 
     Returns:
         The trajectories that this process has played, task after task in the order given;
@@ -83,17 +124,17 @@ def collect(
     processes = processes or Processes()
     share = processes.share(len(task_ids))
     groups = [group for group in share for _ in range(group_size)]
-    seeds = generator.draw_seeds(len(task_ids) * group_size)[share.start * group_size :]
-    at_once = at_once or episodes_at_once(generator.policy, generator.max_context, processes.count)
+    seeds = sampler.draw_seeds(len(task_ids) * group_size)[share.start * group_size :]
+    at_once = at_once or sampler.episodes_at_once(processes.count)
     ended: dict[int, Trajectory] = {}
     for first in range(0, len(groups), at_once):
         rows = range(first, min(first + at_once, len(groups)))
-        generator.start([seeds[row] for row in rows])
+        sampler.start([seeds[row] for row in rows])
         with times.phase("environment"):
             episodes = pool.start([task_ids[groups[row]] for row in rows])
         active = dict(enumerate(episodes))
         while active:
-            sampled = _play_turn(active, generator, pool, turn_limit, times)
+            sampled = _play_turn(active, sampler, pool, turn_limit, times)
             if on_turn is not None:
                 on_turn(sampled)
             for number, episode in list(active.items()):
@@ -103,6 +144,7 @@ def collect(
                     if on_end is not None:
                         on_end(ended[row])
         give_back()
+    sampler.end()
     return [ended[row] for row in range(len(groups))]
 
 
@@ -116,18 +158,18 @@ def nothing_fits() -> AtodError:
 
 def _play_turn(
     active: dict[int, Episode],
-    generator: Generator,
+    sampler: Sampler,
     pool: EnvPool,
     turn_limit: int,
     times: PhaseTimes,
 ) -> int:
     """Play one turn of the episodes that have not ended, by their rows; return tokens sampled."""
-    limits = Limits(generator.max_completion_tokens, generator.max_context)
+    limits = Limits(sampler.max_completion_tokens, sampler.max_context)
     with times.phase("generation"):
-        found = {row: e.next_prompt(generator.dialogue, limits) for row, e in active.items()}
+        found = {row: e.next_prompt(sampler.dialogue, limits) for row, e in active.items()}
         prompts = {row: prompt.whole for row, prompt in found.items() if prompt is not None}
-        completions = generator.prompt(list(prompts.values()), list(prompts))
-        texts = [generator.dialogue.decode(completion.ids) for completion in completions]
+        completions = sampler.prompt(list(prompts.values()), list(prompts))
+        texts = [sampler.dialogue.decode(completion.ids) for completion in completions]
     with times.phase("environment"):
         playing = [active[row] for row in prompts]
         pool.play(playing, texts, completions)

@@ -124,12 +124,14 @@ def _devices(config: RunConfig) -> str:
     model = config.model
     # Devices were checked, and a GPU is not touched here: it would take memory in this process.
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if model.device == "auto" else model.device)
+    ours, theirs = model.devices
+    device = torch.device(auto if ours == "auto" else ours)
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     weights = "bfloat16" if model.dtype == "bfloat16" else "float32"
     layers = ", layers in bfloat16" if is_mixed(model.dtype, device) else ""
-    teacher = f"; teacher on {model.teacher_device}" if model.teacher_device else ""
-    return f"{device}{name}, weights in {weights}{layers}{teacher}"
+    teacher = f"; teacher on {theirs}" if theirs != ours else ""
+    sampler = "" if model.sampler == "plain" else f"; sampled by {model.sampler}"
+    return f"{device}{name}, weights in {weights}{layers}{teacher}{sampler}"
 
 
 def check_folder(out: Path) -> None:

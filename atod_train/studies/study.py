@@ -71,8 +71,7 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
     """
     for run in study.runs:
         check_settings(run.config)
-    first = study.runs[0].config.model
-    processes = join_processes(first.device, first.teacher_device)
+    processes = join_processes(*study.runs[0].config.model.devices)
     if processes.is_main:
         check_folder(out)
     else:

@@ -14,8 +14,16 @@ from atod_train.algorithm.methods import exact_top_k, needs_teacher
 from atod_train.algorithm.schedules import measures_teacher, schedule_of
 from atod_train.algorithm.weights import parse_turn_weights
 from atod_train.batch import minibatch_count
-from atod_train.config import SECTIONS, AlgorithmConfig, RunConfig, is_url, parse_prompt_style
+from atod_train.config import (
+    SECTIONS,
+    AlgorithmConfig,
+    RunConfig,
+    is_url,
+    parse_prompt_style,
+    parse_sampler,
+)
 from atod_train.models.pretrained import pick_device
+from atod_train.models.vllm_sampler import check_vllm
 from atod_train.records import TokenScores
 from atod_train.reports.evaluations import temperature_of
 from atod_train.training.checkpoint import first_not_finite, model_tensors
@@ -58,10 +66,17 @@ def check_settings(config: RunConfig) -> None:
                 if isinstance(number, int | float):
                     _check_number(f"{section}.{name}", number)
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    for device in (config.model.device, config.model.teacher_device or "auto"):
+    if not 1 <= len(config.model.device) <= 2:
+        raise InvalidSettingError(
+            "model.device must be one device, or two: the student's and the teacher's, not "
+            f"{' '.join(config.model.device)!r}."
+        )
+    for device in config.model.devices:
         # A GPU is only counted: touching it would take its memory in processes that do not use it.
         if device not in ("auto", *gpus) and not (device == "cuda" and gpus):
             pick_device(device)
+    if parse_sampler(config.model.sampler)[0] == "vllm":
+        check_vllm(config.model.devices[0])
     parse_prompt_style(config.env.prompt_style)
     modes = config.env.eval_modes
     if not modes or len({temperature_of(mode) for mode in modes}) < len(modes):

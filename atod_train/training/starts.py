@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from atod_train.config import Precision, RunConfig, parse_prompt_style
+from atod_train.config import Precision, RunConfig, parse_prompt_style, parse_sampler
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.files import read_json, without_infinities, write_json
@@ -110,13 +110,13 @@ def _load(path: str | Path, config: RunConfig, role: EvaluatedModel, label: str)
     if role == "student":
         return load_policy(
             path,
-            device=model.device,
+            device=model.devices[0],
             dtype=model.dtype,
             lora_rank=model.lora_rank,
             gradient_checkpointing=model.gradient_checkpointing,
             name=label,
         )
-    device = model.teacher_device or model.device
+    device = model.devices[1]
     frozen = frozen_precision(model.dtype, device)
     return load_policy(path, device=device, dtype=frozen, name=label)
 
@@ -140,7 +140,7 @@ def _identity(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
         depends["shape"] = asdict(MODEL_SHAPES[name])
     else:
         depends["start"] = [_newest_weights(name), sorted(env.template_options.items())]
-        if model.dtype == "mixed" and is_mixed(model.dtype, pick_device(model.device)):
+        if model.dtype == "mixed" and is_mixed(model.dtype, pick_device(model.devices[0])):
             depends["dtype"] = model.dtype
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     return f"{Path(name).name}-{digest[:20]}"
@@ -163,7 +163,7 @@ def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -
     else:
         # Either way the weights that are trained are float32.
         dtype: Precision = "mixed" if config.model.dtype == "mixed" else "auto"
-        policy = load_policy(name, device=config.model.device, dtype=dtype, name=label)
+        policy = load_policy(name, device=config.model.devices[0], dtype=dtype, name=label)
     dialogue = DialogueEncoder(policy.tokenizer, env.prompt_style, env.template_options)
     train_on_demonstrations(
         policy,
@@ -192,6 +192,7 @@ def evaluate_start(
         RunFolderError: a file is broken.
     """
     advice = "Lower model.max_context, or use a smaller model."
+    engine = config.model.sampler if role == "student" else "plain"
     found: list[Evaluation] = []
     policy: Policy | None = None
     with (
@@ -209,6 +210,7 @@ def evaluate_start(
                 "max_context": config.model.max_context,
                 "max_completion_tokens": config.train.max_completion_tokens,
                 "seed": config.train.seed,
+                **({} if engine == "plain" else {"sampler": parse_sampler(engine)[0]}),
             }
         )
         for mode in config.env.eval_modes:
@@ -223,7 +225,7 @@ def evaluate_start(
             else:
                 policy = policy or policy_of(config, role, train_pool)
                 # All ranks have read the file: each has a share of the evaluation.
-                result = evaluate(policy, pool, config, mode, processes)
+                result = evaluate(policy, pool, config, mode, processes, engine)
                 if processes.is_main:
                     write_json(path, {"settings": settings, "result": result.to_json()})
             found.append(Evaluation(0, role, result))

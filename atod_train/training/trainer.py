@@ -37,7 +37,6 @@ from atod_train.evaluation.evaluate import evaluate
 from atod_train.memory import give_back, memory_errors
 from atod_train.models.budgets import tokens_at_once
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
 from atod_train.progress import PhaseTimes, progress
 from atod_train.records import Trajectory
@@ -49,7 +48,13 @@ from atod_train.reports.step_records import (
     throughput,
 )
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.rollout.rollout import collect, nothing_fits, seed_for, tasks_for_step
+from atod_train.rollout.rollout import (
+    collect,
+    make_sampler,
+    nothing_fits,
+    seed_for,
+    tasks_for_step,
+)
 from atod_train.teachers.local import LocalTeacher, Teacher
 from atod_train.teachers.remote import RemoteTeacher
 from atod_train.training.checks import check_scores, check_update
@@ -199,7 +204,14 @@ class Trainer:
             for mode in modes:
                 for pool in self._eval_pools:
                     if (pool.split, mode) not in evaluated:
-                        result = evaluate(self.student, pool, self.config, mode, self.processes)
+                        result = evaluate(
+                            self.student,
+                            pool,
+                            self.config,
+                            mode,
+                            self.processes,
+                            self.config.model.sampler,
+                        )
                         found.append(Evaluation(step, "student", result))
         self._record.add_evaluations(found)
 
@@ -308,14 +320,14 @@ class Trainer:
             player: None: the student.
         """
         settings = self.config.train
-        generator = Generator(
+        sampler = make_sampler(
             player or self.student,
             self._dialogue_of(player) if player else self._dialogue,
+            self._train_pool,
+            self.config,
             temperature=1.0,
-            max_completion_tokens=settings.max_completion_tokens,
-            completion_format=self._train_pool.completion_format,
-            max_context=self.config.model.max_context,
-            generator=torch.Generator().manual_seed(seed_for(settings.seed, step, "rollout")),
+            seed=seed_for(settings.seed, step, "rollout"),
+            engine="plain" if player else self.config.model.sampler,
         )
         tasks = tasks_for_step(
             self._train_pool.task_ids, step, settings.tasks_per_step, settings.seed
@@ -327,7 +339,7 @@ class Trainer:
         ):
             own = collect(
                 self._train_pool,
-                generator,
+                sampler,
                 tasks,
                 group_size=settings.group_size,
                 turn_limit=turn_limit(self.config.algorithm, step, self.config.env.max_turns),

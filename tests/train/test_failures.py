@@ -281,7 +281,7 @@ def test_resuming_needs_no_settings_that_change_nothing(tmp_path: Path) -> None:
     train_one(_with(CONFIG, steps=1), tmp_path)
 
     def other(config: RunConfig) -> RunConfig:
-        model = replace(config.model, gradient_checkpointing=True, device="cpu")
+        model = replace(config.model, gradient_checkpointing=True, device=("cpu",))
         return _with(replace(config, model=model), tokens_per_microbatch=512)
 
     train_one(other(_with(CONFIG, steps=2)), tmp_path, resume=True)

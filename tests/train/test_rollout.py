@@ -11,7 +11,6 @@ from atod_gym.errors import AtodError
 from atod_gym.serving.connection import ServedConnection
 from atod_train.config import EnvConfig, ModelConfig, RunConfig
 from atod_train.distributed import Processes
-from atod_train.evaluation import evaluate as evaluation
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
@@ -217,7 +216,7 @@ def test_a_sampled_evaluation_plays_in_batches_with_the_streams_of_its_seed(
     env = EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=3, eval_tasks=50)
     config = RunConfig(env=env)
     chosen = EnvPool(env, "valid_seen")
-    monkeypatch.setattr(evaluation, "episodes_at_once", lambda *_: 42)
+    monkeypatch.setattr(Generator, "episodes_at_once", lambda *_: 42)
     result = evaluate(policy, chosen, config, "sampled")
     assert [task.task_id for task in result.tasks] == list(chosen.task_ids[::4])
     generator = Generator(

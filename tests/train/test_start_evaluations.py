@@ -66,7 +66,7 @@ def test_what_is_kept_is_not_made_again(made: list[str], tmp_path: Path) -> None
     other = replace(
         CONFIG,
         algorithm=replace(CONFIG.algorithm, method="grpo"),
-        model=replace(CONFIG.model, teacher="http://10.0.0.2:8000", device="cpu"),
+        model=replace(CONFIG.model, teacher="http://10.0.0.2:8000", device=("cpu",)),
     )
     assert _evaluated(tmp_path, other) == first
     assert made == ["greedy", "sampled"]

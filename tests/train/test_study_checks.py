@@ -36,9 +36,11 @@ def _changed(section: str, **settings: Any) -> Any:
         pytest.param(
             _changed("env", options={"x": 1}), "does not take these settings", id="option"
         ),
-        pytest.param(_changed("model", device="cuda:99"), "device='cuda:99' cannot", id="device"),
         pytest.param(
-            _changed("model", teacher_device="none"), "device='none' cannot", id="teacher's device"
+            _changed("model", device=("cuda:99",)), "device='cuda:99' cannot", id="device"
+        ),
+        pytest.param(
+            _changed("model", device=("cpu", "none")), "device='none' cannot", id="teacher's device"
         ),
         pytest.param(
             _changed("start", epochs=(0.0, 1.0)), "start.epochs must be above 0", id="passes"

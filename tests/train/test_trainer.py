@@ -300,7 +300,7 @@ def test_every_method_runs(method: str, tmp_path: Path) -> None:
 
 
 def test_where_the_teacher_is_changes_nothing(whole_run: Path, tmp_path: Path) -> None:
-    model = replace(CONFIG.model, teacher_device="cpu")
+    model = replace(CONFIG.model, device=("auto", "cpu"))
     train_one(_with(replace(CONFIG, model=model), steps=2), tmp_path)
     assert _numbers(tmp_path / "atod-seed0") == _numbers(whole_run)[:2]
 
@@ -335,8 +335,7 @@ def test_window_style_trains_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             formats.add(settings["completion_format"])
             super().__init__(*arguments, **settings)
 
-    monkeypatch.setattr("atod_train.training.trainer.Generator", Noting)
-    monkeypatch.setattr("atod_train.evaluation.evaluate.Generator", Noting)
+    monkeypatch.setattr("atod_train.rollout.rollout.Generator", Noting)
     env = replace(CONFIG.env, prompt_style="window", show_admissible=True, parse_profile="tags")
     config = _with(replace(CONFIG, env=env), steps=1, max_completion_tokens=24)
     train_one(config, tmp_path)
@@ -378,13 +377,13 @@ def test_models_that_do_not_fit_are_named(tmp_path: Path) -> None:
         ({"student": "/absent/model"}, "'/absent/model': there is no such folder"),
         ({"teacher": "/absent/model"}, "'/absent/model': there is no such folder"),
         ({"teacher": "http://127.0.0.1:9"}, "http://127.0.0.1:9"),
-        ({"teacher_device": "cuda:99"}, "'cuda:99' cannot be used here"),
-        ({"device": "offload"}, "'offload' cannot be used here"),
+        ({"device": ("cpu", "cuda:99")}, "'cuda:99' cannot be used here"),
+        ({"device": ("offload",)}, "'offload' cannot be used here"),
         ({"student": "bytes"}, "micro is made with the words of demonstrations as tokens, bytes"),
     ],
 )
 def test_models_that_cannot_do_are_told_before_any_is_made(
-    models: dict[str, str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
