@@ -13,7 +13,8 @@ from typing import Literal, Protocol
 from tqdm import tqdm
 
 _FIRST_LINE, _OTHER_LINES = 5.0, 30.0
-"""Away from a terminal: seconds until the first line, and between two lines."""
+"""Away from a terminal: seconds until the first line, and between two lines. Work without any unit
+or token has a line after twice the first."""
 
 _style: Literal["bars", "lines", "nothing"] = "bars"
 _open: list[str] = []
@@ -94,8 +95,8 @@ def _lines(total: int, initial: int, is_part: bool) -> Iterator[_Show]:
             left = f"{tqdm.format_interval(time_left)} left"
         line(f"{name}: {done}/{total}", f"{tqdm.format_interval(seconds)} gone", left, note)
 
-    # A first unit that takes long is not without a line.
-    first = threading.Timer(_FIRST_LINE, line, [f"{name}: {initial}/{total}"])
+    # A first unit that takes long is not without a line; units and tokens come first.
+    first = threading.Timer(2 * _FIRST_LINE, line, [f"{name}: {initial}/{total}"])
     first.daemon = True
     if not is_part:
         first.start()

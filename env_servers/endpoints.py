@@ -55,13 +55,18 @@ _PAGE_HEADERS = {
 }
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>ATOD {name}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; }}
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
+  padding: 0 16px; }}
 td {{ padding: .3rem 1rem .3rem 0; vertical-align: top; }}
+@media (max-width: 640px) {{ td {{ display: inline; padding: 0 .5rem 0 0; }}
+  tr {{ display: block; padding: .4rem 0; }} td:last-child {{ display: block; opacity: .75; }} }}
 </style></head>
 <body><h1>ATOD {name} <small>{version}</small></h1><p>{description}</p>{links}
 <table>{rows}</table>
-<p>Types of all requests and answers: <a href="/openapi.json">/openapi.json</a></p></body></html>
+<p>Fields of all requests and answers: <a href="/openapi.json">/openapi.json</a></p></body></html>
 """
 
 
