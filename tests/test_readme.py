@@ -15,6 +15,7 @@ GUIDES = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rgl
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *GUIDES]
 ELSEWHERE = ("from trl import", "adapters.openenv import")
 """Snippets that need a package or a server: tests/adapters runs them."""
+NO_SETTINGS = {"env.step", "train.parquet"}
 
 every_page = pytest.mark.parametrize(
     "page", PAGES, ids=[str(page.relative_to(REPOSITORY)) for page in PAGES]
@@ -73,6 +74,27 @@ def test_scripts_and_commands_that_are_named_exist(page: Path) -> None:
         assert name in commands, name
     for module in re.findall(r"python -m (atod_\w+(?:\.\w+)+)", text):
         assert (REPOSITORY / module.replace(".", "/")).with_suffix(".py").is_file(), module
+
+
+@every_page
+def test_settings_that_are_named_exist(page: Path) -> None:
+    config = pytest.importorskip("atod_train.config").RunConfig()
+    text = page.read_text(encoding="utf-8")
+    sections = "env|model|start|algorithm|train"
+    flags = re.findall(rf"--(?:{sections})\.[\w-]+", text)
+    names = re.findall(rf"`((?:{sections})\.\w+)`", text)
+    for setting in {*flags, *names} - NO_SETTINGS:
+        section, _, name = setting.removeprefix("--").replace("-", "_").partition(".")
+        assert hasattr(getattr(config, section), name), setting
+
+
+def test_the_files_of_the_contributing_table_exist() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("\n## Where a change goes\n")[2].partition("\n## ")[0]
+    files = {str(path) for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.*")}
+    for name in re.findall(r"`([\w/]+\.(?:py|j2|toml))`", table):
+        if "NAME" not in name:
+            assert any(path.endswith(f"/{name}") for path in files), name
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=[path.parent.name for path in GUIDES])
