@@ -15,7 +15,8 @@ GUIDES = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rgl
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *GUIDES]
 ELSEWHERE = ("from trl import", "adapters.openenv import")
 """Snippets that need a package or a server: tests/adapters runs them."""
-NO_SETTINGS = {"env.step", "train.parquet"}
+NO_SETTINGS = {"env.step", "train.parquet", "--env.taskset"}
+"""Names that look like settings; the last are flags of verifiers."""
 
 every_page = pytest.mark.parametrize(
     "page", PAGES, ids=[str(page.relative_to(REPOSITORY)) for page in PAGES]
