@@ -183,7 +183,7 @@ def locate(
     if found is None:
         announce_once(
             f'{source.title}: no official data found, so data="auto" plays {source.generated}. '
-            f"For the official data: {source.how_to_get}."
+            "`atod-data list` shows how to get the official data."
         )
     return found
 

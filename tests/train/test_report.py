@@ -258,6 +258,16 @@ def test_the_answer_names_the_highest_run_and_what_is_significant(
     assert has_one == (len(seeds) == 1)
 
 
+def test_a_page_of_several_environments_begins_with_their_answers(tmp_path: Path) -> None:
+    runs = [RunSummary("atod", 0, evaluations=(evaluation(0, 5), evaluation(1, 15)))]
+    environments = [results_of(name, runs) for name in ("houses", "shop")]
+    page = page_of(write_report(tmp_path, environments))
+    assert page.attributes("href") == ["#environment-1", "#environment-2"]
+    assert set(page.attributes("id")) == {"environment-1", "environment-2"}
+    lead = page.text[: page.text.index("differences, points")]
+    assert lead.count("atod solves 75.0\u00a0% [") == 2
+
+
 def test_without_evaluations_there_is_no_answer() -> None:
     assert answer(results_of("houses", [RunSummary("atod", 0)])) is None
 
