@@ -161,8 +161,13 @@ def _prompts_of_a_turn(trainer: GRPOTrainer, playing: int) -> int:
     is_alone = args.use_vllm and args.vllm_mode == "colocate"
     if is_alone and args.vllm_tensor_parallel_size == 1 and not args.vllm_enable_sleep_mode:
         return playing
-    counts = trainer.accelerator.gather(torch.tensor([playing], device=trainer.accelerator.device))
-    return int(counts.max())
+    return _most(trainer, playing)
+
+
+def _most(trainer: GRPOTrainer, count: int) -> int:
+    """Return the largest of all processes' counts."""
+    own = torch.tensor([count], device=trainer.accelerator.device)
+    return int(trainer.accelerator.gather(own).max())
 
 
 def episode_returns(*, episode_return: Sequence[float], **columns: object) -> list[float]:
@@ -235,9 +240,12 @@ class ATODTrainer(GRPOTrainer):
         device = output["prompt_ids"].device
         turns = [(i, turn) for i, rows in enumerate(episodes) for turn in rows]
         # Later the rows are divided into this many equal parts, and what is left over is dropped.
+        # TRL's loss gathers statistics of rows, so each process has as many as every other.
         parts = self.args.steps_per_generation if self.model.training else 1
+        most = _most(self, len(turns))
         filler = self._tokenizer.pad_token_id
-        turns += [(0, RowTokens([filler], [filler], [0], None))] * (-len(turns) % parts)
+        missing = most + -most % parts - len(turns)
+        turns += [(0, RowTokens([filler], [filler], [0], None))] * missing
         rows = [turn for _, turn in turns]
         episode = torch.tensor([number for number, _ in turns], device=device)
 

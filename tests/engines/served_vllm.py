@@ -46,6 +46,7 @@ def served_vllm(
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # TRL asks for the settings of a server
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
