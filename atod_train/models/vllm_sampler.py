@@ -39,6 +39,10 @@ _CPU_BLOCK = 32
 """Tokens of a block of keys and values on a processor; prefixes are cached in whole blocks."""
 
 
+_CPU_TOKENS = 2048
+"""Prompt tokens of a forward pass on a processor, or those of the longest prompt."""
+
+
 def check_vllm(device: str) -> None:
     """Refuse to sample with vLLM where it cannot be used, before any work.
 
@@ -120,7 +124,7 @@ class VllmSampler(Sampler):
             core.add_request(str(row), {"type": "token", "prompt_token_ids": list(ids)}, params)
         found = {row: _Sampled() for row in rows}
         while core.has_unfinished_requests():
-            for output in core.step():
+            for output in self._step(core):
                 sampled = found[int(output.request_id)]
                 [part] = output.outputs
                 for token, choices in zip(part.token_ids, part.logprobs, strict=True):
@@ -137,6 +141,16 @@ class VllmSampler(Sampler):
             self._check(prompts[:_CHECKED], completions[:_CHECKED])
             self._engine.is_checked = True
         return completions
+
+    def _step(self, core: Any) -> list[Any]:
+        """Return the requests that a forward pass has given tokens."""
+        try:
+            outputs: list[Any] = core.step()
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise _not_served(self.policy, error) from error
+        return outputs
 
     @torch.no_grad()
     def _check(self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> None:
@@ -285,16 +299,23 @@ def _start(policy: Policy, folder: str, max_context: int, share: float) -> Any:
                 gpu_memory_utilization=share,
                 kv_cache_memory_bytes=int(share * memory) if on_cpu else None,
                 block_size=_CPU_BLOCK if on_cpu else None,
+                # vLLM 0.32 cannot divide the prompt of a seeded request on a processor.
+                enable_chunked_prefill=not on_cpu,
+                max_num_batched_tokens=max(max_context, _CPU_TOKENS) if on_cpu else None,
                 async_scheduling=False,
                 disable_log_stats=True,
             )
         )
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise AtodError(
-            f"vLLM cannot serve {policy.name} on {policy.device.type}: {reason}. Use another share "
-            "of the device's memory (--model.sampler vllm:0.2), or --model.sampler plain."
-        ) from error
+        raise _not_served(policy, error) from error
+
+
+def _not_served(policy: Policy, error: Exception) -> AtodError:
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return AtodError(
+        f"vLLM cannot serve {policy.name} on {policy.device.type}: {lines[0].rstrip('.')}. Use "
+        "another share of the device's memory (--model.sampler vllm:0.2), or --model.sampler plain."
+    )
 
 
 def _weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from test_trainer import CONFIG, study_of_methods
 
-from atod_gym.errors import AtodError
+from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
 from atod_train.models.from_scratch import build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.studies.checks import header
 from atod_train.studies.file import study_of
 from atod_train.studies.study import run_study, train_one
+from atod_train.training.checks import check_settings
 
 
 def _changed(section: str, **settings: Any) -> Any:
@@ -42,6 +43,9 @@ def _changed(section: str, **settings: Any) -> Any:
         pytest.param(
             _changed("model", device=("cpu", "none")), "device='none' cannot", id="teacher's device"
         ),
+        pytest.param(_changed("model", device=("cpu",) * 3), "one device, or two", id="devices"),
+        pytest.param(_changed("model", sampler="sglang"), "must be plain, vllm", id="sampler"),
+        pytest.param(_changed("model", sampler="vllm:1.5"), r"\(vllm:0.4\), not", id="share"),
         pytest.param(
             _changed("start", epochs=(0.0, 1.0)), "start.epochs must be above 0", id="passes"
         ),
@@ -113,3 +117,20 @@ def test_finished_runs_are_named_and_nothing_is_made(
     monkeypatch.setattr("atod_train.studies.study._report", lambda *_: None)
     run_study(study_of(CONFIG, tmp_path), tmp_path)
     assert capsys.readouterr().err == "run: finished runs that are kept: 1\n"
+
+
+def test_vllm_is_refused_where_it_cannot_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _changed("model", sampler="vllm")
+    found = {"vllm": None}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found[name])
+    with pytest.raises(MissingExtraError, match=r"pip install vllm .*--model\.sampler plain"):
+        check_settings(config)
+    found["vllm"] = object()  # type: ignore[assignment]
+    check_settings(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidSettingError, match="serves one process"):
+        check_settings(config)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(InvalidSettingError, match=r"first GPU, not cuda:1.*CUDA_VISIBLE_DEVICES"):
+        check_settings(_changed("model", sampler="vllm", device=("cuda:1", "cuda:0")))
