@@ -1,13 +1,13 @@
 """The dialogue between one environment and a language model: prompts out, completions in.
 
-It holds no environment, so that a vector environment can have one for each of its episodes:
+It contains no environment, so that a vector environment can have one for each of its episodes:
 
     messages = dialogue.reset(observation, info)
     parsed = dialogue.parse(completion)
     observation, reward, terminated, truncated, info = env.step(parsed.action)
     messages = dialogue.step(completion, parsed, observation, info)
 
-The Gymnasium wrappers of `atod_gym.wrappers` are made of the same parts.
+The Gymnasium wrappers of `atod_gym.wrappers` use the same parts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TurnHistory:
 
     def __init__(self, window: int) -> None:
         if window < 0:
-            raise InvalidSettingError(f"A history window is >= 0, not {window}.")
+            raise InvalidSettingError(f"A history window must be >= 0, not {window}.")
         self._turns: deque[TurnRecord] = deque(maxlen=window)
         self._text = ""
 
@@ -56,7 +56,7 @@ class TurnHistory:
         else:
             self._turns.append({"text": self._text, "action": action})
         self._text = observation["text"]
-        # New records each time: users keep what they get.
+        # New records each time, since callers may keep them.
         return {**observation, "history": tuple(turn.copy() for turn in self._turns)}
 
 
@@ -64,7 +64,7 @@ class AgentDialogue:
     """The messages of one episode, and the actions in its completions.
 
     Args:
-        metadata: of the environment, which names its action tags there.
+        metadata: of the environment; may name its action tags.
         profile: how completions are written, see `atod_gym.parsing`.
         style: `chat`: the whole dialogue so far; `window`: one message, rebuilt every turn.
         history_window: past turns that the window style shows. An observation that has a `history`
@@ -97,8 +97,8 @@ class AgentDialogue:
         self.completion_format = CompletionFormat.of(metadata, profile)
         self.style = style
         self.show_admissible = show_admissible
-        # Prompts of published runs, and of models that know only the environment's words, stay as
-        # they are. A template of the user's own decides by its placeholder {hint}.
+        # Prompts of published runs, and of models with the environment's vocabulary only, stay
+        # unchanged. A user's template decides with its placeholder {hint}.
         self._shows_hints = template is not None or profile in ("tags", "react")
         default = CHAT_TEMPLATE if style == "chat" else WINDOW_TEMPLATE
         chosen = default if template is None else template
@@ -133,7 +133,7 @@ class AgentDialogue:
         """Add a turn; return the next prompt.
 
         Args:
-            completion: of the model; the dialogue of the chat style keeps it as it is.
+            completion: the model's text; the chat style keeps it unchanged.
             parsed: its action, which was executed.
             observation: of the environment's step.
             info: of the same step; the prompt says why the turn did nothing, see `turn_hint`.
@@ -142,7 +142,7 @@ class AgentDialogue:
         if self._shows_hints:
             has_format = "{reply_format}" in self.template.later
             reply = "" if has_format else reply_format(form.profile, form.tags)
-            # With the profile compat, what does not parse is executed all the same.
+            # With the profile compat, an action that does not parse is executed, too.
             error = "" if form.profile == "compat" else parsed.error
             self._hint = turn_hint(observation, {**info, "parse_error": error}, reply)
         self._messages.append({"role": "assistant", "content": completion})
@@ -162,8 +162,8 @@ class AgentDialogue:
         """Render the current prompt of the window style without its oldest past turns.
 
         Args:
-            left_out: how many of the `past_turns` to leave out; where the template shows history,
-                a line says how many.
+            left_out: number of the `past_turns` to leave out; where the template shows history,
+                a line reports their number.
 
         Raises:
             InvalidSettingError: in chat style, where the dialogue only grows; for a number that is

@@ -1,26 +1,26 @@
-"""Errors that tell the user what to do; every error of this package derives from `AtodError`."""
+"""Errors that say what to do; every error of this package derives from `AtodError`."""
 
 from __future__ import annotations
 
 
 class AtodError(Exception):
-    """Base of all errors raised on purpose: its message says what is wrong and what to do."""
+    """Base of all intended errors: the message says what is wrong and what to do."""
 
 
 class InvalidSettingError(AtodError, ValueError):
-    """A keyword, option or file of the user that has no meaning; the message names what has."""
+    """An invalid keyword, option or file of the user; the message names the valid ones."""
 
 
 class DataNotFoundError(AtodError):
-    """The data asked for is not there; the message names the command or setting that helps."""
+    """The requested data is missing; the message names the command or setting that helps."""
 
 
 class DownloadError(AtodError):
-    """A file cannot be fetched or is not what it should be; nothing wrong was put in its place."""
+    """A file cannot be downloaded or is not the expected one; no wrong file was stored."""
 
 
 class TaskNotFoundError(AtodError, KeyError):
-    """A task id that the chosen split does not have."""
+    """An unknown task id of the chosen split."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
@@ -31,7 +31,7 @@ class InvalidGameError(AtodError):
 
 
 class UnsupportedGameError(AtodError):
-    """A well-formed game whose domain or grammar the native engine does not understand."""
+    """A well-formed game whose domain or grammar the native engine does not support."""
 
 
 class MissingExtraError(AtodError, ImportError):
@@ -39,7 +39,7 @@ class MissingExtraError(AtodError, ImportError):
 
 
 class ServerError(AtodError):
-    """A server cannot be reached, or its answer is an error or makes no sense.
+    """A server cannot be reached, or its answer is an error or malformed.
 
     The message names the URL and the command to run.
     """
@@ -49,8 +49,8 @@ class ServerError(AtodError):
     ) -> None:
         """Keep the HTTP status (0: no answer came) and the server's own error code.
 
-        The code is `timeout` if the server accepts connections and does not answer in time.
-        `retry_after` is the number of seconds that the server asks to wait, 0 if it does not.
+        The code is `timeout` if the server accepts connections but does not answer in time.
+        `retry_after` is the number of seconds that the server asks to wait, else 0.
         """
         super().__init__(message)
         self.status = status

@@ -1,14 +1,14 @@
-"""Read the action in a model's completion, by one of four profiles.
+"""Parse the action in a model's completion, by one of four profiles.
 
-An environment names the tags of its actions. The tag `action` holds an action as it is; another
-tag, such as `search`, holds what stands in the brackets of the action `search[..]`.
+An environment names the tags of its actions. The tag `action` contains an action as it is; another
+tag, such as `search`, contains the part in the brackets of the action `search[..]`.
 
 | profile | a valid completion | executed when it is not valid |
 |---|---|---|
-| `plain` | the action itself, white space around it aside | nothing (an empty action) |
+| `plain` | the action itself, without surrounding white space | nothing (an empty action) |
 | `tags` | optionally one `<think>..</think>`, then exactly one block `<tag>..</tag>` | nothing |
 | `react` | optionally one `Thought: ..`, then exactly one line `Action: ..` | nothing |
-| `compat` | as in published runs, see `_read_compat` | what published runs executed |
+| `compat` | as in published runs, see `_read_compat` | the same as in published runs |
 
 With `tags` and `react` one completion is one turn. A second thought, a second action or an
 observation (`<information>`, `Observation: ..`) makes it invalid; the error names the first.
@@ -32,10 +32,10 @@ ParseProfile = Literal["plain", "tags", "react", "compat"]
 PARSE_PROFILES: tuple[ParseProfile, ...] = get_args(ParseProfile)
 
 LAST_CHARACTERS = 30
-"""How much of a completion without tags counts as the action, in published ALFWorld runs."""
+"""Trailing characters of a completion without tags that published ALFWorld runs executed."""
 
 ACTION_TAGS = ("action",)
-"""Tags of an environment that names none."""
+"""Tags of an environment that does not name any."""
 
 EMPTY_REPLY = "empty reply"
 """The error of a completion without text."""
@@ -77,8 +77,8 @@ class CompletionFormat:
     Attributes:
         profile: see the table of this module.
         tags: those of the environment's actions.
-        last_characters: `compat` with the tag `action` only: how much of the end counts as the
-            action when there is no block (30 for ALFWorld, 20 for WebShop in published runs).
+        last_characters: `compat` with the tag `action` only: number of trailing characters that are
+            the action if there is no block (30 for ALFWorld, 20 for WebShop in published runs).
 
     Raises:
         InvalidSettingError: an unknown profile or a negative number of characters.
@@ -109,7 +109,7 @@ class CompletionFormat:
         return cls(profile, action_tags(metadata), last_characters)
 
     def parse(self, completion: str) -> ParsedAction:
-        """Find the action in a completion without special tokens; any text gives a result.
+        """Parse a completion without special tokens; any text gives a result.
 
         Raises:
             TypeError: the completion is not a `str`.
@@ -130,7 +130,7 @@ class CompletionFormat:
         """Write the shortest completion that `parse` reads as this action.
 
         Raises:
-            InvalidSettingError: none of the tags, or no line of the profile `react`, can hold the
+            InvalidSettingError: no tag, or no line of the profile `react`, can contain the
                 action.
         """
         if self.profile == "plain":
@@ -147,7 +147,7 @@ class CompletionFormat:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The strings that end sampling; empty: only the end of the turn does.
+        """The strings that end sampling; empty: only the end-of-turn token does.
 
         `compat` has none: published runs sampled to the end.
         """
@@ -156,11 +156,11 @@ class CompletionFormat:
         return ("\nObservation:",) if self.profile == "react" else ()
 
     def is_in_thought(self, text: str) -> bool:
-        """Return whether a completion ends in a thought that it has opened."""
+        """Return whether a completion ends in a thought that it opened."""
         return self._split(text)[3]
 
     def closed(self, text: str) -> str:
-        """Add the closing tag at which a server stopped, and which servers leave out."""
+        """Add the closing tag that a server stopped at and left out."""
         if self.profile == "tags":
             rest = self._split(text)[2]
             for mark in [*self._actions(rest)][-1:]:
@@ -169,10 +169,10 @@ class CompletionFormat:
         return text
 
     def end_of_action(self, text: str, in_thought: bool = False) -> int | None:
-        """Find where the action of a completion ends; text after it is not part of the turn.
+        """Return where the action of a completion ends; text after it is not part of the turn.
 
         Args:
-            text: the completion, or what has been sampled of it.
+            text: the completion, complete or partial.
             in_thought: the prompt ends in an open thought.
 
         Returns:
@@ -191,9 +191,9 @@ class CompletionFormat:
         return next((len(text) - len(rest) + end for end in ends), None)
 
     def _split(self, text: str) -> tuple[str, str, str, bool]:
-        """Return what stands before the thought, the thought, what follows, and whether it is open.
+        """Return the text before the thought, the thought, the rest, and whether it is open.
 
-        A `<think>` behind the first action begins no thought.
+        A `<think>` after the first action does not begin a thought.
         """
         head, opened, inner = text.partition(_THINK_OPEN)
         if not opened or _THINK_CLOSE in head:
@@ -240,7 +240,7 @@ class CompletionFormat:
         return "" if error else _action(tag, content.strip()), thought, error
 
     def _misplaced(self, text: str, where: str, block: str) -> str:
-        """Name the first tag that must not stand before, inside or after the block; else empty."""
+        """Return an error for the first misplaced tag around or inside the block; else empty."""
         for mark in _marks(self.tags).finditer(text):
             tag, is_ours = mark[2], mark[2] in ("think", *self.tags)
             if where == "inside" and not is_ours:
@@ -256,7 +256,7 @@ class CompletionFormat:
         return ""
 
     def _read_react(self, text: str) -> tuple[str, str, str]:
-        """Read one thought and one action, in order; the first line behind the label counts."""
+        """Parse one thought and one action, in order; the first line after the label counts."""
         _, thought, rest, is_open = self._split(text)
         if is_open:
             return "", thought, f"no {_THINK_CLOSE}"
@@ -283,7 +283,7 @@ class CompletionFormat:
         return f"{found[0]}[{found[1]}]" if found else action, thought, ""
 
     def _read_compat(self, text: str) -> tuple[str, str, str]:
-        """Apply the rules behind published numbers, kept to the letter.
+        """Apply the rules of published runs exactly.
 
         ALFWorld and WebShop (the tag `action` alone): the action is lower-cased. It stands between
         the first opening and the first closing tag, whatever their case. Without such tags the end
@@ -322,18 +322,18 @@ def action_verb(action: str) -> str:
 
 
 def action_tags(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the tags that an environment names in its `metadata`."""
+    """Return the action tags in an environment's `metadata`."""
     return tuple(metadata.get("action_tags", ACTION_TAGS))
 
 
 def invalid_reason(info: Mapping[str, Any]) -> str:
-    """Name why a turn is not valid, by the `info` that it ended with; empty if it is valid."""
+    """Return why a turn is invalid, by the `info` that it ended with; empty if it is valid."""
     return info["parse_error"] or ("" if info["is_action_valid"] else "not admissible")
 
 
 @functools.cache
 def _marks(tags: tuple[str, ...]) -> re.Pattern[str]:
-    """Match all tags that have a meaning: group 1 is the slash, group 2 the name."""
+    """Return a pattern of all meaningful tags: group 1 is the slash, group 2 the name."""
     names = "|".join(map(re.escape, ("think", *tags, *_ENVIRONMENT_TAGS)))
     return re.compile(f"<(/?)({names})>")
 

@@ -1,4 +1,4 @@
-"""Render an observation as the user message of a turn, by a template.
+"""Render an observation as the user message of a turn, with a template.
 
 A template is a text with placeholders in braces, filled in as `str.format` does:
 
@@ -7,13 +7,13 @@ A template is a text with placeholders in braces, filled in as `str.format` does
 | `{instruction}` | the task in one sentence |
 | `{text}` | the environment's text of this turn |
 | `{admissible_actions}` | one possible action per line |
-| `{history}` | the past turns that are shown, two lines each |
-| `{history_length}` | how many turns that is |
+| `{history}` | the displayed past turns, two lines each |
+| `{history_length}` | the number of these turns |
 | `{turn_number}` | number of this turn, counted from 1 |
 | `{reply_format}` | how to write the reply, for the parse profile and the environment |
-| `{hint}` | why the last turn did nothing, see `turn_hint` |
+| `{hint}` | why the last turn had no effect, see `turn_hint` |
 
-A paragraph (blank lines separate them) of which all placeholders are empty is left out, so that
+A paragraph (separated by blank lines) whose placeholders are all empty is left out, so that
 a heading disappears with its list. The default templates show hints with the parse profiles `tags`
 and `react` only. A template file may hold two templates, for the first turn and for later ones,
 with a line `---` between them.
@@ -42,9 +42,9 @@ PLACEHOLDERS = (
 )  # fmt: skip
 
 _LONGEST_MESSAGE = 500
-"""Characters of an environment's message in a prompt: it may repeat a model's own long action."""
+"""Limit for an environment's message in a prompt: it may repeat a model's own long action."""
 
-_BRACES = "Write {{ and }} for braces that are meant as such."
+_BRACES = "Write {{ and }} for literal braces."
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ WINDOW_TEMPLATE = PromptTemplate(
         f"You observe now:\n{{text}}\n\n{{hint}}\n\n{_ACTIONS}\n\n{{reply_format}}"
     ),
 )
-"""Default of the window style: every message stands alone."""
+"""Default of the window style: every message is self-contained."""
 
 CHAT_TEMPLATE = PromptTemplate(
     first=f"{_HEAD}{{text}}\n\n{_ACTIONS}\n\n{{reply_format}}",
@@ -129,7 +129,7 @@ def load_template(path: str | os.PathLike[str]) -> PromptTemplate:
 
 
 def reply_format(profile: ParseProfile, tags: Sequence[str] = ACTION_TAGS) -> str:
-    """Return the value of `{reply_format}`: how to write a completion that parses."""
+    """Return the value of `{reply_format}`: instructions for a completion that parses."""
     only_action = tuple(tags) == ACTION_TAGS
     forms = " or ".join(f"{tag}[..]" for tag in tags)
     if profile == "plain":
@@ -148,12 +148,12 @@ def reply_format(profile: ParseProfile, tags: Sequence[str] = ACTION_TAGS) -> st
 def turn_hint(
     observation: TurnObservation | HistoryObservation, info: Mapping[str, Any], reply: str = ""
 ) -> str:
-    """Return why a turn did nothing, in one or two sentences; empty if it did something.
+    """Return why a turn had no effect, in one or two sentences; empty if it had one.
 
     Args:
         observation: of the turn; a message that its text contains is not repeated.
         info: of the turn; its `parse_error`, else the environment's `message`.
-        reply: how completions are to be written; follows a parse error.
+        reply: instructions for completions; follows a parse error.
     """
     if info.get("parse_error"):
         return f"Your reply was not used: {info['parse_error']}. {reply}".rstrip()
@@ -164,13 +164,13 @@ def turn_hint(
 
 
 def shown_text(observation: TurnObservation | HistoryObservation, info: Mapping[str, Any]) -> str:
-    """Join the text and the hint of a turn, for agents that are shown no prompt."""
+    """Join the text and the hint of a turn, for agents without a prompt."""
     hint = turn_hint(observation, info)
     return "\n\n".join(part for part in (observation["text"], hint) if part)
 
 
 def left_out_note(turns: int) -> str:
-    """Return the line that replaces the oldest turns where they do not fit a prompt."""
+    """Return the line that replaces the oldest turns if they do not fit a prompt."""
     return f"[{turns} earlier turn{'s' if turns > 1 else ''} left out]"
 
 
@@ -192,11 +192,11 @@ def render_prompt(
         profile: chooses the text of `{reply_format}`.
         show_admissible: False leaves `{admissible_actions}` empty.
         tags: those of the environment's actions, for `{reply_format}`.
-        left_out: how many of the oldest past turns to leave out; `{history}` then says so.
-        hint: why the last turn did nothing; `{history}` has no hints.
+        left_out: number of the oldest past turns to leave out; `{history}` reports it.
+        hint: why the last turn had no effect; `{history}` has no hints.
     """
     turn_index = int(observation["turn_index"])
-    # A plain observation has no such key; the type checker knows only one of the two types.
+    # A plain observation lacks the key; the type checker supports only one of the two types.
     history = observation.get("history", ())
     assert isinstance(history, tuple)
     history = history[left_out:]

@@ -3,10 +3,10 @@
 Source: `evaluate-v1.1.py` of SQuAD (Rajpurkar et al. 2016), which the published numbers of
 question-answering agents use as well.
 
-One difference: normalisation leaves nothing of some gold answers, such as `A`, `)` and `---` (three
-of 1,000 questions of Natural Questions have one). In SQuAD's script any answer that normalises to
-nothing equals them, so `.` is right. Here such a gold answer is compared as written, but for case
-and surrounding white space. Published scores were computed without this difference.
+One difference: normalisation removes everything from some gold answers, such as `A`, `)` and `---`
+(three of 1,000 questions of Natural Questions have one). In SQuAD's script any answer that
+normalises to nothing equals them, so `.` is right. Here such a gold answer is compared as written,
+except for case and surrounding white space. Published scores do not have this difference.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation and articles, words separated by one space."""
+    """Return lower case without ASCII punctuation and articles, words separated by one space."""
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, golden_answers: Iterable[str]) -> bool:
-    """Whether an answer equals a gold answer, both normalised.
+    """Return whether an answer equals a gold answer, both normalised.
 
-    A gold answer of which normalisation leaves nothing must be given as written. An empty answer is
+    A gold answer that normalises to nothing must be given as written. An empty answer is
     never right.
     """
     given = normalize_answer(answer)
@@ -36,9 +36,9 @@ def exact_match(answer: str, golden_answers: Iterable[str]) -> bool:
 
 
 def f1_score(answer: str, golden_answers: Iterable[str]) -> float:
-    """The best token F1 of an answer with a gold answer, both normalised; 0 to 1.
+    """Return the best token F1 of an answer with a gold answer, both normalised; 0 to 1.
 
-    With a gold answer of which normalisation leaves nothing it is 1.0 for an exact match, else 0.0.
+    With a gold answer that normalises to nothing it is 1.0 for an exact match, else 0.0.
     """
     given = normalize_answer(answer)
     return max((_f1(answer, given, g, normalize_answer(g)) for g in golden_answers), default=0.0)

@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium import spaces
 
 MAX_TEXT_LENGTH = 1_000_000
-"""Default bound on the length of a text, in code points; no environment comes near it."""
+"""Default bound on the length of a text, in code points; far above any environment's texts."""
 
 MAX_ACTION_LENGTH = 10_000
 """Bound on the length of an admissible action, in code points."""
@@ -17,8 +17,8 @@ MAX_TURNS = 1_000_000
 """Bound on `turn_index` where an environment has no turn limit of its own."""
 
 _REPLACEMENT = "\ufffd"
-# Samples mix what tokenizers, parsers and terminals find easy and hard. Lone surrogates belong to
-# the space but are not sampled: they cannot be printed or written to a file as UTF-8.
+# Samples mix characters that are easy and hard for tokenizers, parsers and terminals. Lone
+# surrogates belong to the space but are not sampled: UTF-8 cannot print or write them.
 _SAMPLE_ALPHABET = (
     "".join(map(chr, range(32, 127))) + "\n\tàßñøĞλЖאع中日本語한🙂🛋️\u200d\u0301" + _REPLACEMENT
 )
@@ -26,10 +26,10 @@ _SAMPLE_LENGTH = 32
 
 
 class UnicodeText(spaces.Text):
-    """All strings of `min_length` to `max_length` code points, whatever the code points are.
+    """All strings of `min_length` to `max_length` code points, of any code points.
 
     `gymnasium.spaces.Text` lists its characters and refuses a plain English sentence by default;
-    this subclass looks at the length only. Samples are short (about 32 code points at most, where
+    this subclass checks the length only. Samples are short (about 32 code points at most, where
     the bounds allow) and drawn with `np_random`. `flatten` gives character numbers as for `Text`;
     a character outside the sampled alphabet becomes U+FFFD there. Vector environments batch a text
     into a tuple of strings; `AsyncVectorEnv` needs `shared_memory=False`.
@@ -57,7 +57,7 @@ class UnicodeText(spaces.Text):
         """Draw a short random text.
 
         Raises:
-            ValueError: if a mask or probability is given; this space has no use for them.
+            ValueError: if a mask or probability is given; this space supports neither.
         """
         if mask is not None or probability is not None:
             raise ValueError("UnicodeText takes neither mask nor probability when sampling")
@@ -71,7 +71,7 @@ class UnicodeText(spaces.Text):
         return isinstance(x, str) and self.min_length <= len(x) <= self.max_length
 
     def character_index(self, char: str) -> np.int32:
-        """Return the number of a character, for `flatten`; that of U+FFFD for an unlisted one."""
+        """Return the number of a character for `flatten`; that of U+FFFD for an unlisted one."""
         return super().character_index(char if char in self.character_set else _REPLACEMENT)
 
     def __eq__(self, other: object) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, TaskNotFoundError
 
 DATA_VARIABLE = "ATOD_DATA"
-"""Environment variable that names a folder with data of all environments."""
+"""Environment variable of a folder with data of all environments."""
 
 # Comparing takes about 20 microseconds each; some splits have millions of tasks.
 _MOST_COMPARED = 10_000
@@ -24,7 +24,7 @@ _announced: set[str] = set()
 class TaskManifest:
     """The tasks of one split of one data set, the same on every machine.
 
-    Two manifests with equal `content_hash` hold the same tasks under the same ids, byte for byte.
+    Manifests with equal `content_hash` contain the same tasks under the same ids, byte for byte.
     """
 
     name: str
@@ -109,7 +109,7 @@ def choose_task_types(types: Mapping[str, str], task_types: object) -> Mapping[s
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
-    """Where the data of one environment is looked for, and how messages name it."""
+    """Where the data of one environment is searched, and how messages name it."""
 
     name: str
     """Folder name in caches, such as `alfworld`."""
@@ -118,9 +118,9 @@ class DataSource:
     find: Callable[[Path], Path | None]
     """Return the data in or at a folder (or file); None: there is none."""
     expected: str
-    """What a path must hold, for messages."""
+    """What a path must contain, for messages."""
     how_to_get: str
-    """What to do to get the official data, for messages; begins with a verb."""
+    """How to get the official data, for messages; begins with a verb."""
     generated: str
     """What is played without data, such as `generated games`."""
     variables: tuple[str, ...] = ()
@@ -145,19 +145,19 @@ def locate(
     """Resolve the setting `data`, by the same rule in every environment.
 
     Args:
-        data: `official`, `generated`, `auto` (what is found in the usual folders, else generated)
+        data: `official`, `generated`, `auto` (the data in the usual folders, else generated)
             or a path.
         source: the environment's data.
-        is_official: returns whether data that was found is the official one; for `official`, which
-            passes over other data in the usual folders.
+        is_official: returns whether found data is the official one; for `official`, which
+            skips other data in the usual folders.
 
     Returns:
-        Where the data lies; None: the generated data is played. Other data than the
-        official one is returned for `official`, too, if there is no better: see `data_label`.
+        The path of the data; None: the generated data is played. `official` may also return other
+        data than the official one, if no official data is found: see `data_label`.
 
     Raises:
         InvalidSettingError: if `data` is neither a text nor a path, or empty.
-        DataNotFoundError: if the data is not there; says how to get it.
+        DataNotFoundError: if the data is missing; the message names the command that gets it.
     """
     if not isinstance(data, str | os.PathLike) or not os.fspath(data):
         raise InvalidSettingError(
@@ -189,19 +189,19 @@ def locate(
 
 
 def data_label(data: str, folder: Path | None, *, is_official: bool, how_to_get: str = "") -> str:
-    """Return what `info["data"]` says.
+    """Return the value of `info["data"]`.
 
     Args:
         data: the setting.
         folder: from `locate`.
         is_official: whether the content hash of what is played is the published one.
-        how_to_get: what to do to get the official data, as in `DataSource`.
+        how_to_get: how to get the official data, as in `DataSource`.
 
     Returns:
-        `generated`, `official`, the path that was given, or that of the folder that was found.
+        `generated`, `official`, the given path, or the path of the found folder.
 
     Raises:
-        DataNotFoundError: if `official` was asked for and the folder holds something else.
+        DataNotFoundError: if `official` was requested and the folder contains other data.
     """
     if folder is None:
         return "generated"
@@ -216,7 +216,7 @@ def data_label(data: str, folder: Path | None, *, is_official: bool, how_to_get:
 
 
 def cache_folder() -> Path:
-    """Return the user's cache folder, where downloads of this and other packages lie."""
+    """Return the user's cache folder, which contains downloads of this and other packages."""
     configured = os.environ.get("XDG_CACHE_HOME")
     return Path(configured) if configured else Path.home() / ".cache"
 
@@ -227,7 +227,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def data_folders(name: str, variables: Iterable[str] = ()) -> tuple[Path, ...]:
-    """Return the folders in which data is looked for, in order of preference.
+    """Return the folders in which data is searched, in order of preference.
 
     Args:
         name: folder name of the environment, such as `alfworld`.
@@ -235,8 +235,8 @@ def data_folders(name: str, variables: Iterable[str] = ()) -> tuple[Path, ...]:
 
     Returns:
         `$ATOD_DATA`, the folders of `variables`, then the caches `~/.cache/<name>` (where upstream
-        packages download to, whatever `$XDG_CACHE_HOME` says) and `atod/<name>` in the cache
-        folder; those that are not set are left out, those that do not exist are not.
+        packages download to, whatever `$XDG_CACHE_HOME` is) and `atod/<name>` in the cache
+        folder. Unset variables are left out; folders that do not exist are not.
     """
     configured = [os.environ.get(variable) for variable in (DATA_VARIABLE, *variables)]
     folders = [expanded(folder) for folder in configured if folder]

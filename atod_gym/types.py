@@ -1,4 +1,4 @@
-"""The public types of environments and wrappers: what observation, info and message hold."""
+"""Define the public types of environments and wrappers: observation, info and message."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ Role = Literal["system", "user", "assistant"]
 
 
 class TurnRecord(TypedDict):
-    """One past turn, as the history wrapper keeps it."""
+    """One past turn in the history wrapper."""
 
     text: str
-    """What the environment had said before the action."""
+    """The environment's text before the action."""
     action: str
-    """What the agent then did."""
+    """The agent's action."""
 
 
 class TurnObservation(TypedDict):
@@ -23,7 +23,7 @@ class TurnObservation(TypedDict):
     instruction: str
     """The task in one sentence; the same during the whole episode."""
     text: str
-    """What the environment says this turn."""
+    """The environment's text of this turn."""
     admissible_actions: tuple[str, ...]
     """Actions that are possible now, sorted; empty where the task has no such list."""
     turn_index: int
@@ -47,12 +47,12 @@ class StepInfo(TypedDict, total=False):
     task_type: str
     split: str
     data: str
-    """Which data is played: `official` (only where its content hash is the published one),
+    """Which data is played: `official` (only if its content hash is the published one),
     `generated` or the path of other data."""
     success: bool
-    """Whether the goal is reached now."""
+    """Whether the goal is reached."""
     score: float
-    """The benchmark's own number now; for ALFWorld 1.0 on success, else 0.0; for WebShop the
+    """The benchmark's current score; for ALFWorld 1.0 on success, else 0.0; for WebShop the
     original's score of the purchase, 0 to 1, and 0.0 before it; for Search-QA 1.0 for an answer
     that matches a gold answer exactly, else 0.0."""
     action: str
@@ -63,11 +63,11 @@ class StepInfo(TypedDict, total=False):
     """Why the completion did not parse; empty when it did (format validity)."""
     turn_index: int
     message: str
-    """Why the action did nothing and what to do instead, for people and agents; mostly empty."""
+    """Why the action had no effect and what to do instead, for people and agents; usually empty."""
 
 
 class RewardDetails(TypedDict, total=False):
-    """What a purchase in WebShop earned, part by part; names as in the original.
+    """The parts of the reward of a purchase in WebShop; names as in the original.
 
     reward = (r_att w_att + r_option w_option + r_price w_price) r_type
     """
@@ -78,9 +78,9 @@ class RewardDetails(TypedDict, total=False):
     """Share of the goal's attributes that the product has."""
     w_att: float
     r_option: float
-    """Share of the goal's options that were chosen; absent where the goal has none."""
+    """Share of the goal's options that were chosen; absent if the goal has none."""
     w_option: float
-    """Absent where the goal has no options."""
+    """Absent if the goal has no options."""
     r_price: bool
     """Whether the price is within the goal's limit."""
     w_price: float
@@ -91,42 +91,42 @@ class RewardDetails(TypedDict, total=False):
 
 
 class WebShopInfo(StepInfo, total=False):
-    """The `info` of WebShop; `reward_details` is there on a purchase only."""
+    """The `info` of WebShop; has `reward_details` on a purchase only."""
 
     noun_tagger: str
-    """What finds nouns in titles for the reward: `spacy` as in the original, else `words`."""
+    """Method that finds nouns in titles for the reward: `spacy` (the original) or `words`."""
     reward_details: RewardDetails
 
 
 class SearchQAInfo(StepInfo, total=False):
-    """The `info` of Search-QA; `golden_answers` is there on the last turn only."""
+    """The `info` of Search-QA; has `golden_answers` on the last turn only."""
 
     f1: float
     """Token F1 of the answer with the best gold answer, 0 to 1; 0.0 before the answer."""
     answer: str
-    """The answer that was given; empty before."""
+    """The given answer; empty before it."""
     golden_answers: tuple[str, ...]
     """All right answers."""
     query: str
-    """What was searched for on this turn; empty if nothing was."""
+    """The query of this turn; empty if there was none."""
     retrieved: tuple[str, ...]
     """Ids of the passages that this turn's text shows, the best first."""
     searches: int
-    """Searches of the episode so far."""
+    """Number of searches of the episode so far."""
     retriever: str
-    """How the server searches: `bm25`, `dense`, `hybrid`, or `unknown` if it does not say."""
+    """How the server searches: `bm25`, `dense`, `hybrid`, or `unknown`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedAction:
-    """What a completion says: the action to execute and the thought before it."""
+    """The content of a completion: the action to execute and the thought before it."""
 
     action: str
     thought: str
     is_valid: bool
     """Format validity: the completion had the expected form."""
     error: str
-    """Why it is not valid, for people; empty when valid."""
+    """Why it is invalid, for people; empty when valid."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""HTTP servers behind the environments that need one."""
+"""HTTP servers of the environments that need one."""

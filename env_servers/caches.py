@@ -1,4 +1,4 @@
-"""The one rule for where servers keep what they make from data: indexes, vectors, catalogues."""
+"""Locate the cache of indexes, vectors and catalogues that servers make from data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def cache_folder() -> Path:
     An empty variable counts as not set. The folder need not exist.
 
     Raises:
-        ValueError: it is below a home folder, and there is none.
+        ValueError: the folder is below a home folder that does not exist.
     """
     if configured := os.environ.get("ATOD_CACHE"):
         return expanded(configured)

@@ -1,4 +1,4 @@
-"""`atod-serve`: starts a server."""
+"""`atod-serve`: start a server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -27,7 +27,7 @@ class SessionOptions:
 
     capacity: int = option(4096, "most live sessions", least=1)
     idle_minutes: float = option(
-        30.0, "a session is closed after this time without use", least=0.001, most=1e6
+        30.0, "minutes of inactivity after which a session is closed", least=0.001, most=1e6
     )
     max_turns: int = option(15, "shown on the web pages; ends no session", least=1)
 
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     from env_servers.retrieval.settings import CollectionSettings, EncoderSettings, Limits
     from env_servers.webshop.settings import ShopSettings
 
-    top = _Parser(prog="atod-serve", description="Starts the server of an environment.")
+    top = _Parser(prog="atod-serve", description="Start the server of an environment.")
     commands = top.add_subparsers(required=True, metavar="SERVER", dest="server")
 
     def add(name: str, run: Callable[..., None], summary: str, description: str) -> _Parser:
@@ -50,21 +50,21 @@ def parser() -> argparse.ArgumentParser:
 
     webshop = add(
         "webshop", _run_webshop, "the shop of WebShop: JSON API and web pages",
-        "Serves the shop: a JSON API for agents, and the same shop as web pages under /shop for"
+        "Serve the shop: a JSON API for agents, and the same shop as web pages under /shop for"
         " people and browser agents.",
     )  # fmt: skip
     add_options(webshop, ShopSettings, SessionOptions, ServiceOptions, port=3000)
     retrieval = add(
         "retrieval", _run_retrieval,
         "passages for Search-QA: the common /retrieve of search agents",
-        "Serves passages: POST /retrieve as search agents call it, over a corpus file or a"
+        "Serve passages: POST /retrieve as search agents call it, over a corpus file or a"
         " generated world with questions.",
     )  # fmt: skip
     add_options(retrieval, CollectionSettings, EncoderSettings, Limits, ServiceOptions, port=8000)
     return top
 
 
-# Servers are imported when they run, so that --help and wrong arguments answer at once.
+# Servers are imported when they run, so that --help and wrong arguments answer quickly.
 
 
 def _run_webshop(arguments: argparse.Namespace) -> None:
@@ -104,7 +104,7 @@ def _run_retrieval(arguments: argparse.Namespace) -> None:
 def _serve(
     arguments: argparse.Namespace, make: Callable[..., ASGIApp], data_error: type[Exception]
 ) -> None:
-    """Take the port, make the application, and serve it."""
+    """Open the port, make the application, and serve it."""
     from env_servers import process
 
     process.exit_on_signals()

@@ -1,7 +1,7 @@
-"""A server's endpoints as one table: routes, OpenAPI and the page of endpoints come from it.
+"""Define a server's endpoints as one table, from which routes, OpenAPI and the home page are made.
 
 A row names the types of the request's body and of the answer. The same types validate bodies and
-give the schemas of `GET /openapi.json`, so that the description cannot differ from what is served.
+define the schemas of `GET /openapi.json`, so that the description matches the service.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _REASONS = {
     400: "The client closed the connection.",
     401: "The token is missing or wrong.",
     403: "Sent to an unknown host name, or from a page of another web site.",
-    404: "There is no such thing.",
-    409: "The request does not fit the current state.",
+    404: "Not found.",
+    409: "The request conflicts with the current state.",
     413: "The body is too large.",
-    422: "The body is not as described.",
+    422: "The body does not match its schema.",
     500: "The server could not compute the answer.",
     503: "The server is full.",
 }
@@ -72,9 +72,9 @@ td {{ padding: .3rem 1rem .3rem 0; vertical-align: top; }}
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A JSON object with one list, each of whose entries is validated by itself.
+    """A JSON object with one list whose entries are validated one by one.
 
-    As a request it is decoded to a list in which a `ServiceError` stands for a wrong entry.
+    A request is decoded to a list in which a `ServiceError` replaces an invalid entry.
     """
 
     field: str
@@ -89,19 +89,19 @@ class Endpoint:
 
     method: str
     path: str
-    """As Starlette has it: `/sessions/{session_id}`."""
+    """In Starlette's format: `/sessions/{session_id}`."""
     handler: Callable[..., Awaitable[object]]
     """Takes the request, and the decoded body if `request` is a type. Returns the answer's value or
     a response."""
     summary: str
     """One line that starts with a verb."""
     answer: Any = None
-    """Type of the answer; None where `media` is no JSON."""
+    """Type of the answer; None if `media` is not JSON."""
     request: Any = None
     """Type of the body; None: the body is not read."""
     status: int = 200
     errors: tuple[int, ...] = ()
-    """Statuses of errors beside those that every endpoint of this shape has."""
+    """Statuses of errors besides those that every endpoint of this shape has."""
     media: str = JSON
     """Media type of the answer."""
 
@@ -111,14 +111,14 @@ class About:
     """Name and description of a server."""
 
     name: str
-    """Of the service, such as `webshop`; its metrics start with it."""
+    """Name of the service, such as `webshop`; prefix of its metrics."""
     description: str
     links: tuple[tuple[str, str], ...] = ()
     """(address, text) of pages for people."""
 
 
 class EndpointLine(msgspec.Struct):
-    """One endpoint in a few words."""
+    """One endpoint in one line."""
 
     method: str
     path: str
@@ -126,7 +126,7 @@ class EndpointLine(msgspec.Struct):
 
 
 class Home(msgspec.Struct):
-    """What this server is, and where its endpoints are described."""
+    """Name, version and description of this server, and its endpoints."""
 
     service: str
     version: str
@@ -149,16 +149,15 @@ def build_application(
 ) -> Starlette:
     """Make an application; `/`, `/openapi.json` and `/metrics` are added to its endpoints.
 
-    Args:
-        about: name and description of the server.
-        endpoints: what programs can call.
-        errors: answers and counts errors, 404 and 405 included.
-        metrics: returns the current metrics of the service.
-        max_body: most bytes of a request.
-        token: if given, every request must carry it.
-        allowed_hosts: further host names, see `guard`.
-        pages: routes for people, which OpenAPI does not describe.
-        lifespan: runs around the life of the application.
+    about: name and description of the server.
+    endpoints: the endpoints for programs.
+    errors: answers and counts errors, 404 and 405 included.
+    metrics: returns the current metrics of the service.
+    max_body: maximum size of a request, in bytes.
+    token: if given, every request must carry it.
+    allowed_hosts: further host names, see `guard`.
+    pages: routes for people, which OpenAPI does not describe.
+    lifespan: runs around the life of the application.
     """
     collected = Metrics(lambda: [*metrics(), errors.metric(f"{about.name}_errors_total")])
 
@@ -206,15 +205,15 @@ def _route(row: Endpoint, max_body: int) -> Route:
             body = [decode(await read_body(request, max_body))] if decode else []
             found = await row.handler(request, *body)
         except asyncio.CancelledError:
-            # The server ends, and has waited for this request as long as it does.
-            raise ServiceError(503, "stopping", "The server is being stopped.") from None
+            # The server is shutting down, and has waited for this request up to its limit.
+            raise ServiceError(503, "stopping", "The server is shutting down.") from None
         return found if isinstance(found, Response) else JsonResponse(found, row.status)
 
     return Route(row.path, answer, methods=[row.method])
 
 
 def _decoder(kind: Any) -> Callable[[bytes], Any]:
-    """Return a function that decodes a body, also of a `Batch`."""
+    """Return a function that decodes a body, also one of a `Batch`."""
     if not isinstance(kind, Batch):
         return message_decoder(kind)
     entries = Annotated[list[msgspec.Raw], msgspec.Meta(max_length=kind.most)]

@@ -1,9 +1,9 @@
-"""Which requests are admitted: by token, by the name they were sent to, by the page they came from.
+"""Admit requests by their token, their Host name and the page that they come from.
 
-Loopback servers without a token can be reached by any web page that a browser on the machine shows,
-in two ways. *DNS rebinding*: the page's own name is made to point at 127.0.0.1; the Host header
-then still carries that name. *Cross-site requests*: the page makes the browser post a form; the
-Origin header then names the page's site. Neither header can be forged by a page.
+A web page in a browser on the same machine can reach loopback servers without a token in two ways.
+*DNS rebinding*: the page's own name is made to point at 127.0.0.1; the Host header
+then still contains that name. *Cross-site requests*: the page makes the browser post a form; the
+Origin header then contains the page's site. A page can forge neither header.
 
 Rules, in this order:
 
@@ -12,9 +12,9 @@ Rules, in this order:
 2. Without a token, Host must be an IP address, `localhost` or a name below it, this machine's own
    name with or without its domain, or one of the allowed names. A page cannot have an IP address
    as its name unless it came from there. `*` allows every name.
-3. Requests that change something (all but GET, HEAD and OPTIONS) are refused if a browser says that
-   they come from another site: Origin is neither the Host nor an allowed name, or Sec-Fetch-Site
-   is neither `none` nor `same-origin`. Programs send neither header.
+3. Requests that change something (all but GET, HEAD and OPTIONS) are refused if a browser reports
+   that they come from another site: Origin is neither the Host nor an allowed name, or
+   Sec-Fetch-Site is neither `none` nor `same-origin`. Programs send neither header.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class Guard:
-    """Middleware that answers requests which are not admitted, and passes on the others."""
+    """Middleware that refuses requests that are not admitted, and passes on all others."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Guard:
         allowed_hosts: Collection[str],
         errors: ErrorResponder,
     ) -> None:
-        """Take what `build_application` was given; `allowed_hosts` may hold `*`."""
+        """Take arguments of `build_application`; `allowed_hosts` may contain `*`."""
         self._app = app
         self._token = None if token is None else token.encode()
         self._given = {name.lower().rstrip(".") for name in allowed_hosts}
@@ -54,7 +54,7 @@ class Guard:
         self._errors = errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer it."""
+        """Pass the request on, or answer it with an error."""
         if scope["type"] == "http":
             headers: dict[bytes, bytes] = dict(scope["headers"])
             error = self._refusal(scope["method"], headers)
@@ -111,7 +111,7 @@ def _host_name(host: str) -> str:
 
 @cache
 def _full_name() -> str:
-    """Return this machine's name with its domain; asks for it when it is first needed."""
+    """Return this machine's name with its domain; it is looked up on first use."""
     return socket.getfqdn().lower()
 
 

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all, also when the process that fills it is killed."""
+"""Create folders that are complete or absent, even if the process is killed while filling them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pathlib import Path
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to fill; it becomes `folder` when the block ends without an error.
+    """Yield an empty folder to fill; it becomes `folder` when the block ends without an error.
 
-    Where `folder` has appeared meanwhile, made by another process, that one stays. What a killed
-    process left behind on its way to the same folder is deleted: beside each folder that is being
-    filled lies a locked file, and the lock goes with the process that holds it.
+    If another process has created `folder` meanwhile, that one is kept. Folders left
+    over from a killed process are deleted: each folder that is being filled has a locked file next
+    to it, and the lock ends with the process that holds it.
 
     Raises:
-        OSError: if files cannot be written there.
+        OSError: if files cannot be written.
     """
-    # Takes 5 MB, and shops in memory make no folder.
+    # Imported here: it takes 5 MB, and shops in memory make no folder.
     from filelock import FileLock, Timeout
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,9 +51,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _write_through(folder: Path) -> None:
-    """Make the content of the files reach the disk before the folder's name does."""
+    """Flush the files to disk before the folder gets its name."""
     for path in folder.rglob("*"):
         if path.is_file():
-            # Opened for writing, as Windows asks for.
+            # Opened for writing, as Windows requires.
             with path.open("r+b") as file:
                 os.fsync(file.fileno())

@@ -1,6 +1,6 @@
-"""Options of a command line, each declared once, as a field of a dataclass.
+"""Declare options of a command line once, as fields of a dataclass.
 
-The field's name gives the flag, its annotation the type, `option` the rest.
+The field's name defines the flag, its annotation the type, `option` the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def option(
     least: float | None = None,
     most: float | None = None,
 ) -> Any:
-    """Declare a field with its default and its help.
+    """Declare a field with its default and its help text.
 
     A default of () means that the flag may be repeated. `least` and `most` limit numbers on the
     command line.
@@ -38,8 +38,8 @@ class ServiceOptions:
     """Options of every server."""
 
     host: str = option("127.0.0.1", "address to listen on")
-    port: int = option(0, "0 picks a free one", least=0, most=65535)
-    max_body: int = option(1_000_000, "of one request", metavar="BYTES", least=1)
+    port: int = option(0, "port to listen on; 0 picks a free one", least=0, most=65535)
+    max_body: int = option(1_000_000, "maximum size of a request", metavar="BYTES", least=1)
     token_env: str | None = option(
         None,
         "environment variable with a token that every request must carry (Authorization: Bearer,"
@@ -48,11 +48,11 @@ class ServiceOptions:
     )
     allowed_host: tuple[str, ...] = option(
         (),
-        "further host name under which the server is called without a token (IP addresses,"
+        "further host name that the server accepts without a token (IP addresses,"
         " localhost and the machine's own name always work); *: every name; may be repeated",
         metavar="NAME",
     )
-    parent: int | None = option(None, "exit when this process is gone", metavar="PID", least=1)
+    parent: int | None = option(None, "exit when this process has ended", metavar="PID", least=1)
 
 
 def add_options(command: argparse.ArgumentParser, *kinds: type, **defaults: Any) -> None:
@@ -74,7 +74,7 @@ def add_options(command: argparse.ArgumentParser, *kinds: type, **defaults: Any)
 
 
 def read_options(kind: type[_T], arguments: argparse.Namespace) -> _T:
-    """Make a dataclass from the arguments of its flags."""
+    """Make a dataclass from the parsed arguments of its flags."""
     return kind(**{entry.name: getattr(arguments, entry.name) for entry in fields(kind)})  # type: ignore[arg-type]
 
 
@@ -95,7 +95,7 @@ def _reader(hint: Any, least: float | None, most: float | None) -> Callable[[str
 
     def read(text: str) -> Any:
         number = hint(text)
-        # Written so that NaN is refused.
+        # Written so that NaN is refused, too.
         if least is not None and not number >= least:
             raise argparse.ArgumentTypeError(f"must be at least {least:,}")
         if most is not None and not number <= most:

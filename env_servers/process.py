@@ -1,4 +1,4 @@
-"""The life of a server process: its token, socket, start-up line, parent and end."""
+"""Run a server process: its token, socket, start-up line, parent and shutdown."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _PARENT_POLL_SECONDS = 0.5
 
 
 class StartError(Exception):
-    """The server cannot start; the message is one line that says what to do."""
+    """The server cannot start; the message is one line with the remedy."""
 
 
 def read_token(variable: str | None) -> str | None:
     """Return the token in an environment variable.
 
     Raises:
-        StartError: if the variable is named but empty, not set, or no ASCII word.
+        StartError: if the variable is unset, empty, or not an ASCII word.
     """
     if variable is None:
         return None
@@ -73,7 +73,7 @@ def open_socket(host: str, port: int, *, has_token: bool) -> socket.socket:
     bound = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
     if not bound.is_loopback and not has_token:
         print(
-            f"warning: {host} is reachable from other machines and no token is asked for: anybody"
+            f"warning: {host} is reachable from other machines and no token is required: anyone"
             " who can connect can use this server. Use --token-env or --host 127.0.0.1.",
             file=sys.stderr,
             flush=True,
@@ -82,7 +82,7 @@ def open_socket(host: str, port: int, *, has_token: bool) -> socket.socket:
 
 
 def watch_parent(pid: int) -> None:
-    """End this process, as SIGTERM would, once another process is gone, however it ended."""
+    """End this process, as SIGTERM would, when another process has ended in any way."""
 
     def watch() -> None:
         try:
@@ -96,10 +96,10 @@ def watch_parent(pid: int) -> None:
 def _wait_for_end(pid: int) -> None:
     is_parent = os.getppid() == pid
     if sys.platform == "linux" and hasattr(os, "pidfd_open"):
-        # A kernel may not have it or not allow it.
+        # A kernel may lack or forbid it.
         with contextlib.suppress(OSError):
             waiting = select.poll()
-            # Readable from the moment the process ends, also before it is reaped.
+            # Readable as soon as the process ends, also before it is reaped.
             waiting.register(os.pidfd_open(pid), select.POLLIN)
             waiting.poll()
             return
@@ -128,7 +128,7 @@ def exit_on_signals() -> None:
 
 
 def serve(app: ASGIApp, listener: socket.socket, *, service: str) -> None:
-    """Serve until SIGTERM or SIGINT; prints `{"ready": true, "url", "service"}` once it answers."""
+    """Serve until SIGTERM or SIGINT; print `{"ready": true, "url", "service"}` when ready."""
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     config = uvicorn.Config(

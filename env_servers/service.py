@@ -1,7 +1,7 @@
-"""Requests, errors, bodies and metrics, as the applications of all servers have them.
+"""Handle requests, errors, bodies and metrics for the applications of all servers.
 
 `endpoints.build_application` makes a Starlette application, `process.serve` runs it. Nothing here
-depends on what a server serves.
+depends on the content of a server.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ErrorPage = Callable[[Request, "ServiceError"], "Response | None"]
 
 
 class ServiceError(Exception):
-    """A request that is answered with an error: HTTP status, snake_case code, what to do."""
+    """An error as answer to a request: HTTP status, snake_case code, what to do."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ class ServiceError(Exception):
 
 
 class ErrorBody(msgspec.Struct):
-    """What is wrong: a code for programs, and a message that says what to change."""
+    """An error: a code for programs, and a message that says what to change."""
 
     code: str
     message: str
@@ -59,13 +59,13 @@ class ErrorBody(msgspec.Struct):
 
 
 class ErrorAnswer(msgspec.Struct):
-    """The answer to a request, or to an entry of a batch, that failed."""
+    """The answer to a failed request or entry of a batch."""
 
     error: ErrorBody
 
 
 class JsonResponse(Response):
-    """JSON in UTF-8 of anything that msgspec encodes; texts must not hold lone surrogates."""
+    """JSON in UTF-8 of any value that msgspec encodes; texts must not contain lone surrogates."""
 
     media_type = "application/json"
 
@@ -75,7 +75,7 @@ class JsonResponse(Response):
 
 
 class ErrorResponder:
-    """Turns errors into answers and counts them by code."""
+    """Converts errors to answers and counts them by code."""
 
     def __init__(self, page: ErrorPage | None = None) -> None:
         """Answer in JSON where `page`, which may draw a page for people, returns None."""
@@ -100,18 +100,18 @@ class ErrorResponder:
         return page or JsonResponse(error.answer(), error.status)
 
     async def on_error(self, request: Request, error: Exception) -> Response:
-        """Answer what a handler raised, what the router refused (404, 405), or a defect.
+        """Answer an error of a handler or of the router (404, 405), or an unexpected exception.
 
-        uvicorn logs the traceback of a defect.
+        uvicorn logs the traceback of an unexpected exception.
         """
         if isinstance(error, ServiceError):
             return self.response(request, error)
         if not isinstance(error, HTTPException):
-            message = "A defect of the server; its log has the details."
+            message = "Internal error of the server; its log has the details."
             return self.response(request, ServiceError(500, "internal_error", message))
         code, message = {
             404: ("not_found", "There is nothing at this address; GET / lists the addresses."),
-            405: ("method_not_allowed", f"{request.method} is not possible here; see Allow."),
+            405: ("method_not_allowed", f"{request.method} is not allowed; see the header Allow."),
         }.get(error.status_code, ("bad_request", "The request cannot be handled."))
         answer = self.response(request, ServiceError(error.status_code, code, message))
         answer.headers.update(error.headers or {})
@@ -122,7 +122,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     """Read the whole body of at most `limit` bytes, with or without an announced length.
 
     Raises:
-        ServiceError: 413 if it is longer; 400 if the client went away.
+        ServiceError: 413 if it is longer; 400 if the client disconnected.
     """
     body = bytearray()
     try:
@@ -137,11 +137,11 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 def message_decoder(kind: Any) -> Callable[[bytes], Any]:
-    """Return a function that decodes and validates JSON of one type, as msgspec has them.
+    """Return a function that decodes and validates JSON of one type with msgspec.
 
     A type may also be a union of structs without a tag: an object is decoded as the first one of
-    which it has a field that the others do not have. Lone surrogates, which JSON can escape and no
-    encoding can carry, become U+FFFD. The function raises `ServiceError` 422; it names the field.
+    which it has a field that the others lack. Lone surrogates, which JSON can escape and no
+    encoding can represent, become U+FFFD. The function raises `ServiceError` 422 with the field.
     """
     members = union_members(kind)
     choices = [msgspec.json.Decoder(member).decode for member in members]
@@ -197,7 +197,7 @@ def _invalid(reason: str) -> ServiceError:
 
 
 class Metrics(Collector):
-    """The metrics of one application, in a registry of its own, with those of its process."""
+    """The metrics of one application and its process, in a separate registry."""
 
     def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
         """Take a function that returns the current metrics."""
@@ -216,7 +216,7 @@ class Metrics(Collector):
 
 
 def program_version() -> str:
-    """Return the version of this package, or `unknown` where it is not installed."""
+    """Return the version of this package, or `unknown` if it is not installed."""
     try:
         return metadata.version("atod-gym")
     except metadata.PackageNotFoundError:

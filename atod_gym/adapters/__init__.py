@@ -1,4 +1,4 @@
-"""Our environments inside other people's trainers: one file for each of them.
+"""Adapters that run our environments inside other trainers, one file per trainer.
 
-The outside packages are imported where they are used; each has an extra of its name.
+External packages are imported on use; each has an extra of the same name.
 """

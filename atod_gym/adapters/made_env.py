@@ -1,4 +1,4 @@
-"""Gym environments from settings that came from outside."""
+"""Make Gymnasium environments from external settings."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from atod_gym.wrappers import agent_env, make_env
 def made_env(
     env_id: str, env_options: Mapping[str, Any], prompt_options: Mapping[str, Any] | None = None
 ) -> gymnasium.Env[Any, str]:
-    """A new environment.
+    """Make an environment.
 
     Args:
         env_id: what `gymnasium.make` takes.
         env_options: keywords of the environment.
-        prompt_options: keywords of `agent_env`, with which the environment speaks messages; None:
+        prompt_options: keywords of `agent_env`, so that the environment exchanges messages; None:
             it takes actions.
 
     Raises:
-        InvalidSettingError: if a keyword is unknown or has no meaning.
+        InvalidSettingError: if a keyword is unknown or invalid.
         AtodError: if the environment cannot be made, see its class.
     """
     env = make_env(env_id, **env_options)

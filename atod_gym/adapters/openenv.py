@@ -1,18 +1,18 @@
-"""Environments of this package behind an OpenEnv server, and the client for it.
+"""Serve environments of this package as an OpenEnv server, and connect to one.
 
-`make_app` gives the ASGI application that OpenEnv makes of an environment, and
+`make_app` returns OpenEnv's ASGI application for an environment, and
 
     python -m atod_gym.adapters.openenv --env-id atod/WebShop-v0 --port 8000
 
-serves it. `AtodClient` is the client; it needs the server's address and nothing else:
+serves it. `AtodClient` is the client; it needs only the server's address:
 
     with AtodClient(base_url="http://127.0.0.1:8000").sync() as client:
         result = client.reset(task_id=...)
         result = client.step("search[red shoes]")
 
-Every session (a websocket) has a gym environment of its own, opened at its first reset and closed
-with it. OpenEnv's plain HTTP routes keep no session: there `/reset` shows the start of a task, and
-`/step` answers 409.
+Every session (a websocket) has its own Gymnasium environment, opened at the first reset and closed
+with the session. OpenEnv's plain HTTP routes keep no session: `/reset` shows the start of a task,
+and `/step` answers 409.
 
 A reset takes `seed`, `episode_id`, and one of `task_id` and `index`, the task's number in the
 split. OpenEnv's task routes (`/<name>/tasks` and so on) list the tasks.
@@ -43,13 +43,13 @@ from atod_gym.errors import (
 )
 
 MAX_SESSIONS = 256
-"""Sessions that a server holds at once, if it is not told otherwise."""
+"""Default limit of concurrent sessions of a server."""
 
 _BACKLOG = 2048
 
 
 class Types(NamedTuple):
-    """The classes that derive from OpenEnv's."""
+    """Classes derived from OpenEnv's."""
 
     action: Any
     observation: Any
@@ -67,20 +67,20 @@ def make_app(
     session_timeout: float | None = None,
     **env_options: Any,
 ) -> Any:
-    """The ASGI application that serves an environment in OpenEnv's protocol.
+    """Return the ASGI application that serves an environment in OpenEnv's protocol.
 
     Args:
         env_id: what `gymnasium.make` takes.
         completions: False: a step's text is an action, as the environment takes it; True: it is
             the completion of a model, and observations have the `messages` to answer.
         prompt_options: with completions: keywords of `atod_gym.wrappers.agent_env`.
-        max_sessions: sessions at once; one more is refused.
+        max_sessions: limit of concurrent sessions; one more is refused.
         session_timeout: seconds after which OpenEnv ends idle sessions without a websocket.
         env_options: keywords of the environment, such as `split` or `data`.
 
     Raises:
         MissingExtraError: if OpenEnv is not installed.
-        InvalidSettingError: if a setting has no meaning.
+        InvalidSettingError: if a setting is invalid.
         AtodError: if the environment cannot be made, see its class.
     """
     types = load_types()
@@ -92,7 +92,7 @@ def make_app(
     if max_sessions < 1:
         raise InvalidSettingError(f"max_sessions must be >= 1, not {max_sessions}.")
     prompt_options = dict(prompt_options or {}) if completions else None
-    # Made once at the start, so that a mistake does not wait for the first session.
+    # Made once at the start, so that mistakes are reported before the first session.
     env = made_env(env_id, env_options, prompt_options)
     try:
         task_ids: tuple[str, ...] = env.get_wrapper_attr("task_ids")
@@ -116,7 +116,7 @@ def make_app(
 
 @functools.cache
 def load_types() -> Types:
-    """The classes of this adapter, derived from those of OpenEnv.
+    """Return the classes of this adapter, derived from those of OpenEnv.
 
     Raises:
         MissingExtraError: if OpenEnv is not installed.
@@ -137,7 +137,7 @@ def load_types() -> Types:
         text: Annotated[str, BeforeValidator(_any_text)]
 
     class AtodObservation(Observation):
-        """What the environment says; `metadata` is the gym environment's info."""
+        """An observation of the environment; `metadata` is the Gymnasium environment's info."""
 
         instruction: str = ""
         text: str = ""
@@ -148,7 +148,7 @@ def load_types() -> Types:
         messages: list[dict[str, str]] = []  # noqa: RUF012
 
     class AtodState(State):
-        """Where the episode stands; empty texts before the first reset."""
+        """The state of the episode; empty texts before the first reset."""
 
         task_id: str = ""
         task_type: str = ""
@@ -181,7 +181,7 @@ def load_types() -> Types:
 
 
 def __getattr__(name: str) -> Any:
-    """`AtodClient` and its like are made when they are asked for, as OpenEnv may be missing."""
+    """Create `AtodClient` and the other classes on access, as OpenEnv may be missing."""
     for cls in load_types() if name.startswith("Atod") else ():
         if cls.__name__ == name:
             return cls
@@ -193,7 +193,7 @@ def _any_text(text: object) -> object:
 
 
 def _answer_errors(app: Any) -> None:
-    """Makes the plain HTTP routes name errors of the environment as they name their own."""
+    """Make the plain HTTP routes report errors of the environment as they report their own."""
     from fastapi.responses import JSONResponse
 
     def answer(request: Any, error: Exception) -> Any:
@@ -205,13 +205,13 @@ def _answer_errors(app: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serves an environment until it is ended; prints its address as JSON when it listens.
+    """Serve an environment until stopped; print its address as JSON once it listens.
 
     Args:
         arguments: command line without the program's name; None: that of the process.
 
     Returns:
-        Exit status: 2 for a mistake of the user, which is named on standard error.
+        Exit status: 2 for a mistake of the user, which is reported on standard error.
     """
     parser = argparse.ArgumentParser(
         prog="python -m atod_gym.adapters.openenv", description="Serve an environment (OpenEnv)."
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _further_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return split, data and what `--options` holds; refuse what has an option of its own."""
+    """Return split, data and the keywords in `--options`; refuse those with their own option."""
     try:
         chosen = json.loads(options.options)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""One session at an OpenEnv server: what its environment does with a gym environment."""
+"""Implement a session of an OpenEnv server with a Gymnasium environment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atod_gym.prompts import shown_text
 
 
 class ServedTasks(NamedTuple):
-    """What all sessions of a server share."""
+    """The settings that all sessions of a server share."""
 
     env_id: str
     env_options: Mapping[str, Any]
@@ -26,7 +26,7 @@ class ServedTasks(NamedTuple):
     task_ids: tuple[str, ...]
 
     def made(self) -> gymnasium.Env[Any, str]:
-        """A new gym environment; with completions it speaks messages."""
+        """Make a Gymnasium environment; with completions it exchanges messages."""
         return made_env(self.env_id, self.env_options, self.prompt_options)
 
     @property
@@ -36,7 +36,7 @@ class ServedTasks(NamedTuple):
 
 
 class Session:
-    """The environment of OpenEnv: one session with its gym environment."""
+    """OpenEnv's environment: one session with its Gymnasium environment."""
 
     observation_class: Any
     state_class: Any
@@ -59,12 +59,12 @@ class Session:
         index: int | None = None,
         **unknown: Any,
     ) -> Any:
-        """Starts an episode of a task, named by its id or its number, else a random one.
+        """Start an episode of a task, given by its id or its number, else of a random one.
 
         Raises:
             InvalidSettingError: for an unknown keyword, another split, or two tasks.
             TaskNotFoundError: if the split has no such task.
-            AtodError: if the task cannot be loaded; the next reset may be of another one.
+            AtodError: if the task cannot be loaded; the next reset may name another one.
         """
         if unknown:
             raise InvalidSettingError(
@@ -86,11 +86,11 @@ class Session:
         return self._observation(observed, info)
 
     def step(self, action: Any, timeout_s: float | None = None, **kwargs: Any) -> Any:
-        """Plays the text of an action; one that means nothing costs the turn.
+        """Play the text of an action; an invalid one costs the turn.
 
         Raises:
             gymnasium.error.ResetNeeded: before the first reset and after the end of an episode.
-            ServerError: if the environment's own server fails; the step may be sent again.
+            ServerError: if the environment's own server fails; the same step may be sent again.
         """
         if self._env is None:
             raise ResetNeeded(
@@ -113,7 +113,7 @@ class Session:
 
     @property
     def state(self) -> Any:
-        """Where the episode stands."""
+        """Return the state of the episode."""
         names = ("task_id", "task_type", "split", "data", "success")
         return self.state_class(
             episode_id=self._episode_id,
@@ -124,13 +124,13 @@ class Session:
         )
 
     def close(self) -> None:
-        """Closes the gym environment; may be called twice."""
+        """Close the Gymnasium environment; may be called twice."""
         env, self._env = self._env, None
         if env is not None:
             env.close()
 
     def get_metadata(self) -> Any:
-        """What `/metadata` says."""
+        """Return the answer to `/metadata`."""
         from importlib.metadata import version
 
         from openenv.core.env_server.types import EnvironmentMetadata
@@ -151,27 +151,27 @@ class Session:
         return [(action, {"text": action}) for action in playable]
 
     def list_splits(self) -> list[str]:
-        """The one split that is served."""
+        """Return the one split that is served."""
         return [self._served.split]
 
     def num_tasks(self, split: str) -> int:
-        """How many tasks the split has."""
+        """Return the number of tasks in the split."""
         self._check_split(split)
         return len(self._served.task_ids)
 
     def list_tasks(self, split: str) -> list[dict[str, Any]]:
-        """All tasks, in manifest order."""
+        """Return all tasks, in manifest order."""
         return self.get_task_range(split)
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
-        """One task by its number; raises `IndexError` if there is none."""
+        """Return one task by its number; raise `IndexError` if there is none."""
         self._check_split(split)
         return {"id": self._task_at(index), "index": index}
 
     def get_task_range(
         self, split: str, start: int | None = None, stop: int | None = None
     ) -> list[dict[str, Any]]:
-        """Tasks by their numbers, as in a Python slice."""
+        """Return tasks by their numbers, as in a Python slice."""
         self._check_split(split)
         numbers = range(len(self._served.task_ids))[start:stop]
         return [{"id": self._served.task_ids[index], "index": index} for index in numbers]
@@ -203,7 +203,7 @@ class Session:
 
 
 def _plain(value: Any) -> Any:
-    """The same as JSON has it: lists for tuples, and text that can be encoded."""
+    """Convert a value for JSON: tuples to lists, lone surrogates to `?`."""
     if isinstance(value, str):
         return encodable(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The tasks of a split, as outside trainers take them."""
+"""List the tasks of a split for external trainers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from atod_gym.errors import MissingExtraError
 
 
 def task_ids(env_id: str, **settings: Any) -> tuple[str, ...]:
-    """The task ids of a split, in manifest order.
+    """Return the task ids of a split, in manifest order.
 
     Raises:
         AtodError: as `made_env`.
@@ -22,10 +22,10 @@ def task_ids(env_id: str, **settings: Any) -> tuple[str, ...]:
 
 
 def dataset(rows: list[dict[str, Any]], extra: str) -> Any:
-    """A `datasets.Dataset` of rows.
+    """Make a `datasets.Dataset` from rows.
 
     Args:
-        rows: with the same keys.
+        rows: dicts with the same keys.
         extra: the extra to install, for the message.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Our environments for TRL's trainers: a tool that plays, and tasks as a data set.
+"""Environments for TRL's trainers: a tool that plays an episode, and tasks as a data set.
 
-TRL's `environment_factory` (tested with TRL 1.16) makes one object per rollout, shows the model the
-object's public methods as tools, and asks it for the reward. Models must know tool calls. Where a
-model is to write actions itself, in chat or window style, use `atod_train.adapters.trl`, which
-also has the objective.
+TRL's `environment_factory` (tested with TRL 1.16) makes one object per rollout, offers the object's
+public methods to the model as tools, and reads the reward from the object. The model must support
+tool calls. For models that write actions themselves, in chat or window style, use
+`atod_train.adapters.trl`, which also has the objective.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OVER = "The episode is over; nothing more can be done."
 
 
 def task_dataset(env_id: str, *, tools: bool = True, **settings: Any) -> Any:
-    """The tasks of a split as a data set that TRL's trainers take.
+    """Return the tasks of a split as a data set for TRL's trainers.
 
     Args:
         env_id: such as `atod/WebShop-v0`.
@@ -37,7 +37,7 @@ def task_dataset(env_id: str, *, tools: bool = True, **settings: Any) -> Any:
 
     Raises:
         MissingExtraError: if the package datasets is not installed.
-        AtodError: as the environment does.
+        AtodError: as the environment raises it.
     """
     empty = [{"role": "user", "content": ""}]
     rows = [
@@ -54,17 +54,17 @@ def environment_factory(
     show_admissible: bool = True,
     **settings: Any,
 ) -> Callable[[], TaskTool]:
-    """What `GRPOTrainer(environment_factory=...)` takes.
+    """Return a value for `GRPOTrainer(environment_factory=...)`.
 
     Args:
         env_id: such as `atod/WebShop-v0`.
         invalid_action_penalty: subtracted from the environment's reward for every action that was
             not valid.
-        show_admissible: whether the model is told the admissible actions.
+        show_admissible: whether the model is shown the admissible actions.
         **settings: of the environment, such as `split`, `data` and `max_turns`.
 
     Returns:
-        A function that makes an environment of its own for every rollout.
+        A function that makes one environment for each rollout.
     """
 
     def make() -> TaskTool:
@@ -77,7 +77,7 @@ def environment_factory(
 class TaskTool:
     """One environment whose actions are calls of the tool `act`.
 
-    TRL takes every public method but `reset` and `get_reward` for a tool.
+    TRL offers every public method except `reset` and `get_reward` as a tool.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class TaskTool:
         self.invalid_action_penalty = invalid_action_penalty
         self.show_admissible = show_admissible
         self.info: dict[str, Any] = {}
-        """Of the last reset or action."""
+        """The `info` of the last reset or action."""
         self._reward = 0.0
         self._over = True
         tags = action_tags(env.unwrapped.metadata)
@@ -102,7 +102,7 @@ class TaskTool:
         )
 
     def reset(self, task_id: str | None = None, **row: object) -> str:
-        """Starts an episode; what it returns is added to the prompt.
+        """Start an episode; the returned text is added to the prompt.
 
         Args:
             task_id: the task; None: a random one.
@@ -135,7 +135,7 @@ class TaskTool:
         return self._told(observation)
 
     def get_reward(self) -> float:
-        """The sum of the episode's rewards, penalties included."""
+        """Return the sum of the episode's rewards, penalties included."""
         return self._reward
 
     def _told(self, observation: Any) -> str:

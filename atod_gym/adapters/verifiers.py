@@ -1,18 +1,18 @@
-"""Environments of this package in `verifiers`, for its evaluations and for prime-rl.
+"""Environments of this package for `verifiers`, its evaluations and prime-rl.
 
-verifiers 0.4 knows one protocol (`verifiers.v1`): a taskset with the tasks, an environment that
+verifiers 0.4 has one protocol (`verifiers.v1`): a taskset with the tasks, an environment that
 plays an episode of a task, and a harness through which an agent calls its model. `vf-eval` runs
-exactly that; the older `MultiTurnEnv` is gone from the package. Here
+this protocol; the older `MultiTurnEnv` was removed. Here
 
 - a task is one task id of a split,
-- the environment opens a gym environment for each episode, in a thread of its own, hands the
-  agent one user message a turn and gives the completions to the gym environment,
-- the harness sends one chat completion a turn from this process; it needs no sandbox.
+- the environment opens a Gymnasium environment for each episode, in its own thread, passes the
+  agent one user message per turn and passes the completions to the Gymnasium environment,
+- the harness requests one chat completion per turn from this process; it needs no sandbox.
 
 In chat style a turn's request is the whole dialogue, and the trace is one branch. In window style
-every turn's message stands alone: it starts a branch of its own in the trace.
+every turn's message is self-contained and starts its own branch of the trace.
 
-`vf-eval atod-verifiers`, and env servers such as those of prime-rl, find all of it in the module
+`vf-eval atod-verifiers`, and env servers such as those of prime-rl, load all of it from the module
 `atod_verifiers`, which is installed with this package; its settings are
 `--env.taskset.env-id atod/WebShop-v0` and so on.
 """
@@ -34,7 +34,7 @@ from atod_gym.prompts import PromptStyle
 from atod_gym.tasks import spread
 
 PLUGIN_ID = "atod-verifiers"
-"""What verifiers calls the taskset, the environment and the harness."""
+"""Id of the taskset, the environment and the harness in verifiers."""
 
 REWARD = "environment_reward"
 """Name of the reward in traces: the sum of the rewards of the turns."""
@@ -64,7 +64,7 @@ def load_environment(
     template: str | None = None,
     **env_options: Any,
 ) -> Any:
-    """A `verifiers.v1.Env` over an environment of this package.
+    """Return a `verifiers.v1.Env` over an environment of this package.
 
     Args:
         env_id: what `gymnasium.make` takes.
@@ -83,7 +83,7 @@ def load_environment(
 
     Raises:
         MissingExtraError: if verifiers is not installed.
-        InvalidSettingError: if a setting has no meaning.
+        InvalidSettingError: if a setting is invalid.
         AtodError: if the environment cannot be made, see its class.
     """
     plugin = load_plugin()
@@ -109,7 +109,7 @@ def load_environment(
 
 @functools.cache
 def load_plugin() -> Plugin:
-    """The classes of this adapter, derived from those of verifiers.
+    """Return the classes of this adapter, derived from those of verifiers.
 
     Raises:
         MissingExtraError: if verifiers is not installed.
@@ -138,7 +138,7 @@ def load_plugin() -> Plugin:
         data: str | None = None
         """auto, official, generated, or a path."""
         prompt_style: PromptStyle = "chat"
-        """The dialogue so far, or one message a turn with the last turns in it."""
+        """chat: the dialogue so far; window: one message per turn that contains the last turns."""
         parse_profile: ParseProfile = "tags"
         """How completions are parsed."""
         max_turns: int | None = None
@@ -176,11 +176,11 @@ def load_plugin() -> Plugin:
 
 
 def _made(config: Any) -> gymnasium.Env[Any, str]:
-    """The gym environment that the settings of a taskset describe."""
+    """Make the Gymnasium environment that the settings of a taskset describe."""
     chosen = {"split": config.split, "data": config.data, "max_turns": config.max_turns}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     for name in chosen.keys() & config.options.keys():
-        raise InvalidSettingError(f"{name} is set twice: by itself and among the options.")
+        raise InvalidSettingError(f"{name} is set twice: directly and in options. Remove one.")
     prompt_options = {
         "profile": config.parse_profile,
         "style": config.prompt_style,
@@ -206,7 +206,7 @@ class _Tasks:
         self.task_ids = spread(task_ids, max(0, config.tasks))
 
     def load(self) -> Iterator[Any]:
-        """Yields the tasks."""
+        """Yield the tasks."""
         return map(self._task, self.task_ids)
 
     def _task(self, task_id: str) -> Any:
@@ -214,7 +214,7 @@ class _Tasks:
 
 
 class _Playing:
-    """The environment of verifiers: one gym environment for each episode."""
+    """The environment of verifiers: one Gymnasium environment for each episode."""
 
     config: Any
     taskset: Any
@@ -229,7 +229,7 @@ class _Playing:
             )
 
     async def run(self, task: Any, agents: Any) -> None:
-        """Plays one episode; its trace gets the reward, the metrics and where the task is from."""
+        """Play one episode; record reward, metrics and the task's origin in its trace."""
         episode = Episode(functools.partial(_made, self.taskset.config))
         try:
             message = await episode.start(task.data.id)
@@ -250,7 +250,7 @@ class _Playing:
 
 
 def _completion(segment: Any) -> str:
-    """What the agent said last, as it stands: white space belongs to it."""
+    """Return the agent's last text unchanged: white space is part of it."""
     if segment.root_reply is not None:
         return str(segment.root_reply)
     said = (m.content for m in reversed(segment.messages) if m.role == "assistant")
@@ -258,7 +258,7 @@ def _completion(segment: Any) -> str:
 
 
 class _Chatting:
-    """The harness: a request to the model for each turn, from this process."""
+    """The harness: one request to the model per turn, from this process."""
 
     async def launch(
         self,
@@ -270,7 +270,7 @@ class _Chatting:
         mcp_urls: Mapping[str, str],
         data: Any,
     ) -> Any:
-        """Asks the model once about the prompt of the task, a text or messages."""
+        """Request one completion for the prompt of the task, a text or messages."""
         prompt = data.prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return await _ask(ctx.model, endpoint, secret, data.system_prompt, messages or ())
@@ -287,7 +287,7 @@ class _Chatting:
         messages: Iterable[Any],
         tool_interception_url: str | None = None,
     ) -> Any:
-        """Asks the model once about the dialogue, in window style about the new messages alone."""
+        """Request one completion for the dialogue; in window style for the new messages only."""
         past = trace.branches[-1].messages if trace.branches else []
         if getattr(data, "prompt_style", "chat") == "window":
             past = []
@@ -298,7 +298,7 @@ class _Chatting:
 async def _ask(
     model: str, endpoint: str, secret: str, system_prompt: str | None, messages: Iterable[Any]
 ) -> Any:
-    """One chat completion; verifiers stands at the endpoint and records it."""
+    """Request one chat completion; verifiers intercepts the endpoint and records it."""
     import openai
     from verifiers.v1 import ProgramResult
     from verifiers.v1.dialects.chat import message_to_wire
@@ -316,5 +316,5 @@ async def _ask(
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Read once: a client of its own reads them in 40 ms, and every turn has a client."""
+    """Read the certificates once: a new client needs 40 ms for them, and every turn has one."""
     return ssl.create_default_context()

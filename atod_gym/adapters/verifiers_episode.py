@@ -1,4 +1,4 @@
-"""One episode of a gym environment for the adapter to verifiers, which is asynchronous."""
+"""Run an episode of a Gymnasium environment in a thread, for the asynchronous verifiers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class Episode:
-    """A gym environment in a thread of its own, so that a slow one holds up no other.
+    """A Gymnasium environment in its own thread, so that a slow one blocks no other.
 
-    All calls run in that thread one after the other; closing therefore waits for a call that was
-    left because its rollout was cancelled.
+    All calls run in that thread one after the other. Closing therefore waits for a call whose
+    rollout was cancelled.
     """
 
     def __init__(self, make: Callable[[], gymnasium.Env[Any, str]]) -> None:
@@ -32,10 +32,10 @@ class Episode:
         self.malformed = 0
         self.total_reward = 0.0
         self.stop_reason = ""
-        """`terminated` or `truncated`; empty while the episode goes on."""
+        """`terminated` or `truncated`; empty while the episode runs."""
 
     async def start(self, task_id: str) -> str:
-        """Opens the environment; gives the first user message."""
+        """Open the environment; return the first user message."""
 
         def opened() -> tuple[Any, dict[str, Any]]:
             self._env = self._make()
@@ -45,7 +45,7 @@ class Episode:
         return encodable(messages[-1]["content"])
 
     async def play(self, completion: str) -> str:
-        """Plays a turn; gives the next user message."""
+        """Play a turn; return the next user message."""
         assert self._env is not None
         messages, reward, terminated, truncated, info = await self._in_thread(
             functools.partial(self._env.step, completion)
@@ -59,7 +59,7 @@ class Episode:
         return encodable(messages[-1]["content"])
 
     async def close(self) -> None:
-        """Closes the environment, if it was opened."""
+        """Close the environment if it was opened."""
 
         def closed() -> None:
             if self._env is not None:
@@ -67,11 +67,11 @@ class Episode:
 
         closing = self._thread.submit(closed)
         self._thread.shutdown(wait=False)
-        # A rollout that is cancelled a second time does not wait; the closing goes on.
+        # A rollout that is cancelled a second time does not wait; closing continues.
         await asyncio.shield(asyncio.wrap_future(closing))
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the episode so far."""
+        """Return figures of the episode so far."""
         turns = max(self.turns, 1)
         return {
             "success": float(self._info["success"]),
@@ -82,7 +82,7 @@ class Episode:
         }
 
     def origin(self) -> dict[str, str]:
-        """Which task of which data was played."""
+        """Return which task of which data was played."""
         return {name: self._info[name] for name in ("task_id", "task_type", "split", "data")}
 
     async def _in_thread(self, call: Callable[[], T]) -> T:

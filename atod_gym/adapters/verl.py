@@ -1,4 +1,4 @@
-"""Our tasks for verl: its data sets are parquet files, and a row names the task to play.
+"""Tasks for verl: its data sets are parquet files, and a row names the task to play.
 
 The agent loop that plays them, and ATOD's objective, are in `atod_train.adapters.verl`.
 """
@@ -13,16 +13,16 @@ from atod_gym.adapters import tasks
 from atod_gym.errors import AtodError
 
 AGENT_NAME = "atod"
-"""What rows call the agent loop that plays them."""
+"""Name in each row of the agent loop that plays it."""
 
 
 def task_dataset(env_id: str, *, split: str = "train", **settings: Any) -> Any:
-    """The tasks of a split as a data set in verl's form.
+    """Return the tasks of a split as a data set in verl's format.
 
     Args:
         env_id: such as `atod/WebShop-v0`.
         split: of the tasks.
-        **settings: of the environment, such as `data`; the same as in the agent loop's.
+        **settings: of the environment, such as `data`; the same as for the agent loop.
 
     Returns:
         A `datasets.Dataset` with the columns `data_source` (the environment), `prompt` (one message
@@ -31,7 +31,7 @@ def task_dataset(env_id: str, *, split: str = "train", **settings: Any) -> Any:
 
     Raises:
         MissingExtraError: if the package datasets is not installed.
-        AtodError: as the environment does.
+        AtodError: as the environment raises it.
     """
     rows = [
         {
@@ -47,7 +47,7 @@ def task_dataset(env_id: str, *, split: str = "train", **settings: Any) -> Any:
 
 
 def write_tasks(path: str | os.PathLike[str], env_id: str, **settings: Any) -> int:
-    """Writes `task_dataset` to a parquet file, for `data.train_files` and `data.val_files`.
+    """Write `task_dataset` to a parquet file, for `data.train_files` and `data.val_files`.
 
     Returns:
         The number of tasks.

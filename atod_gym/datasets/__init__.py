@@ -22,7 +22,7 @@ from atod_gym.errors import InvalidSettingError
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file as it is downloaded; None: not known.
+    """A file to download; None: not known.
 
     `name` is its path in the folder of the data set and of a mirror, `size` is in bytes, `entries`
     are the lines of JSON lines, or the entries of a JSON list or object.
@@ -37,7 +37,7 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """Files that belong together; sizes in bytes, about."""
+    """Files that belong together; sizes in bytes, approximate."""
 
     name: str
     title: str
@@ -50,7 +50,7 @@ class DataSet:
     files: tuple[DataFile, ...]
     download_size: int
     unpacks_to: str = ""
-    """Folder or file in the archive that is downloaded; empty: the files are no archives."""
+    """Folder or file inside the downloaded archive; empty: the files are not archives."""
     unpacked_size: int = 0
     manifest_hashes: Mapping[str, str] = field(default_factory=dict)
     """Split -> content hash of its task manifest (ALFWorld)."""
@@ -79,7 +79,7 @@ def catalogue() -> Mapping[str, DataSet]:
 
 
 def data_set(name: str) -> DataSet:
-    """Return a data set by its name; an InvalidSettingError names those there are."""
+    """Return a data set by its name; raise InvalidSettingError with the known names if unknown."""
     if name not in catalogue():
-        raise InvalidSettingError(f"No data set {name!r}; there are: {', '.join(catalogue())}.")
+        raise InvalidSettingError(f"Unknown data set {name!r}; known: {', '.join(catalogue())}.")
     return catalogue()[name]

@@ -19,9 +19,9 @@ from atod_gym.tasks import data_folders, expanded
 _EPILOG = f"""\
 Data sets: {", ".join(catalogue())}.
 A mirror holds each file as <data set>/<file name>. The variables https_proxy and
-no_proxy count as usual, and HF_ENDPOINT in place of https://huggingface.co.
-Exit status: 0 all is right, 1 something is missing, wrong or cannot be downloaded, 2 a
-mistake in the command, 130 interrupted."""
+no_proxy are respected, and HF_ENDPOINT replaces https://huggingface.co.
+Exit status: 0 success, 1 a file is missing, wrong or cannot be downloaded, 2 a mistake in
+the command, 130 interrupted."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def _explain(error: Exception) -> str:
         return f"Another process downloads into {Path(error.lock_file).parent}. Wait, or use --to."
     if isinstance(error, OSError):
         is_full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-        advice = "Make room: the same command continues" if is_full else "Choose another place"
+        advice = "Free some space: the same command continues" if is_full else "Choose another path"
         return f"Cannot use {error.filename or 'the folder'}: {error.strerror or error}. {advice}."
     return str(error)
 
@@ -53,10 +53,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="list|get|verify")
-    listed = commands.add_parser("list", help="show the data sets, and what of them is here")
+    listed = commands.add_parser("list", help="list the data sets and the files that are present")
     fetched = commands.add_parser("get", help="download, unpack and verify")
-    verified = commands.add_parser("verify", help="name missing and damaged files")
-    place = "of the data; default: where the environments find it, else ~/.cache/<name>"
+    verified = commands.add_parser("verify", help="report missing and damaged files")
+    place = "folder of the data; default: where the environments find it, else ~/.cache/<name>"
     for command, run in ((listed, _list), (fetched, _get), (verified, _verify)):
         command.set_defaults(run=run)
         command.add_argument("--to", "--in", dest="folder", metavar="FOLDER", help=place)
@@ -64,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     mirror, text = os.environ.get("ATOD_DATA_MIRROR"), "of copies; default: $ATOD_DATA_MIRROR"
     fetched.add_argument("--mirror", metavar="URL_OR_FOLDER", default=mirror, help=text)
     fetched.add_argument("--force", action="store_true", help="download again what is there")
-    text = "keep files that are not as known; verify still names them"
+    text = "accept files that differ from the published ones; verify still reports them"
     fetched.add_argument("--accept-other", action="store_true", help=text)
-    text = "data set, all, or a folder or file of questions; default: the data sets that are here"
+    text = "data set, all, or a folder or file of questions; default: data sets that are present"
     verified.add_argument("names", nargs="*", metavar="NAME_OR_FOLDER", help=text)
     return parser
 
@@ -74,14 +74,14 @@ def _parser() -> argparse.ArgumentParser:
 def _list(options: argparse.Namespace) -> int:
     for data in catalogue().values():
         _describe(data, _folder(data, options.folder))
-    print("\natod-data get NAME downloads one; atod-data verify checks what is here.")
+    print("\natod-data get NAME downloads one; atod-data verify checks the files that are present.")
     return 0
 
 
 def _describe(data: DataSet, folder: Path) -> None:
     size = tqdm.format_sizeof(data.download_size, "B")
-    begun = ", more begun" * (folder / f"{DOWNLOADS}-{data.name}").is_dir()
-    state = f"{len(_there(data, folder))} of {len(data.places)} here{begun}"
+    begun = ", a download is incomplete" * (folder / f"{DOWNLOADS}-{data.name}").is_dir()
+    state = f"{len(_there(data, folder))} of {len(data.places)} present{begun}"
     print(f"{data.name}: {data.title}\n  Licence: {data.licence}\n  Source:  {data.source}")
     print(f"  Folder:  {folder} ({state}; {size} to download)", flush=True)
 
@@ -104,7 +104,7 @@ def _verify(options: argparse.Namespace) -> int:
     here = [one.name for one in catalogue().values() if _there(one, _folder(one, options.folder))]
     names = list(catalogue()) if "all" in options.names else options.names or here
     if not names:
-        raise DownloadError("No data set is here to verify; atod-data list shows them all.")
+        raise DownloadError("No data set was found to verify; atod-data list shows them all.")
     status = 0
     for name in names:
         if name not in catalogue() and Path(name).exists():
@@ -124,7 +124,7 @@ def _show(findings: list[verify.Finding]) -> int:
 
 
 def _folder(data: DataSet, chosen: str | None) -> Path:
-    """Return where a data set lies, or else would lie."""
+    """Return the folder that has a data set, else the folder to download it to."""
     if chosen is not None:
         return expanded(chosen) / ("webshop-full" * (data.name == "webshop-full"))
     folders = data_folders(data.cache.removesuffix("-full"), (data.variable,))

@@ -1,4 +1,4 @@
-"""Downloads a data set: a file gets its final name when it is complete and checked.
+"""Download a data set: a file gets its final name when it is complete and checked.
 
 Per missing file: `_fetch` (pooch repeats `_resume`), `check_file`, rename or `_unpack`, record.
 """
@@ -28,9 +28,9 @@ from atod_gym.errors import DownloadError
 from atod_gym.tasks import expanded
 
 DOWNLOADS = ".atod-downloads"
-"""Folder of what is not complete yet, beside the data; a hyphen and the data set's name follow."""
+"""Folder of incomplete downloads, next to the data; a hyphen and the data set's name follow."""
 
-# urllib3 repeats requests that get no answer, pooch those whose answer breaks off in the middle.
+# urllib3 retries requests without an answer, pooch those whose answer is cut off.
 _RETRY = Retry(5, connect=2, backoff_factor=1, status_forcelist=(408, 429, 500, 502, 503, 504),
                raise_on_status=False, respect_retry_after_header=False)  # fmt: skip
 _BROKEN_CONNECTIONS = 10
@@ -41,17 +41,17 @@ _HUB = "https://huggingface.co"
 
 def get(data: DataSet, folder: Path, *, mirror: str | None = None, force: bool = False,
         accept_other: bool = False) -> list[verify.Finding]:  # fmt: skip
-    """Download what is missing (`force`: all of it) into a folder, and return what `verify` finds.
+    """Download missing files (`force`: all files) into a folder; return the findings of `verify`.
 
     Raises:
-        DownloadError: if a file cannot be downloaded, or is not as known (unless `accept_other`).
+        DownloadError: if a file cannot be downloaded, or is not as published (see `accept_other`).
         OSError: if the folder cannot be written, or another process downloads into it.
     """
     downloads = folder / f"{DOWNLOADS}-{data.name}"
     found = [] if force else verify.verify(data, folder)
     for name, kind, text in found:
         if kind == "wrong" and not accept_other:
-            raise DownloadError(f"{folder / name} is there, but not right ({text}). Delete it, or "
+            raise DownloadError(f"{folder / name} is damaged or differs ({text}). Delete it, or "
                                 "replace it with --force.")  # fmt: skip
     if found and all(kind != "missing" for _, kind, _ in found) and not downloads.exists():
         return found
@@ -75,7 +75,7 @@ def source_url(data: DataSet, file: DataFile, mirror: str | None) -> str:
 def _get_file(data: DataSet, file: DataFile, folder: Path, url: str, accept_other: bool) -> None:
     record = verify.read_record(folder)
     known = record.setdefault(data.name, {})
-    # Where no hash is published, the first download decides what later ones must be.
+    # Where no hash is published, later downloads must equal the first one.
     sha256 = file.sha256 or known.get(file.name, {}).get("sha256")
     expected = DataFile(file.name) if accept_other else dataclasses.replace(file, sha256=sha256)
     path = folder / f"{DOWNLOADS}-{data.name}" / file.name
@@ -92,9 +92,9 @@ def _get_file(data: DataSet, file: DataFile, folder: Path, url: str, accept_othe
             os.replace(path, target)
     except (DownloadError, *verify.BROKEN) as error:
         path.unlink()
-        hint = "Nothing was kept. --accept-other takes other files that can be read."
+        hint = "The download was deleted. --accept-other accepts any file that can be read."
         raise DownloadError(
-            f"{url} is not the file that is expected: {str(error) or 'no JSON lines'}. {hint}"
+            f"{url} is not the expected file: {str(error) or 'no JSON lines'}. {hint}"
         ) from error
     known[file.name] = {"sha256": found, "url": url}
     if target.is_file() and data.unpacks_to:
@@ -102,30 +102,30 @@ def _get_file(data: DataSet, file: DataFile, folder: Path, url: str, accept_othe
     part = folder / f"{verify.RECORD_FILE}.part"
     part.write_text(json.dumps(record, indent=1), encoding="utf-8")
     os.replace(part, folder / verify.RECORD_FILE)
-    how = "as known" if found == sha256 else f"recorded; known before: {sha256 or 'none'}"
+    how = "as expected" if found == sha256 else f"recorded; expected: {sha256 or 'unknown'}"
     print(f"  {file.name}: {content}, from {url}, SHA-256 {found} ({how})", flush=True)
 
 
 def _fetch(url: str, file: DataFile, path: Path, size: int) -> None:
-    """Download a file to `path`; what has come stays in a .part file."""
+    """Download a file to `path`; an incomplete download stays in a .part file."""
     part, free = path.with_name(f"{path.name}.part"), shutil.disk_usage(path.parent).free
     size -= sum(one.stat().st_size for one in (path, part) if one.exists())
     if size > free:
-        raise DownloadError(f"No room for {file.name}: {size:,} bytes needed, {free:,} are free.")
+        raise DownloadError(f"No space for {file.name}: {size:,} bytes needed, {free:,} free.")
     pooch.get_logger().setLevel("ERROR")
     store = pooch.Pooch(path.parent, "", {path.name: None}, {path.name: url}, _BROKEN_CONNECTIONS)
     try:
         store.fetch(path.name, downloader=lambda url, tmp, _: _resume(url, tmp, file, part))
     except requests.RequestException as error:
-        hint = "What has come is kept; the same command continues."
+        hint = "The incomplete download is kept; the same command continues it."
         raise DownloadError(f"Cannot fetch {url}: connections broke too often. {hint}") from error
 
 
 def _resume(url: str, output_file: str, file: DataFile, part: Path) -> None:
-    """Download a file to `part`, continuing what is there, and rename it to `output_file`.
+    """Download a file to `part`, continuing an earlier download, and rename it to `output_file`.
 
-    It is continued if the server says that the file is still the same (its entity tag or date,
-    kept in `<part>.json`), or if the SHA-256 of the whole is known.
+    It continues if the server reports that the file is unchanged (its entity tag or date, kept in
+    `<part>.json`), or if the SHA-256 of the whole file is known.
     """
     if "://" not in url:
         shutil.copyfile(url, output_file)
@@ -139,7 +139,7 @@ def _resume(url: str, output_file: str, file: DataFile, part: Path) -> None:
         session.mount(scheme, HTTPAdapter(max_retries=_RETRY))
     if offset:
         headers |= {"Range": f"bytes={offset}-"} | ({"If-Range": validator} if validator else {})
-    hint = "Try again later (a quota lasts a day), or name a copy with --mirror."
+    hint = "Try again later (a quota lasts a day), or give a copy with --mirror."
     try:
         answer = session.get(url, headers=headers, stream=True, timeout=_TIMEOUT)
     except requests.RequestException as error:
@@ -152,7 +152,7 @@ def _resume(url: str, output_file: str, file: DataFile, part: Path) -> None:
         is_other = not served.startswith(f"bytes {offset}-") or tag not in ("", validator or tag)
         if (status == 206 and is_other) or status == 416:
             part.unlink(missing_ok=True)
-            raise requests.RequestException("the server has another file by now")
+            raise requests.RequestException("the file on the server has changed")
         start = offset if status == 206 else 0
         length = answer.headers.get("Content-Length", "")
         total = start + int(length) if length.isdecimal() else None
@@ -160,9 +160,9 @@ def _resume(url: str, output_file: str, file: DataFile, part: Path) -> None:
         chunk = next(chunks, b"")
         wrong = "" if start else verify.web_page(chunk)
         if status not in (200, 206):
-            wrong = f"not there: HTTP {status} {answer.reason or ''}"
+            wrong = f"not available: HTTP {status} {answer.reason or ''}"
         elif file.size and total not in (None, file.size):
-            wrong = wrong or f"not the file: it has {total} bytes instead of {file.size}"
+            wrong = wrong or f"not the expected file: it has {total} bytes, not {file.size}"
         if wrong:
             raise DownloadError(f"{url} is {wrong}. {hint}")
         with part.open("ab" if start else "wb") as raw, tqdm.wrapattr(
@@ -173,12 +173,13 @@ def _resume(url: str, output_file: str, file: DataFile, part: Path) -> None:
                 out.write(chunk)
                 chunk = next(chunks, b"")
     if total not in (None, part.stat().st_size):
-        raise requests.ConnectionError(f"it ended after {part.stat().st_size} of {total} bytes")
+        end = f"the answer ended after {part.stat().st_size} of {total} bytes"
+        raise requests.ConnectionError(end)
     os.replace(part, output_file)
 
 
 def _unpack(data: DataSet, path: Path, target: Path, accept_other: bool) -> None:
-    """Unpack an archive beside itself, check the games, and give the result its final name."""
+    """Unpack an archive next to itself, check the games, and give the result its final name."""
     aside = path.with_name("unpacked")
     source = aside / target.name
     shutil.rmtree(aside, ignore_errors=True)
@@ -189,7 +190,7 @@ def _unpack(data: DataSet, path: Path, target: Path, accept_other: bool) -> None
                 archive.extractall(aside)
             if not (accept_other and source.is_dir()):
                 verify.check_games(data, source)
-        else:  # The published wiki-18.jsonl.gz is a tar archive inside.
+        else:  # The published wiki-18.jsonl.gz contains a tar archive.
             with contextlib.ExitStack() as opened:
                 lines: Any = opened.enter_context(gzip.open(path))
                 if tarfile.is_tarfile(path):
@@ -199,7 +200,7 @@ def _unpack(data: DataSet, path: Path, target: Path, accept_other: bool) -> None
         if not target.is_dir():
             os.replace(source, target)
             return
-        # A folder that is there stays: its files are replaced one by one, each as a whole.
+        # An existing folder stays: its files are replaced one by one, each as a whole.
         for file in filter(Path.is_file, source.rglob("*")):
             place = target / file.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)

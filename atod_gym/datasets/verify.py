@@ -1,4 +1,4 @@
-"""Checks data against the published hashes, the record of its download, and its content."""
+"""Check data against published hashes, the record of its download, and its content."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from atod_gym.datasets import DataFile, DataSet
 from atod_gym.errors import AtodError, DataNotFoundError, DownloadError
 
 RECORD_FILE = "atod-data.json"
-"""Beside the data: {data set: {file: {sha256, url}}} of each download."""
+"""Next to the data: {data set: {file: {sha256, url}}} of each download."""
 BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error,
           EOFError, ValueError, RuntimeError, StopIteration)  # fmt: skip
 """Errors that a damaged file raises when it is unpacked or parsed."""
@@ -30,11 +30,11 @@ BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError
 _PARSED_UP_TO = 1 << 30  # Bytes; of larger JSON only the first line, if it has lines, is parsed.
 
 Finding = tuple[str, str, str]
-"""Path in the folder; `ok`, `note`, `missing` or `wrong`; the facts."""
+"""Path in the folder; `ok`, `note`, `missing` or `wrong`; the details."""
 
 
 def verify(data: DataSet, folder: Path) -> list[Finding]:
-    """Compare a data set with what is published about it, and with its first download."""
+    """Compare a data set with its published hashes and with its first download."""
     record = read_record(folder).get(data.name, {})
     files = zip(data.files, data.places, strict=True)
     return [_verify(data, folder, file, name, record.get(name, {})) for file, name in files]
@@ -43,13 +43,13 @@ def verify(data: DataSet, folder: Path) -> list[Finding]:
 def _verify(data: DataSet, folder: Path, file: DataFile, name: str, known: Any) -> Finding:
     path = find(folder, name)
     if path is None:
-        return name, "missing", "is not there"
-    # A packed or unpacked file has another hash and size than the downloaded one.
+        return name, "missing", "not found"
+    # A packed or unpacked file differs from the downloaded one in hash and size.
     is_plain = path == folder / name
     expected = file if is_plain and not data.unpacks_to else DataFile(name, entries=file.entries)
     if is_plain and not expected.sha256:
         expected = dataclasses.replace(expected, sha256=known.get("sha256"))
-    how = "SHA-256 as known" if expected.sha256 else "SHA-256 not known"
+    how = "SHA-256 as expected" if expected.sha256 else "no SHA-256 is known"
     try:
         if data.manifest_hashes:
             return name, "ok", check_games(data, path)
@@ -59,7 +59,7 @@ def _verify(data: DataSet, folder: Path, file: DataFile, name: str, known: Any) 
 
 
 def verify_questions(data: Path) -> list[Finding]:
-    """Report the rows that Search-QA reads of a folder or file; DataNotFoundError: it has none."""
+    """Report the rows that Search-QA reads from a path; raise DataNotFoundError if it has none."""
     from atod_gym.envs.search_qa.questions import describe_questions
 
     findings: list[Finding] = []
@@ -78,17 +78,17 @@ def verify_questions(data: Path) -> list[Finding]:
 
 
 def check_file(file: DataFile, path: Path) -> str:
-    """Return a description of a file; DownloadError: it is damaged, or not what it should be."""
+    """Return a description of a file; DownloadError: it is damaged or not the expected file."""
     try:
         size, count, kind = path.stat().st_size, None, "entries"
         with path.open("rb") as raw:
             page = web_page(raw.read(1 << 16))
         if page:
-            raise DownloadError(f"it is {page}, not the file")
+            raise DownloadError(f"it is {page}, not the expected file")
         if file.size not in (None, size):
-            raise DownloadError(f"it has {size} bytes instead of {file.size}")
+            raise DownloadError(f"it has {size} bytes, not {file.size}")
         if file.sha256 and (found := pooch.file_hash(str(path))) != file.sha256:
-            raise DownloadError(f"its SHA-256 is {found} instead of {file.sha256}")
+            raise DownloadError(f"its SHA-256 is {found}, not {file.sha256}")
         if file.name.endswith(".zip"):
             count, kind = _check_members(path), "members"
         elif file.name.endswith(".jsonl"):
@@ -99,7 +99,7 @@ def check_file(file: DataFile, path: Path) -> str:
     except (*BROKEN, OSError, TypeError) as error:
         raise DownloadError(f"it is damaged: {error!r}") from error
     if count is not None and file.entries not in (None, count):
-        raise DownloadError(f"it holds {count} {kind} instead of {file.entries}")
+        raise DownloadError(f"it has {count} {kind}, not {file.entries}")
     return f"{count} {kind}" if count is not None else tqdm.format_sizeof(size, "B")
 
 
@@ -113,16 +113,16 @@ def check_games(data: DataSet, root: Path) -> str:
             manifest = scan_games(root, split)
             counts.append(f"{len(manifest.task_ids)} {split}")
             if manifest.content_hash != known:
-                wrong.append(f"{counts[-1]} games, not the known ones byte for byte")
+                wrong.append(f"{counts[-1]} games that differ from the published ones")
         except (AtodError, OSError) as error:
             wrong.append(str(error))
     if wrong:
         raise DownloadError("; ".join(wrong))
-    return f"{', '.join(counts)} games, exactly the known ones"
+    return f"{', '.join(counts)} games, identical to the published ones"
 
 
 def web_page(beginning: bytes) -> str:
-    """Describe a web page by the first bytes of a file; empty: it is none."""
+    """Describe a web page by the first bytes of a file; empty: it is not one."""
     page = re.match(rb"[\xef\xbb\xbf\s]*<(!doctype html|html)", beginning, re.IGNORECASE)
     title = re.search(rb"<title[^>]*>([^<]{1,100})", beginning, re.IGNORECASE)
     text = title[1].decode("utf-8", "replace").strip() if title else "without title"
@@ -130,7 +130,7 @@ def web_page(beginning: bytes) -> str:
 
 
 def find(folder: Path, name: str) -> Path | None:
-    """Return a folder or a file, as it is or packed as .gz or .xz; None: it is not there."""
+    """Return a folder or a file, as it is or packed as .gz or .xz; None: not found."""
     paths = [folder / f"{name}{suffix}" for suffix in ("", ".gz", ".xz")]
     return next((path for path in paths if path.exists()), None)
 
@@ -161,7 +161,7 @@ def _count_lines(path: Path) -> int:
                 is_counted = is_large and count > 1
                 if is_counted or json.loads(line).keys() & {"question", "contents", "text"}:
                     continue
-            raise DownloadError(f"it is damaged: row {count} is no question or passage in JSON")
+            raise DownloadError(f"it is damaged: row {count} is not a question or passage in JSON")
     return count
 
 

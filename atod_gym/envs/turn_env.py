@@ -1,6 +1,6 @@
-"""The base class of all environments: turns, their limit, settings, observation and info.
+"""Define the base class of all environments: turns, limits, settings, observation and info.
 
-A subclass says which tasks it has, how one starts and what an action does.
+A subclass defines its tasks, how an episode starts and what an action does.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class TurnResult(NamedTuple):
 
     text: str
     admissible_actions: tuple[str, ...]
-    """Sorted; without those that agents are not shown."""
+    """Sorted; without actions that are hidden from agents."""
     score: float
-    """The benchmark's number now; 1.0 is success."""
+    """The benchmark's current score; 1.0 is success."""
     terminated: bool
     is_action_valid: bool = True
     message: str = ""
-    """Why the action did nothing, for `info["message"]`; mostly empty."""
+    """Why the action had no effect, for `info["message"]`; usually empty."""
 
 
 def check_max_turns(max_turns: object) -> None:
@@ -59,29 +59,29 @@ def check_max_turns(max_turns: object) -> None:
 class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
     """An episode of turns: an action in, a text out; reward 1.0 for success, else 0.0.
 
-    A subclass calls `_set_tasks` and has the hooks `_open` and `_play`; one that talks to a server
+    A subclass calls `_set_tasks` and implements the hooks `_open` and `_play`; one with a server
     also `_open_many` and `_play_many`. Only its arguments are pickled.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [*RENDER_MODES], "render_fps": 4}  # type: ignore[misc]
     example_action: ClassVar[str]
-    """For messages."""
+    """An action for messages."""
     default_max_turns: ClassVar[int]
     """Turn limit that the environment is registered with."""
     source: ClassVar[DataSource]
-    """Where its data is looked for."""
+    """Where its data is searched."""
 
     manifest: TaskManifest
     """All tasks of the split, with their content hash; not narrowed by `task_types`."""
     task_ids: tuple[str, ...]
-    """The task ids that this environment plays, in manifest order."""
+    """The task ids of this environment, in manifest order."""
     data: str
     """Which data is played: `official`, `generated` or the path of other data."""
     _task_types: Mapping[str, str]
     """Task id -> task type, for all `task_ids`."""
 
     def __new__(cls: type[_Env], *args: Any, **kwargs: Any) -> _Env:
-        """Keep the arguments, for pickles."""
+        """Keep the arguments for pickling."""
         env = super().__new__(cls)
         EzPickle.__init__(env, *args, **kwargs)
         return env
@@ -109,8 +109,8 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
             )
         self.split = split
         self.max_turns = self.default_max_turns if max_turns is None else max_turns
-        """The number of turns that experts plan with. Whoever limits episodes from outside, as
-        `TimeLimit` does, may set it to that limit."""
+        """The number of turns that experts plan with. Code that limits episodes from outside, as
+        `TimeLimit` does, may set it to its limit."""
         self.render_mode = render_mode
         self.observation_space = cast(
             "gymnasium.Space[TurnObservation]", turn_observation_space(max_turns)
@@ -119,7 +119,7 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
         self.turn_limit = max_turns
         self._spec: EnvSpec | None = None
         self._result: TurnResult | None = None
-        """None while there is no episode."""
+        """None before the first reset."""
         self._task_id = ""
         self._instruction = ""
         self._action = ""
@@ -128,7 +128,7 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
 
     @property
     def spec(self) -> EnvSpec | None:
-        """The specification that `gym.make` made the environment from; None without it."""
+        """The specification with which `gym.make` made the environment; None without it."""
         return self._spec
 
     @spec.setter
@@ -138,13 +138,13 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
         if self.turn_limit is not None and limit is not None and self.turn_limit > limit:
             raise InvalidSettingError(
                 f"max_turns={self.turn_limit} has no effect: gym.make ends an episode after "
-                f"{limit} turns. Give max_episode_steps={self.turn_limit} instead of it."
+                f"{limit} turns. Give max_episode_steps={self.turn_limit} instead."
             )
         self._spec = spec
 
     @staticmethod
     def is_placeholder(action: str) -> bool:
-        """Return whether an admissible action is to be filled in, such as `search[<query>]`."""
+        """Return whether an admissible action is a placeholder, such as `search[<query>]`."""
         return _PLACEHOLDER.fullmatch(action) is not None
 
     @classmethod
@@ -155,13 +155,13 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
     def _set_tasks(
         self, manifest: TaskManifest, types: Mapping[str, str], task_types: object, data: str
     ) -> None:
-        """Set what is played; `__init__` of a subclass calls it.
+        """Set the tasks; `__init__` of a subclass calls it.
 
         Args:
             manifest: all tasks of the split.
             types: task id -> task type, for all of them.
             task_types: the setting, see `choose_task_types`.
-            data: which data it is, for `info["data"]`.
+            data: the value of `info["data"]`.
         """
         self.manifest, self.data = manifest, data
         self._task_types = choose_task_types(types, task_types)
@@ -190,7 +190,7 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
         return [env._play(action) for env, action in zip(envs, actions, strict=True)]
 
     def _own_info(self) -> dict[str, Any]:
-        """Return what `info` holds beside `StepInfo`; new objects each time."""
+        """Return the keys of `info` besides those of `StepInfo`; new objects each time."""
         return {}
 
     @property
@@ -228,7 +228,7 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
         return self._begin(task_id, *self._open(task_id))
 
     def _choose(self, seed: int | None, options: Mapping[str, Any]) -> str:
-        """Leave the last episode and return the task of the next one."""
+        """Leave the current episode and return the task of the next one."""
         super().reset(seed=seed)
         task_id = self._chosen_task(options)
         self._result = None
@@ -252,8 +252,8 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
         Raises:
             TypeError: if the action is not a `str`.
             gymnasium.error.ResetNeeded: before the first reset and after the end of an episode.
-            ServerError: if a server is needed and fails. Unless the message says to reset, the
-                same step may be called again: the turn is not spent.
+            ServerError: if a server is needed and fails. The turn is not spent, and the same step
+                may be called again, unless the message says to reset.
         """
         self._check_step(action)
         return self._record(action, self._play(action))
@@ -276,7 +276,7 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
         return self.observation, reward, result.terminated, truncated, self._info(result)
 
     def render(self) -> str | None:
-        """Return, with `render_mode="ansi"`, the last action and the text that answered it.
+        """Return, with `render_mode="ansi"`, the last action and the text after it.
 
         Raises:
             gymnasium.error.ResetNeeded: before the first reset.
@@ -300,13 +300,13 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
             raise ResetNeeded("the episode is over: call reset() before the next step()")
 
     def _check_task(self, task_id: object) -> str:
-        """Return a task id of this environment; else raise `TaskNotFoundError` with proposals."""
+        """Return a valid task id; raise `TaskNotFoundError` with proposals for an unknown one."""
         if not isinstance(task_id, str) or task_id not in self._task_types:
             raise task_not_found(task_id, self.task_ids, self.split)
         return task_id
 
     def _chosen_task(self, options: Mapping[str, Any]) -> str:
-        """Return the task that a reset names, else a random one (the only case that draws)."""
+        """Return the task that a reset names, else a random one (only then is a number drawn)."""
         unknown = [key for key in options if key != "task_id"]
         if unknown:
             raise InvalidSettingError(

@@ -1,7 +1,7 @@
 """Native vector environments: many episodes, one batched call per turn.
 
-`gymnasium.make_vec("atod/WebShop-v0", num_envs=64)` makes one. Environments behind a server play a
-turn of all episodes with one request, ALFWorld plays them in one loop; no processes are needed.
+`gymnasium.make_vec("atod/WebShop-v0", num_envs=64)` makes one. Environments with a server play a
+turn of all episodes in one request, ALFWorld plays them in one loop. No extra processes are needed.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
 
     ## Action
     A sequence of `num_envs` texts. With `autoreset_mode="Disabled"` None in place of a text leaves
-    an environment as it is: its reward is 0.0, its flags are the last ones and `infos` has nothing
-    of it. An environment whose episode is over accepts None only, until it is reset.
+    an environment unchanged: its reward is 0.0, its flags are the last ones and `infos` has no
+    entry for it. An environment whose episode is over accepts only None until it is reset.
 
     ## Reset
-    `reset(seed=s)` seeds environment i with s + i, so that it plays what a single environment with
-    that seed plays; a list gives each seed. Options: `task_ids`, a sequence with a task id or None
+    `reset(seed=s)` seeds environment i with s + i; it then plays like a single environment
+    with that seed. A list gives each seed. Options: `task_ids`, a sequence with a task id or None
     (a random task) for each environment; `task_id`, one task for all; `reset_mask`, a boolean array
     of the environments to reset.
 
@@ -63,13 +63,13 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
         """Make the environments.
 
         Args:
-            num_envs: how many episodes are played at the same time, at least 1.
+            num_envs: number of episodes that are played at the same time, at least 1.
             autoreset_mode: `NextStep`, `SameStep` or `Disabled`, see Gymnasium.
             max_episode_steps: turn limit; None: that of `max_turns` in `settings`, else none.
             **settings: of the environment class.
 
         Raises:
-            InvalidSettingError: if a setting has no meaning.
+            InvalidSettingError: if a setting is invalid.
             AtodError: if an environment cannot be made, see its class.
         """
         if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
@@ -102,7 +102,7 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
         self._terminations = np.zeros(num_envs, np.bool_)
         self._truncations = np.zeros(num_envs, np.bool_)
         self._played: tuple[NDArray[np.bool_], dict[int, Turn]] | None = None
-        """What `_play_turn` returned to a `step` in which episodes did not start."""
+        """Result of `_play_turn` in a `step` in which new episodes failed to start."""
 
     @property
     def task_ids(self) -> tuple[str, ...]:
@@ -138,8 +138,8 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
             InvalidSettingError: if there are not `num_envs` actions.
             TypeError: if an action is not a text.
             gymnasium.error.ResetNeeded: if an environment has no running episode.
-            ServerError: if a server fails. Unless the message says to reset, the same call may be
-                repeated: no turn is spent twice, also where only new episodes did not start.
+            ServerError: if a server fails. The same call may be repeated unless the message says to
+                reset: no turn is spent twice, also if only new episodes failed to start.
         """
         if isinstance(actions, str) or len(actions) != self.num_envs:
             raise InvalidSettingError(
@@ -176,7 +176,7 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
                 continue
             if over[number]:
                 raise ResetNeeded(
-                    f"The episode of environment {number} is over: reset it, or give None."
+                    f"The episode of environment {number} is over: reset it, or pass None."
                 )
             playing.append((number, action))  # type: ignore[arg-type]
         numbers = [number for number, _ in playing]
@@ -232,7 +232,7 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
             actions: one for each number.
 
         Returns:
-            What `step` of a single environment returns, in the order of `numbers`.
+            The results of `step` of a single environment, in the order of `numbers`.
 
         Raises:
             See `step`.
@@ -252,7 +252,7 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
         return turns
 
     def render(self) -> tuple[Any, ...]:
-        """Return what each environment renders."""
+        """Return the rendering of each environment."""
         return tuple([env.render() for env in self.envs])
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -365,18 +365,18 @@ def _batched(infos: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
 
 
 class ALFWorldVectorEnv(TurnVectorEnv):
-    """`atod/ALFWorld-v0`, many at a time."""
+    """A vector environment of `atod/ALFWorld-v0`."""
 
     env_id = "atod/ALFWorld-v0"
 
 
 class WebShopVectorEnv(TurnVectorEnv):
-    """`atod/WebShop-v0`, many at a time: a turn of all is one request."""
+    """A vector environment of `atod/WebShop-v0`: a turn of all is one request."""
 
     env_id = "atod/WebShop-v0"
 
 
 class SearchQAVectorEnv(TurnVectorEnv):
-    """`atod/SearchQA-v0`, many at a time: the searches of a turn are one request."""
+    """A vector environment of `atod/SearchQA-v0`: the searches of a turn are one request."""
 
     env_id = "atod/SearchQA-v0"

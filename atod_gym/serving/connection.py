@@ -1,9 +1,9 @@
-"""One connection to the server behind an environment, the user's or one of our own.
+"""Connect to the server of an environment, given by the user or started by this package.
 
-An environment asks for its connection when it is made, and again at each reset, which replaces a
+An environment requests its connection when it is made, and again at each reset, which replaces a
 lost one:
 
-    settings = ServerSettings("webshop", arguments, advice="..")           # a server of our own
+        settings = ServerSettings("webshop", arguments, advice="..")           # to be started
     settings = ServerSettings("webshop", server_url=url, advice="..")      # a running one
     connection = connect(settings)
     answer = connection.request("POST", "/batch/step", {...})
@@ -25,30 +25,30 @@ from atod_gym.serving.http import TOKEN_VARIABLE, JsonClient
 from atod_gym.serving.process import RunningServer, remember, shared_server
 
 ENDED_CODE = "ended"
-"""`ServerError.code` where a server of our own has ended: a new connection starts it again."""
+"""`ServerError.code` of a server that this package started and that has ended."""
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Which server an environment uses, and how."""
+    """The server of an environment, and how to use it."""
 
     service: str
     """Name of the service in `atod-serve`."""
     arguments: tuple[str, ...] = ()
-    """Command line of a server of our own, without the program."""
+    """Command line of a server to start, without the program."""
     server_url: str | None = None
-    """A running server; None: one of our own, started if none runs."""
+    """A running server; None: start one if none is running."""
     token: str | None = field(default=None, repr=False)
     """Of the server at `server_url`; None: from the environment variable ATOD_SERVER_TOKEN."""
     timeout: float = 60.0
     """Seconds to wait for an answer."""
     advice: str = ""
-    """How to start a server by hand, for errors of one at `server_url`."""
+    """How to start a server manually, for errors of one at `server_url`."""
     is_health_required: bool = True
-    """Whether a server at `server_url` must have our `/health`. Else one that answers it with an
-    error, or as another program, has an empty `health`."""
+    """Whether a server at `server_url` must have our `/health`. If not required, `health` is empty
+    for a server that answers with an error or is another program."""
 
 
 _connections: dict[tuple[str, str | None], ServedConnection] = {}
@@ -57,11 +57,11 @@ _connections: dict[tuple[str, str | None], ServedConnection] = {}
 def connect(settings: ServerSettings) -> ServedConnection:
     """Return the connection for these settings; all environments of a process share it.
 
-    One that was lost is replaced; a server of our own that has ended is started again.
+    A lost connection is replaced; a server that this package started is started again.
 
     Raises:
         InvalidSettingError: `server_url`, `token` or `timeout` cannot be used.
-        MissingExtraError: A server is to be started and its packages are not installed.
+        MissingExtraError: A server must be started and its packages are not installed.
         ServerError: The server does not start or answer, or is another kind of server.
     """
     if settings.token is not None and not isinstance(settings.token, str):
@@ -78,14 +78,14 @@ class ServedConnection(JsonClient):
     """A connection to one server; `connect` makes it."""
 
     def __init__(self, settings: ServerSettings) -> None:
-        """Start the server if it is one of our own, and ask for its health."""
+        """Start the server unless it is given, and request its health."""
         self.settings = settings
         self.running: RunningServer | None = None
-        """The server if it is one of our own."""
+        """The server if this package started it."""
         self.is_lost = False
-        """Whether it failed to answer, or must be asked anew what it serves."""
+        """Whether the server failed to answer, or its tasks must be requested again."""
         self.cache: dict[str, Any] = {}
-        """For its users: what they have read once, such as the tasks of a split."""
+        """Data that users of the connection read once, such as the tasks of a split."""
         url, advice = settings.server_url, settings.advice
         token = settings.token or os.environ.get(TOKEN_VARIABLE)
         if url is None:
@@ -94,7 +94,7 @@ class ServedConnection(JsonClient):
             advice = f"It was started with: {shlex.join(self.running.command)}"
         super().__init__(url, advice=advice, token=token, timeout=settings.timeout)
         self.health: Mapping[str, Any] = self._health()
-        """The answer of `/health`; empty for a server without ours."""
+        """The answer of `/health`; empty for a server without it."""
 
     def request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         """Send a request; see `JsonClient.request`.
@@ -127,7 +127,7 @@ class ServedConnection(JsonClient):
 
     @contextmanager
     def reading(self, path: str) -> Iterator[None]:
-        """Turn exceptions in reading the answer to `path` into `malformed`."""
+        """Convert exceptions while reading the answer to `path` to `malformed`."""
         try:
             yield
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -166,7 +166,7 @@ def read_field(answer: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
 
 
 class ServedEnv(EzPickle):
-    """Pickles an environment as its arguments, and the server of our own that it plays in.
+    """Pickles an environment as its arguments and the server that this package started for it.
 
     In another process the unpickled environment uses that server while it runs.
     """
@@ -175,7 +175,7 @@ class ServedEnv(EzPickle):
 
     @property
     def server_url(self) -> str:
-        """Where the server listens."""
+        """Return the URL of the server."""
         return self._connection.url
 
     def __getstate__(self) -> dict[str, Any]:

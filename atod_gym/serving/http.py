@@ -1,7 +1,7 @@
 """JSON over HTTP: connections that stay open, time limits, and retries of failed connections.
 
-Requests go to an `HTTPAdapter` of requests without a `Session`, which would add cookies, redirects,
-and proxies and `.netrc` of the user; `tests/benchmarks/http_client.py` measures the cost.
+Requests use an `HTTPAdapter` of requests without a `Session`, which would add cookies, redirects,
+and the user's proxies and `.netrc`; `tests/benchmarks/http_client.py` measures the cost.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from urllib3.util import Retry, parse_url
 from atod_gym.errors import InvalidSettingError, ServerError
 
 ATTEMPTS = 5
-"""Most times that a request is sent."""
+"""Maximum number of times that a request is sent."""
 
 BACKOFF_SECONDS = 0.1
-"""Scale of the pauses before repetitions: the first has none, then 2, 4 and 8 times this."""
+"""Backoff before retries: none before the first, then 2, 4 and 8 times this."""
 
 RETRY_STATUSES = frozenset({502, 503, 504})
-"""Statuses of a server, or of a proxy before it, that is unavailable for a moment."""
+"""Statuses of a server, or of a proxy in front of it, that is temporarily unavailable."""
 
 TIMEOUT_CODE = "timeout"
-"""`ServerError.code` of a server that accepts connections and does not answer in time."""
+"""`ServerError.code` of a server that accepts connections but does not answer in time."""
 
 TOKEN_VARIABLE = "ATOD_SERVER_TOKEN"
 """Environment variable with the token of servers that require one."""
@@ -57,10 +57,10 @@ _T = TypeVar("_T")
 class JsonClient:
     """Sends JSON to one server; threads may share it, and it may be used on both sides of a fork.
 
-    A request is repeated when the connection fails or is closed before an answer begins, and when
-    the status is 502, 503 or 504. It is not repeated when the answer is late: a slow server would
-    get the same work again. The server may get a request twice, so requests must be safe to
-    repeat: reading, a step that carries its number, or opening a session that expires by itself.
+    A request is retried when the connection fails or is closed before an answer begins, and when
+    the status is 502, 503 or 504. It is not retried when the answer is late: a slow server would
+    get the same work again. The server may receive a request twice, so requests must be safe to
+    retry: reading, a step with its number, or opening a session that expires by itself.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class JsonClient:
 
         Args:
             url: Where the server listens, such as `http://127.0.0.1:3000`; a path in it is kept.
-            advice: What the user should do about an error, such as a command to run.
+            advice: What to do about an error, such as a command to run.
             token: Sent as bearer token.
             timeout: Seconds to wait for an answer, and between the parts of one.
-            attempts: Most times that a request is sent.
+            attempts: Maximum number of times that a request is sent.
 
         Raises:
             InvalidSettingError: The URL is not one of http or https, the token is not printable
@@ -114,15 +114,15 @@ class JsonClient:
         Args:
             method: HTTP method.
             path: Begins with `/`; characters that are not safe in a URL must be quoted.
-            body: Anything that `json.dumps` takes; None: no body. A lone surrogate, which UTF-8
-                cannot carry, is sent as `?`.
+            body: Any value that `json.dumps` accepts; None: no body. A lone surrogate, which UTF-8
+                cannot encode, is sent as `?`.
 
         Returns:
             The JSON object of an answer with a status from 200 to 299.
 
         Raises:
             ServerError: All attempts fail; the answer is late (`code` is `TIMEOUT_CODE`); the
-                server answers with an error (`status` and `code` say which); or the answer is not
+                    server answers with an error (see `status` and `code`); or the answer is not
                 a JSON object.
         """
         where = f"{method} {self.url}{path}"
@@ -133,8 +133,8 @@ class JsonClient:
             text = json.dumps(body, ensure_ascii=False)
             request.prepare_body(text.encode("utf-8", "replace"), None)
         if self._pid != os.getpid():
-            # After a fork the open connections belong to the parent: two processes that write on
-            # one connection would get each other's answers.
+            # After a fork the open connections belong to the parent: two processes that write to
+            # one connection would receive each other's answers.
             self._adapter, self._pid = _adapter(self.url, self._attempts), os.getpid()
         try:
             response = self._adapter.send(request, stream=True, timeout=self._timeout)
@@ -187,7 +187,7 @@ class JsonClient:
                 f"server needs longer. {self.advice}",
                 code=TIMEOUT_CODE,
             )
-        # An error of urllib3 itself comes from reading an answer that has begun: no repetition.
+        # An error of urllib3 itself comes from reading an answer that has begun: no retry.
         is_repeated = isinstance(error, requests.RequestException) and _is_connection_failure(cause)
         tried = self._attempts if is_repeated else 1
         times = "once" if tried == 1 else f"{tried} times"
@@ -200,7 +200,7 @@ class JsonClient:
 
 
 def _retry_after(response: requests.Response) -> float:
-    """Return the seconds that a server asks to wait, 0 if it names none."""
+    """Return the seconds that a server asks to wait, 0 if it does not."""
     try:
         return Retry().get_retry_after(response.raw) or 0.0
     except (InvalidHeader, ValueError, OverflowError):
@@ -210,7 +210,7 @@ def _retry_after(response: requests.Response) -> float:
 def _adapter(url: str, attempts: int) -> HTTPAdapter:
     retry = _Retry(
         total=attempts - 1,
-        # False: raised at once. A late answer is not asked for again.
+        # False: raised immediately. A late answer is not requested again.
         read=False,
         other=0,
         status_forcelist=RETRY_STATUSES,
@@ -221,15 +221,15 @@ def _adapter(url: str, attempts: int) -> HTTPAdapter:
     )
     adapter = HTTPAdapter(pool_connections=1, pool_maxsize=_POOL_SIZE, max_retries=retry)
     if url.startswith("https:"):
-        # requests alone knows public authorities, not those of the machine.
+        # requests alone trusts public authorities only, not those of the machine.
         adapter.init_poolmanager(1, _POOL_SIZE, ssl_context=ssl.create_default_context())
     return adapter
 
 
 class _Retry(Retry):
-    """Repeats a request whose connection failed before an answer began.
+    """Retries a request whose connection failed before an answer began.
 
-    urllib3 counts a connection that was closed without an answer among failed reads; a server that
+    urllib3 counts a connection that was closed without an answer as a failed read; a server that
     closes idle connections causes it.
     """
 
@@ -259,16 +259,16 @@ def check_server_url(url: object) -> str:
             return parsed.url.rstrip("/")
     raise InvalidSettingError(
         f"A server URL looks like http://127.0.0.1:3000, not {url!r}. A token goes into the "
-        "setting `token`, nothing behind the path."
+        "setting `token`, not into the URL."
     )
 
 
 def in_batches(items: Sequence[_T], most: int) -> Iterator[list[_T]]:
-    """Cut a list into parts that a server takes in one request.
+    """Split a list into parts that a server accepts in one request.
 
     Args:
         items: Anything that `json.dumps` takes.
-        most: Most items of a part; the size in bytes is limited as well.
+        most: Maximum number of items of a part; the size in bytes is limited as well.
     """
     part: list[_T] = []
     size = 0

@@ -1,7 +1,7 @@
-"""Starts the servers that environments need: one process for each service and its settings.
+"""Start the servers of environments: one process for each service and its settings.
 
-A server belongs to the Python process that asks for it first and ends with that process, however
-it ends. Environments made later use the same server. So do those in worker processes of
+A server belongs to the Python process that first requests it and ends with that process, in
+any case. Environments made later use the same server. So do those in worker processes of
 `multiprocessing` (vector environments), whatever the start method, and environments that were
 pickled in this process and are unpickled in another one.
 """
@@ -27,7 +27,7 @@ from atod_gym.tasks import announce_once
 
 SERVER_MODULE = "env_servers.cli"
 START_SECONDS = 900.0
-"""Longest start of a server; indexing a million products takes minutes."""
+"""Time limit for the start of a server; indexing a million products takes minutes."""
 
 _ANNOUNCE_SECONDS = 10.0
 _STOP_SECONDS = 3.0
@@ -37,7 +37,7 @@ _SHOWN_LINES = 8
 _NOTES = "atod_running_servers"
 
 _locks: dict[str, threading.Lock] = {}
-"""By `RunningServer.key`; held while that server starts. The one of "" guards the notes."""
+"""By `RunningServer.key`; held while that server starts. The lock of "" guards the notes."""
 _servers: dict[str, RunningServer] = {}
 """The servers that this process has started or used, by key."""
 
@@ -45,16 +45,16 @@ _servers: dict[str, RunningServer] = {}
 class RunningServer:
     """A server on this machine, started by this process or by another one.
 
-    In another process, also after a fork, its pickled or copied form can use it and not end it.
+    In another process, also after a fork, its pickled or copied form can use but not end it.
     """
 
     def __init__(self, key: str, url: str = "", pid: int = 0) -> None:
-        """Describe a server of another process, or one that is to be started.
+        """Describe a server of another process, or one to be started.
 
         Args:
             key: Service and command line, as JSON.
-            url: Where it listens.
-            pid: Its process.
+            url: URL that it listens at.
+            pid: Its process id.
         """
         self.key, self.url, self.pid = key, url, pid
         self._process: subprocess.Popen[bytes] | None = None
@@ -66,14 +66,14 @@ class RunningServer:
 
     @property
     def command(self) -> list[str]:
-        """The command line that starts it."""
+        """The command line that starts the server."""
         service, arguments = json.loads(self.key)
         return [sys.executable, "-m", SERVER_MODULE, service, *arguments]
 
     def is_alive(self) -> bool:
-        """Return whether it still runs.
+        """Return whether the server is running.
 
-        A server of another process is asked over HTTP. It is dead if nothing listens or another
+        A server of another process is checked over HTTP. It is dead if nothing listens or another
         process answers; a slow one is alive.
         """
         if self._process is not None:
@@ -85,9 +85,9 @@ class RunningServer:
             return error.code == TIMEOUT_CODE
 
     def output_if_ended(self) -> str | None:
-        """Return the end of its standard error; None: it still runs.
+        """Return the end of the server's standard error; None: it is still running.
 
-        Waits a moment: a process stops listening before its parent can see that it has ended.
+        Waits a moment: a process stops listening before its parent can detect its end.
         """
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -95,9 +95,9 @@ class RunningServer:
         return None if self.is_alive() else self.end()
 
     def start(self, command: Sequence[str]) -> str | None:
-        """Start it; return its first line, empty if it ended; None after START_SECONDS."""
+        """Start the server; return its first line, empty if it ended; None after START_SECONDS."""
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process ends
-        # A session of its own, so that Ctrl-C in the terminal reaches the clients and not it.
+        # An own session, so that Ctrl-C in the terminal reaches the clients and not the server.
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -120,7 +120,7 @@ class RunningServer:
         return lines[0].decode("utf-8", "replace") if lines else None
 
     def end(self) -> str:
-        """Stop it if this process started it; return the end of its standard error."""
+        """Stop the server if this process started it; return the end of its standard error."""
         if self._process is not None and self._errors is not None:
             self._process.terminate()
             try:
@@ -136,7 +136,7 @@ class RunningServer:
         return self._output
 
     def disown(self) -> None:
-        """In a forked process, leave it to the parent, without a warning that it runs on."""
+        """In a forked process, leave the server to the parent, without a warning."""
         if self._process is not None:
             self._process.returncode = 0
             self._close_files()
@@ -151,7 +151,7 @@ class RunningServer:
 
 
 def shared_server(service: str, arguments: Sequence[str]) -> RunningServer:
-    """Return the server for a service and its settings; start it if none runs.
+    """Return the server for a service and its settings; start it if none is running.
 
     Args:
         service: Name of the service in `atod-serve`, such as `webshop`.
@@ -159,7 +159,7 @@ def shared_server(service: str, arguments: Sequence[str]) -> RunningServer:
 
     Raises:
         MissingExtraError: The servers' packages are not installed.
-        ServerError: It does not start; shows its own message and the command.
+        ServerError: The server does not start; the message has its output and the command.
     """
     key = json.dumps([service, [*arguments]])
     with _locks.setdefault(key, threading.Lock()):
@@ -176,7 +176,7 @@ def shared_server(service: str, arguments: Sequence[str]) -> RunningServer:
 
 
 def remember(server: RunningServer) -> None:
-    """Use a server of another process where its settings are asked for."""
+    """Reuse a server of another process when its settings are requested."""
     known = _servers.get(server.key)
     if known is None or known._process is None:
         _register(server)
@@ -191,7 +191,7 @@ def _register(server: RunningServer) -> None:
 
 
 def _notes() -> dict[str, tuple[str, str, int]]:
-    """Return key, URL and process of servers, by key: plain data, which any worker can unpickle."""
+    """Return key, URL and process of servers, by key: plain data that any worker can unpickle."""
     notes: dict[str, tuple[str, str, int]] = _worker_config().get(_NOTES, {})
     return notes
 
@@ -199,8 +199,8 @@ def _notes() -> dict[str, tuple[str, str, int]]:
 def _worker_config() -> dict[str, Any]:
     """Return the part of this process's object that multiprocessing copies into its workers.
 
-    It is private, since nothing public reaches workers of every start method: a fork server keeps
-    the environment variables that it was started with.
+    It is private, since no public object reaches workers of every start method: a fork server keeps
+    the environment variables from its start.
     """
     return getattr(multiprocessing.current_process(), "_config", {})
 
@@ -216,7 +216,7 @@ def _started(key: str, service: str) -> RunningServer:
                 server.url = str(ready["url"])
                 return server
     except BaseException:
-        # On Ctrl-C as well: no process may be left behind.
+        # Also on Ctrl-C: no process may remain.
         server.end()
         raise
     output = server.end()
@@ -239,7 +239,7 @@ def _started(key: str, service: str) -> RunningServer:
 
 
 def _after_fork() -> None:
-    """In a forked process, keep the parent's servers for use, but not to end them."""
+    """In a forked process, keep the parent's servers for use, without ending them."""
     # Another thread may have held a lock.
     _locks.clear()
     for server in _servers.values():

@@ -1,11 +1,11 @@
-"""Wrappers between an environment and a language model, and the stack that an agent needs.
+"""Wrappers between an environment and a language model, and the wrapper stack of an agent.
 
 From the inside out, in the recommended order:
 
     env -> History -> ParseAction -> InvalidActionPenalty -> ChatPrompt
 
 A completion enters at the outermost wrapper: `ChatPrompt` keeps it for the dialogue, `ParseAction`
-turns it into an action and the environment executes that. `agent_env` stacks what it takes;
+converts it to an action and the environment executes the action. `agent_env` makes this stack;
 `atod_gym.dialogue.AgentDialogue` does the same without an environment.
 """
 
@@ -65,11 +65,11 @@ class History(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
 
 
 class ParseAction(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
-    """Execute the action in a completion; `info["parse_error"]` says why one did not parse.
+    """Execute the action in a completion; `info["parse_error"]` is the reason of a parse failure.
 
-    A completion that does not parse is no error: what `parse_completion` finds, possibly an empty
-    action, is executed, and the turn is spent. Settings and errors are those of `CompletionFormat`;
-    `last_characters=None` takes the number of the environment's published runs.
+    A completion that does not parse is not an error: the action that `parse_completion` returns,
+    possibly an empty one, is executed, and the turn is spent. Settings and errors are those
+    of `CompletionFormat`; `last_characters=None` takes the number of published runs.
 
     Attributes:
         completion_format: reads and writes completions.
@@ -105,12 +105,12 @@ class ChatPrompt(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
 
     In window style it is one user message, rebuilt every turn. In chat style it is the dialogue so
     far: the messages of the last turn, the completion as the assistant's message, and one new user
-    message, so that every prompt extends the one before. It belongs outside `ParseAction`: the
-    dialogue holds completions as they were, while the environment gets the actions in them. Past
+    message, so that every prompt extends the previous one. Apply it outside `ParseAction`: the
+    dialogue keeps unchanged completions, while the environment receives the parsed actions. Past
     turns of the window style come from `History`; settings and errors are those of `AgentDialogue`.
 
     Attributes:
-        dialogue: renders the prompts, and shorter ones where they are too long.
+        dialogue: renders the prompts, and shortened ones if they are too long.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class ChatPrompt(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
 def make_env(
     env_id: str, /, max_turns: int | None = None, **settings: Any
 ) -> gymnasium.Env[Any, Any]:
-    """Make an environment with a turn limit, of this package or any other.
+    """Make an environment with a turn limit, of this or any other package.
 
     Args:
         env_id: what `gymnasium.make` takes.
@@ -166,7 +166,7 @@ def make_env(
     """
     check_max_turns(max_turns)
     try:
-        # Gymnasium's checker breaks the first step after a first reset that was refused.
+        # Gymnasium's checker breaks the first step after a refused first reset.
         return gymnasium.make(env_id, max_turns, disable_env_checker=True, **settings)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         known = f" Environments here: {', '.join(atod_gym.ENV_IDS)}."
@@ -188,7 +188,7 @@ def agent_env(
     """Stack the wrappers of an agent: observations are prompts, actions are completions.
 
     The environment's observations are turn-structured; for settings and errors see `AgentDialogue`.
-    In the stack's `info`, `action` is the action that was executed, and `parse_error` says why a
+    In the stack's `info`, `action` is the executed action, and `parse_error` is the reason why a
     completion did not parse.
     """
     limit = None if env.spec is None else env.spec.max_episode_steps

@@ -1,4 +1,4 @@
-"""Subtract a penalty from the reward of turns whose action is not valid."""
+"""Subtract a penalty from the reward of turns with an invalid action."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class InvalidActionPenalty(gymnasium.Wrapper[Any, str, Any, str], RecordConstruc
         RecordConstructorArgs.__init__(self, penalty=penalty, validity=validity)
         gymnasium.Wrapper.__init__(self, env)
         if not penalty >= 0:
-            raise InvalidSettingError(f"A penalty is >= 0, not {penalty}.")
+            raise InvalidSettingError(f"The penalty must be >= 0, not {penalty}.")
         if validity not in get_args(Validity):
             raise InvalidSettingError(
                 f"Unknown validity {validity!r}; known: {', '.join(get_args(Validity))}."
@@ -52,7 +52,7 @@ class InvalidActionPenalty(gymnasium.Wrapper[Any, str, Any, str], RecordConstruc
         self.validity = validity
 
     def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Execute an action; the reward is lower if it is not valid."""
+        """Execute an action; subtract the penalty from the reward if it is invalid."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         penalty = self.penalty if is_penalized(info, self.validity) else 0.0
         return observation, float(reward) - penalty, terminated, truncated, info

@@ -1,1 +1,1 @@
-"""Retrieval for Search-QA: passages of a corpus, found by BM25, by meaning, or by both."""
+"""Retrieval for Search-QA: passages of a corpus, found by BM25, dense vectors, or both."""

@@ -1,7 +1,7 @@
-"""Retrieval over HTTP.
+"""Serve retrieval over HTTP.
 
-A search that takes longer than a moment runs in a thread, in slices: between two slices of a long
-request other requests get their turn.
+A search above a few milliseconds runs in a thread, in slices. Other requests are answered between
+two slices of a long request.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from env_servers.service import (
 from env_servers.text import well_formed
 
 QUICK_SECONDS = 0.002
-"""A search that is expected to take no longer is not worth handing it to a thread."""
+"""Searches with a shorter expected time are not worth a thread."""
 SLICE_SECONDS = 0.02
-"""How long a slice of a longer search is expected to take."""
+"""Expected time of a slice of a longer search."""
 _MOST_THREADS = 4
 _NEWEST_SHARE = 0.1
 
-_ABOUT = About("retrieval", "Passages for queries, as search agents ask for them.")
+_ABOUT = About("retrieval", "Passages for the queries of search agents.")
 
 
 def create_app(
@@ -123,7 +123,7 @@ class RetrievalApi:
         return Response(answer, media_type=JsonResponse.media_type)
 
     def _slice(self, queries: Sequence[str], begin: int) -> tuple[Sequence[str], bool]:
-        """Return the queries from one on that take a slice, and whether they are all and quick."""
+        """Return the queries of the slice that begins here, and whether they are all and quick."""
         most = SLICE_SECONDS / self._seconds_per_character
         least = begin + self._collection.retriever.efficient_queries
         end, characters = begin, 0
@@ -136,9 +136,9 @@ class RetrievalApi:
     def _found(
         self, queries: Sequence[str], topk: int, with_scores: bool
     ) -> tuple[list[bytes], float]:
-        """Return the encoded passages for each query, and the seconds that it took."""
+        """Return the encoded passages for each query, and the seconds of the search."""
         begun = time.perf_counter()
-        # Nothing can be found without a word; encoders would find something.
+        # BM25 finds nothing for a query without a word; encoders would.
         searched = [query for query in queries if query.strip()]
         answers = iter(self._collection.retriever.search_many(searched, topk) if searched else [])
         corpus = self._collection.corpus
@@ -184,7 +184,7 @@ class RetrievalApi:
             raise ServiceError(
                 404,
                 "no_questions",
-                "There are questions for the generated world alone, in its splits; see /health.",
+                "Only the generated world has questions, in the splits that /health lists.",
             )
         # In a large world this takes seconds.
         loop = asyncio.get_running_loop()
@@ -193,9 +193,9 @@ class RetrievalApi:
     def metrics(self) -> list[Metric]:
         """Return the current metrics of the searches."""
         return [
-            counter("retrieval_requests_total", "Searches answered.", self._requests),
-            counter("retrieval_queries_total", "Queries in them.", self._queries),
-            counter("retrieval_search_seconds_total", "Spent on them.", self._search_seconds),
+            counter("retrieval_requests_total", "Answered searches.", self._requests),
+            counter("retrieval_queries_total", "Queries of answered searches.", self._queries),
+            counter("retrieval_search_seconds_total", "Seconds of searches.", self._search_seconds),
         ]
 
 

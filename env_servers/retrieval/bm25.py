@@ -1,9 +1,9 @@
-"""A corpus with its BM25 index: in memory, or in a folder that later starts map at once.
+"""Index a corpus for BM25, in memory or in a folder that later starts map without reading.
 
-A corpus file is read once; its passages and the index of their words are written side by side. The
+A corpus file is read once; its passages and the index of their words are written together. The
 folder is `retrieval/<key>` in the cache folder (`env_servers.caches`) unless another one is given.
-The key is made of the file's bytes and the index's settings: a renamed file is not indexed again,
-and a changed one is.
+The key depends on the file's bytes and the index's settings: a renamed file is not indexed again,
+a changed one is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from env_servers.search.builder import DuplicateIdError
 from env_servers.search.storage import SearchIndexError, StringTable
 
 _FORMAT = 2
-"""Raised when the files change, so that old folders are not opened."""
+"""Raise it when the files change, so that old folders are not opened."""
 _DESCRIPTION, _CONTENTS, _OFFSETS, _BM25 = "corpus.json", "contents.bin", "offsets.npy", "bm25"
 _REPORT_EVERY = 200_000
 _HASH_BLOCK = 1 << 20
@@ -41,7 +41,7 @@ _LOG = logging.getLogger("env_servers")
 
 
 class IndexedCorpus(NamedTuple):
-    """Passages, and the index that finds them by their words."""
+    """Passages, and the index over their words."""
 
     corpus: Corpus
     bm25: BM25Index
@@ -51,7 +51,7 @@ class IndexedCorpus(NamedTuple):
 
 
 class BM25Retriever:
-    """Finds passages by their words, as Lucene does."""
+    """Find passages by their words, as Lucene does."""
 
     name = "bm25"
     efficient_queries = 1
@@ -62,7 +62,7 @@ class BM25Retriever:
         self.settings: Mapping[str, object] = {"k1": about.k1, "b": about.b}
 
     def search_many(self, queries: Sequence[str], topk: int) -> list[list[Found]]:
-        """Return the best passages that have a word of the query: maybe fewer than `topk`."""
+        """Return the best passages that contain a word of the query: maybe fewer than `topk`."""
         return [
             [Found(hit.row, hit.score) for hit in hits]
             for hits in self._index.search_many(queries, topk)
@@ -70,7 +70,7 @@ class BM25Retriever:
 
 
 def index_cache() -> Path:
-    """Return the folder in which the indexes of corpus files are kept by default."""
+    """Return the default folder for the indexes of corpus files."""
     return cache_folder() / "retrieval"
 
 
@@ -87,17 +87,17 @@ def index_passages(passages: Iterable[Passage], k1: float, b: float) -> IndexedC
 
 
 def index_file(path: Path, k1: float, b: float, folder: Path | None = None) -> IndexedCorpus:
-    """Open the index of a corpus file; build it first where there is none.
+    """Open the index of a corpus file; build it first if there is none.
 
     Args:
         path: as in `read_corpus`.
         k1: as in `BM25Index.build`.
         b: as in `BM25Index.build`.
-        folder: where the index is; its place in the cache folder if None.
+        folder: folder of the index; None: its place in the cache folder.
 
     Raises:
-        CorpusError: the file cannot be read or has no passage, the folder cannot be used, or it has
-            the index of another corpus.
+        CorpusError: the file cannot be read or has no passage, the folder cannot be used, or it
+            contains the index of another corpus.
         ValueError: k1 or b is out of range.
     """
     description: dict[str, object] = {
@@ -114,9 +114,9 @@ def index_file(path: Path, k1: float, b: float, folder: Path | None = None) -> I
     except (OSError, SearchIndexError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CorpusError(
-            f"Cannot use {folder}, where the index of the corpus is kept: {reason}. Delete this"
-            " folder if it exists (it is made again); it needs about twice as much room as the"
-            " unpacked corpus, and --index names another place for it."
+            f"Cannot use {folder}, the folder of the corpus' index: {reason}. Delete this"
+            " folder if it exists (it is made again); it needs about twice the size of the"
+            " unpacked corpus, and --index sets another folder."
         ) from error
     if opened.left_out.counts:
         number = opened.left_out.counts.total()
@@ -130,8 +130,8 @@ def file_hash(path: Path, notes: Path) -> str:
 
     Args:
         path: the file.
-        notes: folder with one note per file: its size, time of change, and hash. The hash is taken
-            from there if size and time are the same, so that large files are not read at every
+        notes: folder with one note per file: its size, time of change, and hash. The hash is read
+            from the note if size and time are unchanged, so that large files are not read at every
             start.
 
     Raises:
@@ -152,7 +152,7 @@ def file_hash(path: Path, notes: Path) -> str:
                 digest.update(block)
     except OSError as error:
         raise unreadable(path, error) from error
-    # Without the note the file is read again next time, no more.
+    # Without the note the file is only read again next time.
     with suppress(OSError):
         notes.mkdir(parents=True, exist_ok=True)
         fresh = note.with_suffix(f".{os.getpid()}")
@@ -166,7 +166,7 @@ def _build(path: Path, description: Mapping[str, Any], folder: Path) -> None:
     if next(read_corpus(path, left_out), None) is None:
         raise no_passage(path, left_out)
     with new_folder(folder) as partial:
-        _LOG.warning("First use of %s: its index is made in %s.", path, folder)
+        _LOG.warning("First use of %s: building its index in %s.", path, folder)
 
         def write(repeated: Collection[int] = ()) -> LeftOut:
             left_out = LeftOut()
@@ -180,7 +180,7 @@ def _build(path: Path, description: Mapping[str, Any], folder: Path) -> None:
         try:
             left_out = write()
         except DuplicateIdError as error:
-            # Rare, so the file is read again rather than all ids kept in memory.
+            # Rare, so the file is read again instead of keeping all ids in memory.
             left_out = write(frozenset(error.repeated))
         content = {
             "description": description,
@@ -196,7 +196,7 @@ def _index(
     """Index passages and write their contents to a file.
 
     Returns:
-        The index, and where the contents of each passage begin: int64 [passages + 1].
+        The index, and the offset of each passage's contents: int64 [passages + 1].
     """
     offsets = array("q", [0])
 
@@ -205,7 +205,7 @@ def _index(
             offsets.append(offsets[-1] + contents.write(encoded_string(passage.contents)))
             yield passage
             if number % _REPORT_EVERY == 0:
-                _LOG.warning("%d passages are indexed.", number)
+                _LOG.warning("%d passages indexed.", number)
 
     index = BM25Index.build(written(), k1=k1, b=b, folder=folder)
     return index, np.array(offsets, dtype=np.int64)
@@ -215,16 +215,17 @@ def _opened(folder: Path, description: Mapping[str, object]) -> IndexedCorpus:
     try:
         found = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        # It may be a folder of the user's, so the advice is not to delete it.
+        # It may be the user's folder, so the advice is not to delete it.
         raise CorpusError(
-            f"{folder} has files but no index of a corpus. Give a new or empty folder as --index."
+            f"{folder} contains files but no index of a corpus. Give a new or empty folder as"
+            " --index."
         ) from None
     except ValueError as error:
         raise SearchIndexError(f"it is damaged ({error})") from error
     if not isinstance(found, dict) or found.get("description") != description:
         raise CorpusError(
-            f"{folder} has the index of another corpus, or one with other settings. Give another"
-            " --index, or delete this folder."
+            f"{folder} contains the index of another corpus, or one with other settings. Give"
+            " another --index, or delete this folder."
         )
     index = BM25Index.open(folder / _BM25)
     try:

@@ -1,4 +1,4 @@
-"""What a server serves: a corpus, its retriever, and the questions of a generated world."""
+"""Define the content of a server: a corpus, its retriever, and questions of a generated world."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Collection:
     corpus: Corpus
     retriever: Retriever
     world: World | None
-    """The generated world, with its questions; None where the corpus is a file."""
+    """The generated world with its questions; None if the corpus is a file."""
     left_out: LeftOut = field(default_factory=LeftOut)
     """Rows of the corpus file that are not used."""
 
@@ -61,7 +61,7 @@ class Collection:
         else:
             index = partial(index_file, settings.corpus, k1, b, settings.index)
         if settings.encoder is not None:
-            # Optional packages. Errors of encoder and vectors must come before the indexing.
+            # Optional packages. Errors of encoder and vectors must be raised before indexing.
             from env_servers.retrieval.dense import vectors_file
             from env_servers.retrieval.encoder import Encoder
 
@@ -73,13 +73,13 @@ class Collection:
         if encoder is not None:
             from env_servers.retrieval.dense import DenseRetriever, HybridRetriever
 
-            # Other settings of BM25 need no other vectors.
+            # Other settings of BM25 use the same vectors.
             folder = settings.index or index_cache() / "vectors"
             try:
                 dense = DenseRetriever.open(indexed.corpus, encoder, folder, settings.vectors)
             except OSError as error:
                 raise CorpusError(
-                    f"Cannot keep the vectors of the passages in {folder}:"
+                    f"Cannot store the vectors of the passages in {folder}:"
                     f" {error.strerror or error}."
                 ) from error
             is_hybrid = settings.retriever == "hybrid"

@@ -1,8 +1,8 @@
-r"""Passages, kept ready to be sent, and the interface of what searches them.
+r"""Hold passages ready to be sent, and define the interface of retrievers.
 
-A passage is sent as `contents` = `"Title"\ntext`: clients take the first line for the title. A
-passage without a title has `""` there, because clients that strip the text would take the line
-after an empty one for its title.
+A passage is sent as `contents` = `"Title"\ntext`: clients take the first line as the title. A
+passage without a title starts with `""`, because clients that strip the text would take the first
+line of the text as its title.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from env_servers.search.storage import StringTable
 
 
 class CorpusError(Exception):
-    """A corpus that cannot be used; the message is one line that says what to do."""
+    """A corpus that cannot be used; the message is one line with the remedy."""
 
 
 class Passage(NamedTuple):
@@ -27,7 +27,7 @@ class Passage(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A passage found."""
+    """A passage in a result."""
 
     row: int
     """Its row in the corpus."""
@@ -36,31 +36,31 @@ class Found(NamedTuple):
 
 
 class Retriever(Protocol):
-    """Finds passages; safe to call from several threads."""
+    """Finds passages; thread-safe."""
 
     name: str
     """`bm25`, `dense` or `hybrid`."""
     efficient_queries: int
-    """Below this number of queries, searching them together costs less each."""
+    """Below this number of queries, searching them together costs less for each."""
     settings: Mapping[str, object]
-    """What the results depend on, as JSON values."""
+    """The settings that results depend on, as JSON values."""
 
     def search_many(self, queries: Sequence[str], topk: int) -> list[list[Found]]:
         """Return the best `topk` passages for each query, best first.
 
-        Queries are any strings with a character that is no space. The result for a query does not
-        depend on the others.
+        Queries are any strings with a character other than spaces. The result for a query is
+        independent of the others.
         """
         ...
 
 
 class Corpus:
-    """Passages by row; safe to use from several threads.
+    """Passages by row; thread-safe.
 
     Args:
         ids: the passages' ids.
         encoded: their contents as JSON strings in UTF-8, so that answers need not encode them.
-        content_hash: 64 hexadecimal digits that name ids and contents, in order.
+        content_hash: 64 hexadecimal digits that identify ids and contents, in order.
     """
 
     def __init__(self, ids: StringTable, encoded: StringTable, content_hash: str) -> None:

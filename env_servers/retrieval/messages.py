@@ -1,6 +1,6 @@
-"""The JSON of the retrieval server: requests in the dialects of search agents, and answers.
+"""Define the JSON of the retrieval server: requests in common dialects, and answers.
 
-A field that is not described here could change the result, so a request with one is refused.
+An unknown field could change the result, so a request with one is refused.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ScoredDocument(msgspec.Struct):
 
 
 class Documents(msgspec.Struct):
-    """For each query its passages, best first, where no scores were asked for."""
+    """For each query its passages, best first, without scores."""
 
     result: list[list[Document]]
 
@@ -66,7 +66,7 @@ class ScoredDocuments(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """What is served."""
+    """The content and the settings of the server."""
 
     status: str
     service: str
@@ -80,9 +80,9 @@ class Health(msgspec.Struct):
     """Rows of the corpus file that are not used, by reason."""
     retriever: str
     settings: dict[str, Any]
-    """What the retriever's results depend on."""
+    """The settings that the retriever's results depend on."""
     world_seed: int | None
-    """Of the generated world, as the next two."""
+    """Seed of the generated world; the next two fields also belong to it."""
     entities: int | None
     splits: tuple[str, ...]
 
@@ -105,7 +105,7 @@ class QuestionList(msgspec.Struct):
 
 
 def encode_found(corpus: Corpus, found: Sequence[Found], *, with_scores: bool) -> bytes:
-    """Encode the passages for one query: with scores or, without, the plain documents."""
+    """Encode the passages for one query, with or without scores."""
     entries = [
         b'{"id":%s,"contents":%s}' % (encoded_string(passage_id), corpus.encoded_contents(row))
         for (row, _), passage_id in zip(found, corpus.ids([row for row, _ in found]), strict=True)

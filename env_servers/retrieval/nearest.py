@@ -1,9 +1,9 @@
 """Search a matrix exactly for the rows with the largest inner product with a vector.
 
-A first pass in float32 (FAISS where it is installed, else numpy) gives every row that rounding may
-have kept from the best; these few are computed again in float64. So the answer depends neither on
-FAISS nor on the vectors searched together: it is the best rows by the inner product rounded to
-float32 at the end, equal ones by row.
+A first pass in float32 (FAISS if installed, else numpy) returns every row that could be among
+the best but for rounding; these few are computed again in float64. The answer therefore depends
+neither on FAISS nor on the other vectors: it is the best rows by the inner product rounded to
+float32, equal ones in row order.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 QUERIES_AT_ONCE = 64
 BLOCK_NUMBERS = 1 << 22
-"""Numbers of the matrix that are turned into float32 at once: 16 MiB."""
+"""Numbers of the matrix that are converted to float32 at a time: 16 MiB."""
 KEPT_NUMBERS = 1 << 26
-"""Up to this size a matrix is kept as float32: 256 MiB."""
+"""A matrix up to this size is kept as float32: 256 MiB."""
 _EXTRA = 8
 
 Matrix = NDArray[np.float16] | NDArray[np.float32]
@@ -27,11 +27,11 @@ Rows = NDArray[np.int64]
 
 
 class NearestRows:
-    """Searches a matrix; safe to use from several threads.
+    """Searches a matrix; thread-safe.
 
     Args:
         matrix: float16 or float32 [rows, dimension], may be memory-mapped; rows of length 1.
-        with_faiss: whether to use FAISS, which keeps a copy in memory; None: where it is installed.
+        with_faiss: whether to use FAISS, which keeps a copy in memory; None: if installed.
     """
 
     def __init__(self, matrix: Matrix, *, with_faiss: bool | None = None) -> None:
@@ -49,7 +49,7 @@ class NearestRows:
 
         Args:
             queries: [queries, dimension], of length 1.
-            topk: the most rows for a query, at least 1.
+            topk: maximum number of rows for a query, at least 1.
         """
         topk = min(topk, len(self._matrix))
         found = []
@@ -80,7 +80,7 @@ class _Blocks:
 
     def __init__(self, matrix: Matrix) -> None:
         self._size = max(1, BLOCK_NUMBERS // matrix.shape[1])
-        # Turning it into float32 takes longer than a search of one query.
+        # Converting it to float32 takes longer than a search of one query.
         self._matrix = matrix.astype(np.float32) if matrix.size <= KEPT_NUMBERS else matrix
 
     def search(self, queries: Floats, count: int) -> tuple[Floats, Rows]:

@@ -1,4 +1,4 @@
-"""Settings of the retrieval server: each field is an option of `atod-serve retrieval`."""
+"""Define the settings of the retrieval server; each is an option of `atod-serve retrieval`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POOLINGS = ("mean", "cls", "last")
 
 @dataclass(frozen=True, slots=True)
 class CollectionSettings:
-    """What is served and how it is searched."""
+    """The corpus and the retriever."""
 
     corpus: Path | None = option(  # noqa: RUF009
         None,
@@ -23,20 +23,20 @@ class CollectionSettings:
         metavar="FILE",
     )
     entities: int = option(1000, "size of the generated world", least=1)
-    world_seed: int = option(0, "of the generated world")
+    world_seed: int = option(0, "seed of the generated world")
     retriever: str = option("bm25", "bm25, dense or hybrid")
-    k1: float = option(0.9, "of BM25")
-    b: float = option(0.4, "of BM25")
+    k1: float = option(0.9, "BM25's saturation of the term frequency")
+    b: float = option(0.4, "BM25's influence of the document's length, 0 to 1")
     encoder: str | None = option(
         None, "sentence encoder of dense and hybrid", metavar="NAME_OR_PATH"
     )
     vectors: Path | None = option(  # noqa: RUF009
-        None, "the passages' vectors, if you have them", metavar="FILE.npy"
+        None, "existing vectors of the passages", metavar="FILE.npy"
     )
     index: Path | None = option(  # noqa: RUF009
         None,
-        "where the corpus' index is kept; retrieval/<key> in $ATOD_CACHE, else"
-        " $XDG_CACHE_HOME/atod, else ~/.cache/atod if not set",
+        "folder of the corpus' index; default: retrieval/<key> in $ATOD_CACHE, else"
+        " $XDG_CACHE_HOME/atod, else ~/.cache/atod",
         metavar="FOLDER",
     )
 
@@ -60,13 +60,13 @@ class CollectionSettings:
 
 @dataclass(frozen=True, slots=True)
 class EncoderSettings:
-    """What vectors depend on besides the encoder's weights."""
+    """The settings that vectors depend on besides the encoder's weights."""
 
-    query_prefix: str = option("", "put before queries for the encoder", metavar="TEXT")
-    passage_prefix: str = option("", "put before passages for the encoder", metavar="TEXT")
+    query_prefix: str = option("", "text before each query", metavar="TEXT")
+    passage_prefix: str = option("", "text before each passage", metavar="TEXT")
     pooling: str = option("mean", "of token vectors: mean, cls (the first) or last")
     max_length: int = option(
-        256, "of the encoder; longer texts are cut", metavar="TOKENS", most=1_000_000
+        256, "length at which texts are cut for the encoder", metavar="TOKENS", most=1_000_000
     )
 
     def __post_init__(self) -> None:
@@ -78,13 +78,13 @@ class EncoderSettings:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may ask for."""
+    """The limits of a request."""
 
-    topk: int = option(3, "where a request has none, or 0", least=1)
-    max_topk: int = option(100, "of a request", least=1, most=_LARGEST_LIMIT)
-    max_queries: int = option(1024, "of a request", least=1, most=_LARGEST_LIMIT)
+    topk: int = option(3, "passages for each query if the request has no topk or 0", least=1)
+    max_topk: int = option(100, "largest topk of a request", least=1, most=_LARGEST_LIMIT)
+    max_queries: int = option(1024, "queries of a request", least=1, most=_LARGEST_LIMIT)
     max_query: int = option(
-        10_000, "of a query", metavar="CHARACTERS", least=1, most=_LARGEST_LIMIT
+        10_000, "length of a query", metavar="CHARACTERS", least=1, most=_LARGEST_LIMIT
     )
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
-"""A generated world: passages about people, towns, rivers, companies and books, and questions.
+"""Generate a world: passages about people, towns, rivers, companies and books, and questions.
 
-Everything follows from the seed and the number of entities, on every machine alike. Every relation
-has one value and every name belongs to one entity. The passage of an entity states all that is
-asked about it. So every question has exactly one answer, which stands in a support passage.
+Everything is determined by the seed and the number of entities, on every machine alike. Every
+relation has one value and every name belongs to one entity. The passage of an entity states all its
+relations. So every question has exactly one answer, which is in a support passage.
 
 An entity belongs to one split, and so do all entities that it is related to. No fact that an
 evaluation question needs (at any hop) is needed by a training question. No name in an evaluation
@@ -29,7 +29,7 @@ _QUESTIONS_PER_ENTITY: Final = 4.5
 _BRIDGES: Final = 0.25
 _COMPARISONS: Final = 0.15
 _ATTEMPTS: Final = 50
-"""Pairs drawn for each comparison wanted; in very small splits there are not enough."""
+"""Pairs drawn for each comparison; very small splits do not have enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class Question:
     """A question about the world."""
 
     id: str
-    """Names the facts that it needs, by ids of passages and relations, but not the answer."""
+    """The facts that the question needs, as ids of passages and relations, without the answer."""
     question: str
     golden_answers: tuple[str, ...]
-    """The answer as a passage has it, then other words for it."""
+    """The answer as in the passage, then its aliases."""
     kind: str
     """`one_hop`, `bridge` or `comparison`; the beginning of the id."""
     support: tuple[str, ...]
@@ -48,7 +48,7 @@ class Question:
 
 
 class World:
-    """Passages and questions that follow from two numbers.
+    """Passages and questions that are determined by two numbers.
 
     Args:
         entities: number of passages, 50 to 100,000.
@@ -86,7 +86,7 @@ class World:
             ValueError: for a split other than `dev`, `test` and `train`.
         """
         if split not in SPLITS:
-            raise ValueError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
+            raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         if split not in self._questions:
             draws = Draws(self.seed, self.entities, 1 + SPLITS.index(split))
             members = tuple(entity for entity in self._made if entity.split == split)

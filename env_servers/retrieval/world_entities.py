@@ -1,4 +1,4 @@
-"""The entities of a generated world: their names, what is true of them, and their passages."""
+"""Make the entities of a generated world: their names, relations and passages."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from env_servers.retrieval.world_words import (
 SPLITS: Final = ("dev", "test", "train")
 
 _EVALUATION: Final = {"dev": 0.067, "test": 0.111}
-"""Share of the entities that an evaluation split has..."""
+"""Share of the entities in an evaluation split..."""
 _LARGEST_SHARED: Final = 1_000
-"""... of at most this many: larger worlds have longer training splits only."""
+"""... of at most this many: larger worlds only have a larger training split."""
 _LEAST: Final = {PERSON: 2, TOWN: 2, RIVER: 1, COMPANY: 1, BOOK: 1}
 """A split needs towns to be born and to die in, and people to write and to illustrate a book."""
 
@@ -45,7 +45,7 @@ _T = TypeVar("_T")
 
 
 class Draws:
-    """Random choices, the same on every machine and with every version of Python and NumPy.
+    """Random choices, the same on every machine and every version of Python and NumPy.
 
     Only the stream of the bit generator counts, which NumPy promises to keep, unlike the
     streams of its `Generator` (NEP 19).
@@ -80,7 +80,7 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """Something that has a passage."""
+    """A subject of a passage."""
 
     id: str
     kind: Kind
@@ -91,12 +91,12 @@ class Entity:
 
     @property
     def subject(self) -> str:
-        """Return how a question names the entity."""
+        """Return the name of the entity in a question."""
         return self.kind.subject.format(name=self.name)
 
 
 def _deck(draws: Draws, pool: Sequence[str]) -> Iterator[str]:
-    """Draw from a pool for ever; an item is repeated only after all others were drawn."""
+    """Draw from a pool endlessly; an item is repeated only after all others were drawn."""
     while True:
         left = draws.sample(pool, len(pool))
         while left:
@@ -104,10 +104,10 @@ def _deck(draws: Draws, pool: Sequence[str]) -> Iterator[str]:
 
 
 class _Maker:
-    """Makes the entities of one split after the other, `train` first. No two share a name.
+    """Makes the entities of one split after the other, `train` first. Names are unique.
 
-    Pools are dealt as decks of cards and years of evaluation splits are those that came before:
-    thus in worlds that are large enough the training split has every word that the others have.
+    Pools are dealt like decks of cards, and years of evaluation splits are years of the training
+    split: so in large worlds the training split has every word of the others.
     """
 
     def __init__(self, draws: Draws, entities: int) -> None:
@@ -225,7 +225,7 @@ class _Maker:
 def make_entities(draws: Draws, entities: int) -> list[Entity]:
     """Make all entities, sorted by id; an id is the row in decimal digits, all equally long.
 
-    Values that are entities are of the same split, and every split has its own entities: no
+    Entities that are values belong to the same split, and every split has its own entities: no
     passage of one split names an entity of another one.
     """
     least = sum(_LEAST.values())
@@ -244,7 +244,7 @@ def make_entities(draws: Draws, entities: int) -> list[Entity]:
 
 
 def passage(draws: Draws, entity: Entity) -> Passage:
-    """Draw the words of an entity's passage; the first sentence always comes first."""
+    """Draw the wording of an entity's passage; the first sentence always comes first."""
     kind = entity.kind
     words = {**entity.values, "name": entity.name}
     if kind is PERSON:

@@ -1,4 +1,4 @@
-"""The words of a generated world, from `world_words.json`: name pools, relations, templates.
+"""Load the words of a generated world from `world_words.json`: name pools, relations, templates.
 
 A passage takes one template of each of its kind's sentences; together they state every relation of
 the kind. A question takes one template of its relation. In a bridge question a phrase of the first
@@ -26,9 +26,9 @@ class Relation(msgspec.Struct, frozen=True):
     questions: Texts
     """Templates with {x} for the entity."""
     phrases: Texts = ()
-    """Templates with {x} that stand for the value where it is an entity."""
+    """Templates with {x} that describe the value if it is an entity."""
     target: str | None = None
-    """Kind of the value where it is an entity."""
+    """Kind of the value if it is an entity."""
     first: Texts = ()
     """Questions with {x} and {y} for the entity with the smaller year; empty for other values."""
     last: Texts = ()
@@ -46,7 +46,7 @@ class Kind(msgspec.Struct, frozen=True):
     """Templates with {name} and names of relations; people have {surname}, {She}, {she}, {her} and
     {whom} (her or him) too."""
     subject: str
-    """How a question names the entity: a template with {name}."""
+    """Name of the entity in a question: a template with {name}."""
 
 
 class _Data(msgspec.Struct):
@@ -61,7 +61,7 @@ _DATA: Final = msgspec.json.decode(
 WORDS: Final = _DATA.words
 """Closed pools of words by name."""
 ALIASES: Final = _DATA.aliases
-"""Other words for a value; a question whose answer it is accepts them as well."""
+"""Aliases of a value; a question with it as answer accepts them, too."""
 KINDS: Final = _DATA.kinds
 PERSON, TOWN, RIVER, COMPANY, BOOK = KINDS
 

@@ -1,9 +1,9 @@
-"""BM25 search that ranks as Anserini (pyserini) on Lucene 9 does, without Java.
+"""BM25 search with the ranking of Anserini (pyserini) on Lucene 9, without Java.
 
-A query is a bag of words: no operators, no phrases. Equal scores are ordered by document id, as
-strings. Order and scores are Lucene's; two things may differ from pyserini's output: pyserini
-rounds the scores it reports and spreads ties by 0.000001, and a document whose score rounds to
-zero is no hit here.
+A query is a bag of words, without operators and phrases. Equal scores are ordered by document id,
+as strings. Order and scores are Lucene's. Two details may differ from pyserini's output: pyserini
+rounds the reported scores and separates ties by 0.000001, and a document whose score rounds to
+zero is not a hit here.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from env_servers.search.storage import (
 )
 
 KEPT_TERMS = 50_000
-"""Terms of the index whose postings are kept at hand before all are dropped. Terms of queries that
-the index does not have are never kept: clients could fill the memory with them."""
+"""Number of terms whose postings are cached; beyond it the cache is cleared. Terms that are not in
+the index are never cached: clients could fill the memory with them."""
 
 SMALL_INDEX = 1 << 16
 """Up to this number of documents all of them are scored at once."""
@@ -43,10 +43,10 @@ _MARGIN = 1 - 1e-6
 
 
 class Hit(NamedTuple):
-    """One document found."""
+    """One document of a result."""
 
     row: int
-    """The document's place in the order of `build`, from 0."""
+    """The document's position in the input of `build`, from 0."""
     id: str
     score: float
     """Lucene's float32 score; larger is better."""
@@ -62,17 +62,17 @@ class _Term(NamedTuple):
 
 
 class _QueryTerm(NamedTuple):
-    """A term of a query that the index has."""
+    """A term of a query that is in the index."""
 
     bound: float
-    """The most that the term adds to any document's score."""
+    """Upper bound of the term's contribution to a document's score."""
     weight: np.float32
     docs: NDArray[np.int32]
     codes: NDArray[np.uint16] | NDArray[np.uint32]
 
 
 class BM25Index:
-    """A BM25 index over documents; `build` or `open` make one. Safe for concurrent searches."""
+    """A BM25 index over documents; `build` or `open` make one. Searches are thread-safe."""
 
     def __init__(self, description: IndexDescription, arrays: IndexArrays) -> None:
         self.description = description
@@ -100,12 +100,12 @@ class BM25Index:
             documents: any number of them; ids must be different and without NUL characters.
             k1: saturation of the term frequency, at least 0.
             b: influence of the document's length, 0 to 1.
-            folder: where the index is saved and then mapped from; in memory if None.
+            folder: where the index is saved and mapped from; None: in memory.
 
         Raises:
             ValueError: a parameter is out of range, or two documents have the same id
                 (`DuplicateIdError`).
-            SearchIndexError: there is something at `folder` already (an empty folder is fine).
+            SearchIndexError: `folder` exists and is not an empty folder.
         """
         if not 0 <= k1 < float("inf"):
             raise ValueError(f"k1 must be a number of at least 0, not {k1!r}")
@@ -119,7 +119,7 @@ class BM25Index:
         with new_folder(folder) as partial:
             description, arrays = _built(documents, k1, b, partial)
             write_description(partial, description, arrays)
-            # The arrays are mapped under the name that is about to go.
+            # The arrays are mapped under the name that is about to change.
             del arrays
         index = cls.open(folder)
         if index.description != description:
@@ -131,7 +131,7 @@ class BM25Index:
         """Open a saved index at once: its arrays are mapped, not read.
 
         Raises:
-            SearchIndexError: the folder is missing, damaged, or no index of this version.
+            SearchIndexError: the folder is missing, damaged, or not an index of this version.
         """
         return cls(*open_folder(folder))
 
@@ -143,11 +143,11 @@ class BM25Index:
         """Return the best documents for a query, best first.
 
         Args:
-            query: any string; terms that no document has are ignored.
-            topk: the most hits to return, at least 1.
+            query: any string; terms that are in no document are ignored.
+            topk: maximum number of hits, at least 1.
 
         Returns:
-            At most `topk` hits: documents with none of the query's terms are none.
+            At most `topk` hits: documents with none of the query's terms are not hits.
 
         Raises:
             ValueError: topk is less than 1.
@@ -169,7 +169,7 @@ class BM25Index:
         return [self.search(query, topk) for query in queries]
 
     def _query_terms(self, query: str) -> list[_QueryTerm]:
-        """Return the query's terms that the index has, largest bound first."""
+        """Return the query's terms that are in the index, largest bound first."""
         found = []
         for text, count in Counter(self._analyzer(query)).items():
             term = self._terms.get(text) or self._look_up(text)
@@ -201,10 +201,10 @@ class BM25Index:
     ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
         """Return documents that can be among the best `limit`, and their scores before rounding.
 
-        Terms are added one after the other, those that can add most first (the idea of MaxScore:
-        Turtle and Flood, 1995). As soon as `limit` documents have more than all terms that are left
-        can add together, no new document can become a hit: from then on only those already seen,
-        and of them only those that can still get there, are looked up.
+        Terms are added in the order of their bounds, the largest first (the idea of MaxScore:
+        Turtle and Flood, 1995). When `limit` documents exceed the sum of the remaining bounds, no
+        new document can become a hit: from then on only the documents already seen are updated,
+        and of them only those that can still reach the best.
         """
         try:
             sums = self._free_sums.pop()
@@ -216,7 +216,7 @@ class BM25Index:
         position = 0
         threshold = 0.0
         for position, term in enumerate(terms):
-            # The sum of the bounds of the terms before is the most that any document has so far.
+            # The sum of the previous terms' bounds is the most that any document has so far.
             if number_seen >= limit and left[0] - left[position] > left[position]:
                 threshold = _largest(sums[np.concatenate(seen)], limit)
                 if threshold * _MARGIN > left[position]:
@@ -236,7 +236,7 @@ class BM25Index:
             candidates = candidates[partial + left[place] >= threshold * _MARGIN]
             _add_to_seen(sums, candidates, terms[place], self._factors)
         result = sums[candidates]
-        # Not reached after an error: then the sums are not used again.
+        # Not reached after an error: the sums are then not used again.
         sums[touched] = 0.0
         self._free_sums.append(sums)
         return candidates, result
@@ -270,7 +270,7 @@ def _built(
 
 
 def _parts(term: _QueryTerm, factors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return what a term adds to the score of each of its documents: float32 [postings]."""
+    """Return a term's contribution to the score of each of its documents: float32 [postings]."""
     is_long = len(term.codes) > len(factors)
     parts: NDArray[np.float32] = factors if is_long else factors[term.codes]
     parts = term.weight - term.weight / parts
@@ -297,7 +297,7 @@ def _add_to_seen(
     term: _QueryTerm,
     factors: NDArray[np.float32],
 ) -> None:
-    """Add a term to those of the candidates that have it (others may get it too)."""
+    """Add a term to those candidates that contain it (other documents may get it, too)."""
     if len(candidates) * 16 < len(term.docs):
         places = np.searchsorted(term.docs, candidates)
         places[places == len(term.docs)] = 0

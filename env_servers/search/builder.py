@@ -1,8 +1,8 @@
 """Build the arrays of a search index from a stream of documents, with bounded memory.
 
-Terms are collected in memory up to a number of tokens, sorted, and put aside as a segment (in a
-temporary folder once there is more than one); at the end the segments are merged. What stays in
-memory is, for every document its id and its length, for every term its bytes.
+Terms are collected in memory up to a number of tokens, sorted, and stored as a segment (in a
+temporary folder if there is more than one); at the end the segments are merged. Memory
+permanently holds the id and the length of every document, and the bytes of every term.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from env_servers.search import lucene
 from env_servers.search.storage import ArrayStore, IndexArrays, IndexDescription, StringTable
 
 SEGMENT_TOKENS = 1 << 22
-"""Tokens per segment; about 40 bytes of memory each while a segment is sorted."""
+"""Tokens per segment; each takes about 40 bytes of memory while a segment is sorted."""
 
 MAX_SORTED_ID_BYTES = 64
 """Ids up to this length are sorted as an array; longer ones as Python strings."""
 
 
 class DuplicateIdError(ValueError):
-    """Two documents have the same id; `repeated` numbers those whose id came before."""
+    """Two documents have the same id; `repeated` numbers those whose id occurred before."""
 
     def __init__(self, document_id: str, first: int, repeated: list[int]) -> None:
         super().__init__(
@@ -54,7 +54,7 @@ class _Segment:
     folder: Path
 
     def load(self, name: str) -> NDArray[Any]:
-        """Return one array; from disk it is mapped each time, so memory is free after use."""
+        """Return one array; on disk it is mapped each time, so that memory is freed after use."""
         if self.arrays:
             return self.arrays[name]
         path = self.folder / f"{name}.npy"
@@ -69,7 +69,7 @@ class _Segment:
 
 
 class IndexBuilder:
-    """Takes documents one by one; `finish` returns the index.
+    """Collects documents one by one; `finish` returns the index.
 
     The content hash is SHA-256 over, for each document in order, the byte lengths of id and text
     (8 bytes each, little-endian) and then both in UTF-8.
@@ -168,7 +168,7 @@ class IndexBuilder:
         place = np.empty(len(ordered), dtype=np.int64)
         place[[self._numbers[term] for term in ordered]] = np.arange(len(ordered))
         lengths = np.array(self._lengths[self._first :], dtype=np.int64)
-        # One number per token: the term's place, then the document.
+        # One number per token: the position of the term, then the document.
         tokens = place[np.frombuffer(self._tokens, dtype=np.int32)] << 32
         tokens |= np.repeat(np.arange(len(lengths)), lengths)
         tokens.sort()
@@ -192,7 +192,7 @@ class IndexBuilder:
 
 
 def _ranks(ids: StringTable) -> NDArray[np.int32]:
-    """Return the place of each id in byte order [documents]; no two may be equal."""
+    """Return the rank of each id in byte order [documents]; no two may be equal."""
     longest = max((len(ids[row]) for row in range(len(ids))), default=0)
     if longest <= MAX_SORTED_ID_BYTES:
         keys = np.zeros(len(ids), dtype=f"S{max(1, longest)}")
@@ -216,7 +216,7 @@ def _ranks(ids: StringTable) -> NDArray[np.int32]:
 def _merged_terms(
     segments: list[_Segment],
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[NDArray[np.int32]]]:
-    """Return all terms as in `StringTable`, and the rows there of the terms of each segment."""
+    """Return all terms as in `StringTable`, and the rows in it of the terms of each segment."""
     content = bytearray()
     offsets = array("q", [0])
     rows = [array("i") for _ in segments]
@@ -246,7 +246,7 @@ def _merged_postings(
     norms: NDArray[np.float32],
     store: ArrayStore,
 ) -> tuple[NDArray[np.int32], NDArray[np.uint16], NDArray[np.float32]]:
-    """Return `docs` and `codes` of the index, and the factors that the codes stand for."""
+    """Return `docs` and `codes` of the index, and the factors of the codes."""
     keys = np.zeros(0, dtype=np.uint32)
     for segment in segments:
         keys = np.union1d(keys, segment.load("keys"))

@@ -1,4 +1,4 @@
-"""What Lucene 9 computes: terms of a text, stems, and the numbers of BM25.
+"""Compute the same as Lucene 9: terms of a text, stems, and the numbers of BM25.
 
 Terms: `Analyzer` turns text into search terms as Anserini's DefaultEnglishAnalyzer does, for
 documents and queries alike. In this order: words (`words`), without a possessive 's, in lower case,
@@ -7,7 +7,7 @@ without 33 stop words, stems.
 Stems: Porter's algorithm as in Lucene's `PorterStemFilter`: M.F. Porter, "An algorithm for suffix
 stripping", Program 14(3), 1980, with the two departures of its author's own program: `bli` becomes
 `ble` (not `abli` `able`), and `logi` becomes `log`. Words of one or two characters stay as they
-are. Written by hand because PyStemmer and Snowball's "porter" differ on some English words.
+unchanged. Written by hand because PyStemmer and Snowball's "porter" differ on some English words.
 
 Numbers: float32, with document lengths in one byte (Lucene's `BM25Similarity`, `SmallFloat`). A
 term that occurs tf times in a document adds
@@ -36,13 +36,13 @@ STOP_WORDS = frozenset(_STOP_WORDS.split())
 _POSSESSIVE = tuple(quote + letter for quote in "'\u2019\uff07" for letter in "sS")
 
 KEPT_WORDS = 100_000
-"""Words whose terms are kept, about 150 bytes each; at more, all are dropped."""
+"""Number of words whose terms are cached, about 150 bytes each; beyond it the cache is cleared."""
 LONGEST_KEPT_WORD = 40
-"""Longer words are analysed each time: kept, they would let clients fill the memory."""
+"""Longer words are analysed each time: cached, clients could fill the memory with them."""
 
 
 class Analyzer:
-    """Turn text into terms; safe to use from several threads."""
+    """Convert text to terms; thread-safe."""
 
     def __init__(self) -> None:
         self._terms = _Terms()
@@ -60,7 +60,7 @@ class Analyzer:
 
 
 class _Terms(dict[str, str]):
-    """Word -> term, filled as words are looked up."""
+    """Word -> term, filled on look-up."""
 
     def __missing__(self, word: str) -> str:
         term = term_of(word)
@@ -73,7 +73,7 @@ def term_of(word: str) -> str:
     """Return the term of one word of a text; empty for a stop word."""
     if word.endswith(_POSSESSIVE):
         word = word[:-2]
-    # Java lowers each code point alone: no final sigma, and the dotted capital I becomes an i.
+    # Java lowers each code point separately: no final sigma, and the dotted capital I becomes an i.
     lower = word.replace("\u0130", "i").replace("\u03a3", "\u03c3").lower()
     return "" if lower in STOP_WORDS else stem(lower)
 
@@ -128,12 +128,12 @@ def _shape(word: str) -> str:
 
 
 def _measure(stem: str) -> int:
-    """Return Porter's m: how often a consonant follows a vowel."""
+    """Return Porter's m: the number of consonants that follow a vowel."""
     return _shape(stem).count("vc")
 
 
 def _ends_consonant_vowel_consonant(word: str) -> bool:
-    """Test Porter's condition *o: such a word keeps its final e."""
+    """Return Porter's condition *o: such a word keeps its final e."""
     return _shape(word)[-3:] == "cvc" and word[-1] not in "wxy"
 
 
@@ -207,7 +207,7 @@ def _decoded_lengths() -> NDArray[np.int64]:
 
 
 DECODED_LENGTHS = _decoded_lengths()
-"""int64 [256], ascending: what each byte stands for (`SmallFloat.byte4ToInt`)."""
+"""int64 [256], ascending: the value of each byte (`SmallFloat.byte4ToInt`)."""
 
 
 def encoded_lengths(lengths: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -1,6 +1,6 @@
-"""The arrays of a search index, in memory or as a folder of .npy files that are mapped, not read.
+"""Store the arrays of a search index, in memory or as a folder of mapped .npy files.
 
-The folder holds one file per array and `index.json` with everything else.
+The folder has one file per array and `index.json` with all other values.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ DESCRIPTION_FILE = "index.json"
 
 
 class SearchIndexError(Exception):
-    """A folder that is no usable search index; the message says why and what to do."""
+    """A folder that is not a usable search index; the message has reason and remedy."""
 
 
 class StringTable:
-    """Strings as one run of UTF-8 bytes with offsets: a few bytes each, however many there are.
+    """Strings as one run of UTF-8 bytes with offsets: a few bytes of overhead each.
 
     Args:
         content: uint8 [bytes], all strings one after the other.
-        offsets: int64 [strings + 1], where each begins; the last is the number of bytes.
+        offsets: int64 [strings + 1], the start of each; the last is the number of bytes.
     """
 
     def __init__(self, content: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
@@ -61,7 +61,7 @@ class StringTable:
 
 @dataclass(frozen=True)
 class IndexDescription:
-    """What `index.json` says besides the arrays."""
+    """The content of `index.json`, without the arrays."""
 
     k1: float
     b: float
@@ -75,7 +75,7 @@ class IndexDescription:
 
 @dataclass(frozen=True)
 class IndexArrays:
-    """Postings by term: those of term t stand at `starts[t]:starts[t + 1]`, documents ascending."""
+    """Postings by term: those of term t are at `starts[t]:starts[t + 1]`, documents ascending."""
 
     docs: NDArray[np.int32]
     """[postings], the document's row."""
@@ -94,17 +94,17 @@ class IndexArrays:
     id_offsets: NDArray[np.int64]
     """Both as in `StringTable`; ids in document order."""
     ranks: NDArray[np.int32]
-    """[documents], the place of the document's id among all ids sorted by their bytes."""
+    """[documents], the rank of the document's id among all ids sorted by their bytes."""
 
 
 ARRAY_TYPES = {
     field.name: re.findall(r"np\.(\w+)", str(field.type)) for field in fields(IndexArrays)
 }
-"""The number formats that each array may have, from its annotation."""
+"""The possible number formats of each array, from its annotation."""
 
 
 class ArrayStore:
-    """Where new arrays are made: in memory, or as .npy files in a folder."""
+    """Makes new arrays: in memory, or as .npy files in a folder."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -113,7 +113,7 @@ class ArrayStore:
         """Make an array [length] to be filled.
 
         Raises:
-            OSError: there is no room for it on the disk.
+            OSError: the disk is full.
         """
         array: NDArray[Any]
         if self._folder is None or length == 0:
@@ -123,7 +123,7 @@ class ArrayStore:
             return array
         path = self._folder / f"{name}.npy"
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=(length,))
-        # Without room on the disk, writing to mapped memory would end the process with a signal.
+        # With a full disk, writing to mapped memory would end the process with a signal.
         if hasattr(os, "posix_fallocate"):
             with path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -137,7 +137,7 @@ class ArrayStore:
 
 
 def write_description(folder: Path, description: IndexDescription, arrays: IndexArrays) -> None:
-    """Write `index.json`; the arrays' files are there already."""
+    """Write `index.json`; the arrays' files exist already."""
     shapes = {
         name: {"dtype": array.dtype.name, "length": len(array)}
         for name, array in vars(arrays).items()
@@ -147,7 +147,7 @@ def write_description(folder: Path, description: IndexDescription, arrays: Index
 
 
 def open_folder(folder: Path) -> tuple[IndexDescription, IndexArrays]:
-    """Map the arrays of a folder; nothing but `index.json` is read.
+    """Map the arrays of a folder; only `index.json` is read.
 
     Raises:
         SearchIndexError: the folder is missing, damaged, or of another program or version.
@@ -172,13 +172,13 @@ def _read_description(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SearchIndexError(
-            f"{folder} is no search index, it has no {DESCRIPTION_FILE}: build one with"
+            f"{folder} is not a search index, it has no {DESCRIPTION_FILE}: build one with"
             " BM25Index.build(documents, folder=...)"
         ) from None
     except (OSError, ValueError) as error:
         raise _damaged(folder, f"{DESCRIPTION_FILE}: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise SearchIndexError(f"{folder} is no search index of this program; give another folder")
+        raise SearchIndexError(f"{folder} is not a search index of this program; give another one")
     if content.get("version") != VERSION:
         raise SearchIndexError(
             f"{folder} has version {content.get('version')!r} of the index format, this program"
@@ -205,7 +205,7 @@ def _mapped(folder: Path, name: str, dtype: str, length: int) -> NDArray[Any]:
 
 
 def _check(folder: Path, description: IndexDescription, arrays: IndexArrays) -> None:
-    """Check what can be checked without reading the arrays."""
+    """Check everything that does not require reading the arrays."""
     terms, documents = len(arrays.best), description.documents
     ends = (
         (arrays.starts, terms, len(arrays.docs)),

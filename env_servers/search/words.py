@@ -1,16 +1,16 @@
 """Split text into words exactly as Lucene 9's StandardTokenizer does.
 
-The rules are those of the grammar that Lucene generates its tokenizer from
+The rules are those of the grammar from which Lucene generates its tokenizer
 (`StandardTokenizerImpl.jflex`): the word boundaries of Unicode Standard Annex #29, version 12.1,
 with these choices: runs of South East Asian characters (Thai and others) are one word, every Han
-and Hiragana character is a word, emoji sequences are words, and at each place the longest word
-counts. A word ends after 255 UTF-16 units; what follows is the next word.
+and Hiragana character is a word, emoji sequences are words, and the longest match is
+taken. A word ends after 255 UTF-16 units; the rest is the next word.
 
-Text is first turned into one character class per character (`word_break_12_1.txt`), then regular
-expressions over the classes find the words. Pure ASCII text takes a short cut that gives the same
-words. The version of Unicode is fixed because Lucene 9's tokenizer has it built in: later versions
-gave some characters other properties (U+2605, a star, is no emoji any more), so libraries that
-follow the newest version split differently from release to release.
+Text is first mapped to one character class per character (`word_break_12_1.txt`), then regular
+expressions over the classes find the words. Pure ASCII text takes a fast path with the same
+result. The version of Unicode is fixed because Lucene 9's tokenizer has it built in: later versions
+changed the properties of some characters (U+2605, a star, is not an emoji any more), so libraries
+that follow the newest version split differently from release to release.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from importlib import resources
 from itertools import accumulate
 
 MAX_UNITS = 255
-"""The length at which Lucene cuts a word, in UTF-16 units."""
+"""Length at which Lucene cuts a word, in UTF-16 units."""
 
-# What may follow a character without ending its word (UAX #29, rule WB4); emoji sequences treat
+# Characters that may follow a character without ending its word (UAX #29, rule WB4); emoji treat
 # the presentation selectors V and W separately.
 _EXTEND = "[EZVWYTXFs]*"
 _EMOJI_EXTEND = "[EZYTXFs]*"
 
 _LETTERS = f"[LAG]{_EXTEND}(?:[MO']{_EXTEND}[LHAG]{_EXTEND})*"
 _DIGITS = f"[ND]{_EXTEND}(?:[CO']{_EXTEND}[ND]{_EXTEND})*"
-# A Hebrew letter takes a single quote, or a double quote with another Hebrew letter; one that
-# stands behind a middle character takes neither.
+# A Hebrew letter takes a single quote, or a double quote with another Hebrew letter; after a
+# middle character it takes neither.
 _HEBREW = f"H{_EXTEND}(?:'{_EXTEND}|\"{_EXTEND}H{_EXTEND}|(?:[MO']{_EXTEND}[LHAG]{_EXTEND})*)"
 _PIECE = f"(?:(?:K{_EXTEND})+|(?:{_LETTERS}|{_DIGITS}|{_HEBREW})+)"
 _JOINER = f"(?:U{_EXTEND})"
@@ -55,7 +55,7 @@ _COMPLEX = "[Ss][EZVWYTXFsS]*"
 # The same, but the joiners before the first piece are taken all or not at all (as an atomic group).
 _CAREFUL_WORD_PATTERN = re.compile(f"(?=({_JOINER}*))\\1{_WORD}")
 _OTHER_PATTERN = re.compile(f"{_EMOJI}|{_KEY_CAP}|{_FLAG}|{_SINGLE}|{_COMPLEX}")
-# Most words are letters and digits with nothing behind them that could belong to them.
+# Most words are letters and digits that no extending character follows.
 _PLAIN = "[LDN]+(?![^.])"
 _ANY_PATTERN = re.compile(f"{_PLAIN}|{_WORD}|{_EMOJI}|{_KEY_CAP}|{_FLAG}|{_SINGLE}|{_COMPLEX}")
 _START_PATTERN = re.compile("[LHAGNDKUPZFkRIJSs]")
@@ -70,11 +70,11 @@ _ASCII_PATTERN = re.compile(
 )
 
 OTHER = "."
-"""The class of all characters that no word can hold."""
+"""The class of all characters that are in no word."""
 
 
 def class_ranges() -> Iterator[tuple[str, int, int]]:
-    """Yield (class, first, last code point) of all characters that a word can hold."""
+    """Yield (class, first, last code point) of all characters that may be in a word."""
     table = resources.files(__package__).joinpath("word_break_12_1.txt")
     for line in table.read_text(encoding="ascii").splitlines():
         name, *ranges = line.split()
@@ -95,9 +95,9 @@ _CLASSES = class_table()
 
 
 def split_words(text: str) -> list[str]:
-    """Return the words of a text, in order, as they stand in it.
+    """Return the words of a text, in order and unchanged.
 
-    Any string is accepted: lone surrogates and control characters end words like spaces do.
+    Any string is accepted: lone surrogates and control characters end words like spaces.
     """
     if text.isascii():
         found = _ASCII_PATTERN.findall(text)
@@ -109,7 +109,7 @@ def split_words(text: str) -> list[str]:
 
 
 def _split_any(text: str) -> list[str]:
-    """Split any text, without the short cut."""
+    """Split any text, without the fast path."""
     classes = text.translate(_CLASSES)
     if _CAREFUL_PATTERN.search(classes) is None:
         spans = [match.span() for match in _ANY_PATTERN.finditer(classes)]

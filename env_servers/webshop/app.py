@@ -34,11 +34,11 @@ from env_servers.webshop.web import PREFIX, ShopPages, error_page
 
 MOST_IN_BATCH = 1024
 _BATCH_SECONDS = 0.01
-"""A batch that takes longer lets other requests in between; 1,024 long searches take seconds."""
+"""A longer batch lets other requests in between; 1,024 long searches take seconds."""
 _ABOUT = About(
     "webshop",
     "The shop of the WebShop benchmark: sessions in which an agent searches, chooses and buys. The"
-    " same shop is there as web pages.",
+    " same shop is available as web pages.",
     links=((PREFIX, "Open the shop"),),
 )
 _WholeNumber = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -51,7 +51,7 @@ class CreateForTask(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class CreateInSplit(msgspec.Struct, forbid_unknown_fields=True):
-    """Start a session for the task of a split that the seed picks, always the same one."""
+    """Start a session for the task of a split that the seed determines."""
 
     split: str
     seed: _WholeNumber
@@ -61,7 +61,7 @@ class Step(msgspec.Struct, forbid_unknown_fields=True):
     """Play one action."""
 
     turn_index: _WholeNumber
-    """Steps made so far; a repeated request repeats it and gets the same answer."""
+    """Number of steps so far; a repeated step has its old index and gets the same answer."""
     action: str
 
 
@@ -74,7 +74,7 @@ class SessionStep(Step):
 class _PageAnswer(msgspec.Struct, kw_only=True):
     session_id: str
     turn_index: int
-    """Steps made so far, this one included."""
+    """Number of steps so far, including this one."""
     text: str
     page_kind: PageKind
     clickables: tuple[str, ...]
@@ -92,33 +92,33 @@ class SessionAnswer(_PageAnswer, kw_only=True):
 
 
 class StepAnswer(_PageAnswer, kw_only=True):
-    """What one action did."""
+    """The effect of one action."""
 
     is_action_valid: bool
     message: str
-    """Why nothing was done, or a hint; else empty."""
+    """Why the action had no effect, or a hint; else empty."""
     details: RewardDetails | None
-    """The parts of the reward when this action bought something."""
+    """The parts of the reward if this action was a purchase."""
 
 
 class Closed(msgspec.Struct):
-    """A session has ended."""
+    """A closed session."""
 
     closed: bool = True
 
 
 class Health(msgspec.Struct):
-    """That the server is up, and what it serves."""
+    """The state of the server, and the shop that it serves."""
 
     status: str
     service: str
     version: str
     data: str
-    """`generated`; `official` where the content is the published one; else the path."""
+    """`generated`; `official` if the content is the published one; else the path."""
     content_hash: str
-    """SHA-256 of all that is played."""
+    """SHA-256 of everything that is played."""
     folder: str | None
-    """Where the data lies, as an absolute path; null for the generated shop."""
+    """Folder of the data, as an absolute path; null for the generated shop."""
     products: int
     goals: int
     splits: dict[str, int]
@@ -145,14 +145,14 @@ def create_app(
 ) -> Starlette:
     """Make the application: JSON API and web pages over the same sessions.
 
-    `max_turns` are those of an agent's episode; the pages for people show them. For the other
+    `max_turns` is the limit of an agent's episode; the pages for people show it. For the other
     arguments see `build_application`.
     """
     errors = ErrorResponder(error_page)
     api = ShopApi(store, errors)
 
     async def expire_idle() -> None:
-        """Free idle sessions also without requests; sleep until the next one can be due."""
+        """Close idle sessions even without requests; sleep until the next one can be due."""
         while True:
             await asyncio.sleep(max(0.05, store.expire()))
 
@@ -176,7 +176,7 @@ def create_app(
 
 
 class ShopApi:
-    """The handlers of the JSON API. A step takes less time than handing it to a thread would."""
+    """The handlers of the JSON API. A step takes less time than moving it to a thread would."""
 
     def __init__(self, store: SessionStore, errors: ErrorResponder) -> None:
         self._store, self._errors = store, errors
@@ -216,7 +216,7 @@ class ShopApi:
                 "GET", "/tasks/{split}", self._answer_tasks, "List the tasks of a split.",
                 Manifest, errors=(404,),
             ),
-            Endpoint("GET", "/health", self._answer_health, "Tell what is served.", Health),
+            Endpoint("GET", "/health", self._answer_health, "Describe the served shop.", Health),
         ]  # fmt: skip
 
     def metrics(self) -> list[Metric]:
@@ -237,7 +237,7 @@ class ShopApi:
             status="ok",
             service="webshop",
             version=program_version(),
-            # Names of folders may be no UTF-8.
+            # Names of folders may not be UTF-8.
             data=well_formed(shop.label),
             content_hash=shop.content_hash,
             folder=None if shop.folder is None else well_formed(str(shop.folder.resolve())),
@@ -255,7 +255,7 @@ class ShopApi:
         )
 
     async def _answer_tasks(self, request: Request) -> Response:
-        """Answer with a list, which may have millions: encoded once, in a thread."""
+        """Answer with a list that may have millions of entries: encoded once, in a thread."""
         split = request.path_params["split"]
         self._store.split_range(split)
         if split not in self._task_lists:
@@ -280,7 +280,7 @@ class ShopApi:
     def _for_each(self, answer: Callable[[Any], Any]) -> Callable[..., Awaitable[object]]:
         """Return a handler that answers every entry of a list, in order.
 
-        An entry's error does not stop the others.
+        An error in one entry does not affect the others.
         """
 
         async def answer_all(request: Request, entries: list[Any]) -> dict[str, list[Any]]:

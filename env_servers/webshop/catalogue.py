@@ -1,8 +1,8 @@
-"""The catalogue: all products of a shop, in memory or in a file that is read where needed.
+"""The catalogue: all products of a shop, in memory or in a file that is read on demand.
 
-What prices, goals and category searches need of every product is kept in columns. They take about
-100 bytes for a product and can be mapped from files, so that a million products need not be read
-to draw a million prices.
+The fields of every product that prices, goals and category searches need are stored in columns.
+They take about 100 bytes per product and can be mapped from files, so that a million products need
+not be read to draw a million prices.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class Columns:
 
 
 def save_arrays(arrays: Any, folder: Path) -> None:
-    """Write one file for each array of a dataclass into a folder that exists."""
+    """Write one file for each array of a dataclass into an existing folder."""
     for field in fields(arrays):
         np.save(folder / f"{field.name}.npy", getattr(arrays, field.name))
 
 
 def open_arrays(kind: type[_Arrays], folder: Path) -> _Arrays:
-    """Map what `save_arrays` wrote; pages are read when they are used."""
+    """Map the files of `save_arrays`; pages are read on use."""
     return kind(
         **{
             field.name: np.load(folder / f"{field.name}.npy", mmap_mode="r")
@@ -90,10 +90,10 @@ class ColumnsBuilder:
         return asin in self._asins
 
     def add(self, record: Record) -> None:
-        """Take the next product, whose asin is new.
+        """Add the next product, whose asin is new.
 
         Raises:
-            ValueError: if its options can be chosen in more ways than can be counted.
+            ValueError: if its options have too many combinations to count.
         """
         product = record.product
         if record.instruction is not None:
@@ -108,7 +108,7 @@ class ColumnsBuilder:
         self._facts.extend((low, high, category, query))
 
     def columns(self) -> Columns:
-        """Return the columns of all products so far; the builder is of no use afterwards."""
+        """Return the columns of all products so far; the builder cannot be used afterwards."""
         asins = np.array(list(self._asins), dtype=np.str_)
         self._asins.clear()
         low, high, categories, queries = np.array(self._facts).reshape(-1, 4).T.copy()
@@ -141,7 +141,7 @@ class Catalogue:
         return self._records[row].product
 
     def instruction(self, row: int) -> Instruction | None:
-        """Return the request of a customer for this product; None for most products."""
+        """Return the customer's request for this product; None for most products."""
         return self._records[row].instruction
 
     def rows_in_category(self, category: str) -> tuple[int, ...]:
@@ -149,15 +149,15 @@ class Catalogue:
         return _rows_with(category, self.columns.category_names, self.columns.categories)
 
     def rows_with_query(self, query: str) -> tuple[int, ...]:
-        """Return the products that were found with this search, word for word."""
+        """Return the products with exactly this search query."""
         return _rows_with(query, self.columns.query_names, self.columns.queries)
 
 
 class StoredRecords(Sequence[Record]):
-    """Records in a file of JSON lines that is mapped; the last ones used are kept."""
+    """Records in a mapped file of JSON lines; the last used ones are cached."""
 
     def __init__(self, path: Path, starts: NDArray[np.int64]) -> None:
-        """Open a file of `stored_line`; `starts` are those of its lines, and the file's end."""
+        """Open a file of `stored_line`; `starts` are the offsets of its lines and its end."""
         with path.open("rb") as file:
             self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._starts = memoryview(starts)  # type: ignore[arg-type]
@@ -174,7 +174,7 @@ class StoredRecords(Sequence[Record]):
 
 
 def stored_line(value: Any) -> bytes:
-    """Return a value as one line of JSON; content hashes are made of such lines."""
+    """Return a value as one line of JSON; content hashes are computed from such lines."""
     return msgspec.json.encode(value) + b"\n"
 
 

@@ -1,7 +1,7 @@
-r"""One customer in the shop: the state of an episode and how actions change it.
+r"""Play one customer's episode: its state and how actions change it.
 
 Source: `SimServer`, `WebAgentTextEnv.step` and `parse_action` of the original. The last one matches
-`(.+)\[(.+)\]` greedily. Here the same is found in one pass, since the pattern takes quadratic time
+`(.+)\[(.+)\]` greedily. Here one pass finds the same, since the pattern takes quadratic time
 on hostile text.
 """
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from env_servers.webshop.shop import Shop
 
 LONGEST_ACTION = 10_000
-"""Characters of an action; longer ones do nothing, so that a session's state stays small."""
+"""Maximum length of an action, which limits a session's state; longer ones have no effect."""
 _SITE = "http://127.0.0.1:3000"
 
 
 class Action(NamedTuple):
-    """One action that the shop knows."""
+    """One action of the shop."""
 
     verb: Literal["search", "click"]
     argument: str
@@ -45,10 +45,10 @@ class Action(NamedTuple):
 
 
 def parse_action(text: str) -> Action | None:
-    """Return the action that a text means; None if it means nothing.
+    """Return the action in a text; None if it has none.
 
-    What follows the last closing bracket of the first line does not count. The last opening
-    bracket with something behind it begins the argument.
+    Text after the last closing bracket of the first line is ignored. The last opening
+    bracket with text after it begins the argument.
     """
     line = text.partition("\n")[0]
     end = line.rfind("]")
@@ -63,25 +63,25 @@ def parse_action(text: str) -> Action | None:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one action did."""
+    """The effect of one action."""
 
     page: Page
     executed: bool
-    """Whether the action did something: strict validity."""
+    """Whether the action had an effect: strict validity."""
     over: bool
-    """Whether something has been bought, now or before."""
+    """Whether something was bought, now or before."""
     score: float
-    """0 to 1 when this action bought something, else 0."""
+    """0 to 1 if this action was a purchase, else 0."""
     details: RewardDetails | None
-    """The reward's parts when this action bought something."""
+    """The reward's parts if this action was a purchase."""
     message: str
-    """Why nothing was done, or a hint, in one sentence; else empty."""
+    """Why the action had no effect, or a hint, in one sentence; else empty."""
 
 
 class Episode:
     """One customer with one goal. Not thread-safe; a few kilobytes.
 
-    After a purchase nothing is left to click, but a search still works, as in the original.
+    After a purchase nothing can be clicked, but a search still works, as in the original.
     """
 
     __slots__ = ("_chosen", "_goal", "_name", "_over", "_page", "_results",
@@ -93,8 +93,8 @@ class Episode:
         Args:
             shop: may be shared by any number of episodes and threads.
             goal: one of the shop's goals.
-            name: the session's name; it is part of addresses in rich text, and chooses what
-                `search[<r>]` finds.
+            name: the session's name; it is part of addresses in rich text, and determines the
+                result of `search[<r>]`.
         """
         self._shop = shop
         self._goal = goal
@@ -110,14 +110,14 @@ class Episode:
 
     @property
     def over(self) -> bool:
-        """Whether something has been bought."""
+        """Whether something was bought."""
         return self._over
 
     def step(self, action: str) -> Outcome:
         """Play `search[keywords]` or `click[name]`; any text is accepted.
 
-        What means nothing, or is not on the page, changes nothing. `click[..]` around a listed name
-        is that click whatever brackets or line breaks the name has.
+        An action that is invalid or not on the page changes nothing. `click[..]` around a listed
+        name is that click, even if the name has brackets or line breaks.
         """
         if action[:6] == "click[" and action[-1:] == "]":
             for name in (action[6:-1], action[6:-1].lower()):
@@ -173,7 +173,7 @@ class Episode:
         return self._show_item()
 
     def _enter(self) -> None:
-        """Go to the search page; all that was done before is forgotten."""
+        """Go to the search page; the state of earlier pages is discarded."""
         self._rows = ()
         self._row = -1
         self._chosen: dict[str, str] = {}

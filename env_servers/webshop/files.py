@@ -1,4 +1,4 @@
-"""The files of a shop in the official format: where they lie, what they hold, whose they are."""
+"""Find and read the files of a shop in the official format."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from env_servers.webshop.products import Instruction, ShopDataError, parse_human
 
 _ENDING = r"\.json(\.gz|\.xz)?$"
 _FORMAT = "2"
-"""Raised when the stored catalogue changes, so that old ones are not opened."""
+"""Raise it when the stored catalogue changes, so that old ones are not opened."""
 
 _CHUNK = 1 << 20
-"""Characters, or bytes, read at once."""
+"""Number of characters, or bytes, read at a time."""
 _LARGEST_ENTRY = 64 << 20
-"""More characters than that without a complete entry cannot be right."""
+"""Maximum length of an entry; a longer incomplete one is an error."""
 _READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError)
 _SPACES = re.compile(r"[ \t\n\r]*")
 
@@ -41,10 +41,10 @@ class DataFiles:
 
     @classmethod
     def find(cls, folder: str) -> DataFiles:
-        """Look for the files by their official names, `.json`, `.json.gz` or `.json.xz`.
+        """Find the files by their official names, `.json`, `.json.gz` or `.json.xz`.
 
         Raises:
-            ShopDataError: if the folder or a file is not there.
+            ShopDataError: if the folder or a file is missing.
         """
         path = folder_of(folder)
         if not path.is_dir():
@@ -73,7 +73,7 @@ class DataFiles:
         """Read the entries of the product file.
 
         Raises:
-            ShopDataError: if the file is broken or has another shape.
+            ShopDataError: if the file is damaged or has another form.
         """
         for place, item in enumerate(read_array(self.items)):
             if not isinstance(item, dict):
@@ -97,7 +97,7 @@ class DataFiles:
         """Read the human instructions by asin.
 
         Raises:
-            ShopDataError: if there is no such file, or it is broken.
+            ShopDataError: if the file is missing or damaged.
         """
         if self.human is None:
             raise ShopDataError(
@@ -116,7 +116,7 @@ class DataFiles:
         return found
 
     def cache_key(self) -> str:
-        """Return a key that changes with the size or the time of change of a catalogue's file."""
+        """Return a key that changes with the size or modification time of a catalogue file."""
         stats = [path.stat() for path in (self.items, self.attributes)]
         text = ":".join([_FORMAT, *(f"{stat.st_size}-{stat.st_mtime_ns}" for stat in stats)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -127,7 +127,7 @@ class DataFiles:
 
 
 def folder_of(data: str) -> Path:
-    """Return the folder that a setting names; `~user` stays where there is no such home folder."""
+    """Return the folder of a setting; `~user` stays if there is no such home folder."""
     return Path(os.path.expanduser(data))
 
 
@@ -140,7 +140,7 @@ def _first(folder: Path, names: list[str], *starts: str) -> Path | None:
 
 
 def content_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, of a compressed one those of its content.
+    """Return the SHA-256 of a file's bytes, of a compressed file that of its content.
 
     Raises:
         ShopDataError: if the file cannot be read.
@@ -156,14 +156,14 @@ def content_sha256(path: Path) -> str:
 
 
 def read_array(path: Path) -> Iterator[Any]:
-    """Read the entries of a file in UTF-8 that is one JSON array, however large it is.
+    """Read the entries of a file in UTF-8 that is one JSON array of any size.
 
     The standard library's decoder works on a window of the file that grows only when an entry does
-    not fit. An event parser (ijson with its C backend) took 1.2 times as long, refuses the NaN that
-    Python writes, and needs memory with the square of the depth of what it reads.
+    not fit. An event parser (ijson with its C backend) took 1.2 times as long, refuses NaN, which
+    Python writes, and needs memory quadratic in the depth of the data.
 
     Raises:
-        ShopDataError: if the file cannot be read, ends early or is something else.
+        ShopDataError: if the file cannot be read, ends early or has another form.
     """
     return _entries(path, "[]", _Window.value)
 
@@ -205,13 +205,13 @@ def _unreadable(path: Path, error: Exception) -> ShopDataError:
 
 
 class _Window:
-    """The part of the file that is being looked at."""
+    """The part of the file that is being parsed."""
 
     def __init__(self, path: Path, file: TextIO) -> None:
         self._path = path
         self._file = file
         self._text = ""
-        # Of the entry that is read: its place in the text, and characters before the text.
+        # Of the current entry: its position in the text, and the characters before the text.
         self._start = self._passed = 0
         self._at_end = False
         self._decode = JSONDecoder().raw_decode
@@ -247,13 +247,13 @@ class _Window:
                 if len(self._text) - self._start > _LARGEST_ENTRY or not self._more():
                     raise self.broken("this entry is not complete JSON") from error
                 continue
-            # A number at the end of the window may continue behind it.
+            # A number at the end of the window may continue after it.
             if end < len(self._text) or not self._more():
                 self._start = end
                 return value
 
     def _more(self) -> bool:
-        """Move the window on to the entry that was begun, and read as much again."""
+        """Move the window to the current entry, and read the same amount again."""
         if self._at_end:
             return False
         pending = self._text[self._start :]

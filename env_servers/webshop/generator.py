@@ -1,9 +1,9 @@
-"""A generated shop: products and instructions in the official file format, from a seed alone.
+"""Generate a shop from a seed: products and instructions in the official file format.
 
-Every attribute of a product stands in its title, features or description, and nothing else there
-says so; every goal can be met exactly by its own product. About one product in four is a near miss
-of another one: the same brand and name, but one attribute, the price or an option differs.
-Equal settings give equal bytes on every machine: the only source of chance is
+Every attribute of a product is in its title, features or description, and no other text there
+implies it; every goal can be met exactly by its own product. About one product in four is a near
+miss of another one: the same brand and name, but one attribute, the price or an option differs.
+Equal settings give equal bytes on every machine: the only source of randomness is
 `random.Random.random`, whose stream for an integer seed the standard library keeps.
 """
 
@@ -18,9 +18,9 @@ from typing import Any, Final, TypeVar
 from env_servers.webshop.shop_words import CATEGORIES, WORDS, Attribute, Kind
 
 _PRODUCTS_PER_KIND: Final = 12
-"""A small shop has fewer kinds rather than kinds without rivals."""
+"""A small shop has fewer kinds, not kinds without alternatives."""
 _MAX_COMBINATIONS: Final = 16
-"""Most ways to choose the options of one product; each way is a goal of its own."""
+"""Limit of combinations of options of one product; each combination is a goal."""
 _WITH_INSTRUCTION: Final = 0.65
 _NEAR_MISSES: Final = 0.25
 _PRICE_RANGES: Final = 0.1
@@ -42,13 +42,13 @@ class GeneratedShop:
 
 @dataclass(frozen=True, slots=True)
 class _Sketch:
-    """What a product is, before it is put into words."""
+    """A product before its texts are written."""
 
     kind: Kind
     brand: str
     line: str
     attributes: tuple[Attribute, ...]
-    """Three to five; a material among them at most once."""
+    """Three to five; at most one material."""
     options: tuple[tuple[str, tuple[str, ...]], ...]
     cents: int
 
@@ -70,7 +70,7 @@ class _Draws:
         return items[self.between(0, len(items) - 1)]
 
     def sample(self, items: Iterable[_T], count: int) -> list[_T]:
-        """Different items in random order; all of them if there are not more."""
+        """Return different items in random order; all of them if there are not more."""
         rest = list(items)
         return [rest.pop(self.between(0, len(rest) - 1)) for _ in range(min(count, len(rest)))]
 
@@ -83,7 +83,7 @@ def generate_shop(seed: int = 0, products: int = 1_000) -> GeneratedShop:
     """Make a shop of 1 product or more from a seed of 0 or more.
 
     Raises:
-        ValueError: for a seed or number of products that is no such integer.
+        ValueError: for an invalid seed or number of products.
     """
     for name, value, least in (("seed", seed, 0), ("products", products, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -140,7 +140,7 @@ def _sketch(draws: _Draws, kind: Kind) -> _Sketch:
 
 
 def _options(draws: _Draws, kind: Kind) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Axes and values that a product comes in."""
+    """Return the option names of a product with their values."""
     count = draws.choice((0, 0, 1, 1, 1, 2, 2, 2, 3, 3))
     chosen = {axis.name: axis for axis in draws.sample(kind.axes, count)}
     values = {}
@@ -154,7 +154,7 @@ def _options(draws: _Draws, kind: Kind) -> tuple[tuple[str, tuple[str, ...]], ..
 
 
 def _near_miss(draws: _Draws, original: _Sketch) -> _Sketch:
-    """Return a product that passes for another one at a glance."""
+    """Return a product that is easily mistaken for another one."""
     way = draws.between(0, 3)
     if way == 0:
         return replace(original, cents=original.cents + 100 * draws.between(20, 60))
@@ -231,7 +231,7 @@ def _title(draws: _Draws, sketch: _Sketch) -> tuple[str, Sequence[Attribute]]:
 
 
 def _description(draws: _Draws, sketch: _Sketch, attributes: Sequence[Attribute]) -> str:
-    """One to four sentences that name the attributes."""
+    """Return one to four sentences with the attributes."""
     sentences = [draws.choice(WORDS.openings)]
     if attributes:
         roles = {"is": "", "with": "with ", "for": "made for "}

@@ -1,9 +1,9 @@
-"""Goals of customers, drawn and ordered as the original does it.
+"""Draw and order the goals of customers as the original does.
 
 Source: `web_agent_site/engine/goal.py`, `generate_product_prices` of `engine.py`, and
 `SimServer.__init__` of the original. Prices and limits of one run are one stream of
-`random.Random`. Every way to choose the options of a product is a goal of its own, so the full
-catalogue has millions of them. They are kept as numbers; a goal is made when it is asked for.
+`random.Random`. Every combination of a product's options is one goal, so the full
+catalogue has millions of them. They are stored as numbers; a goal is made on access.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _CANDIDATES = 4
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """One goal: the instruction, and what the reward compares the purchase with."""
+    """One goal: the instruction, and the criteria of the reward."""
 
     index: int
-    """Place in the original's order after its shuffle."""
+    """Index in the original's order after its shuffle."""
     asin: str
-    """The product that the goal was made from."""
+    """The product of the goal."""
     name: str
     """That product's title."""
     instruction: str
     price_upper: float
-    """Highest price in dollars that counts as cheap enough; 1,000,000 where there is no limit."""
+    """Highest acceptable price in dollars; 1,000,000 if there is no limit."""
     options: tuple[tuple[str, str], ...] | tuple[str, ...]
     """Synthetic goals: (name, value) pairs sorted by name. Human goals: values."""
     attributes: tuple[str, ...]
     category: str
-    """The coarse category; it is the type of the task."""
+    """The coarse category, which is the type of the task."""
     query: str
     product_category: str
 
@@ -58,7 +58,7 @@ class Goal:
 class GoalTable:
     """The drawn numbers behind the goals.
 
-    A wish is what several goals have in common: an instruction of a product with a price limit.
+    A wish is the common part of several goals: an instruction of a product with a price limit.
     """
 
     prices: NDArray[np.float64]
@@ -70,14 +70,14 @@ class GoalTable:
     ends: NDArray[np.int64]
     """[wishes]: number of goals up to and with this wish, before the shuffle."""
     order: NDArray[np.uint32]
-    """[goals]: place before the shuffle of the goal at each place after it."""
+    """[goals]: index before the shuffle of the goal at each index after it."""
 
 
 def draw_synthetic(columns: Columns, seed: int) -> GoalTable:
     """Draw prices, limits and order of the synthetic goals.
 
     Raises:
-        ShopDataError: if there are no goals, or more than can be shuffled.
+        ShopDataError: if there are no goals, or too many to shuffle.
     """
     total = float(np.sum(columns.combinations, dtype=np.float64))
     if not 0 < total <= MOST_GOALS:
@@ -136,7 +136,7 @@ def draw_prices(
 ) -> NDArray[np.float64]:
     """Draw one price for each product, in dollars; see `Columns` for the two arrays.
 
-    Where there is one price nothing is drawn. `rng` is in the state in which the original starts.
+    Nothing is drawn for a product with one price. `rng` has the original's initial state.
     """
     prices: NDArray[np.float64] = np.array(low)
     for row in np.flatnonzero(~np.isnan(high)).tolist():
@@ -163,19 +163,19 @@ class _Wish(NamedTuple):
 
 
 class Goals(Sequence[Goal]):
-    """All goals of a shop in the original's order; made when asked for. Thread-safe."""
+    """All goals of a shop in the original's order, made on access. Thread-safe."""
 
     def __init__(
         self, catalogue: Catalogue, table: GoalTable, human: Sequence[Instruction] | None = None
     ) -> None:
         """Take a catalogue and the numbers that were drawn for it.
 
-        `human` is the instruction of each wish; None: the products' own, synthetic ones.
+        `human` is the instruction of each wish; None: the synthetic ones of the products.
         """
         self._catalogue = catalogue
         self._table = table
         self._human = human
-        # Single numbers are read much faster through these than from arrays.
+        # Reading single numbers is much faster through these than from arrays.
         self._order, self._ends = memoryview(table.order), memoryview(table.ends)  # type: ignore[arg-type]
         self._wish = lru_cache(_CACHED_WISHES)(self._make_wish)
         self._goal = lru_cache(_CACHED_GOALS)(self._make_goal)
@@ -237,7 +237,7 @@ class Goals(Sequence[Goal]):
 
 
 def _combination(choices: tuple[tuple[_Pair, ...], ...], number: int) -> tuple[_Pair, ...]:
-    """Return one way to choose a pair of each option; the last option changes fastest."""
+    """Return one combination of options; the last option changes fastest."""
     chosen = []
     for pairs in reversed(choices):
         number, place = divmod(number, len(pairs))

@@ -1,8 +1,8 @@
-"""Opens a catalogue with its search index: small ones in memory, large ones from a cache folder.
+"""Open a catalogue with its search index: small ones in memory, large ones from a cache folder.
 
 The full official catalogue is one JSON array of about 5 GB. It is read once, entry by entry, and
 written to `webshop/<key>` in the cache folder (see `caches`) as lines, columns and an index, which
-later starts map. The folder appears when it is complete.
+later starts map. The folder gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from env_servers.webshop.files import DataFiles
 from env_servers.webshop.products import Record, ShopDataError, indexed_text, parse_record
 
 STORED_FROM = 16 << 20
-"""Product files of more bytes than this are kept in the cache folder; compressed ones count
-sixfold."""
+"""Product files of more bytes than this are stored in the cache folder; the size of compressed
+files counts sixfold."""
 _COMPRESSION = 6
 _LONGEST_ASIN = 10
 _REPORT_EVERY = 100_000
@@ -67,12 +67,12 @@ Find = Callable[[str], Entry | None]
 
 @dataclass(frozen=True, slots=True)
 class Stock:
-    """A catalogue, its search index, and where it is stored."""
+    """A catalogue, its search index, and its location."""
 
     catalogue: Catalogue
     index: BM25Index
     content_hash: str
-    """SHA-256 over all products with their attributes and instructions, as they are played."""
+    """SHA-256 over all products with their attributes and instructions, as played."""
     file_hashes: tuple[str, ...]
     """SHA-256 of the product and the attribute file; empty for a generated shop."""
     folder: Path | None
@@ -87,12 +87,12 @@ class Stock:
 def stock_in_memory(
     items: Iterable[Entry], find_entry: Find, source: str, files: tuple[str, ...] = ()
 ) -> Stock:
-    """Take in a small catalogue from entries of the product and the attribute file.
+    """Make a small catalogue from entries of the product and the attribute file.
 
-    Messages name the source. `files` are hashes of the files.
+    Messages name the source. `files` are the hashes of the files.
 
     Raises:
-        ShopDataError: if an entry is not as in the official files or there is no product.
+        ShopDataError: if an entry differs from the official format or there is no product.
     """
     records: list[Record] = []
     index, columns, content_hash = _take_in(
@@ -105,7 +105,7 @@ def stock_from_files(files: DataFiles) -> Stock:
     """Open the catalogue of a folder; a large one is stored in the cache folder on first use.
 
     Raises:
-        ShopDataError: if a file is broken, or the cache folder cannot be written.
+        ShopDataError: if a file is damaged, or the cache folder cannot be written.
     """
     expansion = 1 if files.items.suffix == ".json" else _COMPRESSION
     if files.items.stat().st_size * expansion <= STORED_FROM:
@@ -120,18 +120,18 @@ def stock_from_files(files: DataFiles) -> Stock:
 
 @contextmanager
 def stored_in(folder: Path) -> Iterator[None]:
-    """Explain what goes wrong with stored files.
+    """Convert errors of stored files.
 
     Raises:
-        ShopDataError: in place of errors of files and of reading them.
+        ShopDataError: in place of errors from opening and reading files.
     """
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, SearchIndexError) as error:
         raise ShopDataError(
-            f"Cannot use {folder}, where the catalogue is stored: {error}. Delete this folder if "
-            "it exists (it is made again). It needs about as much room as the product file; "
-            "$ATOD_CACHE names another place for it."
+            f"Cannot use {folder}, the folder of the stored catalogue: {error}. Delete this folder "
+            "if it exists (it is made again). It needs about the size of the product file; "
+            "$ATOD_CACHE sets another folder."
         ) from error
 
 
@@ -142,12 +142,12 @@ def _take_in(
     keep: Callable[[Record, bytes], None],
     folder: Path | None = None,
 ) -> tuple[BM25Index, Columns, str]:
-    """Read products in one pass; `keep` gets each with its line of JSON.
+    """Read products in one pass; `keep` receives each with its line of JSON.
 
-    Left out are those that the original leaves out: with an asin that came before or is none.
+    Products without an asin, or with that of an earlier product, are left out as in the original.
 
     Returns:
-        The index, which is built in `folder` if one is given; the columns; the content hash.
+        The index, which is built in `folder` if given; the columns; the content hash.
     """
     builder, content = ColumnsBuilder(), hashlib.sha256()
 
@@ -159,7 +159,7 @@ def _take_in(
                 raise ShopDataError(
                     f"{source}: entry {place} has no 'asin'. Download the file again."
                 )
-            # Two asins may differ in lone surrogates only, which products do not keep.
+            # Two asins may differ in lone surrogates only, which products do not contain.
             if asin == "nan" or len(asin) > _LONGEST_ASIN or well_formed(asin) in builder:
                 continue
             try:
@@ -176,7 +176,7 @@ def _take_in(
             keep(record, line)
             yield record.product.asin, indexed_text(record.product)
         if not count:
-            raise ShopDataError(f"{source} holds no product. Download the file again.")
+            raise ShopDataError(f"{source} contains no product. Download the file again.")
 
     index = BM25Index.build(documents(), folder=folder)
     return index, builder.columns(), content.hexdigest()
@@ -195,7 +195,7 @@ def _store(files: DataFiles, folder: Path) -> None:
             def keep(record: Record, line: bytes) -> None:
                 starts.append(starts[-1] + file.write(line))
                 if len(starts) % _REPORT_EVERY == 1:
-                    _LOG.warning("%d products are stored.", len(starts) - 1)
+                    _LOG.warning("%d products stored.", len(starts) - 1)
 
             _, columns, content_hash = _take_in(
                 files.read_items(), find_entry, str(files.items), keep, partial / _INDEX
@@ -208,9 +208,9 @@ def _store(files: DataFiles, folder: Path) -> None:
 
 @contextmanager
 def _stored_entries(files: DataFiles, path: Path) -> Iterator[Find]:
-    """Put the entries of a large attribute file aside and give a function that finds them.
+    """Store the entries of a large attribute file and return a function that finds them.
 
-    Of several entries of one asin the last one counts, as in an object read at once.
+    The last of several entries of one asin counts, as in an object read at once.
     """
     # Imported here: shops in memory need no database.
     import sqlite3
@@ -220,7 +220,7 @@ def _stored_entries(files: DataFiles, path: Path) -> Iterator[Find]:
             database.execute("PRAGMA journal_mode = OFF")
             database.execute("PRAGMA synchronous = OFF")
             database.execute("CREATE TABLE entries (asin TEXT PRIMARY KEY, entry) WITHOUT ROWID")
-            # In ASCII, since texts may hold lone surrogates.
+            # In ASCII, since texts may contain lone surrogates.
             rows = ((ascii(asin), json.dumps(entry)) for asin, entry in files.read_attributes())
             database.execute("BEGIN")
             database.executemany("REPLACE INTO entries VALUES (?, ?)", rows)

@@ -1,8 +1,8 @@
 """Find the nouns of a product's title; the title part of the reward compares them.
 
-The original asks spaCy's small English model, `en_core_web_sm`; so does the copy in verl-agent.
-(Later code of the original asks `en_core_web_lg`, see the package's docstring.) Where the small
-model is not installed, every word counts that is not one of Lucene's English stop words. On
+The original uses spaCy's small English model, `en_core_web_sm`; so does the copy in verl-agent.
+(Later code of the original uses `en_core_web_lg`, see the package's docstring.) If the small
+model is not installed, every word counts except Lucene's English stop words. On
 purchases this agrees with a tagger's title score to a correlation of 0.996. A purchase of the
 goal's own product scores the same under both.
 """
@@ -28,7 +28,7 @@ _CACHED_TITLES = 8192
 
 
 class WordTagger:
-    """Takes every word for a noun that is not a stop word."""
+    """Counts every word as a noun except stop words."""
 
     name = "words"
 
@@ -39,7 +39,7 @@ class WordTagger:
 
 
 class SpacyTagger:
-    """Asks spaCy's small English model, as the original does."""
+    """Uses spaCy's small English model, as the original does."""
 
     name = "spacy"
 
@@ -63,7 +63,7 @@ def open_tagger(choice: str) -> NounTagger:
     """Return the tagger for a setting `auto`, `spacy` or `words`.
 
     Raises:
-        ShopDataError: if spaCy is asked for and not installed with its model.
+        ShopDataError: if spaCy is requested and not installed with its model.
     """
     installed = all(importlib.util.find_spec(name) is not None for name in ("spacy", _MODEL))
     if choice == "spacy" and not installed:

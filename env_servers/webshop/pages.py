@@ -1,8 +1,8 @@
-"""Pages of the shop: what stands on them, as text for agents and as parts for drawing them.
+"""Make the pages of the shop, as text for agents and as parts for drawing them.
 
 Source: the templates of the original, `web_agent_site/templates/*.html`, and
 `convert_html_to_text` of its `web_agent_text_env.py`, which parses the HTML of these templates.
-Here a page is a list of pieces from the start, and no HTML is made or parsed.
+Here a page is a list of pieces; no HTML is made or parsed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from env_servers.webshop.products import Product
 from env_servers.webshop.reward import RewardDetails
 
 SEPARATOR = " [SEP] "
-"""Between the pieces of a text."""
+"""Separator of the pieces of a text."""
 _ASCII_SPACES = " \t\n\r\f\v"
 
 
 class PieceKind(Enum):
-    """What a piece of a page is."""
+    """The kinds of pieces on a page."""
 
     TEXT = 0
     BUTTON = 1
     OPTION = 2
     """A value of an option."""
     LINK = 3
-    """To a product; its text is the asin."""
+    """A link to a product; its text is the asin."""
 
 
 class Piece(NamedTuple):
@@ -55,10 +55,10 @@ def plain_text(pieces: Iterable[Piece]) -> str:
 
 
 def rich_text(pieces: Iterable[Piece], url: str, visited: Collection[str]) -> str:
-    """Return the style `text_rich`: one line for each piece, with marks around what can be clicked.
+    """Return the style `text_rich`: one line per piece, with marks around clickable ones.
 
-    An option counts as clicked if its value stands in quotes in the page's address, so that values
-    with quotes or letters beyond ASCII never do, as in the original. `visited` are asins of the
+    An option counts as clicked if its value occurs in quotes in the page's address, so that values
+    with quotes or letters beyond ASCII never do, as in the original. `visited` are asins of
     products that were opened before.
     """
     lines, clicked = [], []
@@ -80,7 +80,7 @@ def rich_text(pieces: Iterable[Piece], url: str, visited: Collection[str]) -> st
 
 
 def _visible(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Give what an HTML parser finds of the pieces: white space with a line break is no text."""
+    """Yield the pieces that an HTML parser finds: white space with a line break is not text."""
     for piece in pieces:
         if piece.text.strip(_ASCII_SPACES):
             yield piece
@@ -95,13 +95,13 @@ RESULTS_PER_PAGE = 10
 BACK, PREVIOUS, NEXT, BUY = "back to search", "< prev", "next >", "buy now"
 """Names of buttons, as `click[..]` takes them."""
 SEARCH = "search"
-"""Listed as clickable on the search page, though clicking it does nothing."""
+"""Listed as clickable on the search page, although clicking it has no effect."""
 SUB_PAGES: dict[str, SubPage] = {name.lower(): name for name in get_args(SubPage)}
 """Sub pages by the names of their buttons, in page order."""
 
 _BACK, _PREVIOUS, _NEXT = button("Back to Search"), button("< Prev"), button("Next >")
 _TEMPLATE_MARKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&'"}
-"""How the template language writes JSON."""
+"""JSON escapes of the template language."""
 _BEFORE_CODE = ("Thank you for shopping with us!", "Your code: ", "None",
                 " (Paste it in your MTurk interface.)", "Purchased", "asin")  # fmt: skip
 _AFTER_OPTIONS = (
@@ -113,7 +113,7 @@ _AFTER_OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Purchase:
-    """What was bought."""
+    """A purchased product with its options and score."""
 
     product: Product
     options: tuple[tuple[str, str], ...]
@@ -132,7 +132,7 @@ class Page:
     text: str
     """Exactly the original's observation, in the shop's text style."""
     clickables: tuple[str, ...]
-    """What `click[..]` accepts, in page order and lower case."""
+    """The names that `click[..]` accepts, in page order and lower case."""
     has_search_bar: bool = False
     keywords: str = ""
     """The last search, on results, item and sub pages."""
@@ -152,7 +152,7 @@ class Page:
 
 
 class ResultLine:
-    """What a results page shows of one product, worked out once."""
+    """The pieces of one product on a results page, computed once."""
 
     __slots__ = ("pieces", "product", "text")
 
@@ -164,7 +164,7 @@ class ResultLine:
 
 
 class ItemView:
-    """What the page of a product shows below the instruction, worked out once."""
+    """The pieces of a product's page below the instruction, computed once."""
 
     __slots__ = ("clickables", "option_names", "pieces", "product", "text")
 
@@ -217,7 +217,7 @@ class PageWriter:
         lines: Sequence[ResultLine],
         visited: Collection[str],
     ) -> Page:
-        """Return one page of the products that a search found; `lines` are those of this page."""
+        """Return one page of search results; `lines` are those of this page."""
         count = f"Page {page_number} (Total results: {total})"
         turning = (_PREVIOUS, _NEXT) if page_number > 1 else (_NEXT,)
         if self._is_rich:
@@ -246,9 +246,9 @@ class PageWriter:
         url: str,
         sub_page: SubPage | None = None,
     ) -> Page:
-        """Return the page of a product, or one with one kind of facts about it.
+        """Return the page of a product, or one of its sub pages.
 
-        `results` is the page that led there. The page's address is of use for rich text only.
+        `results` is the previous results page. The page's address is needed for rich text only.
         """
         if sub_page is not None:
             facts = map(text_piece, _facts(view.product, sub_page))

@@ -1,4 +1,4 @@
-"""Products: from an entry of the official catalogue to what the shop shows.
+"""Convert entries of the official catalogue to products of the shop.
 
 Source: `load_products` of the original's `web_agent_site/engine/engine.py` (field names, price and
 option rules), without the fields that no page shows.
@@ -16,18 +16,18 @@ import msgspec
 from env_servers.text import well_formed
 
 NO_ATTRIBUTES = ("DUMMY_ATTR",)
-"""The attributes of a product that the attribute file does not know."""
+"""The attributes of a product that is not in the attribute file."""
 NO_RATING = "N.A."
 _UNKNOWN_PRICE = 100.0
 _NOT_IN_PRICE = re.compile(r"[^\d.]")
 
 
 class ShopDataError(Exception):
-    """A file of the shop's data cannot be used; the message names it and says what to do."""
+    """A file of the shop's data cannot be used; the message names it and the remedy."""
 
 
 class Review(msgspec.Struct, frozen=True, array_like=True):
-    """What a customer wrote about a product."""
+    """A customer's review of a product."""
 
     author: str
     title: str
@@ -54,9 +54,9 @@ class Product(msgspec.Struct, frozen=True, array_like=True):
     category: str
     """The coarse category, such as `fashion`."""
     query: str
-    """The search that the product was found with, in lower case."""
+    """The search query of the product's listing, in lower case."""
     product_category: str
-    """Path of categories, with a pointing quotation mark (U+203A) between them."""
+    """Path of categories, separated by a single right-pointing quotation mark (U+203A)."""
     attributes: tuple[str, ...]
     reviews: tuple[Review, ...]
     rating: str
@@ -64,28 +64,28 @@ class Product(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Instruction(msgspec.Struct, frozen=True, array_like=True):
-    """What a customer asks for; goals are made from it."""
+    """A customer's request; goals are made from it."""
 
     text: str
     attributes: tuple[str, ...]
     options: tuple[str, ...] = ()
-    """Wanted option values; of human instructions only."""
+    """Requested option values; of human instructions only."""
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True):
-    """A product with its synthetic instruction, where it has one."""
+    """A product with its synthetic instruction, if it has one."""
 
     product: Product
     instruction: Instruction | None
 
 
 def parse_record(item: Mapping[str, Any], entry: Mapping[str, Any] | None) -> Record:
-    """Read one product from its entries in the product file and, if there is one, attribute file.
+    """Parse one product from its entries in the product file and, if present, attribute file.
 
     `reviews` may be in the product's; the official files have none.
 
     Raises:
-        ValueError: if a field is missing or has another shape than in the official files.
+        ValueError: if a field is missing or its form differs from the official files.
     """
     pricing = parse_pricing(item.get("pricing"))
     reviews = tuple(_review(review) for review in _objects(item, "reviews"))
@@ -110,10 +110,10 @@ def parse_record(item: Mapping[str, Any], entry: Mapping[str, Any] | None) -> Re
 
 
 def parse_human_instruction(entry: Mapping[str, Any]) -> Instruction:
-    """Read one entry of a product's list in the file of human instructions.
+    """Parse one entry of a product's list in the file of human instructions.
 
     Raises:
-        ValueError: if a field is missing or has another shape than in the official file.
+        ValueError: if a field is missing or its form differs from the official file.
     """
     return Instruction(
         text=_text(entry, "instruction"),
@@ -125,10 +125,10 @@ def parse_human_instruction(entry: Mapping[str, Any]) -> Instruction:
 def parse_pricing(text: object) -> tuple[float, ...]:
     """Return prices in dollars: `"$3.78$11.38"` or `"$3.78 - $11.38"` gives both ends of a range.
 
-    Without a price a product costs 100 dollars; of more than two prices the first two count.
+    A product without a price costs 100 dollars; of more than two prices the first two count.
 
     Raises:
-        ValueError: for anything else than text with dollar signs and numbers, or nothing.
+        ValueError: for anything except an empty value or text with dollar signs and numbers.
     """
     if text is None or text == "":
         return (_UNKNOWN_PRICE,)
@@ -144,7 +144,7 @@ def parse_pricing(text: object) -> tuple[float, ...]:
 
 
 def indexed_text(product: Product) -> str:
-    """Return the text that the search sees: title, description, first feature and options."""
+    """Return the text for the search index: title, description, first feature and options."""
     options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product.options)
     bullet = product.bullets[0] if product.bullets else ""
     return " ".join((product.title, product.description, bullet, options)).lower()

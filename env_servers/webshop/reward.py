@@ -1,8 +1,8 @@
-"""The reward of a purchase, with all its parts.
+"""Compute the reward of a purchase, with all its parts.
 
 Source: `web_agent_site/engine/goal.py` and `normalize.py` of the original. Texts agree if
-their token-set ratio, rounded, is above 85; texts are prepared as the original's matching library
-does it.
+their token-set ratio, rounded, is above 85; texts are preprocessed as by the original's matching
+library.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _COLOURS = tuple(_COLOUR_LIST.split())
 
 @dataclass(frozen=True, slots=True)
 class RewardDetails:
-    """The parts of the reward; names as in the original, but `noun_tagger`.
+    """The parts of the reward; names as in the original, except `noun_tagger`.
 
     reward = (r_att w_att + r_option w_option + r_price w_price) r_type
     """
@@ -49,7 +49,7 @@ class RewardDetails:
     """Share of the goal's attributes that the product has."""
     w_att: float
     r_option: float | None
-    """Share of the goal's options that were chosen; None where the goal has none."""
+    """Share of the goal's options that were chosen; None if the goal has none."""
     w_option: float | None
     r_price: bool
     """Whether the price is within the goal's limit."""
@@ -59,7 +59,7 @@ class RewardDetails:
     title_score: float
     """Agreement of the nouns of both titles, 0 to 1."""
     noun_tagger: str
-    """Which tagger found the nouns."""
+    """Name of the tagger that found the nouns."""
 
 
 def reward_details(
@@ -123,7 +123,7 @@ def _has_attributes(wanted: tuple[str, ...], product: Product) -> list[bool]:
 
 
 def _has_options(goal: Goal, chosen: Iterable[str]) -> list[bool]:
-    """Return for each option of the goal whether some chosen value agrees with it."""
+    """Return for each option of the goal whether any chosen value agrees with it."""
     values = [_colour_or_text(value) for value in chosen]
     found = []
     for option in goal.options:

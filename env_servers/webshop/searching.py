@@ -1,4 +1,4 @@
-"""What a search finds: Lucene's ranking, and the original's special searches.
+"""Search products: Lucene's ranking, and the original's special searches.
 
 Source: `get_top_n_product_from_keywords` of the original's `web_agent_site/engine/engine.py`.
 """
@@ -13,17 +13,17 @@ from env_servers.webshop.catalogue import Catalogue
 
 MOST_RESULTS = 50
 LONGEST_SEARCH = 1000
-"""Characters of a search that count. The time of a search grows with its words: 10,000 characters
+"""Number of characters of a search that count. The time grows with the words: 10,000 characters
 took up to 70 ms, during which no other session is served."""
 _CACHED_SEARCHES = 4096
 
 
 class SearchError(Exception):
-    """A special search that means nothing; the message says how it is written."""
+    """An invalid special search; the message shows the right form."""
 
 
 class Searcher:
-    """Finds products; thread-safe. No cache keeps longer texts than `LONGEST_SEARCH`."""
+    """Finds products; thread-safe. No cache stores texts longer than `LONGEST_SEARCH`."""
 
     def __init__(self, catalogue: Catalogue, index: BM25Index) -> None:
         """Take a catalogue and the index of its texts."""
@@ -34,19 +34,19 @@ class Searcher:
         self._with_query = lru_cache(64)(catalogue.rows_with_query)
 
     def rows(self, keywords: str, name: str) -> tuple[int, ...]:
-        """Return the products that a search finds, best first, as rows of the catalogue.
+        """Return the products of a search, best first, as rows of the catalogue.
 
         Args:
             keywords: at most 50 products match them best; `LONGEST_SEARCH` characters count. `<c>
-                name` finds all products of a coarse category, `<q> words` all that were found with
-                these words, `<r>` any 50.
-            name: chooses the 50.
+                name` finds all products of a coarse category, `<q> words` all with exactly this
+                search query, `<r>` any 50.
+            name: determines these 50.
 
         Raises:
             SearchError: for `<c>` alone and for `<a>`.
         """
         if len(keywords) > LONGEST_SEARCH:
-            # Without the word that would be cut in two.
+            # Without the word that would be cut.
             keywords = (
                 keywords[: LONGEST_SEARCH + 1].rpartition(" ")[0] or keywords[:LONGEST_SEARCH]
             )

@@ -1,4 +1,4 @@
-"""The live sessions of a shop: one episode each, kept until closed, or expired for idleness.
+"""Manage the live sessions of a shop: one episode each, until closed or expired when idle.
 
 Not thread-safe: all handlers of the server run on its event loop.
 """
@@ -22,18 +22,18 @@ _ID_BYTES = 16
 
 @dataclass(slots=True)
 class Session:
-    """One episode, and where it is."""
+    """One episode and its progress."""
 
     episode: Episode
     session_id: str
     task_id: str
     task_type: str
     touched: float
-    """When it was used last."""
+    """Time of the last use."""
     turn_index: int = 0
-    """Steps made so far."""
+    """Number of steps so far."""
     last_action: int = 0
-    """The hash of the text: a session does not keep what clients send."""
+    """The hash of the text: a session does not store texts of clients."""
     last_outcome: Outcome | None = None
 
     @property
@@ -43,7 +43,7 @@ class Session:
 
     @property
     def over(self) -> bool:
-        """Whether something has been bought."""
+        """Whether something was bought."""
         return self.episode.over
 
     @property
@@ -63,12 +63,12 @@ class SessionStore:
         idle_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start empty; a session that was not used for `idle_seconds` is gone."""
+        """Start empty; a session that is idle for `idle_seconds` is closed."""
         self.shop = shop
         self.capacity = capacity
         self.idle_seconds = idle_seconds
         self._clock = clock
-        # In the order of last use, so that the idle ones are in front.
+        # In the order of last use, so that idle ones come first.
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         # Counts since the start.
         self.created = self.closed = self.expired = self.steps = 0
@@ -84,7 +84,7 @@ class SessionStore:
         try:
             goal = self.shop.goal(task_id)
         except KeyError:
-            message = "There is no such task; GET /tasks/{split} lists them."
+            message = "Unknown task; GET /tasks/{split} lists the tasks."
             raise ServiceError(404, "unknown_task", message) from None
         if self.live() >= self.capacity:
             message = f"All {self.capacity} sessions are in use; close some, or raise --capacity."
@@ -97,7 +97,7 @@ class SessionStore:
         return session
 
     def create_in_split(self, split: str, seed: int) -> Session:
-        """Start a session for the task of a split that the seed picks, always the same one.
+        """Start a session for the task of a split that the seed determines.
 
         Raises:
             ServiceError: 404 unknown_split or unknown_task, 503 at_capacity.
@@ -109,20 +109,20 @@ class SessionStore:
         return self.create(f"{self.shop.name}/{place}")
 
     def split_range(self, split: str) -> range:
-        """Return the places of a split's goals, which are the last part of their task ids.
+        """Return the indexes of a split's goals, which are the last part of their task ids.
 
         Raises:
             ServiceError: 404 unknown_split.
         """
         if split not in self.shop.splits:
             known = ", ".join(self.shop.splits)
-            raise ServiceError(404, "unknown_split", f"There is no such split; known: {known}.")
+            raise ServiceError(404, "unknown_split", f"Unknown split; known: {known}.")
         return self.shop.splits[split]
 
     def step(self, session_id: str, turn_index: int, action: str) -> Outcome:
-        """Play one action, or return the answer again if it was the last one played.
+        """Play one action, or return the same answer again if it was the last action played.
 
-        `turn_index` is how many steps the session has made; repeating a step repeats its index.
+        `turn_index` is the number of steps of the session so far; a repeated step repeats it.
 
         Raises:
             ServiceError: 404 unknown_session, 409 wrong_turn_index or episode_over.
@@ -130,12 +130,12 @@ class SessionStore:
         session = self.find(session_id)
         if turn_index == session.turn_index - 1 and session.last_outcome is not None:
             if hash(action) != session.last_action:
-                raise _wrong_turn(session.turn_index, "that step was made with another action")
+                raise _wrong_turn(session.turn_index, "that step was played with another action")
             return session.last_outcome
         if turn_index != session.turn_index:
-            raise _wrong_turn(session.turn_index, "steps are made in order")
+            raise _wrong_turn(session.turn_index, "steps are played in order")
         if session.over:
-            message = "Something has been bought; create a new session."
+            message = "The episode ended with a purchase; create a new session."
             raise ServiceError(409, "episode_over", message)
         started = time.perf_counter()
         session.last_outcome = outcome = session.episode.step(action)
@@ -156,10 +156,10 @@ class SessionStore:
         self.closed += 1
 
     def expire(self) -> float:
-        """Drop the sessions that were idle for too long.
+        """Close the sessions that were idle for too long.
 
         Returns:
-            Seconds until the next one could be due.
+            Seconds until the next one can be due.
         """
         now = self._clock()
         while self._sessions:
@@ -172,7 +172,7 @@ class SessionStore:
         return self.idle_seconds
 
     def live(self) -> int:
-        """Return the number of sessions, after dropping idle ones."""
+        """Return the number of sessions, after closing idle ones."""
         self.expire()
         return len(self._sessions)
 
@@ -185,7 +185,7 @@ class SessionStore:
         self.expire()
         session = self._sessions.get(session_id)
         if session is None:
-            message = "There is no such session: closed, expired or never created."
+            message = "Unknown session: closed, expired or never created."
             raise ServiceError(404, "unknown_session", message)
         session.touched = self._clock()
         self._sessions.move_to_end(session_id)

@@ -1,4 +1,4 @@
-"""The settings with which a shop is opened; `atod-serve webshop` has an option for each."""
+"""Define the settings of a shop; `atod-serve webshop` has an option for each."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class ShopSettings:
     """The settings of one shop; two shops with equal settings and data are equal."""
 
     data: str = option("generated", "generated, or a folder with files in the official format")
-    products: int = option(1000, "size of the generated shop; files are taken whole", least=1)
-    goal_seed: int = option(233, "of drawn prices and price limits, and of the order of the goals")
+    products: int = option(1000, "size of the generated shop; files are used completely", least=1)
+    goal_seed: int = option(233, "seed of prices, price limits and the order of the goals")
     human_goals: bool = option(False, "human instructions instead of synthetic ones")
-    show_attributes: bool = option(False, "item pages have a fourth sub page, Attributes")
+    show_attributes: bool = option(False, "add a fourth sub page, Attributes, to item pages")
     splits: str = option("original", "original (test, dev, train) or verl-agent (val, train)")
     text_style: str = option("text", "text or text_rich, the original's observation modes")
     noun_tagger: str = option(
-        "auto", "spacy, words or auto: spaCy where it and its model are installed, else words"
+        "auto", "spacy, words or auto: spaCy if it and its model are installed, else words"
     )
 
     def __post_init__(self) -> None:
-        """Refuse values without a meaning.
+        """Refuse invalid values.
 
         Raises:
             ValueError: names the setting and its possible values.

@@ -1,4 +1,4 @@
-"""The shop: catalogue, goals and search, shared by all episodes."""
+"""Define the shop: catalogue, goals and search, shared by all episodes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HUMAN = (
 
 
 class Shop:
-    """One shop; thread-safe, and the same for all its episodes."""
+    """One shop, shared by all its episodes; thread-safe."""
 
     def __init__(
         self,
@@ -39,16 +39,16 @@ class Shop:
         tagger: NounTagger,
         human: tuple[str, str] | None = None,
     ) -> None:
-        """Put the parts together; `open` makes them.
+        """Combine the parts; `open` makes them.
 
-        `human` are hashes of the file of human instructions and of those that are used.
+        `human` are hashes of the file of human instructions and of the used ones.
         """
         self.settings = settings
         self.folder = None if settings.data == "generated" else folder_of(settings.data)
-        """Where the data lies; None for the generated shop."""
+        """Folder of the data; None for the generated shop."""
         self.content_hash = stock.content_hash
-        """SHA-256 of all that is played: products, attributes, instructions. With equal settings,
-        equal hashes give equal shops."""
+        """SHA-256 of everything that is played: products, attributes, instructions. With equal
+        settings, equal hashes give equal shops."""
         is_official = stock.is_published
         if human is not None:
             joined = f"{self.content_hash} {human[1]}"
@@ -57,19 +57,19 @@ class Shop:
         # A folder may have any name.
         path = "./official" if settings.data == "official" else settings.data
         self.label = "official" if is_official else path
-        """`generated`; `official` where the content is the published one; else the path."""
+        """`generated`; `official` if the content is the published one; else the path."""
         self.catalogue: Catalogue = stock.catalogue
         self.goals = goals
         """In the original's order."""
         self.tagger = tagger
         self.name = _name(settings, self.label, len(stock.catalogue))
-        """The shop in task ids, such as `webshop/official-1000`."""
+        """Prefix of task ids, such as `webshop/official-1000`."""
         self.search_rows = Searcher(stock.catalogue, stock.index).rows
         """See `Searcher.rows`."""
         self.price = goals.price
         """Row of the catalogue -> the drawn price of the product in dollars."""
         self.splits = split_ranges(settings.splits, len(goals), official=self.label == "official")
-        """Name of a split -> the places of its goals in `goals`."""
+        """Name of a split -> the indexes of its goals in `goals`."""
         self.view = lru_cache(_CACHED_PRODUCTS)(self._make_view)
         """Row of the catalogue -> the page of the product."""
         self.line = lru_cache(_CACHED_PRODUCTS)(self._make_line)
@@ -80,13 +80,13 @@ class Shop:
         """Open a shop: a small one takes about a second, a stored one less.
 
         Raises:
-            ShopDataError: if data is missing or broken; names the file and says what to do.
+            ShopDataError: if data is missing or damaged; names the file and the remedy.
         """
         tagger = open_tagger(settings.noun_tagger)
         if settings.data == "generated":
             if settings.human_goals:
                 raise ShopDataError("The generated shop has no human goals: use human_goals=False.")
-            # Needed for this kind of shop only.
+            # Imported here: needed for this kind of shop only.
             from env_servers.webshop.generator import generate_shop
 
             made = generate_shop(products=settings.products)
@@ -147,7 +147,7 @@ class Shop:
 
 
 def _name(settings: ShopSettings, label: str, products: int) -> str:
-    """Name what the tasks depend on, so that different tasks have different ids."""
+    """Return a name of everything that the tasks depend on, so that task ids are unique."""
     kind = label if label in ("generated", "official") else "custom"
     parts = ["webshop/" + kind]
     if kind != "generated" or products != ShopSettings().products:
@@ -160,7 +160,7 @@ def _name(settings: ShopSettings, label: str, products: int) -> str:
 
 
 def _wishes_hash(stock: Stock, table: GoalTable, wishes: tuple[Instruction, ...]) -> str:
-    """Return SHA-256 over the instructions that are used, with their products."""
+    """Return SHA-256 over the used instructions, with their products."""
     digest = hashlib.sha256()
     for row, wish in zip(table.rows.tolist(), wishes, strict=True):
         asin = stock.catalogue[row].asin

@@ -1,9 +1,9 @@
-"""Words of the generated shop, from `shop_words.json`.
+"""Load the words of the generated shop from `shop_words.json`.
 
-Kinds of products, attributes, option axes, brands, and the sentences that titles, descriptions,
-features, reviews and instructions are made of. The lists are short on purpose: a model with a
-vocabulary of some hundred words can learn this shop. Two attributes of one kind must never pass for
-each other in the reward's fuzzy comparison, nor two values of one axis; the tests hold that.
+Kinds of products, attributes, options, brands, and the sentences of titles, descriptions,
+features, reviews and instructions. The lists are short on purpose: a model with a
+vocabulary of some hundred words can learn this shop. Two attributes of one kind must never match
+in the reward's fuzzy comparison, nor two values of one option; the tests check that.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Attribute(msgspec.Struct, frozen=True):
     """A property, part or purpose of a product."""
 
     phrase: str
-    """As it stands in titles and instructions, in lower case."""
+    """The text in titles and instructions, in lower case."""
     role: Role
-    """The phrase in an instruction: `a non stick pan`, `with cast iron`, `for small kitchens`."""
+    """Role in an instruction: `a non stick pan`, `with cast iron`, `for small kitchens`."""
     benefit: str
     """The rest of the line on the Features page."""
 
@@ -31,16 +31,16 @@ class Attribute(msgspec.Struct, frozen=True):
 class Axis(msgspec.Struct, frozen=True):
     """A choice that a customer makes for a product.
 
-    Several axes may share a name, but never within one kind of product. A name is no word of its
-    values: wanted names and values are compared as one row of words.
+    Several axes may share a name, but never within one kind of product. A name is never a word of
+    its values: names and values are compared as one sequence of words.
     """
 
     name: str
     values: Texts
-    """All values that products may offer, in the order in which they are listed."""
+    """All values that products may offer, in listing order."""
     fewest: int = 2
     most: int = 6
-    """How many of the values one product offers."""
+    """Maximum number of values that one product offers."""
 
 
 class Kind(msgspec.Struct, frozen=True):
@@ -49,15 +49,15 @@ class Kind(msgspec.Struct, frozen=True):
     category: str
     """The coarse category, such as `kitchen`."""
     name: str
-    """As it stands in titles and instructions, in lower case."""
+    """The text in titles and instructions, in lower case."""
     query: str
-    """The search that leads to this kind: its plural."""
+    """The search query of this kind: its plural."""
     path: str
     """Path of categories, with a single right-pointing angle quotation mark between them."""
     dollars: tuple[int, int]
     """Lowest and highest price."""
     materials: tuple[Attribute, ...]
-    """A product has one of them at most."""
+    """A product has at most one of them."""
     features: tuple[Attribute, ...]
     axes: tuple[Axis, ...]
 
@@ -86,7 +86,7 @@ class _Words(msgspec.Struct, rename={"being": "is", "having": "with", "serving":
     reviews: dict[int, tuple[tuple[str, str], ...]]
     requests: Texts
     kinds: tuple[dict[str, Any], ...]
-    """`Kind` with attributes and axes by their keys, and the path without its end."""
+    """`Kind` with attributes and axes by their keys, and an incomplete path."""
 
 
 WORDS = msgspec.json.decode(Path(__file__).with_suffix(".json").read_bytes(), type=_Words)

@@ -1,4 +1,4 @@
-"""Which goals belong to which split, and manifests that pin them down."""
+"""Assign goals to splits, and make their manifests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def split_ranges(rule: str, goals: int, official: bool) -> dict[str, range]:
     """Return the indexes of the goals of each split, in the original's order of goals.
 
     `original`: test 0-499, dev 500-1,499, train from 1,500 on; `verl-agent`: val 0-499, train from
-    500 on. With other than official data every split before train gets a tenth.
+    500 on. With other than official data every split before train has a tenth of the goals.
     """
     names, sizes = {"original": (("test", "dev"), (500, 1000)), "verl-agent": (("val",), (500,))}[
         rule

@@ -1,9 +1,9 @@
-"""The shop as web pages: for people, and for agents that use a browser.
+"""Serve the shop as web pages for people and browser agents.
 
-The same sessions and the same engine as the JSON API. A page holds no scripts and asks no other
-machine for anything. Every button posts the action it stands for with the session's turn index, and
-the answer leads back to the session's one address, which always shows where the session is now:
-pressing twice, or pressing a button of an old page, plays nothing twice and ends on the right page.
+The pages use the same sessions and the same engine as the JSON API. They contain no scripts and
+request nothing from other machines. Every button posts its action with the session's turn index,
+and the answer redirects to the session's address, which always shows the current page.
+Pressing a button twice, or a button of an old page, therefore plays no action twice.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class ShopPages:
         return _see(f"{PREFIX}/{state.session_id}")
 
     async def show(self, request: Request) -> Response:
-        """Answer GET /shop/{session_id}: the page the session is on."""
+        """Answer GET /shop/{session_id}: the current page of the session."""
         state = self._store.find(request.path_params["session_id"])
         purchase = state.page.purchase
         goal = self._store.shop.goal(state.task_id)
@@ -112,14 +112,14 @@ class ShopPages:
         try:
             turn = int(form.get("turn_index", "")) if action else -1
         except ValueError:
-            raise ServiceError(422, "invalid_body", "turn_index must be a whole number.") from None
+            raise ServiceError(422, "invalid_body", "turn_index must be an integer.") from None
         try:
             if action:
                 self._store.step(session_id, turn, action)
             else:
                 self._store.find(session_id)
         except ServiceError as error:
-            # A button of an old page: show where the session is now instead.
+            # A button of an old page: show the current page instead.
             if error.status != 409:
                 raise
         return _see(f"{PREFIX}/{session_id}")
@@ -131,7 +131,7 @@ class ShopPages:
                 body.decode("ascii"), keep_blank_values=True, max_num_fields=_MOST_FIELDS
             )
         except ValueError:
-            raise ServiceError(422, "invalid_body", "This is not a form of this shop.") from None
+            raise ServiceError(422, "invalid_body", "The body is not a form of the shop.") from None
         return {name: well_formed(values[0]) for name, values in fields.items()}
 
 
@@ -155,7 +155,7 @@ def _page(template: str, status: int = 200, **values: object) -> Response:
         media_type="text/html",
         headers={
             "content-security-policy": _style()[1],
-            # The back button asks again, and so shows where the session is now.
+            # The back button requests the page again, and so shows the current one.
             "cache-control": "no-store",
             # With no-referrer, browsers would send forms with the Origin "null".
             "referrer-policy": "same-origin",
@@ -166,7 +166,7 @@ def _page(template: str, status: int = 200, **values: object) -> Response:
 
 @cache
 def _environment() -> Environment:
-    # Imported with the first page: a server for agents alone does without.
+    # Imported with the first page: a server for agents alone does not need it.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -184,14 +184,14 @@ def _environment() -> Environment:
 
 
 def dollars(prices: float | tuple[float, ...]) -> str:
-    """Return a price, or the ends of a range, as all pages show it: `$3.78 to $11.38`."""
+    """Return a price, or the ends of a range, in the format of all pages: `$3.78 to $11.38`."""
     ends = prices if isinstance(prices, tuple) else (prices,)
     return " to ".join(f"${price:,.2f}" for price in ends)
 
 
 @cache
 def _style() -> tuple[str, str]:
-    """Return the style of all pages, and the policy that admits it and nothing else."""
+    """Return the style of all pages, and the policy that allows only this style."""
     style = (_TEMPLATES / "style.html").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
     return style, (

@@ -186,7 +186,7 @@ def test_the_questions_are_the_worlds(world: Server, split: str) -> None:
 
 def test_other_worlds_and_data_are_refused(world: Server, corpus: Server, folder: Path) -> None:
     for wrong in ({"entities": 50}, {"world_seed": 6}):
-        with pytest.raises(InvalidSettingError, match=f"{next(iter(wrong))}=.* was asked for"):
+        with pytest.raises(InvalidSettingError, match=f"{next(iter(wrong))}=.* was requested"):
             SearchQAEnv(server_url=world.url, **{"entities": ENTITIES, "world_seed": SEED, **wrong})
     with pytest.raises(InvalidSettingError, match="generated world"):
         SearchQAEnv(split="test", data=folder, server_url=world.url)

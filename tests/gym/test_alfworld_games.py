@@ -103,7 +103,7 @@ def test_one_split_one_task_or_one_game_can_be_played(tmp_path: Path) -> None:
     alone = open_games(str(root / "valid_seen"), "valid_seen", "")
     assert alone.manifest == every
     assert alone.label == str(root / "valid_seen")
-    with pytest.raises(DataNotFoundError, match=r"'train'.*there are: valid_seen\."):
+    with pytest.raises(DataNotFoundError, match=r"'train'.*known: valid_seen\."):
         open_games(str(root / "valid_seen"), "train", "")
     task_id = every.task_ids[2]
     trial = root / "valid_seen" / task_id
@@ -113,7 +113,7 @@ def test_one_split_one_task_or_one_game_can_be_played(tmp_path: Path) -> None:
         assert env.reset()[1]["task_id"] == task_id
     shutil.rmtree(root / "train")
     assert open_games(str(tmp_path), "valid_seen", "").manifest == every
-    with pytest.raises(DataNotFoundError, match=r"'train'.*there are: valid_seen\."):
+    with pytest.raises(DataNotFoundError, match=r"'train'.*known: valid_seen\."):
         open_games(str(tmp_path), "train", "")
 
 
@@ -199,7 +199,7 @@ def test_missing_folders_and_splits_are_named(tmp_path: Path) -> None:
     root = str(write_tree(tmp_path))
     (tmp_path / "json_2.1.1/valid_unseen").mkdir()
     for split in ("test", "valid_unseen"):
-        with pytest.raises(DataNotFoundError, match=rf"'{split}'.*there are: train, valid_seen\."):
+        with pytest.raises(DataNotFoundError, match=rf"'{split}'.*known: train, valid_seen\."):
             open_games(root, split, "small")
     with pytest.raises(DataNotFoundError, match=r"'\.\.'"):
         open_games("generated", "..", "small")
@@ -215,7 +215,9 @@ def test_split_names_of_alfworlds_settings_are_explained(
     tmp_path: Path, name: str, split: str
 ) -> None:
     for data in ("generated", str(write_tree(tmp_path))):
-        with pytest.raises(DataNotFoundError, match=rf"there are: train.*is the split {split}\."):
+        with pytest.raises(
+            DataNotFoundError, match=rf"known: train.*corresponds to the split {split}\."
+        ):
             open_games(data, name, "tiny")
 
 

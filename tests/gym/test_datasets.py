@@ -202,11 +202,11 @@ def test_pieces_of_different_files_are_never_joined(
 def test_what_cannot_be_downloaded_is_named(server: FaultyFiles, tmp_path: Path) -> None:
     server.faults.extend([("status", 403), ("longer", 10)])
     for url, size, words in (
-        (f"{server.url}/file", None, r"not there: HTTP 403.*--mirror"),
-        (f"{server.url}/file", 256_000, "has 256010 bytes instead of 256000"),
+        (f"{server.url}/file", None, r"not available: HTTP 403.*--mirror"),
+        (f"{server.url}/file", 256_000, "has 256010 bytes, not 256000"),
         ("http://127.0.0.1:9/x", None, r"127\.0\.0\.1:9/x: .*refused\. .*--mirror"),
         ("http://127.0.0.1:port/x", None, "Cannot fetch"),
-        (server.url, 10**15, "No room for file: 1,000,000,000,000,000 bytes needed"),
+        (server.url, 10**15, "No space for file: 1,000,000,000,000,000 bytes needed"),
     ):
         with pytest.raises(DownloadError, match=words):
             getting._fetch(url, DataFile("file", size=size), tmp_path / "file", size or 0)
@@ -293,8 +293,8 @@ def test_all_data_comes_from_a_mirror_and_is_found(
     assert (status, err) == (0, "")
     assert out.count("Licence: ") == out.count("Folder: ") == 5
     assert f"ALFWORLD_DATA={to}" in out
-    assert out.count("(recorded; known before: none)") == 1 + 8
-    assert "6 train, 2 valid_seen, 1 valid_unseen games, exactly the known ones" in out
+    assert out.count("(recorded; expected: unknown)") == 1 + 8
+    assert "6 train, 2 valid_seen, 1 valid_unseen games, identical to the published ones" in out
     assert len(server.requests) == 1 + 3 + 3 + 9 + 1
     assert (to / "wiki-18.jsonl").read_bytes() == LINES
     assert not re.findall(r"\.part|\.gz|\.zip|downloads|unpacked", " ".join(names(to)))
@@ -305,7 +305,7 @@ def test_all_data_comes_from_a_mirror_and_is_found(
     monkeypatch.setenv("ATOD_DATA", str(to))
     found = [source.found() for source in (games.SOURCE, webshop.SOURCE, search_qa.SOURCE)]
     assert found == [to / "json_2.1.1", to, to]
-    assert f"{to} (9 of 9 here; 702MB to download)" in run("list")[1]
+    assert f"{to} (9 of 9 present; 702MB to download)" in run("list")[1]
 
 
 def test_a_folder_is_a_mirror(run: Run, mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,15 +315,15 @@ def test_a_folder_is_a_mirror(run: Run, mirror: Path, monkeypatch: pytest.Monkey
     folder = Path.home() / ".cache/searchqa"
     assert questions.missing_official(folder) == ""
     status, out, _ = run("verify")
-    assert (status, out.count("3 rows, SHA-256 as known"), "alfworld" in out) == (0, 9, False)
+    assert (status, out.count("3 rows, SHA-256 as expected"), "alfworld" in out) == (0, 9, False)
     # Where no hash is published, the first download decides.
     (folder / verify.RECORD_FILE).write_text(
         (folder / verify.RECORD_FILE).read_text().replace('"sha256": "', '"sha256": "0')
     )
     (folder / "nq/test.jsonl").unlink()
-    assert "nq/train.jsonl is there, but not right (its SHA-256 is" in run("get", "searchqa")[2]
+    assert "nq/train.jsonl is damaged or differs (its SHA-256 is" in run("get", "searchqa")[2]
     status, _, err = run("get", "searchqa", "--force")
-    assert (status, "nq/train.jsonl is not the file that is expected: its SH" in err) == (1, True)
+    assert (status, "nq/train.jsonl is not the expected file: its SH" in err) == (1, True)
 
 
 def test_every_damaged_or_missing_file_is_named_and_replaced_on_request(
@@ -332,7 +332,7 @@ def test_every_damaged_or_missing_file_is_named_and_replaced_on_request(
     assert run("get", "all", "--to", tmp_path, "--mirror", mirror)[0] == 0
     game = next(tmp_path.glob("json_2.1.1/valid_seen/*/*/game.tw-pddl"))
     for path, name, words in (
-        (game, "alfworld", "json_2.1.1: 2 valid_seen games, not the known ones byte for byte"),
+        (game, "alfworld", "json_2.1.1: 2 valid_seen games that differ from the published ones"),
         (tmp_path / "items_ins_v2_1000.json", "webshop", "items_ins_v2_1000.json: its SHA-256"),
         (tmp_path / "musique/dev.jsonl", "searchqa", "musique/dev.jsonl: its SHA-256 is"),
         (tmp_path / "wiki-18.jsonl", "searchqa-corpus", "wiki-18.jsonl: its SHA-256 is"),
@@ -342,13 +342,13 @@ def test_every_damaged_or_missing_file_is_named_and_replaced_on_request(
         status, out, _ = run("verify", "all", "--in", tmp_path)
         assert (status, out.count("  wrong "), f"  wrong    {words}" in out) == (1, 1, True)
         status, _, err = run("get", name, "--to", tmp_path, "--mirror", mirror)
-        assert (status, err.count("\n"), "is there, but not right" in err) == (1, 1, True)
+        assert (status, err.count("\n"), "is damaged or differs" in err) == (1, 1, True)
         path.write_bytes(content)
     (tmp_path / "popqa/test.jsonl").unlink()
     game.unlink()
     status, out, _ = run("verify", "--in", tmp_path)
     assert "  wrong    json_2.1.1: 1 valid_seen games" in out
-    assert "  missing  popqa/test.jsonl: is not there" in out
+    assert "  missing  popqa/test.jsonl: not found" in out
     force = ("--force", "--to", tmp_path, "--mirror", mirror)
     assert run("get", "alfworld", "searchqa", *force)[0] == 0
     # Without a record, data is compared with what is published.
@@ -357,15 +357,19 @@ def test_every_damaged_or_missing_file_is_named_and_replaced_on_request(
     (tmp_path / "nq/test.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     plain.unlink()
     status, out, _ = run("verify", "--in", tmp_path)
-    assert (status, "3 rows, SHA-256 not known" in out, "SHA-256 as known" in out) == (0, 1, 1)
+    assert (status, "3 rows, no SHA-256 is known" in out, "SHA-256 as expected" in out) == (0, 1, 1)
     question = b'{"question": "q"}\n'
     for name, content, words in (
-        ("nq/train.jsonl", question * 4, "4 rows instead of 3"),
-        ("wiki-18.jsonl", LINES + LINES[:38], "51 rows instead of 50"),
-        ("popqa/test.jsonl", question[:-2], "row 1 is no question"),
-        ("musique/dev.jsonl", question + b"\n[1]\n", "row 2 is no question"),
-        ("bamboogle/test.jsonl", PAGE, "it is a web page (Drive - Quota exceeded), not the file"),
-        ("items_shuffle_1000.json", PRODUCTS[:-1], f"{len(PRODUCTS) - 1} bytes instead of"),
+        ("nq/train.jsonl", question * 4, "4 rows, not 3"),
+        ("wiki-18.jsonl", LINES + LINES[:38], "51 rows, not 50"),
+        ("popqa/test.jsonl", question[:-2], "row 1 is not a question"),
+        ("musique/dev.jsonl", question + b"\n[1]\n", "row 2 is not a question"),
+        (
+            "bamboogle/test.jsonl",
+            PAGE,
+            "it is a web page (Drive - Quota exceeded), not the expected file",
+        ),
+        ("items_shuffle_1000.json", PRODUCTS[:-1], f"{len(PRODUCTS) - 1} bytes, not "),
     ):
         (tmp_path / name).write_bytes(content)
         assert words in run("verify", "all", "--in", tmp_path)[1]
@@ -380,8 +384,11 @@ def test_other_files_are_taken_only_on_request(
     server.files["webshop/items_shuffle_1000.json"] = PRODUCTS.replace(b"x", b"y")
     status, _, err = run(*arguments)
     assert (status, err.count("\n")) == (1, 1)
-    assert "nq/train.jsonl is not the file that is expected: it holds 6 rows instead of 3." in err
-    assert "Nothing was kept. --accept-other takes" in run("get", "webshop", *arguments[3:])[2]
+    assert "nq/train.jsonl is not the expected file: it has 6 rows, not 3." in err
+    assert (
+        "The download was deleted. --accept-other accepts"
+        in run("get", "webshop", *arguments[3:])[2]
+    )
     assert not [*tmp_path.glob("*.json"), *tmp_path.glob("nq/*")]
     status, out, _ = run(*arguments, "--accept-other")
     assert (status, out.count("  wrong ")) == (0, 2)
@@ -411,7 +418,7 @@ def test_games_that_are_not_the_published_ones_are_not_put_in_place(
     server.files[ZIP] = zipped({member: game[:-1] + b" " for member, game in members.items()})
     status, _, err = run("get", "alfworld", "--to", tmp_path, "--mirror", server.url)
     assert status == 1
-    assert "6 train games, not the known ones byte for byte; 2 valid_seen games" in err
+    assert "6 train games that differ from the published ones; 2 valid_seen games" in err
     assert not (tmp_path / "json_2.1.1").exists()
     server.files[ZIP] = zipped(members)
     assert run("get", "alfworld", "--to", tmp_path, "--mirror", server.url)[0] == 0
@@ -437,18 +444,18 @@ def test_mistakes_are_named_in_one_line(
         assert words in err
 
     get = f"get webshop --to {tmp_path} --mirror {mirror}"
-    check("get webshp", 2, "No data set 'webshp'; there are: alfworld, webshop,")
+    check("get webshp", 2, "Unknown data set 'webshp'; known: alfworld, webshop,")
     check("get webshop --mirror ftp://x/y", 1, "No connection adapters were found for")
     check("get webshop --mirror /nowhere", 1, "Cannot use /nowhere/webshop/items_shuffle_1000")
     check("get webshop --to /dev/null/x", 1, "Cannot use /dev/null")
-    check("verify", 1, "No data set is here to verify")
+    check("verify", 1, "No data set was found to verify")
     check(f"verify {tmp_path}", 2, "No question files and no corpus in")
     with filelock.FileLock(tmp_path / ".atod-data.lock"):
         check(get, 1, f"Another process downloads into {tmp_path}")
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device", "x.part"))
     with monkeypatch.context() as patched:
         patched.setattr("shutil.copyfile", full)
-        check(get, 1, "x.part: No space left on device. Make room: the same command continues")
+        check(get, 1, "x.part: No space left on device. Free some space: the same command continues")
     assert run(*get.split())[0] == 0
 
 
@@ -490,6 +497,6 @@ def test_an_interrupted_download_continues(
 
 def test_real_data_is_the_known_one(run: Run, alfworld_data: Path, webshop_data: Path) -> None:
     status, out, _ = run("verify", "alfworld", "--in", alfworld_data.parent)
-    assert (status, out.count("exactly the known ones")) == (0, 1)
+    assert (status, out.count("identical to the published ones")) == (0, 1)
     out = run("verify", "webshop", "--in", webshop_data)[1]
-    assert "items_ins_v2_1000.json: 1000 entries, SHA-256 as known" in out
+    assert "items_ins_v2_1000.json: 1000 entries, SHA-256 as expected" in out

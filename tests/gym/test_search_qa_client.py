@@ -291,7 +291,7 @@ def test_the_questions_of_a_generated_world(start: Start) -> None:
         assert env.manifest.name == "searchqa/generated-50-seed7"
     assert env.step("answer[b]")[4]["golden_answers"] == ("A", "B")
     assert fake.requests.count(("GET", "/questions/dev")) == 1
-    with pytest.raises(DataNotFoundError, match=r"No split 'test' .* there are: dev, train"):
+    with pytest.raises(DataNotFoundError, match=r"No split 'test' .* known: dev, train"):
         SearchQAEnv(**{**arguments, "split": "test"})
     for name in ("entities", "world_seed"):
         with pytest.raises(InvalidSettingError, match=rf"{name}=\d+, but {name}=9 was asked for"):
@@ -313,7 +313,7 @@ def test_questions_that_make_no_sense_are_reported(start: Start, rows: Any) -> N
 @pytest.mark.usefixtures("no_user_data")
 def test_questions_and_server_must_fit(start: Start, questions: Path) -> None:
     world, foreign = start(WORLD), start()
-    with pytest.raises(InvalidSettingError, match="generated world, in which the questions"):
+    with pytest.raises(InvalidSettingError, match="generated world, which has no answers"):
         make(world, questions)
     for data in ("generated", "auto"):
         with pytest.raises(DataNotFoundError, match="has no generated questions"):

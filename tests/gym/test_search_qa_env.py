@@ -245,7 +245,7 @@ def test_other_worlds_have_other_tasks() -> None:
         ({"topk": True}, InvalidSettingError, "topk"),
         ({"passage_characters": 5}, InvalidSettingError, "passage_characters"),
         ({"observation_characters": 99}, InvalidSettingError, "observation_characters"),
-        ({"split": "valid"}, DataNotFoundError, "there are: dev, test, train"),
+        ({"split": "valid"}, DataNotFoundError, "known: dev, test, train"),
         ({"task_types": "two_hop"}, InvalidSettingError, "bridge, comparison, one_hop"),
         ({"data": "nowhere"}, DataNotFoundError, "official, generated, or a folder"),
         ({"data": ""}, InvalidSettingError, "auto, official"),
@@ -254,7 +254,7 @@ def test_other_worlds_have_other_tasks() -> None:
         ({"world_seed": -1}, InvalidSettingError, "world_seed"),
         ({"timeout": -1}, InvalidSettingError, "timeout"),
         ({"token": 5}, InvalidSettingError, "token"),
-        ({"corpus": "x.jsonl"}, InvalidSettingError, "brings its own passages"),
+        ({"corpus": "x.jsonl"}, InvalidSettingError, "has its own passages"),
         ({"corpus": "x", "server_url": "http://h", "data": "auto"}, InvalidSettingError, "both"),
         ({"server_url": "shop"}, InvalidSettingError, "http://127.0.0.1:3000"),
     ],
@@ -328,11 +328,11 @@ def test_data_is_looked_for_and_else_generated(
     for variable in ("ATOD_DATA", "SEARCHQA_DATA"):
         monkeypatch.setenv(variable, str(tmp_path))
         with pytest.raises(
-            DataNotFoundError, match=r"not all of the official ones: 2wiki.*dev.jsonl is not there"
+            DataNotFoundError, match=r"not all of the official ones: 2wiki.*dev.jsonl is missing"
         ):
             make(data="official", split="test")
         for data in ("auto", tmp_path):
-            with pytest.raises(DataNotFoundError, match=r"No corpus beside .*corpus=.*server_url="):
+            with pytest.raises(DataNotFoundError, match=r"No corpus next to .*corpus=.*server_url="):
                 make(data=data, split="test")
         monkeypatch.delenv(variable)
     with pytest.raises(DataNotFoundError, match=r"No corpus '.*gone.jsonl'"):

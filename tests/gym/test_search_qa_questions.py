@@ -194,7 +194,7 @@ def test_answers_that_look_like_lists_are_announced(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     [report] = describe_questions(tmp_path)
     assert report.note.startswith(
-        "1 gold answers look like lists but are no lists of texts or numbers"
+        "1 gold answers look like lists but are not lists of texts or numbers"
     )
 
 
@@ -233,7 +233,7 @@ ODD_FILES = {
     "words.jsonl.xz": (b"no xz", "not JSON lines"),
     "cut.jsonl.gz": (gzip.compress(LINE * 99, mtime=0)[:-5], "cannot be read"),
     "cut.jsonl.xz": (lzma.compress(LINE * 99)[:-5], "cannot be read"),
-    "cut.json": (b"[" + LINE, "no whole JSON array"),
+    "cut.json": (b"[" + LINE, "incomplete JSON array"),
     "joined.json": (b"[%b]\n[%b]" % (LINE, LINE), "text after its JSON array"),
     "deep.json": (b"[" * 100_000, "nested too deeply"),
     "pretty.json": (json.dumps({"version": 1, "data": []}, indent=1).encode(), "one JSON object"),
@@ -326,7 +326,7 @@ def test_one_file_as_data(tmp_path: Path) -> None:
         path = write(tmp_path, name, "where")
         for split in splits:
             assert [*open_question_files(path, split).questions] == [task_id]
-        with pytest.raises(DataNotFoundError, match=f"there are: {', '.join(splits)}"):
+        with pytest.raises(DataNotFoundError, match=f"known: {', '.join(splits)}"):
             open_question_files(path, "dev")
         [report] = describe_questions(path)
         assert (report.path, report.kind, report.rows) == (path, "questions", 1)

@@ -90,7 +90,11 @@ def test_a_corpus_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("train.parquet", b"PAR1", "train.parquet is parquet: write it as JSON lines"),
         ("corpus.jsonl", PASSAGE, "corpus.jsonl is a corpus"),
         ("passages.json", [PASSAGE], "passages.json is a corpus"),
-        ("nq/notes.jsonl", QUESTION, "notes.jsonl is in a folder, where question files are called"),
+        (
+            "nq/notes.jsonl",
+            QUESTION,
+            "notes.jsonl is in a folder whose question files must be named",
+        ),
         ("nq/test.jsonl", b"version https://git-lfs.github.com", "test.jsonl is a git-lfs pointer"),
     ],
 )

@@ -381,7 +381,7 @@ def test_a_path_in_the_url_is_kept(server: Running) -> None:
         ({"url": ""}, "looks like"),
         ({"url": 3000}, "looks like"),
         ({"url": "http://user:word@host"}, "`token`"),
-        ({"url": "http://host/?a=b"}, "behind the path"),
+        ({"url": "http://host/?a=b"}, "not into the URL"),
         ({"timeout": 0}, "timeout must be a number of seconds > 0"),
         ({"timeout": float("nan")}, "timeout must be a number of seconds > 0"),
         ({"timeout": "long"}, "timeout must be a number"),

@@ -377,7 +377,7 @@ def test_settings_that_contradict_the_server_are_named(shop: FakeShop) -> None:
         ({"data": "/some/folder"}, InvalidSettingError, "data='generated'"),
         ({"split_rule": "verl-agent"}, InvalidSettingError, "split_rule='original', but"),
         ({"goal_seed": 0}, InvalidSettingError, "goal_seed=233, but goal_seed=0"),
-        ({"split": "val"}, DataNotFoundError, "there are: train, empty"),
+        ({"split": "val"}, DataNotFoundError, "known: train, empty"),
         ({"split": "empty"}, InvalidSettingError, r"no task: the shop has 20 goals.*train \(20\)"),
         ({"server_url": "localhost"}, InvalidSettingError, "looks like"),
         ({"timeout": 0}, InvalidSettingError, "timeout"),

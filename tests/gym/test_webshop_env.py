@@ -159,7 +159,7 @@ def test_splits_are_disjoint_and_follow_the_rule() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"split": "valid_seen"}, DataNotFoundError, "there are: .*train"),
+        ({"split": "valid_seen"}, DataNotFoundError, "known: .*train"),
         ({"data": "nowhere"}, DataNotFoundError, "official, generated, or a folder"),
         ({"data": 3.5}, InvalidSettingError, "data must be auto"),
         ({"data": 3.5, "server_url": "http://x"}, InvalidSettingError, "data must be auto"),

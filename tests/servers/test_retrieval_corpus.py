@@ -221,11 +221,11 @@ def test_tables_of_dpr_are_read(tmp_path: Path) -> None:
         ('{"text": "x"}'.encode("utf-16-le"), "is a binary file of unknown kind"),
         (b"\x93NUMPY\1\0", "given with --vectors"),
         (b"SQLite format 3\0", "is an SQLite database"),
-        (b"", "holds no passage"),
-        (b"\n \n", "holds no passage"),
-        (b"[]", "holds no passage"),
-        (b"id\ttext\n", "holds no passage"),
-        (b"no JSON", "holds no passage: 1 not JSON in UTF-8 .the first: line 1 "),
+        (b"", "contains no passage"),
+        (b"\n \n", "contains no passage"),
+        (b"[]", "contains no passage"),
+        (b"id\ttext\n", "contains no passage"),
+        (b"no JSON", "contains no passage: 1 not JSON in UTF-8 .the first: line 1 "),
         (lines({"question": "q", "answer": 1}), "line 1 .its fields: 'question', 'answer'"),
         (lines(["a"], ["b"]), "is damaged after row 1"),
         (b'[{"text": "a"}, {"text": "b"', "is damaged after row 1: it is not JSON"),
@@ -251,7 +251,7 @@ def test_what_cannot_be_read_is_named(
 def test_a_long_beginning_without_passages_ends_the_reading(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_bytes(lines(*({"question": "q"} for _ in range(1500)), {"text": "t"}))
-    with pytest.raises(CorpusError, match=r"questions.jsonl holds no passage: 1,000 without"):
+    with pytest.raises(CorpusError, match=r"questions.jsonl contains no passage: 1,000 without"):
         read(path)
 
 
@@ -465,9 +465,9 @@ def test_a_folder_of_ones_own(write: Write, tmp_path: Path) -> None:
     assert (folder / "corpus.json").exists()
     assert everything(made) == everything(index_file(write(), 0.9, 0.4, folder)) == PASSAGES
     for path, k1 in ((write(), 1.5), (write(PASSAGES[:1]), 0.9)):
-        with pytest.raises(CorpusError, match=f"{folder} has the index of another corpus, or"):
+        with pytest.raises(CorpusError, match=f"{folder} contains the index of another corpus, or"):
             index_file(path, k1, 0.4, folder)
-    with pytest.raises(CorpusError, match=f"{tmp_path} has files but no index"):
+    with pytest.raises(CorpusError, match=f"{tmp_path} contains files but no index"):
         index_file(write(), 0.9, 0.4, tmp_path)
 
 
@@ -481,7 +481,9 @@ def test_damaged_folders_are_named(write: Write, cache: Path, name: str, left: i
     else:
         (folder / name).write_bytes((folder / name).read_bytes()[:left])
     is_other = (name, left) == ("corpus.json", None)
-    wanted = f"{folder} has files but" if is_other else f"Cannot use {folder}, .*Delete this folder"
+    wanted = (
+        f"{folder} contains files but" if is_other else f"Cannot use {folder}, .*Delete this folder"
+    )
     with pytest.raises(CorpusError, match=wanted) as caught:
         index_file(write(), 0.9, 0.4)
     assert "\n" not in str(caught.value)
@@ -490,7 +492,7 @@ def test_damaged_folders_are_named(write: Write, cache: Path, name: str, left: i
 def test_what_fails_leaves_nothing(write: Write, cache: Path, tmp_path: Path) -> None:
     twice = [*PASSAGES, Passage("c", ""), Passage("a", "")]
     (tmp_path / "empty").write_text("\n \n")
-    with pytest.raises(CorpusError, match="empty holds no passage"):
+    with pytest.raises(CorpusError, match="empty contains no passage"):
         index_file(tmp_path / "empty", 0.9, 0.4)
     with pytest.raises(ValueError, match="k1"):
         index_file(write(), -1, 0.4)
@@ -517,7 +519,7 @@ def test_a_disk_without_room(write: Write, cache: Path, file_bytes: int) -> None
     line = ended.stderr.splitlines()[-1]
     assert line.startswith(f"atod-serve: error: Cannot use {cache}")
     assert "File too large" in line
-    assert "--index names another place" in line
+    assert "--index sets another folder" in line
     assert "Traceback" not in ended.stderr
     assert indexes(cache) == []
 

@@ -197,7 +197,7 @@ def test_damaged_vectors_are_refused(tmp_path: Path) -> None:
     vectors.stored_vectors(corpus, stub(), tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(EncoderError, match=r"is no \.npy file with vectors"):
+    with pytest.raises(EncoderError, match=r"is not a \.npy file with vectors"):
         vectors.stored_vectors(corpus, stub(), tmp_path)
     np.save(path, np.zeros((2, 6), np.float16))
     with pytest.raises(EncoderError, match="are damaged: delete this file"):
@@ -232,8 +232,8 @@ def test_given_vectors_that_do_not_fit_are_explained(tmp_path: Path) -> None:
     assert "it is nan away" in refused(rows * np.nan)
     assert "must be a float16 or float32 matrix" in refused(rows.astype(np.float64))
     assert "must be a float16 or float32 matrix" in refused(rows[0])
-    assert "is no .npy file with vectors" in refused(b"no array")
-    assert "is no .npy file with vectors" in refused(b"")
+    assert "is not a .npy file with vectors" in refused(b"no array")
+    assert "is not a .npy file with vectors" in refused(b"")
     with pytest.raises(EncoderError, match="there is no file"):
         vectors.given_vectors(corpus_of(TEXTS), stub(), tmp_path / "missing.npy")
 

@@ -384,7 +384,7 @@ def test_the_command_serves_a_generated_world(start_server: StartServer) -> None
         (["--corpus", "."], "is a folder"),
         (
             ["--corpus", "bad.jsonl"],
-            "bad.jsonl holds no passage: 2 not JSON in UTF-8",
+            "bad.jsonl contains no passage: 2 not JSON in UTF-8",
         ),
         (["--entities", "10"], "entities must be"),
         (["--entities", "0"], "must be at least 1"),
@@ -462,7 +462,7 @@ def test_encoders_get_their_settings_and_a_folder(
     assert Collection.open(hybrid).retriever.name == "hybrid"
     folder = tmp_path / "index" if own_index else tmp_path / "cache/retrieval/vectors"
     assert asked == [(4, encoder, folder, given), (4, encoder, folder, None)]
-    with pytest.raises(CorpusError, match=f"Cannot keep the vectors .* {folder}: No space left"):
+    with pytest.raises(CorpusError, match=f"Cannot store the vectors .* {folder}: No space left"):
         Collection.open(hybrid)
     # Vectors that cannot be used are refused before the corpus is indexed.
     given.unlink()

@@ -326,8 +326,8 @@ def test_folders_that_are_no_index_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "index.json"
     for content, message in (
         ("{", "is damaged"),
-        ("[]", "no search index"),
-        ('{"format": "other"}', "no search index"),
+        ("[]", "not a search index"),
+        ('{"format": "other"}', "not a search index"),
         ('{"format": "atod-bm25", "version": 99}', "version 99.*build"),
         ('{"format": "atod-bm25", "version": 1}', "is damaged"),
         ('{"format": "atod-bm25", "version": 1, "arrays": 3}', "is damaged"),

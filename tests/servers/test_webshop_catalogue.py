@@ -208,7 +208,7 @@ def test_entries_that_the_original_leaves_out(write: Write) -> None:
 @pytest.mark.parametrize(
     ("items", "instructions", "said"),
     [
-        ([], {}, "holds no product"),
+        ([], {}, "contains no product"),
         ({"a": 1}, {}, r"expected '\['"),
         ([1], {}, "entry 0 is not an object"),
         ([{"name": "x"}], {}, "entry 0 has no 'asin'"),

@@ -29,7 +29,7 @@ def _changed(section: str, **settings: Any) -> Any:
     [
         pytest.param(
             _changed("env", eval_splits=("valid_seen", "other")),
-            "No split 'other'.* there are: train, valid_seen",
+            "No split 'other'.* known: train, valid_seen",
             id="split",
         ),
         pytest.param(_changed("env", id="atod/Other-v0"), "Other", id="environment"),

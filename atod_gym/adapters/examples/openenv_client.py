@@ -1,10 +1,10 @@
-"""Plays episodes at an OpenEnv server of this package with the environment's scripted expert.
+"""Play episodes at an OpenEnv server of this package with the environment's scripted expert.
 
     pip install 'atod-gym[openenv,servers]'
     python -m atod_gym.adapters.openenv --env-id atod/WebShop-v0 --split test --port 8000 &
     python -m atod_gym.adapters.examples.openenv_client --url http://127.0.0.1:8000 --expert webshop
 
-The expert stands where a policy would: it sees observations and answers with actions.
+The expert takes the place of a policy: it receives observations and returns actions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXPERTS = {"alfworld": ScriptedExpert, "webshop": ScriptedShopper, "search_qa": 
 
 
 def play(client: Any, expert: Any, seed: int) -> Any:
-    """One episode; gives its last step."""
+    """Play one episode; return its last step."""
     result = client.reset(seed=seed)
     observation, action = result.observation, None
     expert.reset(observation.instruction, observation.text)
@@ -34,7 +34,7 @@ def play(client: Any, expert: Any, seed: int) -> Any:
 
 
 def main() -> None:
-    """Prints every turn and the end of every episode."""
+    """Print every turn and the end of every episode."""
     parser = argparse.ArgumentParser(description="Play at an OpenEnv server.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
     parser.add_argument("--expert", choices=EXPERTS, required=True)

@@ -1,6 +1,6 @@
-r"""Evaluates a chat model on a few tasks through verifiers.
+r"""Evaluate a chat model on a few tasks through verifiers.
 
-Any server of chat completions will do, such as `vllm serve` or `transformers serve` with a small
+Any server of chat completions works, such as `vllm serve` or `transformers serve` with a small
 model on CPU:
 
     pip install 'atod-gym[verifiers,servers]'
@@ -20,14 +20,14 @@ from atod_gym.adapters.verifiers import REWARD, load_environment
 
 
 async def evaluate(env: Any, context: Any) -> list[Any]:
-    """One episode of every task, all at once."""
+    """Play one episode of every task, all concurrently."""
     async with env.serving():
         slots = [slot for task in env.taskset for slot in env.slots(task)]
         return await asyncio.gather(*(env.run_slot(slot, context) for slot in slots))
 
 
 def main() -> None:
-    """Prints a line for each episode, then the success rate."""
+    """Print a line for each episode, then the success rate."""
     parser = argparse.ArgumentParser(description="Evaluate a chat model through verifiers.")
     parser.add_argument("--base-url", required=True, help="such as http://127.0.0.1:8000/v1")
     parser.add_argument("--model", required=True, help="name of the model at the server")
@@ -40,7 +40,7 @@ def main() -> None:
     env = load_environment(
         options.env_id, split=options.split, tasks=options.tasks, max_turns=options.max_turns
     )
-    # The key of the server, if it wants one, is in this environment variable.
+    # The key of the server, if it requires one, is in this environment variable.
     client = vf.EvalClientConfig(base_url=options.base_url, api_key_var="OPENAI_API_KEY")
     context = vf.ModelContext(model=options.model, client=client)
     episodes = asyncio.run(evaluate(env, context))

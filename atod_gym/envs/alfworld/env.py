@@ -27,7 +27,7 @@ _PUT = re.compile(r"(?:put|place|move) (.+?) (?:in/on|into|onto|in|on|to) (.+)")
 
 
 class Snapshot(TypedDict):
-    """The state of an episode, as plain data that pickle and JSON keep."""
+    """The state of an episode, as plain data that pickle and JSON can store."""
 
     task_id: str
     turn_index: int
@@ -48,8 +48,8 @@ class ALFWorldEnv(TurnEnv):
 
     ## Observation
     A Dict (`TurnObservation`): `instruction`, the task in one sentence; `text`, the game's feedback
-    to the last command, byte for byte; `admissible_actions`, all commands that are possible now but
-    `help`; `turn_index`, the number of commands so far.
+    to the last command, byte for byte; `admissible_actions`, all commands that are possible now
+    except `help`; `turn_index`, the number of commands so far.
 
     ## Action
     Any string, such as `go to desk 1` or `take mug 2 from desk 1`. White space around it is
@@ -107,8 +107,8 @@ class ALFWorldEnv(TurnEnv):
             render_mode: `ansi` makes `render()` return the text that a player sees.
 
         Raises:
-            InvalidSettingError: if an argument has no meaning.
-            DataNotFoundError: if the data or split is not there; says how to get it.
+            InvalidSettingError: if an argument is invalid.
+            DataNotFoundError: if the data or split is missing; the message names the remedy.
         """
         data = data if isinstance(data, str) else os.fspath(data)
         TurnEnv.__init__(self, split, max_turns, render_mode)
@@ -165,8 +165,8 @@ class ALFWorldEnv(TurnEnv):
     def restore(self, snapshot: Snapshot) -> tuple[TurnObservation, dict[str, Any]]:
         """Continue an episode from a snapshot, as if its actions had been played after a reset.
 
-        Another task than the current one is loaded. `max_turns` of this environment applies.
-        Wrappers are not restored: `TimeLimit`, for one, counts turns by itself. So play restored
+        A snapshot of another task loads that task. `max_turns` of this environment applies.
+        Wrappers are not restored; `TimeLimit`, for example, counts its own turns. Play restored
         episodes through `env.unwrapped`.
 
         Args:
@@ -176,7 +176,7 @@ class ALFWorldEnv(TurnEnv):
             The observation and info of the turn at which the snapshot was taken.
 
         Raises:
-            InvalidSettingError: if it is no snapshot of this game, or with `backend="alfworld"`.
+            InvalidSettingError: if it is not a snapshot of this game, or with `backend="alfworld"`.
             TaskNotFoundError: if its task is not among `task_ids`.
         """
         self._check_native()
@@ -196,7 +196,7 @@ class ALFWorldEnv(TurnEnv):
         return self.observation, self._info(result)
 
     def close(self) -> None:
-        """Free the game; may be called twice."""
+        """Free the resources of the game; may be called twice."""
         self._close_engine()
         super().close()
 
@@ -218,7 +218,7 @@ class ALFWorldEnv(TurnEnv):
         return _result(self._state, is_action_valid, message)
 
     def _sentence(self, task_id: str, start: EngineState) -> str:
-        """Return the task as the first text of the game words it."""
+        """Return the task as worded in the first text of the game."""
         _, mark, rest = start.feedback.partition(_TASK_MARK)
         if not mark:
             raise InvalidGameError(
@@ -234,7 +234,7 @@ class ALFWorldEnv(TurnEnv):
 
     @property
     def _says_move(self) -> bool:
-        """Whether the game is known to say `move x to y`."""
+        """Return whether the game's command is `move x to y`, as far as known."""
         assert self._engine is not None
         return self.data in ("official", "generated") or any(
             command.startswith("move ") for command in self._engine.walkthrough
@@ -267,7 +267,7 @@ def _result(state: EngineState, is_action_valid: bool = True, message: str = "")
 
 
 def _hint(action: str, admissible: Sequence[str], says_move: bool) -> str:
-    """Return how an action that is not admissible is spelled in this game; empty: not known.
+    """Return the spelling of an inadmissible action in this game; empty: not known.
 
     Args:
         action: as it was given.
@@ -294,7 +294,7 @@ def _hint(action: str, admissible: Sequence[str], says_move: bool) -> str:
 
 
 def _check_snapshot(snapshot: object) -> None:
-    """Raise InvalidSettingError for what is not of the form of a `Snapshot`."""
+    """Raise InvalidSettingError for an object that is not a `Snapshot`."""
     kinds = {"task_id": str, "turn_index": int, "action": str, "text": str,
              "is_action_valid": bool, "message": str, "added": list, "removed": list}  # fmt: skip
     if not isinstance(snapshot, Mapping) or snapshot.keys() != kinds.keys():
@@ -311,7 +311,7 @@ def _check_snapshot(snapshot: object) -> None:
     if wrong:
         value = str(snapshot[wrong[0]])[:80]
         raise InvalidSettingError(
-            f"No snapshot() has {value!r} as {wrong[0]}: nothing is restored."
+            f"No snapshot() has {value!r} as {wrong[0]}; the episode is unchanged."
         )
 
 

@@ -1,8 +1,8 @@
-"""A scripted expert for ALFWorld: it plays from the observed texts alone, as an agent does.
+"""A scripted expert for ALFWorld that acts on the observed texts alone, as an agent does.
 
-It reads the goal sentence, keeps a map of what it has seen, and searches the likeliest receptacles
-per turn first. It relies on the texts, not on its own actions, so it recovers when other actions
-than its own were executed.
+It parses the goal sentence, keeps a map of the observed receptacles, and searches the most likely
+ones per turn first. It relies on the texts, not on its own actions, so it recovers when other
+actions were executed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Goal:
     """The content of a goal sentence."""
 
     target: str
-    """Object kind, such as `mug`."""
+    """Kind of object, such as `mug`."""
     destination: str
     """Receptacle kind; empty if the target is to be looked at."""
     lamp: str = ""
@@ -93,7 +93,7 @@ def _number(name: str) -> int:
 
 @dataclass
 class _Memory:
-    """The state of the house as far as the texts have shown it."""
+    """The state of the house according to the texts so far."""
 
     receptacles: list[str] = field(default_factory=list)
     here: set[str] = field(default_factory=set)
@@ -193,7 +193,7 @@ class ScriptedExpert:
 
         Args:
             text: The observation's text now.
-            admissible_actions: What is possible now; empty if that is not known.
+            admissible_actions: The actions that are possible now; empty if unknown.
             last_action: The action executed since the last call, the expert's or another; None in
                 the first turn.
 
@@ -260,7 +260,7 @@ class ScriptedExpert:
             yield f"open {receptacle}"
 
     def _drop(self, held: str) -> Iterator[str]:
-        """Put a wrong object down: here if possible, else once the hands are needed."""
+        """Put a wrong object down: here if possible, else when the hands are needed."""
         memory, kind = self._memory, _kind(held)
         weights = places(kind)
         for name in sorted(memory.here):
@@ -333,7 +333,7 @@ class ScriptedExpert:
             yield f"go to {receptacle}"
 
     def _known_targets(self) -> list[tuple[str, str]]:
-        """Return objects that would serve the goal, with their receptacles; the nearest first."""
+        """Return objects that satisfy the goal, with their receptacles; the nearest first."""
         goal, memory = self._goal, self._memory
         settled: Collection[str] = ()
         if goal.count == 2:
@@ -348,7 +348,7 @@ class ScriptedExpert:
         return known
 
     def _fetch(self) -> Iterator[str]:
-        """Take an object whose place is known."""
+        """Take an object whose location is known."""
         memory = self._memory
         for thing, receptacle in self._known_targets():
             yield from self._reach(receptacle)
@@ -356,7 +356,7 @@ class ScriptedExpert:
                 yield f"take {thing} from {receptacle}"
 
     def _search(self) -> Iterator[str]:
-        """Open or examine receptacles not seen yet, the likeliest per turn first."""
+        """Open or examine receptacles not seen yet, the most likely per turn first."""
         memory, goal = self._memory, self._goal
         weights: dict[str, float] = {}
         needs_target = _kind(memory.held) != goal.target if memory.held else True
@@ -380,5 +380,5 @@ class ScriptedExpert:
 
 
 def _puts(thing: str, receptacle: str) -> tuple[str, str]:
-    """Return the command to put something down, as newer and as older games word it."""
+    """Return the command to put something down, as newer and as older games spell it."""
     return f"move {thing} to {receptacle}", f"put {thing} in/on {receptacle}"

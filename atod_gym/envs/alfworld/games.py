@@ -1,4 +1,4 @@
-"""ALFWorld games: where they lie, their splits and task types, and whether they are official."""
+"""Find ALFWorld games, their splits and task types, and whether they are official."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Games:
         return self.manifest.name == _OFFICIAL
 
     def game(self, task_id: str) -> Path | dict[str, object]:
-        """Return the game file of a task, or the content that it would have."""
+        """Return the game file of a task, or the content of a generated one."""
         return self._file(task_id) or generate_game(task_id)
 
     def describe(self, task_id: str) -> str:
@@ -95,7 +95,7 @@ def open_games(data: str, split: str, house_size: str) -> Games:
 
     Raises:
         InvalidSettingError: if `data` is empty or the house size is unknown.
-        DataNotFoundError: if the data or the split is not there; names the splits that are, or how
+        DataNotFoundError: if the data or the split is missing; names the known splits, or how
             to get the data.
     """
     found = locate(data, SOURCE, lambda place: _is_official(place, split))
@@ -123,8 +123,8 @@ def _is_official(place: Path, split: str) -> bool:
 
 def _no_split(split: str, where: str, known: Iterable[str]) -> DataNotFoundError:
     meant = _CONFIG_NAMES.get(split)
-    hint = f" {split} in ALFWorld's own settings is the split {meant}." if meant else ""
-    return DataNotFoundError(f"No split {split!r} in {where}; there are: {', '.join(known)}.{hint}")
+    hint = f" {split} in ALFWorld's own settings corresponds to the split {meant}." if meant else ""
+    return DataNotFoundError(f"No split {split!r} in {where}; known: {', '.join(known)}.{hint}")
 
 
 @lru_cache(maxsize=64)
@@ -139,10 +139,10 @@ def _generated(split: str, house_size: str) -> Games:
 
 
 def find_games(path: Path) -> Path | None:
-    """Return where games lie in or at a path; None: nowhere.
+    """Return the folder of the games in or at a path; None: there are none.
 
     That is a folder of splits, of one split or of one task, or the trial folder of a single game.
-    A folder counts only if game files lie in it, whatever its name.
+    A folder counts only if it contains game files, whatever its name.
     """
     if path.name == GAME_FILE and path.is_file():
         path = path.parent
@@ -166,7 +166,7 @@ SOURCE = DataSource(
     generated="generated games",
     variables=("ALFWORLD_DATA",),
 )
-"""Where official games are looked for."""
+"""Where official games are searched."""
 
 
 def _depth(folder: Path) -> int | None:
@@ -189,7 +189,7 @@ def _holds_games(folder: Path, depth: int) -> bool:
 
 
 def _splits(found: Path) -> tuple[dict[str, Path], str]:
-    """Return the split folders by name, and the part of a split that is meant; empty: all."""
+    """Return the split folders by name, and the selected part of a split; empty: all."""
     depth = _depth(found)
     if depth == 3:
         every = sorted(_folders(found))
@@ -210,7 +210,7 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def scan_games(root: Path, split: str) -> TaskManifest:
-    """Return the manifest of a split as its files are now.
+    """Return the manifest of a split from its current files.
 
     Raises:
         InvalidGameError: if a game file cannot be read.
@@ -262,14 +262,14 @@ def _read_split(folder: Path, part: str = "") -> tuple[Games, Mapping[str, int]]
     return Games(manifest, types, folder=folder), left_out
 
 
-# The result stays for the life of the process, so that many environments start fast.
+# The result is cached for the life of the process, so that many environments start fast.
 _read_split_once = lru_cache(maxsize=64)(_read_split)
 
 
 def _is_damaged(content: bytes) -> bool:
-    """Return whether a file is no JSON: such a game stays a task, whose reset names the file.
+    """Return whether a file is not JSON: such a game stays a task, whose reset names the file.
 
-    Left out, a damaged download would make a split smaller without a message.
+    Leaving it out would make a split smaller without a message.
     """
     if b'"solvable"' in content:
         return False

@@ -16,7 +16,7 @@ from typing import Any
 from atod_gym.envs.alfworld.engine import EngineState, read_game
 from atod_gym.errors import InvalidGameError, MissingExtraError, UnsupportedGameError
 
-# What the grammars of data for alfworld <= 0.3 and >= 0.4 call the same action.
+# Names of the same action in the grammars of data for alfworld <= 0.3 and >= 0.4.
 _OLD_PUT = "put {o} in/on {r}"
 _NEW_PUT = "move {o} to {r}"
 
@@ -52,11 +52,11 @@ class OfficialEngine:
         return self._engine_state(self._call(self._env.reset))
 
     def step(self, command: str) -> EngineState:
-        """Execute a command; `Nothing happens.` answers one that is not admissible."""
+        """Execute a command; an inadmissible one gives `Nothing happens.`."""
         return self._engine_state(self._call(self._env.step, command)[0])
 
     def close(self) -> None:
-        """Free the game; may be called twice.
+        """Free the resources of the game; may be called twice.
 
         Its copy of Fast Downward stays loaded: unloading it crashed the interpreter at exit.
         """
@@ -69,12 +69,12 @@ class OfficialEngine:
 
     @staticmethod
     def _call(function: Any, *arguments: object) -> Any:
-        """Call the official engine without its warnings; its failures become InvalidGameError."""
+        """Call the official engine without its warnings; convert failures to InvalidGameError."""
         with _one_at_a_time, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 return function(*arguments)
-            # The translator leaves with SystemExit on PDDL that it does not understand.
+            # The translator raises SystemExit for PDDL that it does not support.
             except (Exception, SystemExit) as error:
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise InvalidGameError(f"The official engine refuses the game: {reason}") from error
@@ -82,7 +82,7 @@ class OfficialEngine:
 
 def _official_classes() -> tuple[Any, Any, Any]:
     """Import PddlEnv, AlfredDemangler and EnvInfos without their warnings."""
-    # alfworld sets its own variable on import; only the process that wants that should have it.
+    # alfworld sets its own variable on import; worker processes must not inherit it.
     configured = os.environ.get("ALFWORLD_DATA")
     try:
         with warnings.catch_warnings():
@@ -102,7 +102,7 @@ def _official_classes() -> tuple[Any, Any, Any]:
 
 
 def _check_versions(grammar: str, installed: str) -> None:
-    """Raise UnsupportedGameError if data and installed alfworld differ in version 0.4."""
+    """Raise UnsupportedGameError if data and installed alfworld are of different versions."""
     major, minor = (int(part) for part in installed.split(".")[:2])
     is_new_package = (major, minor) >= (0, 4)
     if _OLD_PUT in grammar and is_new_package:
@@ -113,7 +113,7 @@ def _check_versions(grammar: str, installed: str) -> None:
         return
     raise UnsupportedGameError(
         f'This game was made for alfworld {found} (it says "{says}"), but alfworld {installed} is '
-        f"installed, which goes with data of {wanted}. Either play with "
+        f"installed, which needs data for {wanted}. Use "
         'backend="native", which follows the file, or get matching data with '
         "alfworld-download --force."
     )

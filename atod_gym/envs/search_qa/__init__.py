@@ -1,4 +1,4 @@
-"""Search-QA: questions that are answered after searching in many passages."""
+"""Search-QA: questions to answer after searching in many passages."""
 
 from atod_gym.envs.search_qa.env import SearchQAEnv
 

@@ -29,19 +29,19 @@ Verb = Literal["search", "answer", ""]
 CUT_MARK: Final = " [...]"
 """Ends a text that has been cut."""
 LEFT_OUT: Final = "[...]"
-"""Stands for passages that are left out."""
+"""Replaces passages that are left out."""
 _ACTION: Final = re.compile(r"(search|answer)\s*\[(.*)\]", re.IGNORECASE | re.DOTALL)
 _BEFORE, _AFTER = "<information>\n", "\n</information>"
 
 MAX_QUERY_LENGTH = 10_000
-"""Longer queries, in characters, are not sent: such an action is malformed."""
+"""Queries with more characters are not sent: such an action is malformed."""
 
 
 class SearchQAEnv(TurnEnv, ServedEnv):
     """Answer a question after searching for passages, in one or several steps.
 
-    Passages come from a retrieval server, one for all environments of a Python process and its
-    workers. It starts with the first of them and ends with the process. `server_url` names a
+    Passages come from a retrieval server that all environments of a Python process and its workers
+    share. It starts with the first of them and ends with the process. `server_url` names a
     running server instead: ours, or any that answers `POST /retrieve` as Search-R1's does.
 
     ## Observation
@@ -74,7 +74,7 @@ class SearchQAEnv(TurnEnv, ServedEnv):
 
     metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
         **TurnEnv.metadata,
-        # How completions mark actions, see `atod_gym.parsing`.
+        # Tags that mark actions in completions, see `atod_gym.parsing`.
         "action_tags": ("search", "answer"),
     }
     example_action = "search[first man on the moon]"
@@ -109,9 +109,9 @@ class SearchQAEnv(TurnEnv, ServedEnv):
                 is the path in each case but `generated`, as no published hash of all files is
                 known. With `server_url`, `auto` plays the generated world if the server has one.
             server_url: a running server, such as `http://127.0.0.1:8000`, with or without
-                `/retrieve` at the end; None: one of our own.
-            corpus: file that a server of our own searches; None: the one beside the questions.
-            topk: most passages that a search returns.
+                `/retrieve` at the end; None: start one.
+            corpus: file that the started server searches; None: the one next to the questions.
+            topk: maximum number of passages of a search.
             passage_characters: longer passages are cut.
             observation_characters: passages that do not fit are cut or left out.
             max_turns: turn limit, at least 1; None: that of `gym.make` (`max_episode_steps`).
@@ -119,7 +119,7 @@ class SearchQAEnv(TurnEnv, ServedEnv):
                 `one_hop`, `bridge`, `comparison`); a list, or separated by commas.
             entities: size of the generated world.
             world_seed: seed of the generated world.
-            timeout: seconds to wait for an answer; a late answer is not asked for again.
+            timeout: seconds to wait for an answer; a late answer is not requested again.
             token: of the server at `server_url`. It is part of the spec and of pickles; a token in
                 the environment variable ATOD_SERVER_TOKEN is not.
             render_mode: `ansi`: `render()` returns the last action and the text after it.
@@ -127,7 +127,7 @@ class SearchQAEnv(TurnEnv, ServedEnv):
         Raises:
             InvalidSettingError: if an argument is invalid or differs from the server's, or a
                 question file that `split` names cannot be read.
-            DataNotFoundError: if the data or split is not there; says how to get it.
+            DataNotFoundError: if the data or split is missing; the message names the remedy.
             MissingExtraError: if the packages of the server are not installed.
             ServerError: if the server does not start or answer; names the URL and the command.
         """
@@ -156,13 +156,13 @@ class SearchQAEnv(TurnEnv, ServedEnv):
         self._progress: SearchQAInfo = {}
 
     def expert(self) -> ScriptedSearcher:
-        """Return a scripted searcher that acts on the observations; it plays any episode."""
+        """Return a scripted searcher that acts on the observations, for any episode."""
         return ScriptedSearcher(self.max_turns)
 
     def demonstrator(self) -> ScriptedSearcher:
-        """Return an expert for this episode alone; with question files it has the gold answers.
+        """Return an expert for this episode only; with question files it has the gold answers.
 
-        Without them it can only guess, as it reads no wordings but the generated ones.
+        Without question files it can only guess: it parses generated wordings only.
 
         Raises:
             gymnasium.error.ResetNeeded: before `reset`.
@@ -201,7 +201,7 @@ class SearchQAEnv(TurnEnv, ServedEnv):
             except ServerError as error:
                 if error.code != ENDED_CODE:
                     raise
-                # Searches can be repeated in a server of our own that is started anew.
+                # A server that this package starts again can repeat searches.
                 for row in queries:
                     envs[row]._connection = connect(connection.settings)
                 results = search(connect(connection.settings), [*queries.values()], topk)
@@ -237,7 +237,7 @@ class SearchQAEnv(TurnEnv, ServedEnv):
 
 
 def parse_action(action: str) -> tuple[Verb, str]:
-    """Return the verb of an action and the text in its brackets; malformed: no verb, and why."""
+    """Return verb and argument of an action; malformed: an empty verb and the reason."""
     match = _ACTION.fullmatch(action.strip())
     if match is None:
         return "", f"An action is search[..] or answer[..], not {action[:60]!r}."
@@ -256,8 +256,8 @@ def information(
 
     Args:
         passages: the best first.
-        passage_characters: most characters of a passage's text, and of its title.
-        observation_characters: most characters of the whole.
+        passage_characters: maximum length of a passage's text, and of its title.
+        observation_characters: maximum length of the whole text.
 
     Returns:
         The text, in which `CUT_MARK` and `LEFT_OUT` mark what is cut or left out, and the ids.
@@ -269,7 +269,7 @@ def information(
     shown: list[str] = []
     for number, passage in enumerate(passages, 1):
         head = f"Doc {number} (Title: {_cut(passage.title, passage_characters)})"
-        # The mark for the passages behind this one must still fit.
+        # The mark for the passages after this one must still fit.
         room = left - (len(LEFT_OUT) + 1 if number < len(passages) else 0)
         line = _cut(f"{head} {_cut(passage.text, passage_characters)}".rstrip(), room)
         if not line.startswith(head):

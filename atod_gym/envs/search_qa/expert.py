@@ -1,10 +1,11 @@
 """A scripted searcher for Search-QA that answers from the passages in its observations.
 
 It matches the wordings of questions and passages of a generated world and has none of its facts. It
-searches the name in the question and reads the answer in the passage of that title. For a second
-hop (bridge) or a second name (comparison) it searches again. It uses all results of the episode, so
-it recovers from turns in which another action was executed. A question in other words is searched
-as it is and answered with a guess. With gold answers, it gives the first that a passage contains.
+searches for the name in the question and reads the answer from the passage with that title. For a
+second hop (bridge) or a second name (comparison) it searches again. It uses all results of the
+episode, so it recovers from turns in which another action was executed. It searches for a question
+in other words as it is, and guesses the answer. With gold answers, it gives the first one that a
+passage contains.
 
 `wordings.json` has regular expressions with one group, by relation: `questions` (the group is the
 entity or a phrase for it), `passages` (the value; @ stands for any entity, # for any year) and
@@ -51,14 +52,14 @@ _COMPARISONS: Final = [
 
 
 class _Plan(NamedTuple):
-    """The names and relations that a question asks for."""
+    """The names and relations in a question."""
 
     names: tuple[str, ...]
     """Entities in the question: one, or two to compare; the question itself in other words."""
     relations: tuple[str, ...] = ()
     """Relations to read for each name, hop by hop; empty for a question in other words."""
     wants_smaller: bool = True
-    """Which year wins a comparison."""
+    """Whether the smaller year wins a comparison."""
 
 
 class ScriptedSearcher:
@@ -67,7 +68,7 @@ class ScriptedSearcher:
     Args:
         max_turns: Turns of an episode; the searcher answers in the last one at the latest.
         golden_answers: The right answers, for demonstrations: the first that a passage contains is
-            given. Empty: they are not known.
+            given. Empty: unknown.
     """
 
     def __init__(self, max_turns: int = 4, golden_answers: Sequence[str] = ()) -> None:
@@ -96,7 +97,7 @@ class ScriptedSearcher:
         Args:
             text: The text of the last observation.
             admissible_actions: Not used.
-            last_action: The action executed in the turn before, if it was not the searcher's own.
+            last_action: The action of the previous turn, if it was not the searcher's own.
 
         Returns:
             `search[..]` or `answer[..]`.

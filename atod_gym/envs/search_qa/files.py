@@ -43,23 +43,23 @@ _BETWEEN = re.compile(r"[\s,]*")
 
 
 class NotJson(str):
-    """A line that is no JSON."""
+    """A line that is not JSON."""
 
     __slots__ = ()
 
 
 class UnreadableError(ValueError):
-    """A file cannot be read; the message goes after its path: `is a zip archive: unpack it`."""
+    """A file that cannot be read; its message follows the path: `is a zip archive: unpack it`."""
 
 
 def split_name(file_name: str) -> tuple[str, bool]:
-    """Return a name without its endings, and whether JSON may be in it; empty: no data file."""
+    """Return a name without endings, and whether it may contain JSON; empty: not a data file."""
     match = _NAME.fullmatch(file_name)
     return (match[1], match[2] is not None) if match else ("", False)
 
 
 def describe_text(row: object) -> str:
-    """Return why a file is not read that has no JSON object in its first rows."""
+    """Return the reason why a file without JSON objects in its first rows is not read."""
     line = row if isinstance(row, NotJson) else ""
     if line.strip() == "{":
         return "is one JSON object, not rows: write one object per line"
@@ -119,10 +119,10 @@ def _items(stream: IO[str]) -> Iterator[object]:
             yield item
             at = end
             continue
-        # Not whole yet: a number, too, may continue in the next chunk.
+        # Incomplete so far: a number, too, may continue in the next chunk.
         more = stream.read(max(_CHUNK, len(buffer)))
         if not more or len(buffer) > _LONGEST_ROW:
-            raise UnreadableError("is no whole JSON array: mend it, or download it again")
+            raise UnreadableError("is an incomplete JSON array: repair it, or download it again")
         buffer, at = buffer[at:] + more, 0
 
 

@@ -1,4 +1,4 @@
-"""Read question files: their rows, the splits that they make, and manifests.
+"""Read question files: their rows, splits and manifests.
 
 A folder holds `<set>.jsonl`, `<set>_<part>.jsonl` or `<set>/<part>.jsonl` with the parts train, dev
 (also val, valid, validation) and test. A file has JSON lines or is one JSON array, and ends in
@@ -6,21 +6,21 @@ A folder holds `<set>.jsonl`, `<set>_<part>.jsonl` or `<set>/<part>.jsonl` with 
 
 | field | value |
 |---|---|
-| `question`, `query`; KILT: `input` beside `output` | a text |
+| `question`, `query`; KILT: `input` with `output` | a text |
 | `golden_answers`, `answers`, `possible_answers`, `answer`; KILT: `output[].answer` | the gold answers |
 | `answer_aliases` | more gold answers |
 | `id`, `_id`, `qid`, `query_id`, `question_id` | a text or an integer, unique in its file; else the row's number |
 | `answerable` | false: the row is left out |
 | `data_source` | the task type; the set's name if missing |
 
-Gold answers are a text, a number, a list of them, or a text that holds such a list as JSON or Python
-writes it. The first field that yields one is read. Rows without a question or an answer are left out
+Gold answers are a text, a number, a list of them, or a text that contains such a list in JSON or
+Python syntax. The first field with one is read. Rows without a question or an answer are left out
 and counted.
 
-Every file is a split under its name without endings (`nq_test`, `nq/test`). `train` joins all parts
-train; `test` takes from each set its part test, else dev, else what has no part; `dev` joins the
-parts dev of sets that have a test. `nq/train+hotpotqa/train` joins what it names. One file that is
-given as data makes the same splits, alone.
+Every file is a split under its name without endings (`nq_test`, `nq/test`). `train` joins all
+parts train; `test` takes from each set its part test, else dev, else the files without a part;
+`dev` joins the parts dev of sets that have a test. `nq/train+hotpotqa/train` joins the named files.
+A single file given as data makes the same splits.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _ANSWER_FIELDS: Final = ("golden_answers", "answers", "possible_answers", "answe
 _ID_FIELDS: Final = ("id", "_id", "qid", "query_id", "question_id")
 _PASSAGE_FIELDS: Final = {"contents", "text"}
 
-# Why a row is left out.
+# Reasons for leaving out a row.
 _NO_QUESTION = "no question"
 _NO_ANSWER = "no answer"
 _CHOICE = "multiple choice: the answer is a label of a choice"
@@ -70,7 +70,7 @@ _PARTS: Final = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev",
 _PART = re.compile(rf"(?:^|[_-])({'|'.join(_PARTS)})\d*(?=[_-]|$)")
 _CORPUS_NAME = re.compile(r"corpus|wiki[-_]?18.*")
 _CORPUS_FOLDER = "retrieval-corpus"
-_ELSEWHERE = "is in a folder, where question files are called train, dev or test"
+_ELSEWHERE = "is in a folder whose question files must be named train, dev or test"
 _LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
 _PEEKED_ROWS = 20
 _SHOWN_FILES = 6
@@ -101,30 +101,30 @@ class DataFile:
     """A file in or beside the question files, described by its path and its rows."""
 
     name: str
-    """Name of the split that it makes."""
+    """Name of the split that the file makes."""
     path: Path
     set_name: str
     part: str
     """`train`, `dev`, `test`, or empty."""
     kind: FileKind
     note: str
-    """Why it is not read, such as `is parquet: ..`, or what is unusual in it; may be empty."""
+    """Why the file is not read, such as `is parquet: ..`, or its peculiarity; may be empty."""
     version: tuple[int, int]
     """Modification time and size: changes with the content."""
     rows: int = 0
-    """Rows with content; 0 where they are not counted, as of a corpus and by `scan`."""
+    """Rows with content; 0 if not counted (a corpus, or in `scan`)."""
     left_out: Mapping[str, int] = field(default_factory=dict, hash=False)
-    """Why rows are left out -> how many."""
+    """Reason for leaving out rows -> number of rows."""
 
     def report(self) -> str:
-        """Return how many rows are left out, and why; empty if none is."""
+        """Return the number of rows that are left out, and the reasons; empty if there are none."""
         reasons = ", ".join(f"{count} ({reason})" for reason, count in self.left_out.items())
         total = sum(self.left_out.values())
         return f"{total} of {self.rows} rows are left out: {reasons}" if total else ""
 
 
 def make_question_set(name: str, split: str, questions: Iterable[Question]) -> QuestionSet:
-    """Put the questions of a split in order, and hash each with its answers.
+    """Sort the questions of a split, and hash each with its answers.
 
     `name` is that of the data, such as `searchqa/files`.
     """
@@ -158,7 +158,7 @@ def scan(data: Path, corpus: Path | None = None) -> tuple[DataFile, ...]:
         if status is None or not S_ISREG(status.st_mode):
             continue
         version = (status.st_mtime_ns, status.st_size)
-        # One file is called as it would be in the folder of its set: nq/test, or nq_test.
+        # One file is named as it would be in the folder of its set: nq/test, or nq_test.
         is_flat = not _PART.fullmatch(stem) if is_file else path.parent == data
         match = _PART.search(stem) if is_flat else _PART.match(stem)
         part = _PARTS[match[1]] if match else ""
@@ -174,7 +174,7 @@ def scan(data: Path, corpus: Path | None = None) -> tuple[DataFile, ...]:
     files.sort(key=lambda file: (file.name, file.path))
     first: dict[str, DataFile] = {}
     for row, file in enumerate(files):
-        # The same file may be there packed and unpacked; the unpacked one comes first.
+        # A file may exist packed and unpacked; the unpacked one comes first.
         if file.kind == "questions" and first.setdefault(file.name, file) is not file:
             note = f"is not read, as {first[file.name].path.name} has the same name"
             files[row] = replace(file, kind="ignored", note=note)
@@ -189,14 +189,14 @@ def has_corpus_name(path: Path) -> bool:
 
 
 def describe_questions(data: Path) -> list[DataFile]:
-    """Describe each data file of a folder, or one file; reads question files as a whole."""
+    """Describe each data file of a folder, or one file; reads question files completely."""
     return [_read(file)[0] if file.kind == "questions" else file for file in scan(data)]
 
 
 def list_files(files: Iterable[DataFile], folder: Path, *, corpora: bool = False) -> str:
     """Return the files of a folder that are not played, each with the reason."""
     kinds = {"unreadable", "ignored", "corpus" if corpora else ""}
-    # Files in other folders come last: most of them have nothing to do with questions.
+    # Files in other folders come last: most of them are unrelated to questions.
     listed = sorted(
         (file for file in files if file.kind in kinds), key=lambda f: f.note == _ELSEWHERE
     )
@@ -210,7 +210,7 @@ def list_files(files: Iterable[DataFile], folder: Path, *, corpora: bool = False
 
 
 def missing_official(data: Path) -> str:
-    """Return which file of the published runs a folder lacks; empty if it has all their rows.
+    """Return the file of the published runs that a folder lacks; empty if it has all their rows.
 
     The files and their numbers of rows are those of the data set `searchqa` of `atod-data`.
     """
@@ -218,7 +218,7 @@ def missing_official(data: Path) -> str:
     for place, entries in sorted(data_set("searchqa").entries.items()):
         file = files.get(place.removesuffix(".jsonl"))
         if file is None:
-            return f"{place} is not there"
+            return f"{place} is missing"
         try:
             rows = _count_rows(file)
         except UnreadableError as error:
@@ -235,10 +235,10 @@ def _count_rows(file: DataFile) -> int:
 
 
 def open_question_files(data: Path, split: str, corpus: Path | None = None) -> QuestionSet:
-    """Read a split; the result is kept until a file changes.
+    """Read a split; the result is cached until a file changes.
 
-    A training question that is also in a file of another part (but for case, punctuation, articles
-    and spaces) is left out. Files that hold no questions are passed over and announced.
+    A training question that is also in a file of another part (after normalising case, punctuation,
+    articles and spaces) is left out. Files without questions are skipped with a message.
 
     Args:
         data: a folder of question files, or one file.
@@ -246,8 +246,8 @@ def open_question_files(data: Path, split: str, corpus: Path | None = None) -> Q
         corpus: a file that is a corpus, whatever its name and rows.
 
     Raises:
-        DataNotFoundError: if there is no such split; names those there are.
-        InvalidSettingError: if a file that the split names cannot be read; says what it is.
+        DataNotFoundError: if there is no such split; names the known ones.
+        InvalidSettingError: if a file of the split cannot be read; says what it is.
     """
     return _load(data, split, scan(data, corpus))
 
@@ -264,7 +264,7 @@ def _load(data: Path, split: str, files: tuple[DataFile, ...]) -> QuestionSet:
         if read.kind == "unreadable" and chosen.get(file):
             raise InvalidSettingError(f"{read.path} {read.note}.")
         if read.kind == "unreadable":
-            announce_once(f"Search-QA: a question file is not played: {read.path} {read.note}.")
+            announce_once(f"Search-QA: a question file is skipped: {read.path} {read.note}.")
         elif file in chosen:
             for fact in filter(None, (read.report(), read.note)):
                 announce_once(f"Search-QA: {read.path}: {fact}.")
@@ -285,7 +285,7 @@ def _load(data: Path, split: str, files: tuple[DataFile, ...]) -> QuestionSet:
 
 
 def _split_files(split: str, files: Sequence[DataFile]) -> dict[DataFile, bool]:
-    """Find the files of a split; True for one that the split names alone."""
+    """Return the files of a split; True for one that the split names explicitly."""
     # A test file that cannot be read is not replaced by another part.
     parts = {
         (file.set_name, file.part) for file in files if file.kind in ("questions", "unreadable")
@@ -293,13 +293,13 @@ def _split_files(split: str, files: Sequence[DataFile]) -> dict[DataFile, bool]:
     playable = [file for file in files if file.kind == "questions"]
     known = {file.name: [file] for file in playable}
     for union in ("train", "dev", "test"):
-        # A file that is called like a union, and is one of many of its part, is not the union.
+        # A file named like a union, of which other files have the same part, is not the union.
         if members := [file for file in playable if _union(file, parts) == union]:
             known[union] = members
     chosen: dict[DataFile, bool] = {}
     words = split.split("+")
     while words:
-        # A name may have a + in it: the longest one counts.
+        # A name may contain a +: the longest match counts.
         names = ["+".join(words[:size]) for size in range(len(words), 0, -1)]
         name = next((name for name in names if name in known), None)
         if name is None:
@@ -326,14 +326,14 @@ def _no_split(
     if name == "dev" and (only := [f.name for f in known.get("test", ()) if f.part == "dev"]):
         why = f" (the dev part of a set without test is played as split test: {', '.join(only)})"
     return DataNotFoundError(
-        f"No split {name!r} among the question files{why}; there are: "
+        f"No split {name!r} among the question files{why}; known: "
         f"{', '.join(sorted(known)) or 'none'}, and more of them joined with +."
     )
 
 
 @lru_cache(maxsize=4096)
 def _look(path: Path, version: tuple[int, int]) -> tuple[FileKind, str]:
-    """Return the kind of a file by its first rows, and why it holds no questions."""
+    """Return the kind of a file by its first rows, and why it has no questions."""
     del version
     try:
         rows = [row for _, row in islice(read_rows(path), _PEEKED_ROWS)]
@@ -364,7 +364,7 @@ def _look(path: Path, version: tuple[int, int]) -> tuple[FileKind, str]:
 
 @lru_cache(maxsize=64)
 def _read(file: DataFile) -> tuple[DataFile, tuple[Question, ...]]:
-    """Read a question file as a whole: `unreadable` if it cannot be read or has no question."""
+    """Read a question file completely; `unreadable` if it cannot be read or has no question."""
     questions: dict[str, Question] = {}
     left_out: Counter[str] = Counter()
     rows = 0
@@ -386,13 +386,13 @@ def _read(file: DataFile) -> tuple[DataFile, tuple[Question, ...]]:
         return replace(read, kind="unreadable", note=note), ()
     lists = [a for one in questions.values() for a in one.golden_answers if _LIST.fullmatch(a)]
     if lists:
-        note = f"{len(lists)} gold answers look like lists but are no lists of texts or numbers, "
+        note = f"{len(lists)} gold answers look like lists but are not lists of texts or numbers, "
         read = replace(read, note=f"{note}and are taken as written: {lists[0][:60]!r}")
     return read, tuple(questions.values())
 
 
 def _question(row: object, number: int = 0, name: str = "", set_name: str = "") -> Question | str:
-    """Read a row of a file, which gives the number, name and set; return why it is no question."""
+    """Read a row of a file; return a text with the reason if it is not a question."""
     if not isinstance(row, dict):
         return "not JSON" if isinstance(row, NotJson) else "not a JSON object"
     if isinstance(output := row.get("output"), list):
@@ -430,9 +430,9 @@ def _first(row: Mapping[str, Any], names: Iterable[str], default: Any = None) ->
 
 
 def _flat(value: object) -> list[str | int | float]:
-    """Return texts and numbers in a value: it, or the items of a list; blank ones are dropped."""
+    """Return the texts and numbers in a value, itself or a list; blank ones are dropped."""
     if isinstance(value, dict):
-        # As `datasets` has SQuAD (`text`) and TriviaQA (`value`, `aliases`).
+        # The form of SQuAD (`text`) and TriviaQA (`value`, `aliases`) in `datasets`.
         return [one for name in ("text", "value", "aliases") for one in _flat(value.get(name))]
     if isinstance(value, list):
         return [one for item in value if not isinstance(item, list) for one in _flat(item)]
@@ -446,7 +446,7 @@ def _flat(value: object) -> list[str | int | float]:
 
 
 def _listed(text: str) -> list[str | int | float]:
-    """Return the items of a list of texts or numbers, as JSON or Python writes it; else none."""
+    """Return the items of a list of texts or numbers in JSON or Python syntax; else none."""
     for read in (json.loads, ast.literal_eval) if _LIST.fullmatch(text) else ():
         errors = suppress(ValueError, SyntaxError, RecursionError, MemoryError)
         with errors, warnings.catch_warnings():

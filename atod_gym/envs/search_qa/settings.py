@@ -1,9 +1,9 @@
 """Settings of Search-QA, its questions and corpus, and requests to its retrieval server.
 
-The server is one of our own or any that answers `POST /retrieve` as Search-R1's does. Functions
-raise `DataNotFoundError` if questions, corpus or split are not there (it says how to get them, or
-what is there), `InvalidSettingError` if a setting or file cannot be used or does not fit the
-server, and `ServerError` if the server does not start, fails or sends malformed answers.
+The server is ours or any that answers `POST /retrieve` as Search-R1's does. Functions
+raise `DataNotFoundError` if questions, corpus or split are missing (with the command that gets
+them, or the known ones), `InvalidSettingError` if a setting or file cannot be used or does not
+fit the server, and `ServerError` if the server does not start, fails or sends malformed answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from atod_gym.serving.http import RETRY_STATUSES, in_batches
 from atod_gym.tasks import DataSource, announce_once, expanded, locate
 
 BATCH_LIMIT = 1024
-"""Most queries of one request."""
+"""Maximum number of queries of one request."""
 
 RETRY_DELAYS = (0.2, 0.8)
 """Seconds before a search is repeated after status 500 or a malformed answer."""
@@ -57,7 +57,7 @@ _CORPUS_FORMAT = "JSON lines or a JSON array with id and contents (or text and t
 
 @dataclass(frozen=True, slots=True)
 class SearchQASettings:
-    """The arguments of `SearchQAEnv` that say what is played, searched and shown; checked."""
+    """The arguments of `SearchQAEnv` that decide what is played, searched and shown; checked."""
 
     data: str = "auto"
     server_url: str | None = None
@@ -85,7 +85,7 @@ class SearchQASettings:
             )
         if self.corpus is not None and self.data == "generated":
             raise InvalidSettingError(
-                'data="generated" brings its own passages; give corpus with question files only.'
+                'data="generated" has its own passages; give corpus with question files only.'
             )
 
     def locate(self) -> Path | None:
@@ -97,7 +97,7 @@ class SearchQASettings:
             raise DataNotFoundError(f"{error}{_there(scan(folder), folder)}") from None
         if found is None and self.corpus is not None:
             raise DataNotFoundError(
-                f"A corpus is given, but no question files are found: {HOW_TO_GET_DATA}."
+                f"A corpus is given, but no question files were found: {HOW_TO_GET_DATA}."
             )
         if found is not None and found.is_file():
             [file] = scan(found, self.corpus_path)
@@ -106,7 +106,7 @@ class SearchQASettings:
         if found is not None and self.data == "official" and (why := missing_official(found)):
             raise DataNotFoundError(
                 f"The question files in {found} are not all of the official ones: {why}. To play "
-                f"those that are, give their folder as data. To get the others: {HOW_TO_GET_DATA}."
+                f"these alone, give their folder as data. To get the others: {HOW_TO_GET_DATA}."
             )
         return found
 
@@ -121,13 +121,13 @@ class SearchQASettings:
         places = [questions.parent, questions.parent.parent] if questions.is_file() else [questions]
         files = [] if given else [file for place in places for file in scan(place)]
         found = [given] if given else [file.path for file in files if file.kind == "corpus"]
-        # Files with a usual name of a corpus come before others that hold passages.
+        # Files with a usual name of a corpus come before other files with passages.
         usual = [path for path in found if has_corpus_name(path)]
         if usual or len(found) == 1:
             return ("--corpus", str((usual or found)[0].resolve()))
         what = f"{len(found)} files of passages, none with a usual name," if found else "No corpus"
         raise DataNotFoundError(
-            f"{what} beside the questions in {questions}: put corpus.jsonl there "
+            f"{what} next to the questions in {questions}: put corpus.jsonl there "
             f"({_CORPUS_FORMAT}), or give its path as corpus=... or a running server as "
             f'server_url=... To get one: {HOW_TO_GET_DATA}. data="generated" needs none.'
             f"{_there(files, places[-1])}"
@@ -135,7 +135,7 @@ class SearchQASettings:
 
     @property
     def corpus_path(self) -> Path | None:
-        """The file that was given as corpus; None: none was."""
+        """Return the file that was given as corpus; None: none was given."""
         if self.corpus is None:
             return None
         return expanded(self.corpus).resolve()
@@ -172,10 +172,10 @@ class Passage:
     """A passage that a retriever returned."""
 
     passage_id: str
-    """Empty where the server gives none."""
+    """Empty if the server gives none."""
     title: str
     text: str
-    """In one line."""
+    """A single line."""
 
 
 Passages = tuple[Passage, ...]
@@ -184,7 +184,7 @@ Passages = tuple[Passage, ...]
 def make_passage(passage_id: str, contents: str, title: str = "") -> Passage:
     """Split contents: the title is the first line, often in quotation marks.
 
-    Contents of one line without them are text. A given title need not be in the contents.
+    Contents of one line without quotation marks are text. A given title need not be in them.
     """
     first, line_break, rest = contents.partition("\n")
     own_title = first.strip()
@@ -200,13 +200,13 @@ def connect_retriever(settings: SearchQASettings) -> ServedConnection:
     url = settings.server_url
     server = ServerSettings(
         "retrieval",
-        # What `auto` finds may change while a process runs.
+        # The result of `auto` may change while a process runs.
         settings.server_arguments() if url is None else (),
-        # The settings of other programs have the path at the end.
+        # Settings of other programs have the path at the end.
         server_url=url.rstrip("/").removesuffix("/retrieve") if isinstance(url, str) else url,
         token=settings.token,
         timeout=settings.timeout,
-        advice="Does the server run? To start one: atod-serve retrieval --corpus <file> "
+        advice="Is the server running? To start one: atod-serve retrieval --corpus <file> "
         "--port <port>",
         is_health_required=False,
     )
@@ -240,7 +240,7 @@ def _retrieve(connection: ServedConnection, queries: list[str], topk: int) -> li
                 raise connection.malformed("/retrieve", what)
             return [tuple([_passage(connection, hit) for hit in hits[:topk]]) for hits in lists]
         except ServerError as error:
-            # The client has repeated those by itself, or repeating them is no use.
+            # The client has retried those itself, or retrying is useless.
             is_final = error.status in {0, *RETRY_STATUSES} or 400 <= error.status < 500
             if is_final or delay is None:
                 raise
@@ -266,7 +266,7 @@ def _passage(connection: ServedConnection, hit: Any) -> Passage:
 def open_questions(
     settings: SearchQASettings, connection: ServedConnection, split: str
 ) -> tuple[QuestionSet, str]:
-    """Return the questions of a split, and what `info["data"]` says of them."""
+    """Return the questions of a split, and the value of `info["data"]`."""
     has_world = connection.health.get("data") == "generated"
     is_world = settings.data == "auto" and settings.server_url is not None and has_world
     found = None if is_world else settings.locate()
@@ -279,9 +279,9 @@ def open_questions(
         )
     if has_world:
         raise InvalidSettingError(
-            f"The server at {connection.url} has a generated world, in which the questions in "
-            f"{found} have no answers. Start one with their corpus: atod-serve retrieval --corpus "
-            "<file>."
+            f"The server at {connection.url} has a generated world, which has no answers to the "
+            f"questions in {found}. Start a server with their corpus: atod-serve retrieval "
+            "--corpus <file>."
         )
     # No published hash of the official questions is known, so their folder names them.
     label = str(found) if settings.data in ("auto", "official") else settings.data
@@ -291,7 +291,7 @@ def open_questions(
 def _world_questions(
     settings: SearchQASettings, connection: ServedConnection, split: str
 ) -> QuestionSet:
-    """Return the questions of the server's generated world, asked for once."""
+    """Return the questions of the server's generated world, requested once."""
     health = connection.health
     world = "generated"
     for name, usual, label in (
@@ -301,7 +301,7 @@ def _world_questions(
         if health.get(name) != value:
             raise InvalidSettingError(
                 f"The server at {connection.url} has {name}={health.get(name)!r}, but {name}="
-                f"{value!r} was asked for. Change the setting, or start the server with it."
+                f"{value!r} was requested. Change the setting, or start the server with it."
             )
         # Other worlds have other task ids.
         world += f"{label}{value}" * (value != usual)
@@ -310,7 +310,7 @@ def _world_questions(
         known = [str(name) for name in health.get("splits", ())]
         if split not in known:
             raise DataNotFoundError(
-                f"No split {split!r} in the generated world; there are: {', '.join(known)}."
+                f"No split {split!r} in the generated world; known: {', '.join(known)}."
             )
         path = f"/questions/{quote(split, safe='')}"
         rows = connection.request("GET", path).get("questions")

@@ -26,10 +26,10 @@ from atod_gym.tasks import TaskManifest
 from atod_gym.types import RewardDetails, WebShopInfo
 
 MAX_ACTION_LENGTH = 10_000
-"""Longer actions, in characters, are not sent: they do nothing, like any malformed action."""
+"""Actions with more characters are not sent: they have no effect, like any malformed action."""
 
 BATCH_LIMIT = 1024
-"""Most entries of one batch request."""
+"""Maximum number of entries of one batch request."""
 
 _HASH = re.compile("[0-9a-f]{64}")
 _RESET = "Call reset() to start a new episode."
@@ -45,9 +45,9 @@ _EXPLANATIONS = {
 class WebShopEnv(TurnEnv, ServedEnv):
     """A shopping task: search, open a product, choose its options and buy it.
 
-    The shop runs in a server, one for all environments of a Python process and its workers. It is
-    started when the first of them is made and ends with the process; `server_url` names one that
-    runs already. A browser shows the shop at `<server_url>/shop`.
+    The shop runs in a server that all environments of a Python process and its workers share. It
+    starts with the first of them and ends with the process; `server_url` names a
+    running one instead. A browser shows the shop at `<server_url>/shop`.
 
     ## Observation
     A Dict (`TurnObservation`): `instruction`, what to buy; `text`, the page exactly as the original
@@ -55,9 +55,9 @@ class WebShopEnv(TurnEnv, ServedEnv):
     clicked, and the placeholder `search[<query>]` where the page has a search bar; `turn_index`.
 
     ## Action
-    Any string. `search[red shoes]` works on every page, as in the original; `click[buy now]` where
-    the page has it. Anything else, also the placeholder itself, leaves the page as it is and costs
-    the turn; `info["message"]` says why.
+    Any string. `search[red shoes]` works on every page, as in the original; `click[buy now]` works
+    if the page has it. Anything else, also the placeholder itself, leaves the page unchanged and
+    costs the turn; `info["message"]` gives the reason.
 
     ## Reward
     1.0 for a purchase with score 1.0, else 0.0. `info["score"]` is the original's score, 0 to 1.
@@ -70,7 +70,7 @@ class WebShopEnv(TurnEnv, ServedEnv):
     `reset(seed=...)` picks a task; `reset(options={"task_id": ...})` plays that task.
 
     ## Info
-    See `WebShopInfo`. `is_action_valid` says whether the action did something.
+    See `WebShopInfo`. `is_action_valid` says whether the action had an effect.
 
     ## Arguments
     See `__init__`.
@@ -78,7 +78,7 @@ class WebShopEnv(TurnEnv, ServedEnv):
 
     metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
         **TurnEnv.metadata,
-        # Published runs took this much of a completion without tags for the action.
+        # Published runs executed the last characters of a completion without tags.
         "last_characters": 20,
     }
     example_action = "search[red shoes]"
@@ -87,7 +87,7 @@ class WebShopEnv(TurnEnv, ServedEnv):
     _session_id = ""
     """On the server; empty: none."""
     _session_owner = 0
-    """The process that opened it."""
+    """The process that opened the session."""
 
     def __init__(
         self,
@@ -106,23 +106,23 @@ class WebShopEnv(TurnEnv, ServedEnv):
         render_mode: str | None = None,
         task_types: Sequence[str] | str | None = None,
     ) -> None:
-        """Connect to the server, and start one if none runs.
+        """Connect to the server, and start one if none is running.
 
         Args:
             split: `train`, `dev` or `test`; `train` or `val` under the rule `verl-agent`.
             data: `official`, `generated`, `auto` (official where found, else generated) or the path
-                of a folder with files in the official format. With `server_url`: what the server
-                must have, where `auto` takes anything.
-            server_url: A running server, such as `http://127.0.0.1:3000`; None: one of our own.
+                of a folder with files in the official format. With `server_url`: the data that
+                the server must have; `auto` accepts any.
+            server_url: A running server, such as `http://127.0.0.1:3000`; None: start one.
             split_rule: `original` (goals 0-499 are test, 500-1,499 dev, the rest train) or
                 `verl-agent` (0-499 val, the rest train).
             max_turns: Turn limit, at least 1; None: that of `gym.make` (`max_episode_steps`).
-            products: Number of products of the generated shop; files are played whole.
+            products: Number of products of the generated shop; files are used completely.
             goal_seed: Seed of price limits and of the order of the goals, and thus of the splits.
             text_style: `text`, or `text_rich` with marked buttons.
-            human_goals: Goals written by people, instead of generated ones, where the data has any.
+            human_goals: Use goals written by people instead of generated ones, if the data has any.
             expert_turns: Turns within which `expert()` buys, at least 1; None: `max_turns`. With 6
-                it hardly ever reads sub pages, and its episodes are half as long.
+                it rarely reads sub pages, and its episodes are half as long.
             timeout: Seconds to wait for an answer.
             token: Of the server at `server_url`. It is part of the spec and of pickles; a token in
                 the environment variable ATOD_SERVER_TOKEN is not.
@@ -132,7 +132,7 @@ class WebShopEnv(TurnEnv, ServedEnv):
 
         Raises:
             InvalidSettingError: An argument is out of range, or contradicts the server's.
-            DataNotFoundError: The data or split is not there; says how to get it.
+            DataNotFoundError: The data or split is missing; the message names the remedy.
             MissingExtraError: The packages of the server are not installed.
             ServerError: The server does not start or answer; names the URL and the command.
         """
@@ -172,8 +172,8 @@ class WebShopEnv(TurnEnv, ServedEnv):
         super().close()
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # A destructor must not send anything: the next request that closes sessions does it. Where
-        # Python ends first, which takes the globals of modules away, the server ends with it.
+        # A destructor must not send requests: the next request that closes sessions includes it.
+        # When Python exits first and clears the globals of modules, the server ends with it.
         if not is_finalizing():
             self._leave()
 
@@ -193,13 +193,13 @@ class WebShopEnv(TurnEnv, ServedEnv):
         except ServerError as error:
             if error.code != ENDED_CODE:
                 raise
-        # A server of our own has ended: a new one takes its place.
+        # The server of this process has ended: a new one replaces it.
         return _opened(envs, task_ids)
 
     @classmethod
     def _play_many(cls, envs: Sequence[WebShopEnv], actions: Sequence[str]) -> list[TurnResult]:
         refusals = [_refusal(action) for action in actions]
-        # The server counts the turn as well, so an empty action is sent in place of a refused one.
+        # The server counts turns as well, so an empty action replaces a refused one.
         items = [
             {
                 "session_id": env._session_id,
@@ -230,15 +230,15 @@ class WebShopEnv(TurnEnv, ServedEnv):
         self._session_id = ""
 
     def _renew(self) -> None:
-        """Replace a lost connection, unless the server has other tasks than before."""
+        """Replace a lost connection, unless the server now has other tasks."""
         if not self._connection.is_lost:
             return
         connection = connect(self._connection.settings)
         self._settings.check(connection)
         if _tasks(connection, self.split)[0].content_hash != self.manifest.content_hash:
             raise ServerError(
-                f"The server at {connection.url} has other tasks than before. Make the environment "
-                "anew to play them."
+                f"The server at {connection.url} has other tasks than before. Make a new "
+                "environment to play them."
             )
         self._connection = connection
 
@@ -254,7 +254,7 @@ class WebShopEnv(TurnEnv, ServedEnv):
         return InvalidSettingError(
             f"Split {self.split!r} of the {self.data} shop has no task: the shop has "
             f"{health.get('goals')} goals (human_goals={self._settings.human_goals}), and "
-            f"split_rule={rule!r} puts none of them there. Splits with tasks: {', '.join(filled)}."
+            f"split_rule={rule!r} puts none of them in it. Splits with tasks: {', '.join(filled)}."
         )
 
 
@@ -268,7 +268,7 @@ def _tasks(connection: ServedConnection, split: str) -> tuple[TaskManifest, Mapp
     if split not in known:
         data = connection.health.get("data")
         raise DataNotFoundError(
-            f"No split {split!r} in the {data} shop; there are: {', '.join(known)}."
+            f"No split {split!r} in the {data} shop; known: {', '.join(known)}."
         )
     path = f"/tasks/{quote(split, safe='')}"
     if path not in connection.cache:
@@ -309,7 +309,7 @@ def _opened(envs: Sequence[WebShopEnv], task_ids: Sequence[str]) -> list[tuple[s
 
 
 def _leave_all(envs: Sequence[WebShopEnv]) -> None:
-    """Close the sessions of environments, and those that others have left.
+    """Close the sessions of environments, and all sessions left earlier.
 
     A failure is ignored, as the server expires them.
     """
@@ -328,8 +328,8 @@ def _batch(
     """Send an item for each environment, in one request per connection and `BATCH_LIMIT` items.
 
     Yields:
-        The place of each environment in `envs` and its answer, which may be an error; at once after
-        each request, since a later one may fail.
+        The index of each environment in `envs` and its answer, which may be an error. Yields
+        directly after each request, since a later one may fail.
     """
     path = f"/batch/{what}"
     for connection in dict.fromkeys(env._connection for env in envs):
@@ -369,7 +369,7 @@ def _raise_errors(
 
 
 def _refusal(action: str) -> str:
-    """Return why an action is not sent; an empty text: it is."""
+    """Return the reason for not sending an action; empty: it is sent."""
     if len(action) > MAX_ACTION_LENGTH:
         return (
             f"Nothing was done: the action has {len(action):,} characters, more than "
@@ -389,7 +389,7 @@ def _check(answer: Mapping[str, Any], **expected: object) -> None:
 def _result(
     answer: Mapping[str, Any], is_action_valid: bool = True, message: str = ""
 ) -> TurnResult:
-    """Read what the answers to opening a session and to a step have in common."""
+    """Read the fields that the answers to opening a session and to a step share."""
     score = answer["score"]
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
         raise ValueError(f"score {score!r}")
@@ -408,7 +408,7 @@ def _result(
 
 
 def _details(details: Mapping[str, Any]) -> RewardDetails:
-    """Return the reward's parts without those that do not apply."""
+    """Return the reward's parts without inapplicable ones."""
     parts = {name: details[name] for name in RewardDetails.__annotations__}
     return cast(
         "RewardDetails", {name: value for name, value in parts.items() if value is not None}

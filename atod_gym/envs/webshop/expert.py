@@ -1,9 +1,9 @@
-"""A scripted expert for WebShop: it shops from instructions and pages alone, as an agent must.
+"""A scripted expert for WebShop that acts on instructions and pages alone, as an agent must.
 
-It searches with the words of the instruction and opens products of the first page of results by
-their rank and price. It reads features and description where the title leaves something open, and
-buys the first product that has everything asked for, or the best one when turns run out. It follows
-the pages whatever was really executed, so that it recovers from actions that were not its own.
+It searches for the words of the instruction and opens products on the first page of results by
+rank and price. It reads features and description where the title is not sufficient. It
+buys the first product that meets all wishes, or the best one when turns run out. It follows
+the pages whatever action was executed, so it recovers from actions that were not its own.
 
 The second half of the file reads instructions and pages, of both text styles.
 """
@@ -21,25 +21,25 @@ from atod_gym.envs.webshop.settings import SEARCH_PLACEHOLDER
 
 _TO_READ: Final = ("features", "description")
 _APART: Final = 0.5
-"""Credit of a wanted word that is there, but not beside another word of its phrase."""
+"""Credit of a wanted word that occurs, but not next to another word of its phrase."""
 _ENOUGH: Final = 0.8
-"""Least coverage of a product that counts as the right one."""
+"""Minimum coverage of a product that counts as the right one."""
 _UNOPENED: Final = (1.3, -2.6, 0.0)
 _OPENED: Final = ((2.0, -1.6, 0.5), (-4.5, -1.1, 7.5), (-5.0, -0.8, 8.0))
 """Log odds that buying a product scores 1: constant, per log(rank + 1), per coverage. Unopened, and
 opened with 0, 1 and 2 sub pages read; rough fits over generated and official goals."""
 _FAR_BELOW: Final = -1.0
-"""Log odds of a price far below the limit: people name a limit slightly above the price."""
+"""Log odds of a price far below the limit: limits are usually slightly above the price."""
 _USUAL_MARGIN: Final = 40.0
 _WORTH_A_LOOK: Final = 0.07
-"""Products with a lower promise are not opened while a better one could be bought."""
+"""Products below this promise are not opened while a better one can be bought."""
 _PARTIAL: Final = 0.1
-"""Weight of the partial score beside the chance of the full one."""
+"""Weight of the partial score relative to the probability of the full score."""
 
 
 @dataclass
 class Product:
-    """A product on a page, and what was learned about it."""
+    """A product on a page, and the facts observed about it."""
 
     asin: str
     """In upper case; empty on a product's own page."""
@@ -74,7 +74,7 @@ class ScriptedShopper:
 
         Args:
             instruction: The product to buy.
-            text: The first page; not used, as the instruction says the same.
+            text: The first page; not used, as it repeats the instruction.
         """
         del text
         self._list = parse_instruction(instruction)
@@ -90,8 +90,8 @@ class ScriptedShopper:
         """Choose the next action.
 
         Args:
-            text: The page that is shown now, in either text style.
-            admissible_actions: The possible actions; empty if they are not known.
+            text: The current page, in either text style.
+            admissible_actions: The possible actions; empty if unknown.
             last_action: The action executed since the last call, the shopper's choice or not; None
                 in the first turn.
 
@@ -107,7 +107,7 @@ class ScriptedShopper:
             is_search = action.startswith("search[") and SEARCH_PLACEHOLDER in possible
             if not possible or is_search or action in possible:
                 return action
-        # No planned action is possible: take any that leads elsewhere.
+        # No planned action is possible: take any that leads to another page.
         ways = sorted(possible - {SEARCH_PLACEHOLDER, "click[buy now]"})
         return ways[0] if ways else self._search()
 
@@ -139,7 +139,7 @@ class ScriptedShopper:
         [shown] = page.products
         self._current = self._products.get(clicked.upper(), self._current)
         if self._current is None or self._current.title != shown.title:
-            # The page was reached by an action that was not seen.
+            # The page was reached by an action that was not observed.
             known = [one for one in self._products.values() if one.title == shown.title]
             self._current = known[0] if known else self._assess(shown)
         names = {name for name, _ in self._list.options}
@@ -172,7 +172,7 @@ class ScriptedShopper:
         found = []
         axes = product.axes or {}
         for name, wanted in self._list.options:
-            # A value counts as the wanted one if all its words are wanted, as in the reward.
+            # A value matches if all its words are wanted, as in the reward.
             spoken = {*content_words(name), *content_words(wanted)}
             words = {v: content_words(v) for v in axes if axes[v] == name}
             alike = [v for v in words if words[v] and spoken.issuperset(words[v])]
@@ -183,7 +183,7 @@ class ScriptedShopper:
         return found
 
     def _promise(self, product: Product) -> float:
-        """Return the chance of the full score, plus a small weight for a part of it."""
+        """Return the probability of the full score, plus a small weight for a part of it."""
         options, limit, has = len(self._list.options), self._list.price_limit, self._values(product)
         lowest = min(product.prices, default=0.0)
         constant, per_rank, per_coverage = (
@@ -203,7 +203,7 @@ class ScriptedShopper:
         return chance + _PARTIAL * parts / (attributes + options + 1)
 
     def _is_right(self, product: Product) -> bool:
-        """Return whether a product seems to have everything that is wanted."""
+        """Return whether a product seems to meet all wishes."""
         return (
             product.axes is not None
             and len(self._values(product)) == len(self._list.options)
@@ -253,7 +253,7 @@ class ScriptedShopper:
                     fresh = max(fresh, promise) if other.axes is None else fresh
                     known = max(known, promise) if other.axes is not None else known
             unread = [name for name in _TO_READ if name not in product.read]
-            # Descriptions rarely decide what features leave open.
+            # Descriptions rarely add to the features.
             if unread and fresh < (own if len(unread) == 2 else _WORTH_A_LOOK):
                 yield f"click[{unread[0]}]"
             # Two turns to see another product and two to come back.
@@ -289,7 +289,7 @@ class ShoppingList:
     """The wishes in an instruction."""
 
     phrases: tuple[tuple[str, ...], ...]
-    """Words as `content_words` has them; the words of one phrase belong together."""
+    """Words as returned by `content_words`; the words of one phrase belong together."""
     options: tuple[tuple[str, str], ...]
     """(name, value) pairs in lower case."""
     price_limit: float
@@ -332,7 +332,7 @@ def parse_instruction(instruction: str) -> ShoppingList:
         sentence = sentence[:start]
     phrases = (tuple(content_words(part)) for part in _BETWEEN_PHRASES.split(sentence))
     spoken = [word for word in _WORD.findall(sentence) if word not in _EMPTY]
-    # A word that stands twice weighs double: options distinguish products best.
+    # A repeated word counts twice: options distinguish products best.
     query = " ".join([*spoken, *(2 * [value for _, value in options])])
     return ShoppingList(
         phrases=tuple(dict.fromkeys(phrase for phrase in phrases if phrase)),

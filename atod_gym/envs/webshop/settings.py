@@ -1,4 +1,4 @@
-"""The settings of a shop: which data, goals and text style, and which server has them."""
+"""The settings of a shop: its data, goals and text style, and the server that has them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from atod_gym.tasks import DataSource, data_label, expanded, locate
 CHOICES = {"split_rule": ("original", "verl-agent"), "text_style": ("text", "text_rich")}
 
 SEARCH_PLACEHOLDER = "search[<query>]"
-"""Stands for any search in a list of actions; it is not an action itself."""
+"""Placeholder for any search in a list of actions; not an action itself."""
 
 PRODUCT_FILES = ("items_shuffle_1000.json", "items_shuffle.json")
 
-# Sessions in a server of our own end with it; no other user waits for their places.
+# Sessions of a server that this package started end with it; no other user needs their capacity.
 _OWN_IDLE_MINUTES = 24 * 60
 
 
@@ -33,7 +33,7 @@ SOURCE = DataSource(
     title="WebShop",
     find=_find,
     expected=f"a folder with {' or '.join(PRODUCT_FILES)} (plain, .gz or .xz) and the items_ins_v2 "
-    "file beside it",
+    "file next to it",
     how_to_get="run atod-data get webshop (or webshop-full), or put items_shuffle_1000.json and "
     "items_ins_v2_1000.json (or the full items_shuffle.json and items_ins_v2.json), which the "
     "setup script of https://github.com/princeton-nlp/WebShop downloads, into ~/.cache/webshop, or "
@@ -45,7 +45,7 @@ SOURCE = DataSource(
 
 @dataclass(frozen=True, slots=True)
 class ShopSettings:
-    """Arguments of `WebShopEnv` that decide which server it uses; checked when made."""
+    """Arguments of `WebShopEnv` that decide which server it uses; checked on creation."""
 
     data: str
     server_url: str | None
@@ -80,10 +80,10 @@ class ShopSettings:
         """Return the connection to the server with these settings, and the name of its data.
 
         Raises:
-            DataNotFoundError: The data is not there; says how to get it.
-            MissingExtraError: A server is to be started and its packages are not installed.
+            DataNotFoundError: The data is missing; the message names the remedy.
+            MissingExtraError: A server must be started and its packages are not installed.
             ServerError: The server does not start or answer.
-            InvalidSettingError: The server at `server_url` serves something else.
+            InvalidSettingError: The server at `server_url` has other settings or data.
         """
         folder = None
         if self.server_url is None:
@@ -112,14 +112,14 @@ class ShopSettings:
             server_url=self.server_url,
             token=self.token,
             timeout=self.timeout,
-            advice="Does the server run? To start one: atod-serve webshop --port <port>",
+            advice="Is the server running? To start one: atod-serve webshop --port <port>",
         )
 
     def check(self, connection: ServedConnection) -> None:
-        """Check that a server serves what the settings say; `data="auto"` takes any data.
+        """Check that a server has these settings; `data="auto"` accepts any data.
 
         Raises:
-            InvalidSettingError: Names the first difference.
+            InvalidSettingError: The message names the first difference.
         """
         health = connection.health
         names = ["split_rule", "goal_seed", "text_style", "human_goals"]
@@ -132,12 +132,12 @@ class ShopSettings:
             name = differing[0]
             raise InvalidSettingError(
                 f"The server at {connection.url} has {name}={health.get(name)!r}, but "
-                f"{name}={getattr(self, name)!r} was asked for. Change the setting, or start the "
+                f"{name}={getattr(self, name)!r} was requested. Change the setting, or start the "
                 "server with it."
             )
 
     def _is_data_of(self, connection: ServedConnection) -> bool:
-        """Return whether a server has the data that is asked for, by name or by folder."""
+        """Return whether a server has the requested data, by name or by folder."""
         if self.data in ("auto", connection.health.get("data")):
             return True
         if self.data in ("official", "generated"):

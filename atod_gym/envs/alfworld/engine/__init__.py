@@ -1,4 +1,4 @@
-"""ALFWorld engines: the contract that both backends share, and the game files that they play."""
+"""ALFWorld engines: the interface that both backends share, and the game files they play."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class GameEngine(Protocol):
         """Execute a command; one that is not admissible gives `Nothing happens.`."""
 
     def close(self) -> None:
-        """Free what the game holds; may be called twice."""
+        """Free the resources of the game; may be called twice."""
 
 
 def read_game(game: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -49,7 +49,7 @@ def read_game(game: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, 
         game: the path of a game file, or its content.
 
     Raises:
-        InvalidGameError: names the file and what is wrong with it.
+        InvalidGameError: the file and the reason are in the message.
     """
     name = "The game"
     content: object = game
@@ -64,7 +64,7 @@ def read_game(game: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, 
         except (ValueError, RecursionError) as error:
             raise InvalidGameError(f"{name} is not JSON: {error}.") from error
     if not isinstance(content, Mapping):
-        raise InvalidGameError(f"{name} does not hold a JSON object.")
+        raise InvalidGameError(f"{name} must be a JSON object.")
     wrong = [key for key in _TEXT_KEYS if not isinstance(content.get(key), str)]
     if wrong:
         raise InvalidGameError(f"{name} has no text under {', '.join(wrong)}.")

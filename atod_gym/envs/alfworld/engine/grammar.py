@@ -1,4 +1,4 @@
-"""Reads the TWL2 text of a game file and writes Python that derives its sentences.
+"""Read the TWL2 text of a game file and write Python that derives its sentences.
 
 A TWL2 text holds actions (command template, feedback) and a context-sensitive grammar whose rules
 query the facts. The semantics followed here are those of textworld's PddlEnv: the first rule whose
@@ -24,7 +24,7 @@ from atod_gym.errors import InvalidGameError
 
 @dataclass(frozen=True, slots=True)
 class ActionText:
-    """How an action is commanded and what it answers, as grammar texts."""
+    """The command template and the feedback of an action, as grammar texts."""
 
     template: str
     feedback: str

@@ -1,4 +1,4 @@
-"""Turns conditions over facts into Python loops over indexes: the native engine's query compiler.
+"""Compile conditions over facts into Python loops over indexes: the native engine's queries.
 
 A state is a list of *slots*. A slot is one index of one predicate: for the positions `bound` it
 maps their values to the sorted values of the other positions (or, with every position bound, it is
@@ -34,7 +34,7 @@ TYPE_PREDICATE = "type:"
 
 @dataclass(slots=True)
 class FactIndex:
-    """Which slots there are; slots are only ever added."""
+    """The slots of a program; slots are only ever added."""
 
     arity: dict[str, int]
     sample: Mapping[str, Sequence[Sequence[str]]]
@@ -210,10 +210,10 @@ def _has_quantifier(condition: Condition) -> bool:
 
 
 class Loops:
-    """Writes one Python function: nested loops over slots, tests, and what to do inside.
+    """Writes one Python function: nested loops over slots, tests, and the innermost lines.
 
     Args:
-        index: the slots; asking for a new one adds it.
+        index: the slots; requesting a new one adds it.
         domain: declared types and predicates.
         names: source text of each constant that is not spelled out (goal parameters).
     """
@@ -277,7 +277,7 @@ class Loops:
         """Write loops and tests for all solutions; the caller then writes the innermost lines.
 
         Args:
-            conjunction: what must hold.
+            conjunction: the literals that must hold.
             scope: variables bound already, to their source.
             in_order: keep the literals' order, so that solutions come in the official order.
             distinct: variables of the same type never have the same value (grammar queries).

@@ -1,9 +1,9 @@
-"""Compiles a game's rules (PDDL domain and TWL2 grammar) into Python functions.
+"""Compile a game's rules (PDDL domain and TWL2 grammar) into Python functions.
 
-All official games share their rules but for one sentence, so rules are compiled once per process
-and a game then only fills indexes. The compiled functions take `S`, the state (a list of slots, see
-`joins`), and `N`, the entity names. Commands are split in two: those that depend on one fluent
-predicate alone (where the agent is) are enumerated once per place and game; the rest on every step.
+All official games share their rules except one sentence. Rules are therefore compiled once per
+process, and a game only fills indexes. The compiled functions take `S`, the state (a list of slots,
+see `joins`), and `N`, the entity names. Commands that depend on one fluent predicate alone (the
+agent's location) are enumerated once per location and game; the others on every step.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def compile_logic(
     """Compile the rules of a game; `sample` (facts of one game) only guides loop order.
 
     Raises:
-        InvalidGameError: a text is broken.
-        UnsupportedGameError: a text uses what the native engine does not understand.
+        InvalidGameError: a text is malformed.
+        UnsupportedGameError: a text uses a construct that the native engine does not support.
     """
     domain = parse_domain(domain_text)
     check_facts(domain, sample)
@@ -190,7 +190,7 @@ class _TruthWriter:
 
 @dataclass(slots=True)
 class _Way:
-    """One alternative of an action's precondition, and the command that it gives."""
+    """One alternative of an action's precondition, with its command."""
 
     number: int
     action: ActionSchema
@@ -238,7 +238,7 @@ class _ProgramWriter:
         )
 
     def changes(self) -> dict[str, Any]:
-        """Return the fields of a `Program` that depend on which slots there are."""
+        """Return the fields of a `Program` that depend on the slots."""
         count = -1
         while count != len(self._index.slots):  # the condition of an effect may need a slot
             count = len(self._index.slots)
@@ -366,8 +366,8 @@ class _ProgramWriter:
         """Refuse grammar queries whose official answer depends on Fast Downward's grounding.
 
         TextWorld keeps facts for queries apart from the planner's state: it writes all effects of
-        an action there, whatever their conditions, and a deleted fact leaves an explicit negation
-        only if the planner thinks that the fact could ever hold.
+        an action there, whatever their conditions. A deleted fact leaves an explicit negation only
+        if the planner finds that the fact could ever hold.
         """
         for action in self._domain.actions:
             kinds = dict(action.parameters)

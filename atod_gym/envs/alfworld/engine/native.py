@@ -1,4 +1,4 @@
-"""The native engine: plays ALFWorld game files exactly as the official engine does, but fast.
+"""The native engine: plays ALFWorld game files exactly as the official engine, only faster.
 
 The official engine (textworld's PddlEnv behind alfworld's AlfredDemangler) parses the grammar at
 each derivation and runs a planner's translator at each reset. Here the rules are compiled once per
@@ -40,7 +40,7 @@ class NativeGame:
     goal: Goal
     constants: tuple[str, ...]
     names: dict[str, str]
-    """Entity id to the name that players see."""
+    """Entity id to displayed name."""
     facts: State
     """The state at the start."""
     walkthrough: tuple[str, ...]
@@ -69,7 +69,7 @@ class NativeGame:
 def entity_names(entities: set[str]) -> dict[str, str]:
     """Return the name of each entity, as alfworld's Demangler gives it: noun and number.
 
-    The noun is what stands before the first `_bar_`, with `basin` appended to parts of a sink;
+    The noun is the part before the first `_bar_`, with `basin` appended to parts of a sink;
     numbers count down along the sorted ids of a noun.
     """
     nouns = {
@@ -153,7 +153,7 @@ def _load_cached(path: str, modified: int, size: int) -> NativeGame:
 
 
 def load_game(path: str | os.PathLike[str]) -> NativeGame:
-    """Read and compile a game file; recent games are kept, since groups replay them.
+    """Read and compile a game file; recent games are cached, since groups replay them.
 
     Raises:
         InvalidGameError: the file cannot be read as a game.
@@ -168,7 +168,7 @@ def load_game(path: str | os.PathLike[str]) -> NativeGame:
 
 
 def forget_games() -> None:
-    """Drop the compiled games that are kept for the next engine."""
+    """Clear the cache of compiled games."""
     _load_cached.cache_clear()
 
 
@@ -249,10 +249,10 @@ class NativeEngine:
         Args:
             added: from `changes` of an engine of the same game.
             removed: from there, too.
-            feedback: the text shown last.
+            feedback: the last displayed text.
 
         Raises:
-            InvalidSettingError: if a fact is not of this game; nothing has changed then.
+            InvalidSettingError: if a fact is not of this game; the state is then unchanged.
         """
         game, program = self._game, self._game.program
         state = self._copied_facts()
@@ -270,4 +270,4 @@ class NativeEngine:
         return self.last
 
     def close(self) -> None:
-        """Do nothing: there is nothing to free."""
+        """Do nothing: there are no resources to free."""

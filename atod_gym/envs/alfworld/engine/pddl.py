@@ -1,4 +1,4 @@
-"""Reads the PDDL of a game file: the domain as action schemas, the problem as grouped facts.
+"""Read the PDDL of a game file: the domain as action schemas, the problem as grouped facts.
 
 Only the part of PDDL that ALFWorld games use is understood (typing without sub-types, `and`, `or`,
 `not`, `exists` and `=` in conditions, `and`, `not` and `when` in effects); everything else raises
@@ -16,11 +16,11 @@ from typing import Any
 from atod_gym.errors import InvalidGameError, UnsupportedGameError
 
 _PARTS = {"not": 1, "imply": 2, "exists": 2, "when": 2}
-"""Number of parts of the forms that have a fixed one; Fast Downward refuses others, too."""
+"""Number of parts of forms that have a fixed one; Fast Downward refuses others, too."""
 
 
 def unsupported(what: str) -> UnsupportedGameError:
-    """Return the error for a construct outside the understood subset; names the other backend."""
+    """Return the error for an unsupported construct; it names the other backend."""
     return UnsupportedGameError(
         f'{what}: the native engine does not play this game; use backend="alfworld".'
     )

@@ -1,1 +1,1 @@
-"""Generated households as ALFWorld games, for playing without any download."""
+"""Generated households as ALFWorld games, for playing without a download."""

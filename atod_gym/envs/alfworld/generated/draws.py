@@ -1,4 +1,4 @@
-"""Random choices that follow from a text alone, the same on every machine and Python version."""
+"""Draw random choices that depend on a text only, the same on every machine and Python version."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Draws:
-    """Random choices that depend on a text alone.
+    """Random choices that depend on a text only.
 
     Uses the raw stream of PCG64, which numpy keeps fixed, unlike its distributions.
     """

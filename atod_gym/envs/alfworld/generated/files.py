@@ -1,4 +1,4 @@
-"""Generated ALFWorld games: a task id becomes an ordinary game file.
+"""Generate ALFWorld games: a task id becomes an ordinary game file.
 
 Games are mappings with the keys of the official files (pddl_domain, grammar, pddl_problem,
 solvable, walkthrough), so the native and the official engine play them alike. Domain and grammar
@@ -160,7 +160,7 @@ def _goal(problem: Problem) -> str:
 
 
 class _Walk:
-    """Commands written with full knowledge of the house."""
+    """Commands of the walkthrough, written with full knowledge of the house."""
 
     def __init__(self) -> None:
         self.commands: list[str] = []
@@ -246,7 +246,7 @@ def write_games(
         task_ids = generated_task_ids(split, house_size)
         if not 0 <= count <= len(task_ids):
             raise DataNotFoundError(
-                f"The generated split {split!r} has {len(task_ids)} games; {count} were asked for."
+                f"The generated split {split!r} has {len(task_ids)} games; {count} were requested."
             )
         # Whole rounds of the six types in seeded order keep every selection balanced.
         starts = range(0, len(task_ids), len(TASK_TYPES))
@@ -284,7 +284,7 @@ def _write_game(split_folder: Path, task_id: str) -> Path:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is either whole or not there."""
+    """Write a file so that it is either complete or absent."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""Furniture and objects of a household: which exist, what they can do, where they are found.
+"""Furniture and objects of a household: kinds, properties and locations.
 
 The data is in `furniture.json`. Its `places` give, for each object kind, the percentage of copies
 that lie in receptacles of a kind, counted over the official ALFWorld games and rounded. A weight of

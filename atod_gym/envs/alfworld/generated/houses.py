@@ -1,4 +1,4 @@
-"""Generated households: the tasks, and the house, objects and goal of each.
+"""Generate households: the tasks, and the house, objects and goal of each.
 
 A task id `<size>-<split>-<index>-<task type>` determines house and problem through a hash and a bit
 generator whose stream never changes: the same id is the same game on every machine.
@@ -31,7 +31,7 @@ from atod_gym.envs.alfworld.generated.furniture import (
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, TaskNotFoundError
 
 GENERATOR_VERSION: Final = 1
-"""To be raised when the game of some task id changes."""
+"""Raise it when the game of any task id changes."""
 
 
 class TaskKind(NamedTuple):
@@ -175,7 +175,7 @@ class Problem:
 
 
 def generated_task_ids(split: str, house_size: str) -> tuple[str, ...]:
-    """Return all task ids of a split, sorted; the six types take turns.
+    """Return all task ids of a split, sorted; the six types alternate.
 
     Raises:
         DataNotFoundError: For an unknown split.
@@ -183,11 +183,11 @@ def generated_task_ids(split: str, house_size: str) -> tuple[str, ...]:
     """
     if split not in SPLIT_SIZES:
         raise DataNotFoundError(
-            f"Generated data has no split {split!r}; it has {', '.join(SPLIT_SIZES)}."
+            f"Generated data has no split {split!r}; known: {', '.join(SPLIT_SIZES)}."
         )
     if house_size not in _SIZES:
         raise InvalidSettingError(
-            f"There is no house size {house_size!r}; choose one of {', '.join(_SIZES)}."
+            f"Unknown house size {house_size!r}; choose one of {', '.join(_SIZES)}."
         )
     return tuple(
         f"{house_size}-{split}-{index:04d}-{TASK_TYPES[index % len(TASK_TYPES)]}"
@@ -208,7 +208,7 @@ def read_task_id(task_id: str) -> tuple[str, str, str]:
         if known and task_type == TASK_TYPES[int(index) % len(TASK_TYPES)]:
             return size, split, task_type
     raise TaskNotFoundError(
-        f"There is no generated task {task_id!r}. Ids look like 'tiny-train-0000-{TASK_TYPES[0]}'; "
+        f"Unknown generated task {task_id!r}. Ids look like 'tiny-train-0000-{TASK_TYPES[0]}'; "
         "generated_task_ids(split, house_size) lists them."
     )
 
@@ -253,7 +253,7 @@ def _unseen_houses(house_size: str, room: str) -> tuple[House, ...]:
 
 
 def _things_of(house: House) -> dict[str, int]:
-    """Return object kinds that a house may have -> weight; only those with a place in it."""
+    """Return the object kinds that a house may have -> weight; only those with a location in it."""
     present = {receptacle.kind for receptacle in house.receptacles}
     weights: Counter[str] = Counter()
     for room in house.rooms:
