@@ -25,7 +25,7 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder with real data: `$ATOD_DATA`, else `../shared/data` beside the repository."""
+    """The folder with real data: `$ATOD_DATA`, else `../shared/data` next to the repository."""
     configured = os.environ.get("ATOD_DATA")
     folder = Path(configured) if configured else REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():

@@ -118,7 +118,7 @@ def test_the_trainer_does_not_import_servers() -> None:
                 assert name in allowed or name.rpartition(".")[0] in allowed, (module, name)
 
 
-def test_the_trainer_knows_no_environment_by_name() -> None:
+def test_the_trainer_names_no_environment() -> None:
     names = re.compile("alfworld|webshop|search.?qa", re.IGNORECASE)
     for module, path in sources("atod_train").items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def test_no_module_needs_one_operating_system() -> None:
             assert not names & {"fcntl", "resource", "pwd", "grp", "termios", "msvcrt"}, module
 
 
-def test_the_algorithm_stands_alone() -> None:
+def test_the_algorithm_imports_no_other_room() -> None:
     path = sources("atod_train").get("atod_train.algorithm.atod")
     if path is None:
         pytest.skip("no algorithm yet")

@@ -1,4 +1,4 @@
-"""Holds what users are told to install: `atod` on the package index is another project."""
+"""Check the install commands in all texts: `atod` on the package index is another project."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OLD_NAME = re.compile(
 )
 
 
-def test_no_file_tells_to_install_another_project() -> None:
+def test_no_file_says_to_install_another_project() -> None:
     listed = subprocess.run(
         ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )

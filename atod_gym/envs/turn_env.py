@@ -98,7 +98,7 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
             render_mode: None or `ansi`.
 
         Raises:
-            InvalidSettingError: if one has no meaning.
+            InvalidSettingError: if a setting is invalid.
         """
         if not isinstance(split, str) or not split:
             raise InvalidSettingError(f"split must be a name such as train, not {split!r}.")

@@ -38,7 +38,7 @@ class NearestRows:
         self._matrix = matrix
         # The error of a float32 sum of d products is at most about d / 2**24 of the vectors'
         # lengths (Higham, Accuracy and Stability of Numerical Algorithms, 3.1); here twice for two
-        # sums that are compared, and doubled for good measure.
+        # sums that are compared, and doubled as a safety margin.
         self._margin = 4 * (matrix.shape[1] + 2) / 2**24
         if with_faiss is None:
             with_faiss = importlib.util.find_spec("faiss") is not None

@@ -156,7 +156,7 @@ def _attributes(entry: Mapping[str, Any]) -> tuple[tuple[str, ...], Instruction 
         return attributes, None
     wanted = _texts(entry, "instruction_attributes")
     if not wanted:
-        raise ValueError("'instruction_attributes' must not be empty beside an instruction")
+        raise ValueError("'instruction_attributes' must not be empty if there is an instruction")
     return attributes, Instruction(_text(entry, "instruction"), wanted)
 
 

@@ -26,7 +26,7 @@ def test_openenv_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         openenv.load_types.__wrapped__()
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+def test_a_missing_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'make_ap'"):
         openenv.make_ap  # noqa: B018
 

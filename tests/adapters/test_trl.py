@@ -219,7 +219,7 @@ def test_it_learns_from_its_teacher_alone(tmp_path: Path) -> None:
     assert sum(distances[-5:]) < 0.8 * sum(distances[:5])
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_impossible_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettingError, match="use ATODTrainer"):
         make_trainer(tmp_path, trl.GRPOTrainer, "window").train()
     trainer = make_trainer(tmp_path, style="window")
@@ -235,7 +235,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 # -- rollouts --------------------------------------------------------------------------------------
 
 
-def test_chat_rows_hold_what_the_environment_says_and_the_model_sampled(
+def test_chat_rows_contain_the_environments_texts_and_the_sampled_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tmp_path, trl.GRPOTrainer, options={"max_steps": 1})
@@ -308,7 +308,7 @@ def test_an_episode_that_cannot_begin_trains_on_nothing(
 
 
 @pytest.mark.parametrize("env_id", ["atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0"])
-def test_the_tool_plays_what_the_environment_plays(env_id: str) -> None:
+def test_the_tool_plays_like_the_environment(env_id: str) -> None:
     settings: dict[str, Any] = {"data": "generated", "max_turns": 12}
     settings |= {"atod/WebShop-v0": {"products": 60}, "atod/SearchQA-v0": {"entities": 60}}.get(
         env_id, {"house_size": "tiny"}

@@ -65,7 +65,7 @@ def play(env: Any, base_url: str, model: str, task_ids: tuple[str, ...]) -> list
 
 
 def said(trace: Any, *, sampled: bool) -> list[str]:
-    """What the model said, or what it was told, in order."""
+    """Return the model's texts, or the texts that it received, in order."""
     role = "assistant" if sampled else "user"
     contents = [n.message.content for n in trace.nodes if n.message.role == role]
     return ["" if content is None else content for content in contents]
@@ -132,7 +132,7 @@ def test_an_episode_is_that_of_the_gym_environment(env_id: str, style: Any, base
 
 @pytest.mark.parametrize("style", ["chat", "window"])
 @pytest.mark.parametrize("env_id", SMALL)
-def test_right_actions_earn_what_they_earn_in_gym(
+def test_right_actions_have_the_rewards_of_gymnasium(
     env_id: str, style: Any, base_url: str, tmp_path: Path
 ) -> None:
     task_ids = some_task_ids(env_id, 3)
@@ -168,7 +168,7 @@ def test_a_limit_of_the_agent_ends_the_episode(base_url: str) -> None:
     assert (trace.metrics["turns"], trace.stop_condition) == (3, "max_turns")
 
 
-def test_a_system_prompt_stands_first(base_url: str, tmp_path: Path) -> None:
+def test_a_system_prompt_comes_first(base_url: str, tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("Be quick.")
     plugin = load_plugin()
     taskset = plugin.taskset_config(
@@ -245,7 +245,7 @@ def test_an_episode_that_is_cancelled_closes_its_environment(
     assert (len(counter.opened), counter.open) == (1, set())
 
 
-def test_a_task_that_is_not_there_fails_its_episode_alone(base_url: str) -> None:
+def test_a_missing_task_fails_its_episode_only(base_url: str) -> None:
     env = small_environment()
     context = vf.ModelContext(
         model="any", client=vf.EvalClientConfig(base_url=base_url, api_key_var="NO_SUCH_KEY")

@@ -176,7 +176,7 @@ def play(folder: Path, style: str, *more: str, partition: str = "train") -> dict
 
 
 @pytest.mark.parametrize("style", ["chat", "window"])
-def test_rows_are_what_was_shown_and_sampled(style: str, folder: Path, queue: None) -> None:
+def test_rows_contain_the_shown_and_sampled_tokens(style: str, folder: Path, queue: None) -> None:
     rows = play(folder, style)
     sessions = sorted({key.rpartition("_")[0] for key in rows})
     assert len(sessions) == 8
@@ -354,7 +354,7 @@ def test_their_loss_and_an_optimizer_take_a_step(folder: Path, queue: None) -> N
 # -- settings -------------------------------------------------------------------------------------
 
 
-def test_the_teacher_is_what_the_reference_worker_holds(
+def test_the_teacher_is_the_model_of_the_reference_worker(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[Any] = []

@@ -6,7 +6,7 @@ Every validation game and `--train-games` training games (evenly spread, all tas
 played three times: along the walkthrough, along a random walk with invalid commands mixed in, and
 along the scripted expert. After each command the feedback, the admissible commands and `won` are
 compared. The official engine needs hours for all of it: each play is appended to the results file,
-and a second run goes on where the first one stopped. Exit code 1 if there is any difference.
+and a second run continues where the first one stopped. Exit code 1 if there is any difference.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def world(start: Callable[..., Server]) -> Server:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A question, and a corpus beside it."""
+    """A question, and a corpus next to it."""
     folder = tmp_path_factory.mktemp("questions")
     lines = "\n".join(json.dumps(passage) for passage in PASSAGES)
     (folder / "corpus.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
@@ -119,7 +119,7 @@ def test_health(world: Server, corpus: Server, folder: Path) -> None:
     assert (health["splits"], health["entities"], health["passages"]) == ([], None, 3)
 
 
-def test_the_client_finds_what_both_dialects_say(corpus: Server) -> None:
+def test_the_client_reads_both_dialects(corpus: Server) -> None:
     [found] = search(client(corpus), ["mill built"], 2)
     assert (len(found), found[0].passage_id) == (2, "m")
     assert found[0] == make_passage("m", str(PASSAGES[0]["contents"]))
@@ -157,7 +157,7 @@ def test_batches_keep_their_order(corpus: Server) -> None:
 
 
 @pytest.mark.parametrize("topk", [101, 10_000])
-def test_what_the_server_refuses_is_reported_once(corpus: Server, topk: int) -> None:
+def test_a_refused_request_is_reported_once(corpus: Server, topk: int) -> None:
     before = corpus.http.get(f"{corpus.url}/metrics", timeout=30).text
     with pytest.raises(ServerError, match=r"/retrieve: .*topk.* \(HTTP 422\)") as caught:
         search(client(corpus), ["x"], topk)

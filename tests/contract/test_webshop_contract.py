@@ -106,7 +106,7 @@ def buy_something(server: Server, session: str) -> tuple[int, dict[str, Any]]:
     return 3, answer
 
 
-def test_one_line_says_that_it_is_ready_and_sigterm_ends_it_cleanly(
+def test_one_line_reports_readiness_and_sigterm_ends_it_cleanly(
     start: Callable[..., Server],
 ) -> None:
     running = start("--data", "generated", "--splits", "verl-agent")
@@ -230,7 +230,7 @@ def test_every_error_has_a_status_and_a_code(server: Server) -> None:
     assert server.step(session, 0, "search[x]")[1]["turn_index"] == 1
 
 
-def test_a_token_is_asked_for_and_a_full_server_says_so(start: Callable[..., Server]) -> None:
+def test_a_token_is_required_and_a_full_server_reports_it(start: Callable[..., Server]) -> None:
     running = start("--data", "generated", "--capacity", "2", "--token-env", "THE_TOKEN",
                     THE_TOKEN="secret")  # fmt: skip
     assert running.error("GET", "/health") == (401, "unauthorized")
@@ -252,7 +252,7 @@ def test_a_token_is_asked_for_and_a_full_server_says_so(start: Callable[..., Ser
         WebShopEnv(server_url=running.url, token="wrong")
 
 
-def test_the_client_reads_what_the_server_says(server: Server) -> None:
+def test_the_client_reads_the_servers_answers(server: Server) -> None:
     env = WebShopEnv(server_url=server.url)
     assert env.data == "generated"
     answer = server.call("GET", "/tasks/train")[1]
@@ -354,7 +354,7 @@ def test_recorded_episodes_of_the_original_play_alike(
     webshop_data: Path,
     start: Callable[..., Server],
 ) -> None:
-    """Their scores were recorded with the substitute tagger, so the server is told to use it."""
+    """Their scores were recorded with the substitute tagger, so the server is set to use it."""
     running = start("--data", str(webshop_data), "--noun-tagger", "words",
                     "--text-style", style)  # fmt: skip
     settings: dict[str, Any] = {"text_style": style, "max_turns": 1000}

@@ -25,7 +25,7 @@ def make() -> gymnasium.Env[Any, str]:
 
 @pytest.mark.parametrize("profile", PARSE_PROFILES)
 @pytest.mark.parametrize("style", PROMPT_STYLES)
-def test_it_says_what_the_wrappers_say(profile: ParseProfile, style: PromptStyle) -> None:
+def test_its_prompts_equal_those_of_the_wrappers(profile: ParseProfile, style: PromptStyle) -> None:
     wrapped: Any = agent_env(make(), profile=profile, style=style)
     env = make()
     dialogue = AgentDialogue(env.unwrapped.metadata, profile=profile, style=style)
@@ -47,7 +47,7 @@ def test_it_says_what_the_wrappers_say(profile: ParseProfile, style: PromptStyle
                 assert dialogue.shortened(same.past_turns) == same.shortened(same.past_turns)
 
 
-def test_a_history_that_is_there_is_shown() -> None:
+def test_an_existing_history_is_shown() -> None:
     env = ParseAction(History(make(), window=3), profile="plain")
     dialogue = AgentDialogue(
         env.unwrapped.metadata, profile="plain", style="window", history_window=1

@@ -188,7 +188,7 @@ def test_write_games_makes_a_tree_of_whole_files(tmp_path: Path) -> None:
     assert {path.parent.name for path in other} != {path.parent.name for path in files[:12]}
 
 
-def test_unknown_names_are_refused_with_what_is_allowed() -> None:
+def test_unknown_names_are_refused_with_the_allowed_ones() -> None:
     with pytest.raises(DataNotFoundError, match="valid_seen"):
         generated_task_ids("test", "tiny")
     with pytest.raises(InvalidSettingError, match="medium"):

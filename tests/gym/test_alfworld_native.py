@@ -118,7 +118,7 @@ def test_old_data_says_put(alfworld_data: Path) -> None:
     assert not any(c.startswith("move ") for c in state.admissible_commands)
 
 
-def test_reset_starts_the_same_game_anew(game: dict[str, Any]) -> None:
+def test_reset_starts_the_same_game_again(game: dict[str, Any]) -> None:
     engine = NativeEngine(game)
     first = engine.reset()
     for command in engine.walkthrough:
@@ -154,7 +154,7 @@ _ANY_GAME = compile_game(generate_game(generated_task_ids("train", "tiny")[1]))
         ("grammar", "{r.name}", "{__import__('os').getcwd()}", UnsupportedGameError),
     ],
 )
-def test_what_is_not_understood_is_refused(
+def test_unsupported_constructs_are_refused(
     game: dict[str, Any], key: str, old: str, new: str, error: type[Exception]
 ) -> None:
     changed = {**game, key: game[key].replace(old, new, 1)}
@@ -283,7 +283,7 @@ def test_names_count_down_along_sorted_ids() -> None:
     }
 
 
-def test_lists_are_told_as_the_grammar_says() -> None:
+def test_lists_are_written_as_the_grammar_defines() -> None:
     told = [enumerate_items(list("abc")[:n], "nothing", ", ", ", and ") for n in range(4)]
     assert told == ["nothing", "a", "a, and b", "a, b, and c"]
 

@@ -194,12 +194,12 @@ def test_pieces_of_different_files_are_never_joined(
     server.faults.extend([("drop", 70_000), fault])
     fetch(server, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == bytes(n ^ (server.version - 1) for n in CONTENT)
-    # Without tags and hash nothing shows that the file is the same: all of it is asked for again.
+    # Without tags and hash nothing shows that the file is the same: all of it is requested again.
     assert (server.requests[1][1] is None) == (not has_tags)
     assert fault != "new version" or len(server.requests) == 2
 
 
-def test_what_cannot_be_downloaded_is_named(server: FaultyFiles, tmp_path: Path) -> None:
+def test_a_failed_download_is_reported(server: FaultyFiles, tmp_path: Path) -> None:
     server.faults.extend([("status", 403), ("longer", 10)])
     for url, size, words in (
         (f"{server.url}/file", None, r"not available: HTTP 403.*--mirror"),
@@ -223,7 +223,7 @@ FAULTS = st.one_of(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(FAULTS, max_size=6), st.sampled_from([None, 9001]), st.booleans())
-def test_whatever_happens_a_file_is_whole_or_not_there(
+def test_a_file_is_always_complete_or_absent(
     server: FaultyFiles, tmp_path_factory: pytest.TempPathFactory, faults: list[Any],
     size: int | None, has_tags: bool,
 ) -> None:  # fmt: skip
@@ -424,7 +424,7 @@ def test_games_that_are_not_the_published_ones_are_not_put_in_place(
     assert run("get", "alfworld", "--to", tmp_path, "--mirror", server.url)[0] == 0
 
 
-def test_what_the_environment_reads_of_a_folder_is_reported(run: Run, tmp_path: Path) -> None:
+def test_the_rows_that_the_environment_reads_are_reported(run: Run, tmp_path: Path) -> None:
     row = {"id": 1, "question": "Where?", "golden_answers": ["Brenn"]}
     (tmp_path / "mine_test.jsonl").write_text(f'{json.dumps(row)}\n{{"question": "no answer?"}}\n')
     (tmp_path / "broken.jsonl").write_text("{\n")
@@ -455,7 +455,9 @@ def test_mistakes_are_named_in_one_line(
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device", "x.part"))
     with monkeypatch.context() as patched:
         patched.setattr("shutil.copyfile", full)
-        check(get, 1, "x.part: No space left on device. Free some space: the same command continues")
+        check(
+            get, 1, "x.part: No space left on device. Free some space: the same command continues"
+        )
     assert run(*get.split())[0] == 0
 
 

@@ -184,7 +184,7 @@ def assert_equal_steps(first: Any, second: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_the_native_vector_plays_what_single_environments_play(
+def test_the_native_vector_plays_like_single_environments(
     env_id: str, mode: AutoresetMode, vectors: Any
 ) -> None:
     count, limit = 3, 4

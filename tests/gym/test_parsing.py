@@ -274,7 +274,7 @@ def test_every_text_parses_to_something_consistent(
 
 
 @given(st.text("abcdefgh 123", min_size=1, max_size=30).filter(str.strip), st.text("xyz .\n"))
-def test_what_was_asked_for_parses_alike_in_both_tag_profiles(action: str, thought: str) -> None:
+def test_requested_completions_parse_alike_in_both_tag_profiles(action: str, thought: str) -> None:
     text = f"<think>{thought}</think>\n<action>{action}</action>"
     tags = parse_completion(text, profile="tags")
     assert tags.is_valid
@@ -308,7 +308,7 @@ def test_a_formatted_action_parses_to_itself(
 def test_formats() -> None:
     assert format_action(" Search [ a ] ", "tags", SEARCH) == "<think></think><search> a </search>"
     assert format_action("search[a]", "tags") == "<think></think><action>search[a]</action>"
-    # Where the tag action stands for itself, others may stand beside it.
+    # The tag action is allowed together with other tags.
     assert format_action("look", "tags", ("search", "action")).endswith("<action>look</action>")
     with pytest.raises(InvalidSettingError, match=r"'look' is neither search\[..\] nor answer"):
         format_action("look", "tags", SEARCH)

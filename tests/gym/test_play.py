@@ -42,7 +42,7 @@ def observed(text: str, *actions: str, goal: str = "buy shoes") -> TurnObservati
     }  # fmt: skip
 
 
-def test_a_page_says_why_nothing_happened() -> None:
+def test_a_page_shows_why_an_action_had_no_effect() -> None:
     observation = observed("Shop [SEP] Search")
     assert play.page(observation, {"message": ""}) == "Shop\nSearch"
     assert play.page(observation, {"message": "No such button."}) == (

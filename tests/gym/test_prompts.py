@@ -168,7 +168,7 @@ def test_every_placeholder_has_a_value() -> None:
         ({"parse_error": "empty reply", "message": "x"}, "Your reply was not used: empty reply."),
     ],
 )
-def test_a_hint_says_why_a_turn_did_nothing(info: dict[str, str], hint: str) -> None:
+def test_a_hint_gives_the_reason_why_a_turn_had_no_effect(info: dict[str, str], hint: str) -> None:
     assert turn_hint(observed(), info) == hint
     text = "You see a mug." if not hint else f"You see a mug.\n\n{hint}"
     assert shown_text(observed(), info) == text
@@ -179,7 +179,7 @@ def test_hints_are_bounded() -> None:
     assert hint == "x" * 500 + " .."
 
 
-def test_the_hint_stands_behind_the_text() -> None:
+def test_the_hint_follows_the_text() -> None:
     for template in (WINDOW_TEMPLATE, CHAT_TEMPLATE):
         prompt = render_prompt(observed(turn_index=1), template=template, profile="plain", hint="H")
         assert "You see a mug.\n\nH\n\nYou can do one of these now:" in prompt

@@ -201,7 +201,7 @@ def test_a_server_that_does_not_search_is_reported_at_once(
     assert [body["topk"] for body in fake.searches()] == [1]
 
 
-def test_what_is_refused_is_not_repeated(start: Start, questions: Path) -> None:
+def test_a_refused_request_is_not_repeated(start: Start, questions: Path) -> None:
     fake = start()
     env = make(fake, questions)
     for status in (422, 401):
@@ -224,7 +224,7 @@ def test_a_server_that_is_down_is_reported(questions: Path, start: Start) -> Non
     fake.end()
     with pytest.raises(ServerError, match=f"{fake.url}/retrieve.*atod-serve retrieval"):
         env.step("search[x]")
-    # Whoever answers there later is asked who he is.
+    # A server that answers there later must identify itself.
     with pytest.raises(ServerError, match=f"{fake.url}/health"):
         env.step("search[x]")
     assert env.step("answer[gold 1]")[4]["turn_index"] == 1
@@ -294,7 +294,7 @@ def test_the_questions_of_a_generated_world(start: Start) -> None:
     with pytest.raises(DataNotFoundError, match=r"No split 'test' .* known: dev, train"):
         SearchQAEnv(**{**arguments, "split": "test"})
     for name in ("entities", "world_seed"):
-        with pytest.raises(InvalidSettingError, match=rf"{name}=\d+, but {name}=9 was asked for"):
+        with pytest.raises(InvalidSettingError, match=rf"{name}=\d+, but {name}=9 was requested"):
             SearchQAEnv(**{**arguments, name: 9})
 
 

@@ -332,7 +332,9 @@ def test_data_is_looked_for_and_else_generated(
         ):
             make(data="official", split="test")
         for data in ("auto", tmp_path):
-            with pytest.raises(DataNotFoundError, match=r"No corpus next to .*corpus=.*server_url="):
+            with pytest.raises(
+                DataNotFoundError, match=r"No corpus next to .*corpus=.*server_url="
+            ):
                 make(data=data, split="test")
         monkeypatch.delenv(variable)
     with pytest.raises(DataNotFoundError, match=r"No corpus '.*gone.jsonl'"):

@@ -102,7 +102,7 @@ def test_it_answers_the_generated_questions(
         assert sum(right) >= least * len(right)
 
 
-def test_it_understands_every_wording() -> None:
+def test_it_parses_every_wording() -> None:
     searcher = ScriptedSearcher()
 
     def first_action(question: str) -> str:
@@ -130,7 +130,7 @@ def test_it_searches_for_names_and_takes_no_turn_too_many() -> None:
         assert queries == [titles[i] for i in question.support]
 
 
-def test_it_recovers_from_a_turn_that_somebody_else_took() -> None:
+def test_it_recovers_from_a_turn_with_a_foreign_action() -> None:
     world, shown = library(1_000, 0)
     rng = random.Random(1)
     titles = [contents.split("\n")[0].strip('"') for _, contents in world.passages]
@@ -147,13 +147,13 @@ def test_a_bridge_step_by_step() -> None:
     searcher = ScriptedSearcher()
     searcher.reset("In which region lies the town where Marta Halden was born?", START)
     assert searcher.act(START) == "search[Marta Halden]"
-    # Somebody else searched for something else.
+    # Another agent searched for something else.
     assert searcher.act(results(GATE), (), "search[Norden]") == "search[Marta Halden]"
     assert searcher.act(results(FILM, MARTA, GATE)) == "search[Halden Mill]"
     assert searcher.act(results(MILL)) == "answer[Salt Coast]"
 
 
-def test_it_uses_what_it_has_seen_already() -> None:
+def test_it_uses_earlier_results() -> None:
     searcher = ScriptedSearcher()
     searcher.reset("Which was founded later, Halden Mill or Norden Gate?", START)
     assert searcher.act(START) == "search[Halden Mill]"
@@ -212,7 +212,7 @@ def test_it_never_raises(question: str, texts: list[str], last: str | None) -> N
     st.text(),
     st.lists(st.tuples(st.text(), st.text())),
 )
-def test_it_never_raises_for_questions_that_it_understands(
+def test_it_never_raises_for_questions_that_it_can_parse(
     template: str, name: str, passages: list[tuple[str, str]]
 ) -> None:
     answer, queries = play(
@@ -231,7 +231,7 @@ def test_it_never_raises_for_questions_that_it_understands(
         ((), "Halden Mill"),
     ],
 )
-def test_one_who_was_told_gives_the_gold_answer_that_a_passage_holds(
+def test_with_gold_answers_it_gives_the_one_in_a_passage(
     golden: tuple[str, ...], answer: str
 ) -> None:
     searcher = ScriptedSearcher(golden_answers=golden)
@@ -240,7 +240,7 @@ def test_one_who_was_told_gives_the_gold_answer_that_a_passage_holds(
     assert found == (answer, [question])
 
 
-def test_one_who_was_told_searches_until_a_passage_holds_it() -> None:
+def test_with_gold_answers_it_searches_until_a_passage_contains_one() -> None:
     searcher = ScriptedSearcher(golden_answers=("Marta Halden", "1751"))
     question = "When was Halden Mill founded?"
 

@@ -266,7 +266,7 @@ def test_odd_files_are_named_and_refuse_no_other(
     assert len(messages) == 1
     assert f"{name} " in messages[0]
     assert message in messages[0]
-    # Only whoever asks for that very file gets an error, which says what it is.
+    # Only a request for exactly that file raises an error, which describes it.
     with pytest.raises((InvalidSettingError, DataNotFoundError), match=message):
         open_question_files(tmp_path, split)
     reports = {report.path.name: report for report in describe_questions(tmp_path)}
@@ -346,7 +346,7 @@ def test_split_names_that_mislead(tmp_path: Path) -> None:
         open_question_files(tmp_path, "hotpotqa/dev+c++")
 
 
-def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
+def test_entries_other_than_files_are_skipped(tmp_path: Path) -> None:
     write(tmp_path, "nq/test.jsonl", "where")
     (tmp_path / "folder_test.jsonl").mkdir()
     (tmp_path / "broken_test.jsonl").symlink_to(tmp_path / "gone.jsonl")
@@ -441,7 +441,7 @@ def test_no_content_is_in_the_way(
     st.sampled_from(["x.jsonl", "x.json", "x.jsonl.gz", "x.json.xz"]),
     st.sampled_from([bytes, gzip.compress, lzma.compress]),
 )
-def test_what_is_written_is_read(
+def test_written_rows_are_read_back(
     tmp_path_factory: pytest.TempPathFactory,
     rows: list[tuple[str, list[str]]],
     question: str,
@@ -468,9 +468,7 @@ def test_what_is_written_is_read(
     ]
 
 
-def test_arrays_larger_than_what_is_read_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arrays_larger_than_one_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_CHUNK", 7)
     rows = [{**ROW, "id": number, "answer": 10**number} for number in range(20)]
     for indent in (None, 3):
@@ -502,7 +500,7 @@ def test_evaluated_questions_are_left_out_of_training(
     assert texts(tmp_path, "test") == ["where", "when", "Who is  King"]
 
 
-def test_hashes_tell_content_and_nothing_else(tmp_path: Path) -> None:
+def test_hashes_depend_on_content_only(tmp_path: Path) -> None:
     def opened(name: str, *questions: str, **fields: object) -> QuestionSet:
         write(tmp_path / name, "x.jsonl", *questions, **fields)
         return open_question_files(tmp_path / name, "x")

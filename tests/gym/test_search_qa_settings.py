@@ -49,11 +49,11 @@ def found_corpus(data: Path | str, **settings: Any) -> str:
         ("no_title.json", [{"docid": "1", "text": "A town."}]),
     ],
 )
-def test_the_corpus_beside_the_questions(tmp_path: Path, name: str, content: Any) -> None:
+def test_the_corpus_next_to_the_questions(tmp_path: Path, name: str, content: Any) -> None:
     write(tmp_path, **{"nq/test.jsonl": QUESTION, name: content})
     corpus = str((tmp_path / name).resolve())
     assert found_corpus(tmp_path) == corpus
-    # Also beside one file that is given as data, or beside the folder of its set.
+    # Also next to a single file given as data, or next to the folder of its set.
     assert found_corpus(tmp_path / "nq/test.jsonl") == corpus
     assert found_corpus(tmp_path, corpus=str(tmp_path / name)) == corpus
 

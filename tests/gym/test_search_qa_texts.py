@@ -35,7 +35,7 @@ def test_actions(action: str, expected: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     "action", ["search", "search[a", "look search[a]", "search[a] please", "click[a]", ""]
 )
-def test_what_is_no_action(action: str) -> None:
+def test_malformed_actions(action: str) -> None:
     assert parse_action(action) == ("", f"An action is search[..] or answer[..], not {action!r}.")
 
 

@@ -196,7 +196,7 @@ def test_a_failure_that_stays_is_an_error_with_url_and_command(
     assert (caught.value.status, caught.value.code) == (0, "")
 
 
-def test_a_late_answer_is_not_asked_for_again(server: Running) -> None:
+def test_a_late_answer_is_not_requested_again(server: Running) -> None:
     path = "/slow?once&seconds=0.4&times=1"
     with pytest.raises(ServerError, match=r"no answer within 0.1 s; raise timeout=") as caught:
         client(server, timeout=0.1).post(path, {})
@@ -394,7 +394,7 @@ def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> Non
         JsonClient(**{"url": "http://127.0.0.1:3000", "advice": "", **settings})
 
 
-def test_nothing_listens_and_nobody_is_there() -> None:
+def test_nothing_listens_and_no_host_exists() -> None:
     for url in ("http://127.0.0.1:9", "http://no-such-host.invalid:80"):
         with pytest.raises(ServerError, match=f"{url}.*Run: it") as caught:
             JsonClient(url, advice="Run: it", attempts=2).get("/health")

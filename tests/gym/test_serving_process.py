@@ -133,7 +133,7 @@ def test_threads_that_ask_at_once_get_one_server(tiny_server: Callable[[], list[
     assert (len(urls), len(tiny_server())) == (1, 1)
 
 
-def test_a_server_that_died_is_replaced_and_its_error_output_are_told(
+def test_a_dead_server_is_replaced_and_its_error_output_reported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     first = shared_server("shop", ["fine"])
@@ -168,7 +168,7 @@ def test_a_server_that_is_just_ending_gets_a_moment_to_be_gone(
         ("silent", ServerError, r"not ready after 2 seconds.*a warning before the start"),
     ],
 )
-def test_a_server_that_does_not_start_says_why_and_is_gone(
+def test_a_server_that_does_not_start_reports_why_and_is_gone(
     mode: str,
     error: type[Exception],
     message: str,

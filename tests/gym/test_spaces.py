@@ -64,7 +64,7 @@ def test_equality_copy_and_text() -> None:
     assert repr(UnicodeText(5)) == "UnicodeText(0, 5)"
 
 
-def test_flattening_keeps_what_the_alphabet_has() -> None:
+def test_flattening_keeps_characters_of_the_alphabet() -> None:
     space = UnicodeText(20)
     assert isinstance(space, spaces.Text)
     for text, back in (("", ""), ("Go to desk 1!", "Go to desk 1!"), ("日本 ξ", "日本 \ufffd")):

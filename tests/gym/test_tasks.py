@@ -68,7 +68,7 @@ def test_the_caches_are_searched_after_the_variables(
 
 
 @pytest.mark.usefixtures("no_user_data")
-def test_auto_plays_what_is_found_and_else_generated_data_announced_once(
+def test_auto_plays_found_data_else_generated_data_announced_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tasks_module, "_announced", set())
@@ -122,7 +122,7 @@ def test_data_that_is_no_text_is_refused(data: object) -> None:
         locate(data, SOURCE)
 
 
-def test_a_wrong_path_names_what_was_expected(tmp_path: Path) -> None:
+def test_a_wrong_path_is_reported_with_the_expected_content(tmp_path: Path) -> None:
     with pytest.raises(DataNotFoundError, match=r"oficial.*a folder with `it`"):
         locate("oficial", SOURCE)
     for data in (tmp_path, "~no_such_user/data"):

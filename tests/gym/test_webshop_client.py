@@ -397,11 +397,11 @@ def test_a_path_is_the_data_of_a_server_that_serves_that_folder(
     assert make(shop, data=tmp_path).data == "official"
     with pytest.raises(InvalidSettingError, match=r"data='official', but data='/nowhere'"):
         make(shop, data="/nowhere")
-    with pytest.raises(InvalidSettingError, match="but data='~nobody-here/shop' was asked for"):
-        make(shop, data="~nobody-here/shop")
+    with pytest.raises(InvalidSettingError, match="but data='~unknown-user/shop' was requested"):
+        make(shop, data="~unknown-user/shop")
     shop.health["data"] = str(tmp_path / "data")
     assert make(shop, data=tmp_path, timeout=9.0).data == str(tmp_path / "data")
-    with pytest.raises(InvalidSettingError, match="but data='official' was asked for"):
+    with pytest.raises(InvalidSettingError, match="but data='official' was requested"):
         make(shop, data="official", timeout=9.0)
 
 

@@ -302,7 +302,7 @@ def test_a_search_works_from_every_page(solved: tuple[str, list[str]]) -> None:
     assert "Page 1 (Total results: " in found.pop()
 
 
-def test_the_generated_shop_has_the_size_asked_for() -> None:
+def test_the_generated_shop_has_the_requested_size() -> None:
     small = make(products=60)
     assert all(name.startswith("webshop/generated-60/") for name in small.task_ids)
     assert not set(small.task_ids) & set(make().task_ids)

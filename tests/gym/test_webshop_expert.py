@@ -192,7 +192,7 @@ def test_a_whole_episode(knows_actions: bool) -> None:
         assert last == expected
 
 
-def test_a_search_of_somebody_else_is_left() -> None:
+def test_a_foreign_search_is_left() -> None:
     shopper = ScriptedShopper()
     shopper.reset(WANTED, SEARCH)
     own = shopper.act(SEARCH, (SEARCH_PLACEHOLDER,), None)
@@ -202,7 +202,7 @@ def test_a_search_of_somebody_else_is_left() -> None:
     assert shopper.act(RESULTS, actions, own) == "click[b0bbbbbbbb]"
 
 
-def test_an_option_that_somebody_changed_is_chosen_again() -> None:
+def test_a_changed_option_is_chosen_again() -> None:
     shopper = ScriptedShopper()
     shopper.reset(WANTED, SEARCH)
     names = ("back to search", "< prev", "buy now", "red", "blue", "8 inch", "10 inch")

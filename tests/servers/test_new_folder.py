@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all."""
+"""Check that new folders are complete or absent."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_first_of_two_stays(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_what_a_killed_process_left_behind_is_deleted(tmp_path: Path) -> None:
+def test_files_left_by_a_killed_process_are_deleted(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from env_servers.new_folder import new_folder\n"
         "with new_folder(Path(sys.argv[1])) as partial:\n"

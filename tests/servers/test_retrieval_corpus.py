@@ -58,7 +58,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def indexes(cache: Path) -> list[Path]:
-    """The folders of indexes in the cache, and what else stands beside them."""
+    """Return the folders of indexes in the cache, and anything next to them."""
     return sorted(path for path in cache.iterdir() if path.name != "hashes")
 
 
@@ -154,7 +154,7 @@ def test_files_plain_and_compressed(tmp_path: Path, packing: str) -> None:
         ({"contents": '""\n'}, '""\n'),
     ],
 )  # fmt: skip
-def test_titles_beside_texts_in_them_and_missing(
+def test_titles_in_a_field_in_the_text_and_missing(
     tmp_path: Path, row: dict[str, object], contents: str
 ) -> None:
     assert read_bytes(tmp_path, lines(row)) == [Passage("0", contents)]
@@ -234,7 +234,7 @@ def test_tables_of_dpr_are_read(tmp_path: Path) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("packing", ["plain", "tar in gzip"])
 @pytest.mark.usefixtures("cache")
-def test_what_cannot_be_read_is_named(
+def test_unreadable_files_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, packing: str, content: bytes, message: str
 ) -> None:
     # Whatever the file is called.
@@ -430,7 +430,7 @@ def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_only_what_has_changed_is_done_again(
+def test_only_changed_parts_are_made_again(
     write: Write, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = count_builds(monkeypatch)
@@ -489,7 +489,7 @@ def test_damaged_folders_are_named(write: Write, cache: Path, name: str, left: i
     assert "\n" not in str(caught.value)
 
 
-def test_what_fails_leaves_nothing(write: Write, cache: Path, tmp_path: Path) -> None:
+def test_failed_builds_leave_nothing(write: Write, cache: Path, tmp_path: Path) -> None:
     twice = [*PASSAGES, Passage("c", ""), Passage("a", "")]
     (tmp_path / "empty").write_text("\n \n")
     with pytest.raises(CorpusError, match="empty contains no passage"):

@@ -63,9 +63,7 @@ def test_passages_come_as_they_are_in_the_file(
             assert item["document"]["contents"] == lines[item["document"]["id"]]["contents"]
 
 
-def test_a_batch_gives_what_single_requests_give(
-    caller: AppCaller, records: list[dict[str, Any]]
-) -> None:
+def test_a_batch_equals_single_requests(caller: AppCaller, records: list[dict[str, Any]]) -> None:
     queries = [record["question"] for record in records[:: len(records) // BATCH]][:BATCH]
     assert len(queries) == BATCH
     together = ask(caller, queries, 3)

@@ -1,4 +1,4 @@
-"""A client that asks for as much as it may, beside one that asks for little, on one server."""
+"""Check a client with the largest requests next to one with small requests, on one server."""
 
 from __future__ import annotations
 

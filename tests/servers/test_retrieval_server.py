@@ -78,7 +78,7 @@ def found_ids(answer: Answer) -> list[list[str]]:
     return [[item["document"]["id"] for item in found] for found in answer.json()["result"]]
 
 
-def test_what_is_found_comes_with_scores(call: AppCaller) -> None:
+def test_results_come_with_scores(call: AppCaller) -> None:
     answer = call.post("/retrieve", {"queries": ["mill bridge"], "topk": 5, "return_scores": True})
     assert answer.json().keys() == {"result"}
     (found,) = answer.json()["result"]
@@ -197,7 +197,7 @@ def test_other_addresses_and_methods(call: AppCaller) -> None:
     assert (answer.status, answer.headers["allow"]) == (405, "POST")
 
 
-def test_health_says_what_is_served(
+def test_health_describes_the_service(
     call: AppCaller, generated: AppCaller, corpus_file: Path
 ) -> None:
     health = call.get("/health").json()
@@ -250,7 +250,7 @@ def test_metrics_count(call: AppCaller) -> None:
     assert float(figures["process_resident_memory_bytes"]) > 1e7
 
 
-def test_a_token_is_asked_for(collection: Collection) -> None:
+def test_a_token_is_required(collection: Collection) -> None:
     caller = AppCaller(create_app(collection, LIMITS, token="secret"))
     assert caller.post("/retrieve", {"query": "arn"}).status == 401
     assert caller.get("/health", authorization="Bearer secret").status == 200
@@ -265,14 +265,14 @@ class SlowRetriever:
 
     def __init__(self) -> None:
         self.efficient_queries = 4
-        self.go_on = threading.Event()
+        self.proceed = threading.Event()
         self.threads: list[str] = []
         self.asked: list[Sequence[str]] = []
 
     def search_many(self, queries: Sequence[str], topk: int) -> list[list[Found]]:
         self.threads.append(threading.current_thread().name)
         self.asked.append(queries)
-        assert self.go_on.wait(10)
+        assert self.proceed.wait(10)
         return [[Found(0, 1.0)] for _ in queries]
 
 
@@ -291,7 +291,7 @@ def test_a_slow_search_does_not_delay_others_and_can_be_cancelled(collection: Co
             # As when the server is stopped.
             search.cancel()
         else:
-            slow.go_on.set()
+            slow.proceed.set()
         return await search
 
     answer = caller.run(search(["c"], is_cancelled=True))
@@ -309,7 +309,7 @@ def test_a_long_search_is_done_in_slices(
 ) -> None:
     slow = SlowRetriever()
     slow.efficient_queries = 2
-    slow.go_on.set()
+    slow.proceed.set()
     monkeypatch.setattr(app_module, "SLICE_SECONDS", 0.0)
     app = create_app(replace(collection, retriever=slow), replace(LIMITS, max_queries=9))
     caller = AppCaller(app)
@@ -331,7 +331,7 @@ def test_quick_searches_need_no_thread(
     collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick = SlowRetriever()
-    quick.go_on.set()
+    quick.proceed.set()
     caller = AppCaller(create_app(replace(collection, retriever=quick), LIMITS))
     monkeypatch.setattr(app_module, "QUICK_SECONDS", 10.0)
     for _ in range(3):

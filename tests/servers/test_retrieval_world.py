@@ -113,7 +113,7 @@ def test_there_is_one_passage_for_each_entity(entities: int) -> None:
 
 
 @pytest.mark.parametrize("entities", [50, 1_000])
-def test_every_question_has_one_answer_and_it_stands_in_its_support(entities: int) -> None:
+def test_every_question_has_one_answer_which_is_in_its_support(entities: int) -> None:
     world = generated(entities, 3)
     contents = dict(world.passages)
     asked = all_questions(world)
@@ -191,7 +191,7 @@ def test_names_have_neighbours() -> None:
 
 
 @pytest.mark.parametrize("entities", [1_000, 20_000])
-def test_bm25_finds_what_is_named(entities: int) -> None:
+def test_bm25_finds_named_entities(entities: int) -> None:
     world = generated(entities)
     index = BM25Index.build(world.passages)
     titles = {passage.id: title(passage.contents) for passage in world.passages}

@@ -357,7 +357,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     assert len(BM25Index.open(good)) == 40
 
 
-def test_an_index_whose_description_lies_is_refused(tmp_path: Path) -> None:
+def test_an_index_with_a_wrong_description_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "index"
     BM25Index.build(MANY, folder=folder)
     path = folder / "index.json"
@@ -375,7 +375,7 @@ def test_an_index_whose_description_lies_is_refused(tmp_path: Path) -> None:
             BM25Index.open(folder)
 
 
-def test_a_table_of_strings_finds_what_it_holds() -> None:
+def test_a_table_of_strings_finds_its_strings() -> None:
     strings = sorted({f"{number:x}" * (number % 5) for number in range(300)} | {"é", "z\U0001f600"})
     encoded = [text.encode() for text in strings]
     offsets = np.cumsum([0, *map(len, encoded)])

@@ -73,7 +73,7 @@ def application(
     return AppCaller(app)
 
 
-def test_json_is_read_and_written_whatever_the_text() -> None:
+def test_json_is_read_and_written_for_any_text() -> None:
     call = application()
     value = {"text": "\U0001f600 \0 \u2028 \\ud800", "deep": [[[[{}]]], 1.5, None]}
     assert call.post("/echo", value).json() == value
@@ -125,7 +125,7 @@ def test_a_body_that_is_not_as_described_is_explained(path: str, body: bytes, sa
     call.close()
 
 
-def test_entries_of_a_batch_and_kinds_of_a_message_are_told_by_their_fields() -> None:
+def test_fields_decide_entries_of_a_batch_and_kinds_of_a_message() -> None:
     call = application()
     first, second = call.post("/each", {"entries": [{"text": "a"}, {"text": 1}]}).json()
     assert first == "a"
@@ -135,7 +135,7 @@ def test_entries_of_a_batch_and_kinds_of_a_message_are_told_by_their_fields() ->
     call.close()
 
 
-def test_a_client_that_goes_away_is_no_defect() -> None:
+def test_a_disconnected_client_is_not_an_internal_error() -> None:
     call = application()
     assert call.request("POST", "/echo", []).code == "disconnected"
     call.close()
@@ -160,7 +160,7 @@ def test_a_defect_is_answered_without_its_details() -> None:
 
 
 @pytest.mark.parametrize("path", ["/echo", "/nothing"])
-def test_the_token_is_asked_for_everywhere(path: str) -> None:
+def test_the_token_is_required_everywhere(path: str) -> None:
     call = application(token="s3cret")
     basic = base64.b64encode(b"anybody:s3cret").decode()
     for header in ("Bearer s3cret", "bearer s3cret", f"Basic {basic}"):
@@ -200,7 +200,7 @@ def test_a_server_answers_to_its_own_names_only(host: str, is_known: bool) -> No
     call.close()
 
 
-def test_a_server_knows_its_machines_full_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_accepts_its_machines_full_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "GPU7")
     monkeypatch.setattr(socket, "getfqdn", lambda: "gpu7.lab.example")
     guard._full_name.cache_clear()
@@ -346,9 +346,7 @@ def test_bad_arguments_are_one_line_and_status_2(
     assert errors.startswith("atod-serve")
 
 
-def test_what_keeps_it_from_starting_is_one_line_and_status_2(
-    start_server: StartServer, tmp_path: Path
-) -> None:
+def test_a_failed_start_is_one_line_and_status_2(start_server: StartServer, tmp_path: Path) -> None:
     taken = socket.socket()
     taken.bind(("127.0.0.1", 0))
     taken.listen()

@@ -65,7 +65,7 @@ def address(shop_folder: Path) -> Iterator[str]:
 
 
 class Person:
-    """Somebody who shops in the browser."""
+    """A person who shops in the browser."""
 
     def __init__(self, browser: Chrome, address: str) -> None:
         self.browser = browser
@@ -110,7 +110,7 @@ class Person:
         return int(shown.split()[1]) if shown else -1
 
     def wait_for_step(self, step: int) -> None:
-        """Waits until the page shows so many steps."""
+        """Wait until the page shows this number of steps."""
         from selenium.webdriver.support.ui import WebDriverWait
 
         WebDriverWait(self.browser, WAIT_SECONDS).until(lambda _: self.step() == step)

@@ -124,7 +124,7 @@ def test_asins_that_differ_in_lone_surrogates_only_are_one_product(write: Write)
     assert catalogue.columns.find(rest[0]["asin"]) == 1
 
 
-def test_changed_files_are_stored_anew(write: Write, cache: Path) -> None:
+def test_changed_files_are_stored_again(write: Write, cache: Path) -> None:
     open_shop(write())
     changed = open_shop(write(SHOP.items[:20]))
     assert len(changed.catalogue) == 20
@@ -257,8 +257,8 @@ def test_truncated_archives(write: Write, suffix: str, pack: Callable[[bytes], b
 def test_missing_files(write: Write, tmp_path: Path) -> None:
     with pytest.raises(ShopDataError, match="There is no folder"):
         open_shop(tmp_path / "nowhere")
-    with pytest.raises(ShopDataError, match="There is no folder ~nobody-here/shop"):
-        open_shop(Path("~nobody-here/shop"))
+    with pytest.raises(ShopDataError, match="There is no folder ~unknown-user/shop"):
+        open_shop(Path("~unknown-user/shop"))
     folder = write()
     with pytest.raises(ShopDataError, match="items_human_ins"):
         open_shop(folder, human_goals=True)

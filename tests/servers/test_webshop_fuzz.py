@@ -1,4 +1,4 @@
-"""Whatever is sent: no status 500, no session lost or leaked, nobody else's session changed."""
+"""Check for any input: no status 500, no session lost or leaked, no other session changed."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class Fuzzer:
         return [body[start:end] for start, end in pairwise(edges)]
 
     def account(self, path: str, data: Any) -> None:
-        """Notes which sessions began, went on or ended."""
+        """Record which sessions began, continued or ended."""
         for answer in data.get("results", [data]):
             if "session_id" in answer:
                 self.mine[answer["session_id"]] = answer["turn_index"]
@@ -300,7 +300,7 @@ def test_thousands_of_requests_over_http(
     assert server.stop() == (0, "")
 
 
-def test_what_is_not_http_is_refused_and_served_on(
+def test_requests_that_are_not_http_are_refused_and_service_continues(
     start_server: StartServer, shop_folder: Any
 ) -> None:
     server = start_server("webshop", "--port", "0", "--data", str(shop_folder))

@@ -163,7 +163,7 @@ def test_an_instruction_names_the_kind_and_the_attributes(generated: GeneratedSh
             assert entry["instruction"][-1].isalpha()
 
 
-def test_texts_tell_exactly_the_attributes(products: list[Product]) -> None:
+def test_texts_state_exactly_the_attributes(products: list[Product]) -> None:
     """A reader can find out what a product is, and nothing else passes for it."""
     tagger = opened().tagger
     for product in products:
@@ -178,7 +178,7 @@ def test_texts_tell_exactly_the_attributes(products: list[Product]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=str)
-def test_each_kind_can_be_told_apart(kind: Kind) -> None:
+def test_each_kind_is_distinguishable(kind: Kind) -> None:
     assert len(kind.features) >= 7
     assert len({axis.name for axis in kind.axes}) == len(kind.axes) >= 2
     values = [value.lower() for axis in kind.axes for value in axis.values]

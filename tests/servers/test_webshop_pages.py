@@ -89,7 +89,7 @@ def test_a_person_reads_why_nothing_happened(call: AppCaller, store: SessionStor
     assert message in Elements(call.get(f"/shop/{session}").body.decode()).text
 
 
-def test_option_buttons_show_what_is_chosen(call: AppCaller, store: SessionStore) -> None:
+def test_option_buttons_show_the_choice(call: AppCaller, store: SessionStore) -> None:
     shop = store.shop
     product = next(p for p in shop.catalogue if p.options and p.asin != HOSTILE_ASIN)
     session = store.create(a_task(shop)).session_id
@@ -104,7 +104,7 @@ def test_option_buttons_show_what_is_chosen(call: AppCaller, store: SessionStore
     assert [html.unescape(text) for text in chosen] == [value]
 
 
-def test_the_last_page_says_what_was_missed(store: SessionStore) -> None:
+def test_the_last_page_lists_the_missed_parts(store: SessionStore) -> None:
     shop = store.shop
     goal = next(g for g in shop.goals if len(g.options) == 2 and len(g.attributes) == 2)
     other = next(

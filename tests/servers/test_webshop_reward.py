@@ -82,7 +82,7 @@ def test_no_noun_in_common_earns_nothing() -> None:
     assert (details.title_score, details.r_type, details.reward) == (0.0, 0.0, 0.0)
 
 
-def test_spacy_is_asked_for_nouns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spacy_finds_nouns(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def model(title: str) -> list[SimpleNamespace]:

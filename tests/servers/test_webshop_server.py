@@ -92,7 +92,7 @@ def test_a_repeated_step_is_not_played_twice(store: SessionStore) -> None:
     assert store.find(session).page == second.page
 
 
-def test_idle_sessions_are_dropped_while_nobody_calls(small_shop: Shop, clock: Clock) -> None:
+def test_idle_sessions_are_closed_without_requests(small_shop: Shop, clock: Clock) -> None:
     calls = 0
 
     class Watched(SessionStore):
@@ -328,7 +328,7 @@ def test_a_folder_whose_name_is_no_utf8_is_served(tmp_path: Path) -> None:
     call.close()
 
 
-def test_batches_answer_in_order_and_go_on_after_errors(
+def test_batches_answer_in_order_and_continue_after_errors(
     call: AppCaller, store: SessionStore
 ) -> None:
     task = a_task(store.shop)

@@ -1,4 +1,4 @@
-"""Results files of studies that nobody made: what a test says of them is all there is."""
+"""Make results files of invented studies: all of their content comes from the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a study: numbers that can be worked out by hand, and files that do not fit."""
+"""Check the analysis of a study: numbers computed by hand, and files that do not match."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_the_best_is_that_of_each_split(tmp_path: Path) -> None:
     assert (best.value, last.value) == (0.75, 0.0)
 
 
-def test_what_was_not_evaluated_has_no_numbers(tmp_path: Path) -> None:
+def test_runs_without_evaluation_have_no_numbers(tmp_path: Path) -> None:
     record = files.environment(
         [files.run("a", 0, {"s": "01"})], start={"s": "01"}, teacher={"s": "11"}
     )

@@ -145,7 +145,7 @@ def test_memory_that_runs_out_is_one_line(error: Exception) -> None:
         raise RuntimeError("something else")
 
 
-def test_out_of_memory_in_a_step_says_what_to_change(
+def test_out_of_memory_in_a_step_names_the_settings_to_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = _with(CONFIG, save_every=100, eval_every=0)
@@ -312,7 +312,7 @@ def test_a_date_in_the_template_is_reported(
         (OSError(errno.EIO, "Input/output error"), "file or device"),
     ],
 )
-def test_errors_of_the_system_are_what_they_are(
+def test_errors_of_the_system_are_not_changed(
     error: OSError, advice: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def work() -> int:

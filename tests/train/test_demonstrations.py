@@ -26,7 +26,7 @@ from atod_train.training.supervised import (
 )
 
 NO_TOKENS = TokenizedTurn((), (), (), "stop", extends_previous=False)
-PAGE = "a long page of many words that nobody has to say but whose reading teaches to read"
+PAGE = "a long page of many words that are never sampled but whose reading teaches to read"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_a_share_of_the_observations_weighs_as_much_as_all(
     assert (draws.mean(dim=0) - full)[observed].abs().max() < error
 
 
-def test_only_what_is_scored_gets_logits(
+def test_only_scored_positions_get_logits(
     taught: tuple[Policy, list[Trajectory]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, trajectories = taught

@@ -83,7 +83,9 @@ def test_configurations_with_names_of_their_own(kind: type[Any], tmp_path: Path)
     [(BloomConfig(), "scaled_dot_product"), (FalconConfig(alibi=True), "ALiBi")],
     ids=["bloom", "alibi"],
 )
-def test_what_a_run_would_refuse_is_a_problem(config: Any, reason: str, tmp_path: Path) -> None:
+def test_settings_that_a_run_would_refuse_are_problems(
+    config: Any, reason: str, tmp_path: Path
+) -> None:
     config.save_pretrained(tmp_path)
     found = doctor.model_finding("teacher", str(tmp_path), 512)
     assert found.kind == "problem"

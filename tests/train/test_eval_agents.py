@@ -189,7 +189,7 @@ def test_an_agent_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     [record] = played(ECHO, make, tasks=1)
     assert (record.prompt_tokens, record.completion_tokens, record.turns) == (10, 4, 2)
     assert record.actions == (("say", 2),)
-    for name in ("my_own_agent:Nobody", "no_such_module:Mine", "my_own_agent:", ":Mine"):
+    for name in ("my_own_agent:Missing", "no_such_module:Mine", "my_own_agent:", ":Mine"):
         with pytest.raises(InvalidSettingError, match="There is no agent"):
             load_agent(name)
     words = r"must return an atod_train\.evaluation\.agents\.Completion, not str"

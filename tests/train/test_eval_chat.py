@@ -54,7 +54,7 @@ def ask(chat: FakeChat, **changes: Any) -> Completion:
     return asyncio.run(run())
 
 
-def test_what_is_asked_and_what_comes_back(chat: FakeChat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_request_and_the_reply(chat: FakeChat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
     completion = ask(
         chat, api_key_env="MY_KEY", temperature=0.5, top_p=0.9, max_tokens=7, seed=3,
@@ -119,7 +119,7 @@ def test_no_text_and_a_cut_text(chat: FakeChat) -> None:
     assert ask(chat).instead == "reasoning alone"
 
 
-def test_what_is_answered_instead_of_a_text_is_named(chat: FakeChat) -> None:
+def test_replies_without_a_text_are_reported(chat: FakeChat) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "act", "arguments": "{}"}}
     chat.message = {"content": None, "tool_calls": [call]}
     assert ask(chat).instead == "tool calls"
@@ -127,19 +127,19 @@ def test_what_is_answered_instead_of_a_text_is_named(chat: FakeChat) -> None:
     assert ask(chat) == replace(ask(chat), text="look", instead="")
     chat.message = {"content": "", "refusal": "I cannot help with that."}
     assert ask(chat).instead == "refusal"
-    # Thoughts beside it are no text.
+    # Reasoning next to the text is not part of it.
     chat.message |= {"reasoning_content": "hm"}
     assert ask(chat, keep_reasoning=True).instead == "refusal"
 
 
 @pytest.mark.parametrize("mishap", [500, 503, 529, 408, 409, "garbage", "page", "no choices"])
-def test_what_passes_is_tried_again(chat: FakeChat, quick: None, mishap: Any) -> None:
+def test_transient_errors_are_retried(chat: FakeChat, quick: None, mishap: Any) -> None:
     chat.mishaps += [mishap, mishap]
     assert ask(chat).text == first_action(MESSAGES)
     assert len(chat.posts) == 3
 
 
-def test_a_hanging_endpoint_is_asked_again(chat: FakeChat, quick: None) -> None:
+def test_a_hanging_endpoint_is_retried(chat: FakeChat, quick: None) -> None:
     chat.mishaps.append("hang")
     assert ask(chat, timeout=0.3).text == first_action(MESSAGES)
     chat.mishaps.append("hang")
@@ -178,7 +178,7 @@ def test_a_key_that_no_header_can_hold(chat: FakeChat, monkeypatch: pytest.Monke
         ask(chat)
 
 
-def test_it_waits_as_long_as_it_is_told(chat: FakeChat) -> None:
+def test_it_waits_for_the_requested_time(chat: FakeChat) -> None:
     chat.mishaps.append(429)
     chat.retry_after = "1"
     ask(chat)
@@ -209,7 +209,9 @@ def test_a_date_to_wait_for_and_one_too_far_away(chat: FakeChat) -> None:
         ((418, {"detail": "tea"}), "answers 418: tea."),
     ],
 )
-def test_what_does_not_pass_is_told_at_once(chat: FakeChat, mishap: Any, message: str) -> None:
+def test_fatal_errors_are_reported_without_a_retry(
+    chat: FakeChat, mishap: Any, message: str
+) -> None:
     chat.mishaps.append(mishap)
     with pytest.raises(ServerError, match=re.escape(message)):
         ask(chat)
@@ -226,14 +228,14 @@ def test_what_does_not_pass_is_told_at_once(chat: FakeChat, mishap: Any, message
         ((400, {"error": {"message": "no", "code": "content_filter"}}), "refused"),
     ],
 )  # fmt: skip
-def test_what_ends_one_episode_only(chat: FakeChat, answer: Any, reason: str) -> None:
+def test_errors_that_end_one_episode_only(chat: FakeChat, answer: Any, reason: str) -> None:
     chat.mishaps.append(answer)
     with pytest.raises(EpisodeStopped) as stop:
         ask(chat)
     assert stop.value.reason == reason
 
 
-def test_an_endpoint_that_is_not_there(chat: FakeChat, quick: None) -> None:
+def test_an_endpoint_that_does_not_exist(chat: FakeChat, quick: None) -> None:
     with FakeChat() as gone:
         pass
     with pytest.raises(ServerError, match=r"cannot be reached .* attempt 3\. Is the server runn"):

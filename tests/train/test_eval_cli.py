@@ -59,7 +59,7 @@ def test_the_table_and_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert value["sessions"][0]["packages"]["gymnasium"]
 
 
-def test_going_on_plays_what_is_left(tmp_path: Path) -> None:
+def test_resuming_plays_the_remaining_episodes(tmp_path: Path) -> None:
     assert evaluate(tmp_path, agent="random") == 0
     whole, result = lines(tmp_path), read(tmp_path)
     torn = "\n".join([*whole[:7], whole[7][:40]])
@@ -139,7 +139,7 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--agent", "nobody"), "No agent 'nobody': random, expert, human, chat, model:FOLDER"),
+        (("--agent", "missing"), "No agent 'missing': random, expert, human, chat, model:FOLDER"),
         (("--agent", "."), "module:Class. Use --agent model:. for that folder."),
         (("--agent", "random", "--model", "m"), "--model is for --agent chat."),
         (("--agent", "random", "--keep-reasoning"), "--keep-reasoning is for --agent chat."),
@@ -169,7 +169,7 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("CartPole-v1", "--agent", "random"), "CartPole-v1 has actions Discrete(2)"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_are_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
 ) -> None:
     env = () if "/" in options[0] or options[0] == "ALFWorld" or options[0][0] != "-" else (ENV_ID,)
@@ -212,7 +212,7 @@ def test_help_and_unknown_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--agnet" in shown.err
 
 
-def test_the_default_folder_tells_what_it_holds() -> None:
+def test_the_name_of_the_default_folder_describes_it() -> None:
     options = EvalOptions("random", "nq/dev")
     assert str(result_folder(options, chosen_agent(options).label, "atod/ALFWorld-v0")) == (
         "runs/eval-ALFWorld-v0-nq-dev-random"
@@ -237,7 +237,7 @@ COMMAND = [
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_evaluation_goes_on(
+def test_a_stopped_evaluation_resumes(
     tmp_path: Path, usual_sigint: None, how: signal.Signals
 ) -> None:
     (tmp_path / "slow_agent.py").write_text(SLOW)
@@ -303,7 +303,9 @@ def test_comparing_other_tasks_pairs_nothing(
     assert f"A: {tmp_path / 'a'}, expert" in shown
 
 
-def test_comparing_what_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparing_other_files_than_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert evaluate(tmp_path / "a", "--tasks", "5") == 0
     (tmp_path / "b").mkdir()
     for content, message in ((None, "has no result.json"), ("{}x", "cannot be read"),

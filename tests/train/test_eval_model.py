@@ -244,7 +244,7 @@ def test_the_last_model_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "has no models/best or models/last yet" in capsys.readouterr().err
 
 
-def test_a_prompt_that_does_not_fit_is_told(
+def test_a_prompt_that_does_not_fit_is_reported(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert play(tmp_path, run, "--max-context", "8") == 2

@@ -66,7 +66,7 @@ def test_a_reply_ends_with_its_action(
     assert chat.posts[-1].get("stop", []) == list(form.stop_strings)
 
 
-def test_what_is_left_open_stays_open_where_the_server_says_so(chat: FakeChat) -> None:
+def test_an_open_tag_stays_open_if_the_server_reports_the_stop(chat: FakeChat) -> None:
     chat.stops = chat.says_why = True
     assert ask(chat, "<action>look", TAGS).text == "<action>look"
 
@@ -145,7 +145,7 @@ def test_a_model_that_plays_the_whole_episode_plays_one_turn(
     chat.answer, chat.stops = whole, True
     value = evaluate(chat, tmp_path / "stops")
     assert (value["success_rate"], value["totals"]["invalid_reasons"]) == (1.0, {})
-    value = evaluate(chat, tmp_path / "goes on", "--no-stop-at-action")
+    value = evaluate(chat, tmp_path / "continues", "--no-stop-at-action")
     assert value["totals"]["invalid_reasons"] == {"<think> after the <action> block": 2}
     assert value["settings"]["agent"]["stop_at_action"] is False
 

@@ -51,7 +51,7 @@ def test_all_but_the_most_likely_tokens_count_as_one() -> None:
     assert float(reverse_kl(OURS, THEIRS, top_k=3)) == pytest.approx(0.25 * LN2)
 
 
-def test_padded_outputs_are_compared_over_what_both_have() -> None:
+def test_padded_outputs_are_compared_over_common_tokens() -> None:
     padded = torch.cat([THEIRS, torch.full((1, 2), 50.0)], dim=1)
     assert float(reverse_kl(OURS, padded)) == pytest.approx(0.25 * LN2)
     assert float(reverse_kl(padded, OURS)) == pytest.approx(float(reverse_kl(THEIRS, OURS)))
@@ -73,7 +73,7 @@ def test_a_small_rest_is_not_rounded_away() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 12))
-def test_more_tokens_tell_more_apart(seed: int, vocabulary: int) -> None:
+def test_more_tokens_show_more_differences(seed: int, vocabulary: int) -> None:
     random = torch.Generator().manual_seed(seed)
     ours, theirs = 3 * torch.randn(2, 1, vocabulary, generator=random)
     found = [float(reverse_kl(ours, theirs, top_k)) for top_k in range(1, vocabulary + 1)]

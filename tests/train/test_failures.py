@@ -162,7 +162,7 @@ class Failing:
         ("metrics", 3, 3),
     ],
 )
-def test_what_was_finished_is_saved_and_resumes_as_if_nothing_had_happened(
+def test_finished_steps_are_saved_and_resumed_exactly(
     place: str, call: int, step: int, whole_run: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

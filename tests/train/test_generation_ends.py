@@ -120,7 +120,7 @@ def test_sampling_ends_where_the_action_is_complete(
         (CompletionFormat("react"), "Thought: a\nAction: look"),
     ],
 )
-def test_sampling_goes_on_otherwise(form: CompletionFormat, text: str) -> None:
+def test_sampling_continues_otherwise(form: CompletionFormat, text: str) -> None:
     assert forced(text, form) == (text, "stop")
 
 
@@ -165,7 +165,7 @@ def sampled(
 
 
 @pytest.mark.parametrize("style", ["chat", "window"])
-def test_what_is_sampled_is_the_beginning_of_what_would_have_been(style: PromptStyle) -> None:
+def test_a_stopped_completion_is_a_prefix_of_the_unstopped_one(style: PromptStyle) -> None:
     generator, ended = sampled(TAGS, style)
     _, free = sampled(None, style)
     reasons = set()

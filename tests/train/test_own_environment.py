@@ -29,7 +29,7 @@ GUESS = EnvConfig(
 
 
 class Talking(gymnasium.Env[Any, str]):
-    """Answers with what it was told to; its keywords make it lack something."""
+    """Returns the configured answer; its keywords remove parts of it."""
 
     def __init__(self, split: str = "train", lacks: str = "") -> None:
         texts = spaces.Text(1000)
@@ -125,7 +125,7 @@ def test_a_wrong_id_is_named(
         ("patience", r"raised KeyError.*A model can write any text"),
     ],
 )
-def test_what_an_environment_lacks_is_named(lacks: str, message: str) -> None:
+def test_missing_parts_of_an_environment_are_named(lacks: str, message: str) -> None:
     with pytest.raises(AtodError, match=message):
         check_env(talking(lacks=lacks))
 
@@ -144,7 +144,7 @@ def test_a_model_from_scratch_needs_an_expert(tmp_path: Path) -> None:
     with pytest.raises(AtodError, match=r"micro is made from an expert's episodes.*expert\(\)"):
         check_env(talking(), from_scratch="micro")
     source = Path(own_environment.__file__).read_text(encoding="utf-8")
-    (tmp_path / "guess.py").write_text(source.replace("def expert", "def nobody"), encoding="utf-8")
+    (tmp_path / "guess.py").write_text(source.replace("def expert", "def other"), encoding="utf-8")
     refused = train(tmp_path, "guess:my/Guess-v0")
     assert refused.returncode == 2
     [line] = refused.stderr.strip().splitlines()

@@ -154,7 +154,7 @@ def test_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         emulated = load_policy(target, device="cpu", dtype="mixed")
     assert (emulated.model.dtype, emulated.autocast_dtype) == (torch.float32, None)
     modes = {path.stat().st_mode for path in target.iterdir()}
-    assert len(modes) == 1  # weights can be read by whoever can read the configuration
+    assert len(modes) == 1  # weights are as readable as the configuration
 
 
 def test_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

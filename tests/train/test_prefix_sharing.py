@@ -62,7 +62,7 @@ def test_a_group_computes_its_first_prompt_once(style: PromptStyle, fed: list[in
     torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-4)
 
 
-def test_window_prompts_compute_what_follows_the_common_part(fed: list[int]) -> None:
+def test_window_prompts_compute_only_tokens_after_the_common_prefix(fed: list[int]) -> None:
     generator = make_generator(style="window", limit=1)
     generator.start(2)
     task = list(range(20, 50))
@@ -104,7 +104,7 @@ def test_a_restarted_dialogue_is_a_new_sequence(fed: list[int]) -> None:
     torch.testing.assert_close(again, batch.sampling_logprobs, rtol=0, atol=1e-4)
 
 
-def test_what_follows_the_same_context_is_computed_once(fed: list[int]) -> None:
+def test_equal_contexts_are_computed_once(fed: list[int]) -> None:
     prompt, same, other = list(range(20, 30)), list(range(30, 35)), list(range(40, 45))
     seen = [[same, other, same], [other, other, same], [same, other, same]]
     generator = make_generator(temperature=0, limit=1)
@@ -117,7 +117,7 @@ def test_what_follows_the_same_context_is_computed_once(fed: list[int]) -> None:
     assert fed == [2 * (1 + 5)]  # beginning with the token that was sampled last
     fed.clear()
     found = [continued(generator, feeds, [2, 1, 0]) for feeds in seen[1:]]
-    # Row 1 was fed something else before, so that nobody is where it is.
+    # Row 1 was fed other tokens before, so that no row shares its position.
     assert fed == [3 * 6, 3 * 6]
     for row, column in ((2, 0), (1, 1), (0, 2)):
         alone = make_generator(temperature=0, limit=1)
@@ -140,7 +140,7 @@ def test_processes_take_their_own_streams_of_all() -> None:
         generator.start(generator.draw_seeds(3)[row : row + 1])
         shared += generator.prompt([prompts[row]], [0])
     assert [c.ids for c in shared] == [c.ids for c in whole]
-    # The next rollout goes on alike, also where a process had no episode.
+    # The next rollout continues alike, also if a process had no episode.
     generator.start(generator.draw_seeds(2)[:0])
     again = make_generator()
     again.start(3)
@@ -150,7 +150,7 @@ def test_processes_take_their_own_streams_of_all() -> None:
     assert generator.prompt(prompts[:1], [0]) == again.prompt(prompts[:1], [0])
 
 
-def test_short_feeds_beside_long_ones_have_room() -> None:
+def test_short_feeds_next_to_long_ones_have_room() -> None:
     generator = make_generator(style="chat", limit=2)
     generator.start(2)
     # One episode nearly fills what the cache has reserved, the other is fed a long prompt then.

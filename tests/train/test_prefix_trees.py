@@ -90,7 +90,7 @@ def crossover(tokens: int) -> Iterator[None]:
         yield
 
 
-def test_what_a_group_has_in_common_stands_there_once() -> None:
+def test_the_common_prefix_of_a_group_is_stored_once() -> None:
     dialogues = [[[5, 6, 7], [1, 2]], [[5, 6, 7], [1, 3]], [[5, 6, 7], [1, 2]]]
     batch = make_batch([make_trajectory(dialogue) for dialogue in dialogues], 0)
     ((part, trees),) = split_microbatches(batch, 100, FAR)

@@ -121,7 +121,7 @@ def test_a_hub_that_cannot_be_reached_is_tried_once(
     with pytest.raises(
         AtodError, match=r"cannot be reached .* no model of this name was downloaded"
     ):
-        load("nobody/has-this-model")
+        load("no-owner/no-such-model")
     assert len(tried) == 1
     assert time.monotonic() - began < 10
 
@@ -201,7 +201,7 @@ def test_small_steps_of_adapters_count_on_weights_of_low_precision(saved: Path) 
     assert {weight.dtype for weight in merged.model.parameters()} == {torch.bfloat16}
 
 
-def test_what_adapters_leave_frozen_is_stored_in_the_precision_of_the_layers(
+def test_frozen_weights_of_adapters_are_stored_in_the_precision_of_the_layers(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = dataclasses.replace(load_policy(saved, lora_rank=4), autocast_dtype=torch.bfloat16)

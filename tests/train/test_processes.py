@@ -168,7 +168,7 @@ def test_tensors_are_exchanged_in_buckets(monkeypatch: pytest.MonkeyPatch) -> No
         ("cpu", {**SHARDED, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
     ],
 )
-def test_what_several_processes_cannot_use(
+def test_settings_that_several_processes_cannot_use(
     device: str, environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")

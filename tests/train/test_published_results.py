@@ -54,7 +54,7 @@ def tables(environment: Results) -> list[Table]:
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda found: found.name)
-def test_the_record_has_what_was_measured(environment: Results) -> None:
+def test_the_record_contains_the_measurements(environment: Results) -> None:
     for table in tables(environment):
         assert table.markdown in RECORD
 

@@ -218,7 +218,7 @@ def test_a_server_that_is_restarted_is_waited_for(
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(("status", "times"), [(408, 3), (429, 3), (500, 3), (503, 7)])
-def test_a_busy_server_is_asked_again(status: int, times: int) -> None:
+def test_a_busy_server_is_retried(status: int, times: int) -> None:
     with FakeTeacher(_vllm, VLLM_MODELS) as fake:
         remote = RemoteTeacher(fake.url, STUDENT)
         fake.mishaps.extend([status] * times)
@@ -228,7 +228,7 @@ def test_a_busy_server_is_asked_again(status: int, times: int) -> None:
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
-def test_a_server_that_refuses_is_not_asked_again(status: int) -> None:
+def test_a_server_that_refuses_is_not_retried(status: int) -> None:
     with FakeTeacher(_vllm, VLLM_MODELS) as fake:
         remote = RemoteTeacher(fake.url, STUDENT)
         asked = len(fake.posts)
@@ -238,7 +238,7 @@ def test_a_server_that_refuses_is_not_asked_again(status: int) -> None:
         assert len(fake.posts) == asked + 1
 
 
-def test_what_a_server_asks_to_wait_is_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_that_a_server_requests_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     clock = [0.0]
 
@@ -323,7 +323,7 @@ def _vllm(path: str, body: dict[str, Any]) -> Any:
             text = STUDENT.tokenizer.decode([token])
             entries.append(
                 {
-                    # The most likely token may stand beside the prompt's.
+                    # The most likely token may come next to the prompt's.
                     "0": {"logprob": -0.001, "rank": 1, "decoded_token": "<pad>"},
                     str(token): {"logprob": -token / 100, "rank": 7, "decoded_token": text},
                 }
@@ -489,7 +489,7 @@ def test_one_of_many_texts_differs(monkeypatch: pytest.MonkeyPatch) -> None:
         RemoteTeacher(fake.url, student)
 
 
-def test_of_many_texts_that_differ_some_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_differing_texts_some_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "_MOST_ALONE", 20)
 
     def answer(path: str, body: Any) -> Any:

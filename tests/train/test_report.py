@@ -182,7 +182,7 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     assert "\x00" not in path.read_text(encoding="utf-8")
 
 
-def test_a_run_without_teacher_says_so(tmp_path: Path) -> None:
+def test_a_run_without_teacher_reports_it(tmp_path: Path) -> None:
     page = page_of(report_of(tmp_path, make_run(tmp_path, method="grpo", teacher=False)))
     assert "Not recorded: an evaluation of the teacher." in page.text
     assert "No teacher scored this trajectory" in page.text

@@ -81,7 +81,7 @@ def test_page_and_pictures_are_written(
         assert len(picture) < 120_000
 
 
-def test_nine_labels_are_told_apart(tmp_path: Path) -> None:
+def test_nine_labels_are_distinguishable(tmp_path: Path) -> None:
     record = files.environment(
         [files.run(label, 0, {"s": "01"}) for label in LABELS],
         start={"s": "00"},

@@ -73,7 +73,7 @@ def test_a_language_model_is_trained_once_and_kept(
     again = policy_of(config, "student", pool)
     for name, weight in again.model.named_parameters():
         assert torch.equal(weight, shown.model.get_parameter(name)), name
-    # Adapters stand beside what was learnt.
+    # Adapters are next to the weights that were learned.
     adapted = replace(config, model=replace(config.model, lora_rank=2))
     assert _likelihood(policy_of(adapted, "student", pool), pool) == pytest.approx(
         _likelihood(shown, pool), abs=1e-5

@@ -113,7 +113,7 @@ def test_a_value_of_a_wrong_type_is_found(
         ('"algorithm.schedule" = "adaptive"', '"train.seed" = 5', "write seeds = [5] at the top"),
     ],
 )
-def test_what_has_no_meaning_is_refused(
+def test_invalid_study_files_are_refused(
     old: str, new: str, message: str, study: Path, tmp_path: Path
 ) -> None:
     study.write_text(STUDY.replace(old, new), encoding="utf-8")
@@ -151,7 +151,7 @@ def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
         pytest.param(Selection(jobs=0), "jobs must be", id="jobs"),
     ],
 )
-def test_a_choice_of_what_is_not_there_is_refused(
+def test_a_selection_of_missing_runs_is_refused(
     selection: Selection, message: str, study: Path, tmp_path: Path
 ) -> None:
     study.write_text(STUDY + OTHER, encoding="utf-8")
@@ -170,7 +170,7 @@ def test_mistakes_are_one_line(
     assert all(line.startswith("atod-train: error: ") for line in lines)
 
 
-def test_a_killed_study_goes_on_and_writes_its_results(
+def test_a_killed_study_resumes_and_writes_its_results(
     study: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -382,7 +382,7 @@ def test_models_that_do_not_fit_are_named(tmp_path: Path) -> None:
         ({"student": "bytes"}, "micro is made with the words of demonstrations as tokens, bytes"),
     ],
 )
-def test_models_that_cannot_do_are_told_before_any_is_made(
+def test_unsuitable_models_are_refused_before_any_is_made(
     models: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))

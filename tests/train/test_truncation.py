@@ -80,7 +80,7 @@ def test_the_oldest_turns_are_left_out(
         assert f"{turn.turns_left_out} earlier turn{plural} left out" in text
         assert len(turn.tokens.prompt_ids) + 5 <= limit
     if style == "chat":
-        # A dialogue that begins anew goes on growing for a while.
+        # A dialogue that begins again continues to grow for a while.
         assert len(shortened) < len(turns) / 2
         assert any(turn.tokens.extends_previous for turn in turns)
         # And what it lacks, it lacks until it begins anew once more.
@@ -116,7 +116,7 @@ def _find(ids: Sequence[int], part: Sequence[int], start: int) -> int:
     for place in range(start, len(ids) - len(part) + 1):
         if tuple(ids[place : place + len(part)]) == tuple(part):
             return place + len(part)
-    pytest.fail("a completion that is kept is not there as it was sampled")
+    pytest.fail("a kept completion differs from the sampled one")
 
 
 @pytest.mark.parametrize("style", ["chat", "window"])
@@ -144,7 +144,7 @@ def test_an_evaluation_in_which_nothing_fits_is_an_error(
         evaluate(policy, EnvPool(ENV, "valid_seen"), config)
 
 
-def test_a_run_counts_them_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_counts_them_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
     config = replace(
         CONFIG,
@@ -167,7 +167,7 @@ ALGORITHMS = [
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.method)
-def test_a_run_goes_on_where_some_episodes_cannot_begin(
+def test_a_run_continues_if_some_episodes_cannot_begin(
     algorithm: AlgorithmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))

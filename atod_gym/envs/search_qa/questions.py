@@ -98,7 +98,7 @@ class QuestionSet:
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file in or beside the question files, described by its path and its rows."""
+    """A file in or next to the question files, described by its path and rows."""
 
     name: str
     """Name of the split that the file makes."""

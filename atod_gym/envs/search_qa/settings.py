@@ -117,7 +117,7 @@ class SearchQASettings:
             return ("--entities", str(self.entities), "--world-seed", str(self.world_seed))
         if given is not None and not given.is_file():
             raise DataNotFoundError(f"No corpus {self.corpus!r}: expected {_CORPUS_FORMAT}.")
-        # One file may be in the folder of its set: nq/test.jsonl beside corpus.jsonl.
+        # One file may be in the folder of its set: nq/test.jsonl next to corpus.jsonl.
         places = [questions.parent, questions.parent.parent] if questions.is_file() else [questions]
         files = [] if given else [file for place in places for file in scan(place)]
         found = [given] if given else [file.path for file in files if file.kind == "corpus"]

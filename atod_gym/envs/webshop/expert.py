@@ -161,9 +161,11 @@ class ScriptedShopper:
         credits = []
         for phrase in self._list.phrases:
             for index, word in enumerate(phrase):
-                beside = [*phrase[max(0, index - 1) : index], *phrase[index + 1 : index + 2]]
-                joined = any((word, b) in pairs or (b, word) in pairs for b in beside)
-                credits.append((1.0 if joined or not beside else _APART) if word in known else 0.0)
+                neighbours = [*phrase[max(0, index - 1) : index], *phrase[index + 1 : index + 2]]
+                joined = any((word, b) in pairs or (b, word) in pairs for b in neighbours)
+                credits.append(
+                    (1.0 if joined or not neighbours else _APART) if word in known else 0.0
+                )
         product.coverage = math.fsum(credits) / len(credits) if credits else 1.0
         return product
 
