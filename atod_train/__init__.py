@@ -1,6 +1,6 @@
 """The trainer: annealed on-policy distillation and its baselines for multi-turn agents.
 
-The functions of `atod_train.algorithm.atod` can be imported from here; torch is then imported too.
+The functions of `atod_train.algorithm.atod` can be imported from here, which then imports torch.
 """
 
 from __future__ import annotations

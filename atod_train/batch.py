@@ -1,4 +1,4 @@
-"""Trajectories to tensors, and the selection of parts of a batch."""
+"""Convert trajectories to tensors, and select parts of a batch."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def make_batch(trajectories: Sequence[Trajectory], pad_id: int, *, pack: bool = 
     """Lay out trajectories as model sequences and turn rows.
 
     Args:
-        trajectories: N trajectories; one without turns has no row but keeps its place in
+        trajectories: N trajectories; one without turns has no row but keeps its index in
             `group_index` and `returns`.
         pad_id: Token id for padding.
         pack: True: turns that extend the previous one continue its sequence, so an append-only
-            episode is one sequence. False: every turn is a sequence of its own, with its full
+                episode is one sequence. False: every turn is a separate sequence with its full
             prompt. Both give the same log-probs; packing computes shared prefixes once.
 
     Returns:
         A `Batch`, rows in the order of trajectories and turns, on the CPU.
 
     Raises:
-        AtodError: No turn at all, a first turn that claims to extend a previous one, or a
+        AtodError: No turn, a first turn that claims to extend a previous one, or a
             sequence that starts without a prompt.
     """
     turns = [(number, turn) for number, record in enumerate(trajectories) for turn in record.turns]
@@ -68,7 +68,7 @@ def make_batch(trajectories: Sequence[Trajectory], pad_id: int, *, pack: bool = 
 def _lay_out(
     trajectories: Sequence[Trajectory], pack: bool
 ) -> tuple[list[list[int]], list[int], list[int]]:
-    """Sequences of token ids, and for each turn row its sequence and first position in it."""
+    """Return sequences of token ids, and for each turn row its sequence and first position."""
     sequences: list[list[int]] = []
     sequence_index: list[int] = []
     start: list[int] = []
@@ -80,7 +80,7 @@ def _lay_out(
             if not tokens.extends_previous:
                 context = []
             if not (pack and context):
-                # Unpacked, every turn copies what came before; packed, the list grows in place.
+                # Unpacked, every turn copies the previous tokens; packed, the list grows in place.
                 context = list(context)
                 sequences.append(context)
             context.extend(tokens.prompt_ids)
@@ -112,11 +112,11 @@ def _pad(rows: Sequence[list[int]], value: int) -> tuple[Tensor, Tensor]:
 
 
 def select_sequences(batch: Batch, sequences: Tensor) -> Batch:
-    """Return the part of a batch that lives in some of its sequences.
+    """Return the part of a batch in some of its sequences.
 
     Args:
         batch: A batch of S sequences and R rows.
-        sequences: [s] int64, distinct indices into the S sequences, in the order wanted.
+        sequences: [s] int64, distinct indices into the S sequences, in output order.
     """
     sequences = sequences.to(batch.input_ids.device)
     place = torch.full_like(batch.attention_mask[:, 0], -1, dtype=torch.int64)
@@ -138,8 +138,8 @@ def minibatch_count(minibatches: str, rows: int) -> int:
     """Return the number of updates of a step.
 
     Args:
-        minibatches: the setting: a number of updates; or `rows:256`, as many as give each about
-            256 turn rows.
+        minibatches: the setting: a number of updates; or `rows:256`, the number that gives each
+            about 256 turn rows.
         rows: turn rows of the step.
 
     Raises:
@@ -161,16 +161,16 @@ def minibatch_count(minibatches: str, rows: int) -> int:
 def split_minibatches(batch: Batch, count: int, generator: torch.Generator) -> list[Batch]:
     """Split a batch at random into parts for several optimiser updates.
 
-    Whole sequences are drawn, so a packed trajectory never falls apart. In window style a sequence
+    Whole sequences are drawn, so a packed trajectory is never split. In window style a sequence
     is one turn row, as in the published runs.
 
     Args:
         batch: The batch of one step.
-        count: Number of parts; fewer come back if there are fewer sequences.
+        count: Number of parts; fewer are returned if there are fewer sequences.
         generator: CPU source of randomness.
 
     Returns:
-        Parts whose numbers of sequences differ by at most one; together they hold every row once.
+        Parts that differ by at most one in number of sequences; together they have every row once.
     """
     if count < 1:
         raise InvalidSettingError(f"A step needs at least 1 minibatch, not {count}.")
@@ -180,7 +180,7 @@ def split_minibatches(batch: Batch, count: int, generator: torch.Generator) -> l
 
 
 def share_of_sequences(batch: Batch, index: int, count: int) -> Tensor:
-    """Return which sequences of a batch a rank works on.
+    """Return the indices of the sequences that a rank processes.
 
     Groups stay together, since their sequences share prefixes: the longest group first, each to the
     rank with the fewest tokens so far. With fewer than two groups for each rank, single sequences
@@ -211,15 +211,15 @@ def share_of_sequences(batch: Batch, index: int, count: int) -> Tensor:
 
 
 def length_buckets(lengths: Tensor, tokens_per_microbatch: int) -> list[Tensor]:
-    """Group sequences of like length so that each group, padded, keeps to a token budget.
+    """Group sequences of similar length so that each group, padded, fits a token budget.
 
     Args:
         lengths: [S] int64, tokens per sequence.
-        tokens_per_microbatch: Budget of padded tokens; a longer sequence stands alone.
+        tokens_per_microbatch: Budget of padded tokens; a longer sequence is a group alone.
 
     Returns:
-        Index tensors that cover 0..S-1, longest sequences first (the largest memory need shows at
-        once).
+        Index tensors that cover 0..S-1, longest sequences first, so that the first group shows the
+        largest memory use.
     """
     order = torch.argsort(lengths, descending=True, stable=True)
     sizes = lengths[order].tolist()

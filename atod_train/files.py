@@ -1,6 +1,6 @@
-"""Read and write the trainer's files: JSON, JSON lines, and files replaced whole.
+"""Read and write the trainer's files: JSON, JSON lines, and files replaced atomically.
 
-All text is UTF-8, lines end in a line feed. NaN and infinity are written as null, which JSON has.
+All text is UTF-8, lines end in a line feed. NaN and infinity are written as null.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from filelock import FileLock, Timeout
 from atod_gym.errors import AtodError
 
 PARTIAL = ".partial"
-"""Suffix of a file that is being written; one that stays was left by a killed process."""
+"""Suffix of a file that is being written; a remaining one was left by a killed process."""
 
 
 class FileError(AtodError):
-    """A file is broken, absent, or cannot be used."""
+    """A file is damaged, absent, or cannot be used."""
 
 
 def without_infinities(value: Any) -> Any:
@@ -39,15 +39,15 @@ def without_infinities(value: Any) -> Any:
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
-    """Replace a file atomically: at every moment `path` is the old file or the new one, whole.
+    """Replace a file atomically: at every moment `path` is the complete old or new file.
 
     Args:
         path: the file, in a folder that exists.
-        sync: force file and folder to disk, so that a power failure loses neither.
+        sync: flush file and folder to disk, so that a power failure loses neither.
 
     Yields:
-        The path to write to. It gets its name when the block ends, and is deleted when it raises.
-        The file is readable for those that the umask allows, also if a library makes it private.
+        The path to write to. It is renamed when the block ends, and deleted if the block raises.
+        The file is readable as the umask allows, even if a library makes it private.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -70,13 +70,13 @@ def replacing_folder(target: Path, identity: str, *, last: str) -> Iterator[Path
 
     Args:
         target: the folder, which may exist.
-        identity: name of a file. Where it is the same in the folder that exists, files are replaced
-            one by one, so that each is there at every moment; else they must not be mixed, and the
-            folder is replaced as a whole.
+        identity: name of a file. If it is equal in the existing folder, files are replaced
+            one by one, so that each exists at every moment; otherwise the
+            folder is replaced as a whole, since files must not be mixed.
         last: glob of the files that are replaced last.
 
     Yields:
-        The folder to write to, deleted when the block raises; `target` then stays as it is.
+        The folder to write to, deleted if the block raises; `target` is then unchanged.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -103,7 +103,7 @@ def replacing_folder(target: Path, identity: str, *, last: str) -> Iterator[Path
 
 
 def _sync(path: Path) -> None:
-    """Force a file or folder to disk; systems that cannot open folders skip those."""
+    """Flush a file or folder to disk; systems that cannot open folders skip those."""
     with suppress(PermissionError):  # Windows and folders
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -114,11 +114,11 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, otherwise: str) -> Iterator[None]:
-    """Lock a folder for this process; the lock ends with the process, however it ends.
+    """Lock a folder for this process; the lock ends with the process in any case.
 
     Args:
-        folder: that exists.
-        otherwise: what to do instead of waiting, for the error.
+        folder: an existing folder.
+        otherwise: the alternative to waiting, for the error.
 
     Raises:
         FileError: another process has locked it.
@@ -150,7 +150,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; return an empty dict where the file is absent.
+    """Read a JSON object; return an empty dict if the file is absent.
 
     Raises:
         FileError: the file is not a JSON object.
@@ -171,21 +171,21 @@ def read_json_lines(
 ) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON-lines file, one after the other.
 
-    A last line without line end that is no JSON is torn: the process was killed while it wrote.
+    A last line without line end that is not JSON is torn: the process was killed while writing.
 
     Args:
         path: the file.
-        required: it was written whole: it must exist, and a torn line is an error. Otherwise an
+        required: it must exist, and a torn line is an error. Otherwise an
             absent file has no lines, and a torn line is left out.
         integer: a key that every object must have, with an integer as value.
 
     Raises:
-        FileError: the file cannot be read; a line is no JSON object.
+        FileError: the file cannot be read, or a line is not a JSON object.
     """
     if not required and not path.exists():
         return
     try:
-        # Only "\n" ends a record: text mode would also cut at "\r" inside of texts.
+        # Only "\n" ends a record: text mode would also split at "\r" inside texts.
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
@@ -208,7 +208,7 @@ def read_json_lines(
 
 
 def end_last_line(path: Path) -> None:
-    """Prepare a JSON-lines file for appending: end its last line, or remove it where it is torn."""
+    """Prepare a JSON-lines file for appending: end its last line, or remove it if it is torn."""
     if not path.is_file():
         return
     with path.open("rb+") as file:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere; seconds per phase."""
+"""Show progress of long work: a bar on a terminal, plain lines elsewhere; seconds per phase."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Literal, Protocol
 from tqdm import tqdm
 
 _FIRST_LINE, _OTHER_LINES = 5.0, 30.0
-"""Away from a terminal: seconds until the first line, and between two lines. Work without any unit
+"""Without a terminal: seconds until the first line, and between two lines. Work without any unit
 or token has a line after twice the first."""
 
 _style: Literal["bars", "lines", "nothing"] = "bars"
 _open: list[str] = []
-"""Descriptions of what is under way, outermost first."""
+"""Descriptions of the current work, outermost first."""
 
 _Show = Callable[[int, str], None]
 """Count units as done, and show a note."""
@@ -32,7 +32,7 @@ class Advance(Protocol):
 
 
 def show_progress(style: Literal["bars", "lines", "nothing"]) -> None:
-    """Choose how this process shows progress: at first as bars, which are lines in a pipe."""
+    """Set how this process shows progress; the default is bars, which are lines in a pipe."""
     global _style
     _style = style
 
@@ -41,15 +41,15 @@ def show_progress(style: Literal["bars", "lines", "nothing"]) -> None:
 def progress(
     total: int, description: str, *, initial: int = 0, is_part: bool = False
 ) -> Iterator[Advance]:
-    """Show on standard error how far a long piece of work is: done, time left, tokens per second.
+    """Show the progress of long work on standard error: done, time left, tokens per second.
 
     Args:
         total: units of work in all.
-        description: what is being done, such as `training`. Lines of work inside of other work
+        description: the work, such as `training`. Lines of work inside other work
             begin with both descriptions.
         initial: units that were done before.
-        is_part: the work is one unit of the work around it: away from a terminal it has lines only
-            where it takes long.
+        is_part: the work is one unit of the outer work: without a terminal it has lines only
+            if it takes long.
 
     Yields:
         A function to call after each unit.
@@ -128,11 +128,11 @@ def _bar(total: int, initial: int, is_part: bool) -> Iterator[_Show]:
 class PhaseTimes:
     """Measure the seconds per phase of a step.
 
-    Phases may nest: the time of an inner phase counts for the inner one alone, so that the
+    Phases may nest: the time of an inner phase counts for the inner one only, so that the
     phases add up to the wall time.
 
     Args:
-        wait: Called where phases meet: wait for what an asynchronous device has left to do.
+        wait: Called between phases: waits for the pending work of an asynchronous device.
     """
 
     def __init__(self, wait: Callable[[], None] | None = None) -> None:

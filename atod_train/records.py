@@ -1,4 +1,4 @@
-"""The records that pass between rollout, algorithm and update.
+"""Define the records that rollout, algorithm and update exchange.
 
 Text lives in `Turn`, tokens in `TokenizedTurn`, tensors in `Batch`. Shapes use these letters:
 R turn rows, T tokens of the longest completion, S packed sequences, L tokens of the longest
@@ -14,28 +14,28 @@ from typing import TYPE_CHECKING, Literal
 from atod_gym.parsing import action_verb
 from atod_gym.types import Message
 
-if TYPE_CHECKING:  # agents that play by text need no torch
+if TYPE_CHECKING:  # agents that play by text do not need torch
     from torch import Tensor
 
 FinishReason = Literal["stop", "length", "action"]
-"""Why sampling ended: the end-of-turn token came, the token limit was reached, or the action was
-complete, see `atod_gym.parsing.CompletionFormat.end_of_action`."""
+"""Why sampling ended: the end-of-turn token was sampled, the token limit was reached, or the action
+was complete, see `atod_gym.parsing.CompletionFormat.end_of_action`."""
 
 StopReason = Literal["terminated", "turn_limit", "context_limit", "refused"]
-"""Why an episode ended: by the task, by the turn limit, because not even a prompt without earlier
-turns fits the model, or because an endpoint refuses the prompt."""
+"""Why an episode ended: by the task, by the turn limit, because a prompt without earlier
+turns exceeds the context, or because an endpoint refuses the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedTurn:
-    """The exact tokens of one turn, as the model saw and sampled them; never re-encoded."""
+    """The exact tokens of one turn, as given to and sampled by the model; never re-encoded."""
 
     prompt_ids: tuple[int, ...]
-    """If `extends_previous`: only what follows the previous turn's completion; else all of it."""
+    """If `extends_previous`: only the tokens after the previous turn's completion; else all."""
     completion_ids: tuple[int, ...]
-    """As sampled, with the end-of-turn token if it came."""
+    """As sampled, with the end-of-turn token if it was sampled."""
     sampling_logprobs: tuple[float, ...]
-    """One per completion token, at the sampling temperature's own distribution."""
+    """One per completion token, at the sampling temperature."""
     finish_reason: FinishReason
     extends_previous: bool
     """The prompt is the previous turn's prompt and completion, then `prompt_ids`."""
@@ -53,17 +53,17 @@ class Turn:
     reward: float
     """Environment reward of this turn, after scaling and invalid-action penalty."""
     is_action_valid: bool
-    """Strictly: the completion parsed and the action was admissible."""
+    """Strict validity: the completion parsed and the action was admissible."""
     tokens: TokenizedTurn
     penalty: float = 0.0
     """Invalid-action penalty, already subtracted from `reward`."""
     invalid_reason: str = ""
     """Why the action was not valid, see `atod_gym.parsing.invalid_reason`; empty if it was."""
     turns_left_out: int = 0
-    """Earlier turns that the model did not see because they did not fit; also in turns that
+    """Number of earlier turns that were left out because they did not fit; also in turns that
     continue a prompt without them."""
     is_trained: bool = True
-    """False: a random action in a demonstration, which is played and not trained."""
+    """False: a random action in a demonstration, which is played but not trained."""
 
     @property
     def verb(self) -> str:
@@ -92,7 +92,7 @@ class Trajectory:
 
     @property
     def verbs(self) -> Counter[str]:
-        """Verb -> number of valid actions that begin with it."""
+        """Number of valid actions by verb."""
         return Counter(turn.verb for turn in self.turns if turn.is_action_valid)
 
 
@@ -100,8 +100,8 @@ class Trajectory:
 class Batch:
     """Trajectories as tensors: packed sequences for the model, turn rows for the algorithm.
 
-    Completion token `t` of turn row `r` stands at `input_ids[sequence_index[r], start[r] + t]`;
-    the model predicts it from the position before. A mini-batch or micro-batch is a batch too: it
+    Completion token `t` of turn row `r` is at `input_ids[sequence_index[r], start[r] + t]`;
+    the model predicts it from the position before. A mini-batch or micro-batch is a batch, too: it
     has T, N and the tensors over trajectories of the whole.
     """
 
@@ -116,7 +116,7 @@ class Batch:
     sampling_logprobs: Tensor
     """[R, T] float32, 0 on padding."""
     sequence_index: Tensor
-    """[R] int64: the packed sequence that holds this turn."""
+    """[R] int64: the packed sequence of this turn."""
     start: Tensor
     """[R] int64: position of the first completion token in that sequence (>= 1)."""
     trajectory_index: Tensor
@@ -131,14 +131,14 @@ class Batch:
     """[N] float32: sum of turn rewards of each trajectory."""
     rows: Tensor
     """[R] int64, ascending: row of each turn in the batch that this one is a part of (0..R-1 if it
-    is none). `whole[rows]` slices any [R, T] tensor of the whole batch alike."""
+    is complete). `whole[rows]` slices any [R, T] tensor of the whole batch alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores:
     """Scores of the completion tokens of R turn rows; each [R, T] float32, nats, 0 on padding.
 
-    None: not asked for.
+    None: not requested.
     """
 
     logprobs: Tensor

@@ -1,1 +1,1 @@
-"""The algorithm: schedules, turn weights, advantages and losses, on tensors alone."""
+"""The algorithm: schedules, turn weights, advantages and losses, on tensors only."""

@@ -1,10 +1,10 @@
 """ATOD, annealed turn-aware on-policy distillation (arXiv:2606.27814), as pure tensor functions.
 
 A student plays multi-turn episodes; a frozen teacher scores its tokens, and the environment gives
-one sparse return per episode. ATOD adds both signals at the advantage level, moves the mix from
-teacher to return (`Schedule`), and weights the teacher's part by turn (T-DUR: `turn_weights`). The
-functions stand in the order of use and take plain tensors: R turn rows, T tokens of the longest
-completion, N trajectories, G in a group; log-probabilities in nats. Results are detached, but for
+one sparse return per episode. ATOD adds both signals at the advantage level, shifts the mix from
+teacher to return (`Schedule`), and weights the teacher's term by turn (T-DUR: `turn_weights`). The
+functions are in the order of use and take plain tensors: R turn rows, T tokens of the longest
+completion, N trajectories, G in a group; log-probabilities in nats. Results are detached, except
 the loss.
 
     paper       here                        shape    meaning
@@ -14,19 +14,19 @@ the loss.
     log pi_T    teacher_logprobs            [R, T]   teacher: same prompt, tokens; temperature 1
     delta_t     log_ratio                   [R, T]   teacher_logprobs - old_logprobs
     d_k, h_k    disagreement, uncertainty   [R]      means of |delta_t| and -log pi_S over turn k
-    w_k         weights                     [R]      of the teacher's part in turn k, Eq. 13-16
+        w_k         weights                     [R]      of the teacher's term in turn k, Eq. 13-16
     A_i         group_advantage             [R]      normalised return of the row's trajectory
     A_t         advantages                  [R, T]   kappa w_k delta_t + rho A_i, Eq. 8
     -           mask, completion_mask       [R, T]   bool, True exactly on sampled tokens
     -           trajectory_index            [R]      int64, trajectory (0..N-1) of every row
 
-Values on padding (mask False) never matter, not even NaN; results are 0 there.
+Values on padding (mask False) have no effect, not even NaN; results are 0 there.
 
 Deviations from the paper, and points that no source settles (open):
-- The log-ratio of new to old policy is held within +-20, so that exp() stays finite.
+- The log-ratio of new to old policy is clamped to +-20, so that exp() stays finite.
 - Schedule shapes cosine, constant and handoff are additions.
-- A group of one, or of returns equal but for rounding, gives exactly 0, not NaN or noise / eps.
-- A range of statistics that is no more than rounding is no range (`min_max`).
+- A group of one, or of returns equal up to rounding, gives exactly 0, not NaN or noise / eps.
+- A range of statistics no larger than rounding counts as no range (`min_max`).
 - The ablations (token-level, top-fraction, smoothing, mean-preserving) are in weights.py.
 - Sums use `index_add`, on CUDA bit-reproducible only under `use_deterministic_algorithms(True)`.
 """
@@ -47,11 +47,11 @@ MIN_DISAGREEMENT = 0.01  # nats per token; below it T-DUR's weights are 1 throug
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Kappa and rho over the steps: from teacher to return (Eq. 10-12).
+    """Compute kappa and rho over the steps, from teacher to return (Eq. 10-12).
 
     `shape` is linear (the paper), cosine (half a wave between the same end points), handoff
-    (kappa_init and no return for `anneal_steps` steps, then rho_init and no teacher) or constant:
-    the initial values stay, as they do when `anneal_steps` <= 0. ValueError for anything else, for
+    (kappa_init and no return for `anneal_steps` steps, then rho_init and no teacher) or constant
+    (the initial values). `anneal_steps` <= 0 is constant, too. ValueError for anything else, for
     a negative coefficient, and for end points in the wrong order.
     """
 
@@ -72,7 +72,7 @@ class Schedule:
             )
 
     def progress(self, step: int) -> float:
-        """Share of the way from the initial to the final coefficients, in [0, 1]."""
+        """Return the progress in [0, 1]: 0 at the initial and 1 at the final coefficients."""
         if self.shape == "constant" or self.anneal_steps <= 0:
             return 0.0
         if self.shape == "handoff":
@@ -81,7 +81,7 @@ class Schedule:
         return elapsed if self.shape == "linear" else (1.0 - math.cos(math.pi * elapsed)) / 2.0
 
     def coefficients_at(self, progress: float) -> tuple[float, float]:
-        """(kappa, rho) at a progress in [0, 1], wherever that progress comes from."""
+        """Return (kappa, rho) at a progress in [0, 1], which may not depend on `step`."""
         if self.shape == "handoff":
             return (self.kappa_init, 0.0) if progress < 1.0 else (0.0, self.rho_init)
         kappa = self.kappa_init - (self.kappa_init - self.kappa_min) * progress
@@ -89,16 +89,16 @@ class Schedule:
         return max(self.kappa_min, kappa), rho
 
     def coefficients(self, step: int) -> tuple[float, float]:
-        """(kappa, rho) of optimiser cycle `step`, counted from 1."""
+        """Return (kappa, rho) of optimiser cycle `step`, counted from 1."""
         return self.coefficients_at(self.progress(step))
 
 
 def sampled_log_ratio(
     student_logprobs: Tensor, teacher_logprobs: Tensor, completion_mask: Tensor
 ) -> Tensor:
-    """delta_t [R, T], the sampled-token signal of the reverse KL; neither clipped nor whitened.
+    """Return delta_t [R, T], the sampled-token signal of the reverse KL; not clipped or whitened.
 
-    ValueError for differing shapes, and where a log-probability of a sampled token is not finite
+    ValueError for differing shapes, and if a log-probability of a sampled token is not finite
     (a model that cannot produce the token, a broken forward pass): it names the rows.
     """
     for name, logprobs in (("student", student_logprobs), ("teacher", teacher_logprobs)):
@@ -111,7 +111,7 @@ def sampled_log_ratio(
 def turn_statistics(
     student_logprobs: Tensor, teacher_logprobs: Tensor, completion_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Disagreement d_k and student uncertainty h_k, each [R] in nats per token (Eq. 13-14).
+    """Return disagreement d_k and student uncertainty h_k, each [R] in nats per token (Eq. 13-14).
 
     Both are 0 for a row without sampled tokens. Raises as `sampled_log_ratio`.
     """
@@ -129,12 +129,12 @@ def turn_weights(
     variant: Literal["soft_or", "uniform", "disagreement", "uncertainty"] = "soft_or",
     trajectory_index: Tensor | None = None,
 ) -> Tensor:
-    """T-DUR: the weight in [0, 1] of the teacher's part in every turn (Eq. 15-16).
+    """Compute T-DUR: the weight in [0, 1] of the teacher's term in every turn (Eq. 15-16).
 
     Takes and returns [K] for one trajectory; or [R] for many, distinguished by `trajectory_index`.
-    Both statistics are min-max scaled over the turns of the trajectory (0.5 where they do not
-    vary). Variant soft_or joins them to 1 - (1 - d)(1 - h); disagreement and uncertainty take one
-    alone; uniform is 1. Guards: the weight is 1 throughout a trajectory with fewer than
+    Both statistics are min-max scaled over the turns of the trajectory (0.5 if they do not
+    vary). Variant soft_or combines them to 1 - (1 - d)(1 - h); disagreement and uncertainty use one
+    only; uniform is 1. Guards: the weight is 1 throughout a trajectory with fewer than
     `min_turns` turns, or whose largest d_k (nats) is below `min_disagreement`. ValueError for
     differing shapes and unknown variants.
     """
@@ -159,7 +159,7 @@ def turn_weights(
 def group_advantages(
     returns: Tensor, eps: float = 1e-6, group_index: Tensor | None = None
 ) -> Tensor:
-    """(R_i - mean) / (std + eps) over the group, with the unbiased standard deviation (GRPO).
+    """Compute (R_i - mean) / (std + eps) over the group, with the unbiased deviation (GRPO).
 
     Takes and returns [G] for one group; or [N] for many, distinguished by the labels `group_index`.
     Exactly 0 in a group of one or of equal returns; `eps` has the unit of the returns. ValueError
@@ -175,8 +175,8 @@ def group_advantages(
     count = segment_sum(torch.ones_like(returns), index)
     centred = returns - (segment_sum(returns, index) / count)[index]
     variance = segment_sum(centred.square(), index) / (count - 1.0).clamp(min=1.0)
-    # Rounding errors, in the mean and in sums of the same rewards in another order, must not pass
-    # for differences: they can be as large as eps.
+    # Rounding errors, in the mean and in sums of the same rewards in another order, must not count
+    # as differences: they can be as large as eps.
     lowest, highest = _extreme(returns, index, "amin"), _extreme(returns, index, "amax")
     tolerance = 8.0 * torch.finfo(returns.dtype).eps * lowest.abs().maximum(highest.abs())
     is_equal = highest - lowest <= tolerance
@@ -191,10 +191,10 @@ def atod_advantages(
     rho: float,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """A_t = kappa * w_k * delta_t + rho * A_i, [R, T] (Eq. 8).
+    """Compute A_t = kappa * w_k * delta_t + rho * A_i, [R, T] (Eq. 8).
 
     `log_ratio` [R, T]; `weights` [R], or [R, T] for one weight per token; `group_advantage` [R].
-    Outside `mask`, where one is given, the result is 0.
+    Outside `mask`, if given, the result is 0.
     """
     per_token = weights.unsqueeze(-1) if weights.dim() == 1 else weights
     advantages = kappa * (per_token * log_ratio) + rho * group_advantage.unsqueeze(-1)
@@ -205,11 +205,11 @@ def atod_advantages(
 class LossStats:
     """Statistics of `clipped_policy_loss`: detached 0-d tensors, over the tokens of one call.
 
-    To join micro-batches, weight the means by `tokens`.
+    To combine micro-batches, weight the means by `tokens`.
     """
 
     clip_fraction: Tensor
-    """Share of tokens where the clipped term is the smaller one: no gradient flows."""
+    """Share of tokens with the clipped term as the smaller one, which has no gradient."""
     approx_kl: Tensor
     """mean(ratio - 1 - log ratio), nats: estimates KL(old || new) and is never negative."""
     tokens: Tensor
@@ -225,8 +225,8 @@ def loss_normalizer(
 
     token-mean: all tokens. trajectory-mean (over a trajectory's tokens, then over trajectories):
     tokens of the row's trajectory times the number of trajectories with tokens.
-    Gradient accumulation: compute it once for the whole mini-batch and give every micro-batch its
-    rows; their losses add up to the mini-batch loss, also where a trajectory's rows are spread.
+    Gradient accumulation: compute it once for the whole mini-batch and pass its rows to every
+    micro-batch; their losses add up to the mini-batch loss, even if a trajectory's rows are split.
     ValueError for an unknown aggregation, or trajectory-mean without trajectory_index.
     """
     row_tokens = mask.sum(-1)
@@ -259,13 +259,13 @@ def clipped_policy_loss(
     trajectory_index: Tensor | None = None,
     normalizer: Tensor | None = None,
 ) -> tuple[Tensor, LossStats]:
-    """PPO's clipped surrogate with dual clip, negated and aggregated to a 0-d loss.
+    """Compute PPO's clipped surrogate with dual clip, negated and aggregated to a 0-d loss.
 
     Per token: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), and at most
     dual_clip * |A| where A < 0 (math.inf: no dual clip). Gradient flows through `logprobs`
     [R, T] only. Without tokens the loss is 0.
-    `normalizer` [R]: this call's rows of `loss_normalizer` over the whole mini-batch, when the
-    call sees only a part of it; it replaces `aggregation` and `trajectory_index`. ValueError for
+    `normalizer` [R]: this call's rows of `loss_normalizer` over the whole mini-batch, if the
+    call has only a part of it; it replaces `aggregation` and `trajectory_index`. ValueError for
     differing shapes, dual_clip <= 1, and as `loss_normalizer`.
     """
     _require_same_shape(mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
@@ -296,22 +296,22 @@ def clipped_policy_loss(
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` with 0 outside `mask`; not a product, because 0 * NaN is NaN, in gradients too."""
+    """Return `values` with 0 outside `mask`; not a product, as 0 * NaN is NaN, in gradients too."""
     return torch.where(mask, values, values.new_zeros(()))
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` [R, T] over each row's sampled tokens, 0 where there are none; [R]."""
+    """Return the mean of `values` [R, T] over each row's sampled tokens, 0 without tokens; [R]."""
     return masked(_at_least_float32(values), mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def segment_sum(values: Tensor, index: Tensor) -> Tensor:
-    """Sums of `values` [R] over the rows that share an `index` [R]; [largest index + 1]."""
+    """Sum `values` [R] over the rows that share an `index` [R]; [largest index + 1]."""
     return values.new_zeros(_segments(index)).index_add(0, index, values)
 
 
 def min_max(values: Tensor, index: Tensor) -> Tensor:
-    """`values` [R] scaled to [0, 1] over the rows that share an `index`; equal ones to 0.5."""
+    """Scale `values` [R] to [0, 1] over the rows that share an `index`; equal ones to 0.5."""
     lowest, highest = _extreme(values, index, "amin"), _extreme(values, index, "amax")
     rounding = 8.0 * torch.finfo(values.dtype).eps * lowest.abs().maximum(highest.abs())
     is_flat = (highest - lowest <= rounding.clamp(min=MIN_RANGE))[index]

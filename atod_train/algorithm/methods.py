@@ -1,4 +1,4 @@
-"""ATOD and the methods it is compared with: one loop, other coefficients, weights and losses.
+"""Define ATOD and its baselines: one loop with other coefficients, weights and losses.
 
 Every method is A_t = kappa * w * delta_t + rho * A_i (Eq. 8):
 
@@ -11,13 +11,13 @@ Every method is A_t = kappa * w * delta_t + rho * A_i (Eq. 8):
     tcod    1         0         1                              `turn_limit`, arXiv:2604.24005
     sdar    0         1         -                              `auxiliary_loss`, arXiv:2605.15155
 
-The file stands in the order of use: what a method is, advantages, losses. Schedules are in
-`schedules.py`, which has their table; weights of the teacher's term are in `weights.py`. Names and
-shapes as in `atod.py`; results are detached, but for the losses. The trainer never asks which
-method it runs.
+The file is in the order of use: methods, advantages, losses. Schedules and their table are in
+`schedules.py`; weights of the teacher's term are in `weights.py`. Names and
+shapes as in `atod.py`; results are detached, except the losses. The trainer never branches on
+the name of a method.
 
-With opd_signal exact or top-k, delta_t is minus the reverse KL over the vocabulary instead of the
-log-ratio of the sampled token.
+With opd_signal exact or top-k, delta_t is the negative reverse KL over the vocabulary instead of
+the log-ratio of the sampled token.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ SDAR_COEFFICIENT = 0.01
 SDAR_GATE_SHARPNESS = 5.0
 LOW_PRECISION_DISAGREEMENT = 0.05
 """Nats per token: in bfloat16 the log-probs of two equal models differ by 0.046 on average
-(SmolLM2-135M), which `MIN_DISAGREEMENT` would take for a signal."""
+(SmolLM2-135M), above `MIN_DISAGREEMENT`."""
 
-# -- what a method is ------------------------------------------------------------------------------
+# -- methods ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One line of the table above."""
+    """One row of the table above."""
 
     kappa: float | None
-    """Coefficient of the teacher's term; None: of the schedule."""
+    """Coefficient of the teacher's term; None: the schedule's."""
     rho: float | None
-    """Coefficient of the reward's term; None: of the schedule."""
+    """Coefficient of the reward's term; None: the schedule's."""
     weights: Literal["chosen", "uniform", "sod"] = "uniform"
-    """Of the teacher's term; chosen: by the setting `turn_weights`."""
+    """Weights of the teacher's term; chosen: by the setting `turn_weights`."""
     needs_teacher: bool = True
 
 
@@ -104,7 +104,7 @@ def coefficients(
     Args:
         settings: method, coefficients and schedule.
         step: optimiser cycle.
-        progress: of a schedule that has a state, in [0, 1]; others take `step`.
+        progress: of a schedule with a state, in [0, 1]; others use `step`.
     """
     method = method_of(settings.method)
     if method.kappa is not None and method.rho is not None:
@@ -118,7 +118,7 @@ def coefficients(
 def scores_teacher(settings: AlgorithmConfig, step: int, progress: float = 0.0) -> bool:
     """Return whether a step scores completions with the teacher; arguments as `coefficients`.
 
-    A schedule withdraws the teacher where kappa is 0: its scores would change nothing.
+    A schedule withdraws the teacher when kappa is 0: its scores would have no effect.
     """
     method = method_of(settings.method)
     is_withdrawn = method.kappa is None and coefficients(settings, step, progress)[0] == 0.0
@@ -126,10 +126,10 @@ def scores_teacher(settings: AlgorithmConfig, step: int, progress: float = 0.0) 
 
 
 def exact_top_k(settings: AlgorithmConfig) -> int | None:
-    """Return how many tokens `opd_signal` compares one by one: 0: all; None: sampled tokens only.
+    """Return the number of tokens that `opd_signal` compares; 0: all; None: sampled tokens only.
 
-    Not None is the exact signal: the teacher's term is a divergence that the loss takes directly.
-    ValueError for an unknown signal, and for a method that takes only sampled tokens (sdar).
+    A number means the exact signal: the teacher's term is a divergence that the loss uses directly.
+    ValueError for an unknown signal, and for a method that supports sampled tokens only (sdar).
     """
     name, _, number = settings.opd_signal.partition(":")
     if name == "sampled" and not number:
@@ -151,7 +151,7 @@ def exact_top_k(settings: AlgorithmConfig) -> int | None:
 
 
 def turn_limit(settings: AlgorithmConfig, step: int, max_turns: int) -> int:
-    """Turns an episode may take in optimiser cycle `step` (counted from 1).
+    """Return the turn limit of an episode in optimiser cycle `step` (counted from 1).
 
     tcod: min(1 + floor(step / 6), max_turns), its forward curriculum; others: max_turns.
     """
@@ -165,16 +165,16 @@ def turn_limit(settings: AlgorithmConfig, step: int, max_turns: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Advantages:
-    """Advantages of a batch and where they come from; all tensors detached."""
+    """Advantages of a batch and their terms; all tensors detached."""
 
     values: Tensor
-    """[R, T], 0 on padding; the sum of the two terms, or rl_term where divergences were given."""
+    """[R, T], 0 on padding; the sum of the two terms, or rl_term if divergences are given."""
     opd_term: Tensor
-    """[R, T] the teacher's term; kappa * w * -divergence where divergences were given."""
+    """[R, T] the teacher's term; kappa * w * -divergence if divergences are given."""
     rl_term: Tensor
     """[R, T] the reward's term."""
     turn_weights: Tensor
-    """[R] weight of the teacher's share; token-level variant: mean over the turn's tokens."""
+    """[R] weight of the teacher's term; token-level variant: mean over the turn's tokens."""
     disagreement: Tensor
     """[R] mean |delta| in nats per token; 0 without a teacher."""
     uncertainty: Tensor
@@ -182,11 +182,11 @@ class Advantages:
     kappa: float
     rho: float
     divergence_weights: Tensor | None = None
-    """[R, T] or [R, 1] kappa * w; None where no divergences were given.
+    """[R, T] or [R, 1] kappa * w; None if no divergences are given.
 
-    Then the teacher's part is a loss of its own: the mean of these weights times the divergences of
-    the current student. Its gradient is that of the sampled-token part kappa * w * delta_t of the
-    policy loss, averaged over what the student could have sampled, before any update."""
+    Then the teacher's term is a separate loss: the mean of these weights times the divergences of
+    the current student. Its gradient is that of the sampled-token term kappa * w * delta_t of the
+    policy loss, averaged over all tokens that the student could have sampled, before any update."""
 
 
 def compute_advantages(
@@ -197,18 +197,18 @@ def compute_advantages(
     progress: float = 0.0,
     min_disagreement: float = MIN_DISAGREEMENT,
 ) -> Advantages:
-    """Per-token advantages of the method in `settings` at optimiser cycle `step`.
+    """Compute the per-token advantages of the method in `settings` at optimiser cycle `step`.
 
     Args:
         batch: R turn rows of N trajectories.
         scores: of the student before the update and, as `reference_logprobs`, of the teacher.
-            Where `divergences` are given, they take the place of -delta_t. Padding may hold
-            anything.
+            If `divergences` are given, they replace -delta_t. Padding may contain
+            any values.
         settings: method, coefficients and variants.
         step: optimiser cycle, counted from 1.
-        progress: of a schedule that has a state, in [0, 1]; others take `step`.
-        min_disagreement: nats per token below which the teacher's weights are 1; more where a
-            model is scored in low precision, whose rounding is no disagreement.
+        progress: of a schedule with a state, in [0, 1]; others use `step`.
+        min_disagreement: nats per token below which the teacher's weights are 1; larger if a
+            model is scored in low precision, whose rounding is not disagreement.
 
     Raises:
         ValueError: an unknown method; no reference_logprobs in a step that needs them; a
@@ -251,11 +251,11 @@ def compute_advantages(
 
 
 def _row_advantages(batch: Batch, settings: AlgorithmConfig) -> Tensor:
-    """A_i of every turn row, [R].
+    """Compute A_i of every turn row, [R].
 
     Over trajectories, the group's returns are normalised (penalties are part of a return) and all
     turns of a trajectory share the result. Over turns, a row's value is its trajectory's return
-    with all penalties taken back, less the row's own penalty; the values of all turn rows of the
+    without all penalties, minus the row's own penalty; the values of all turn rows of the
     group are normalised together, so that long trajectories weigh more in mean and deviation.
     """
     index, returns = batch.trajectory_index, batch.returns
@@ -303,7 +303,7 @@ def _weights(
     return preserve_mean(weights, mask, index) if variant == "mean_preserving" else weights
 
 
-# -- a loss of its own -----------------------------------------------------------------------------
+# -- auxiliary loss --------------------------------------------------------------------------------
 
 
 def auxiliary_loss(
@@ -313,20 +313,20 @@ def auxiliary_loss(
     mask: Tensor,
     normalizer: Tensor,
 ) -> Tensor | None:
-    """Return the 0-d term that a method adds to the policy loss; None for all but sdar.
+    """Return the 0-d term that a method adds to the policy loss; None for all except sdar.
 
     sdar: 0.01 * mean(gate * (teacher_logprobs - logprobs)) with the detached gate
     sigmoid(5 * (teacher_logprobs - logprobs)). Its gradient is that of -gate * logprobs: it raises
-    the sampled tokens that the teacher finds likelier than the student does, and nearly leaves the
-    others alone. This plain log-ratio form is the one found in public copies of the code of
-    arXiv:2605.15155. The other reading, a policy-gradient surrogate -(delta * ratio), would push
-    rejected tokens down, which is what the gate is there to avoid. (open) The published teacher is
+    the sampled tokens that the teacher finds more likely than the student, and has little effect on
+    the others. This plain log-ratio form is the one in public copies of the code of
+    arXiv:2605.15155. The other reading, a policy-gradient surrogate -(delta * ratio), would lower
+    rejected tokens, which the gate is meant to avoid. (open) The published teacher is
     the student itself with privileged context; here it is the teacher model.
 
     Args:
         method: name of the method.
         logprobs: [R, T] current student, nats; the only path of the gradient.
-        teacher_logprobs: [R, T], finite on sampled tokens as `compute_advantages` has checked.
+        teacher_logprobs: [R, T], finite on sampled tokens, as `compute_advantages` checks.
         mask: [R, T] bool.
         normalizer: [R] rows of `atod.loss_normalizer` over the whole mini-batch.
 

@@ -1,4 +1,4 @@
-"""Schedules of method atod: kappa and rho of every step, and when the teacher is withdrawn.
+"""Define the schedules of method atod: kappa and rho of every step, and the end of the teacher.
 
     schedule    kappa; rho                                         state     source
     linear:80   kappa[0] to kappa[1]; rho[0] to rho[1] (80 steps)  -         ATOD, Eq. 10-12
@@ -12,8 +12,8 @@
 
 M_S is the student's training success over the last steps, M_T the teacher's ("Guide, then let go").
 A schedule is a course from the first to the last coefficients (`atod.Schedule`) and a progress on
-it, from 0 to 1. The number of the step gives the progress, or the run does: then it is part of a
-`ScheduleState`, which checkpoints keep. A step with kappa = 0 does not score the teacher.
+it, from 0 to 1. The progress depends on the step number or on the run; in the second case it is
+part of a `ScheduleState`, which checkpoints contain. A step with kappa = 0 uses no teacher.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _is_share(number: str) -> bool:
 
 
 def schedule_of(settings: AlgorithmConfig) -> Schedule:
-    """Return the course of the coefficients; the run gives the progress where it has a state.
+    """Return the course of the coefficients; the run gives the progress if there is a state.
 
     Raises:
         ValueError: as `parse_schedule` and `Schedule`.
@@ -86,18 +86,18 @@ def schedule_of(settings: AlgorithmConfig) -> Schedule:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleState:
-    """Where a schedule that follows the run stands after a step."""
+    """The state of a schedule that follows the run, after a step."""
 
     progress: float = 0.0
     """Of the next step, from 0 to 1; at 1 `gap` and `handoff` have withdrawn the teacher."""
     seen: tuple[float, ...] = ()
     """gap: training success of the last K steps; handoff: mean |delta| of the last 2 W steps."""
     teacher_success: float | None = None
-    """M_T of `gap`, where it is measured."""
+    """M_T of `gap`, if it is measured."""
 
 
 def has_state(settings: AlgorithmConfig) -> bool:
-    """Return whether progress comes from the run itself, see `advanced`."""
+    """Return whether progress is computed from the run, see `advanced`."""
     name, number = parse_schedule(settings.schedule)
     follows_run = name in ("adaptive", "gap") or (name == "handoff" and number is None)
     return settings.method == "atod" and follows_run
@@ -114,16 +114,16 @@ def advanced(
     """Return the state after a step; progress never falls, except that of `gap` before its end.
 
     adaptive: without a success all trajectories of a group have the same return, and only the
-    teacher gives a signal. So progress rises by `ADAPTIVE_RATE` times the share of groups with a
-    success: in 25 steps where all have one, and not at all where none has.
+    teacher gives a signal. Progress therefore rises by `ADAPTIVE_RATE` times the share of groups
+    with a success: in 25 steps if all have one, and not at all if none has.
 
     gap: M_S / M_T, where M_S is the mean training success of the student over the last K = 5 steps
     (fewer at the start), so that a step does not set its own kappa. Once M_S reaches M_T the
-    teacher is withdrawn for good.
+    teacher is withdrawn permanently.
 
     handoff: 1 as soon as the mean |delta| of the last W = 10 steps is at most 2 % below that of the
-    W steps before, where |delta| is the metric `disagreement`. These are W and the limit with which
-    TIDE moves on; RetireOPD (arXiv:2609.20784) retires its teacher by the same signal.
+    W steps before, where |delta| is the metric `disagreement`. W and the limit are those of TIDE;
+    RetireOPD (arXiv:2609.20784) retires its teacher by the same signal.
 
     Args:
         state: before the step.

@@ -1,4 +1,4 @@
-"""Weights of the teacher's term other than T-DUR's: SOD's, and the ablations of ATOD.
+"""Weights of the teacher's term besides T-DUR's: SOD's, and the ablations of ATOD.
 
 Names and shapes as in `atod.py`; results are detached. (open) Top-fraction gives weight 1 to a
 trajectory's highest soft-OR turns, ties included, and 0 to the rest.
@@ -24,7 +24,7 @@ TurnWeights = Literal[
 
 
 def parse_turn_weights(text: str) -> tuple[TurnWeights, float]:
-    """Return the variant that the setting `turn_weights` names, and its number (0 for none).
+    """Return the variant in the setting `turn_weights`, and its number (0 for none).
 
     Raises:
         ValueError: an unknown variant, or a number that is missing, not taken or out of range.
@@ -46,10 +46,10 @@ def parse_turn_weights(text: str) -> tuple[TurnWeights, float]:
 
 
 def sod_weights(disagreement: Tensor, trajectory_index: Tensor, turn_index: Tensor) -> Tensor:
-    """SOD's turn weights: w_1 = 1, w_k = min(prod_{u<k} (d_u + eps) / (d_{u+1} + eps), 1.2).
+    """Compute SOD's weights: w_1 = 1, w_k = min(prod_{u<k} (d_u + eps) / (d_{u+1} + eps), 1.2).
 
-    The product telescopes to (d_1 + eps) / (d_k + eps): a turn counts less the further the
-    student has drifted from the teacher since the trajectory's first turn (arXiv:2605.07725).
+    The product telescopes to (d_1 + eps) / (d_k + eps): the weight falls as the student drifts from
+    the teacher after the trajectory's first turn (arXiv:2605.07725).
     Takes d_k [R] in nats per token, `trajectory_index` [R] and `turn_index` [R], whose smallest
     value in a trajectory marks its first turn. Returns [R] in (0, 1.2].
     """
@@ -73,10 +73,10 @@ def token_weights(
     quantile: float = 0.98,
     min_disagreement: float = MIN_DISAGREEMENT,
 ) -> Tensor:
-    """Token-level weights: soft OR of |delta| and NLL, each min-max scaled over the batch.
+    """Compute token-level weights: soft OR of |delta| and NLL, each min-max scaled over the batch.
 
     Takes delta_t and the old log-probabilities of the student, [R, T] each; the NLL is clipped at
-    its `quantile` of the batch (linear interpolation). Where no token of the batch disagrees by
+    its `quantile` of the batch (linear interpolation). If no token of the batch disagrees by
     `min_disagreement` nats, all weights are 1. Returns [R, T] in [0, 1], 0 on padding.
     """
     disagreement = log_ratio.detach()[mask].abs()
@@ -86,7 +86,7 @@ def token_weights(
         return weights
     if float(disagreement.max()) < min_disagreement:
         return masked(torch.ones_like(log_ratio), mask)
-    # torch.quantile refuses more than 2**24 elements, which one large batch exceeds.
+    # torch.quantile supports at most 2**24 elements, fewer than a large batch has.
     position = quantile * (uncertainty.numel() - 1)
     ordered = uncertainty.sort().values
     below, above = ordered[math.floor(position)], ordered[math.ceil(position)]
@@ -98,9 +98,9 @@ def token_weights(
 
 
 def keep_top_fraction(weights: Tensor, fraction: float, trajectory_index: Tensor) -> Tensor:
-    """1 for the ceil(fraction * K) highest weights of each trajectory and their ties, else 0.
+    """Return 1 for the ceil(fraction * K) highest weights of each trajectory and ties, else 0.
 
-    Takes and returns [R]; `fraction` is in (0, 1]. Equal weights, as the guards leave them, are
+    Takes and returns [R]; `fraction` is in (0, 1]. Equal weights, as the guards return them, are
     all kept.
     """
     if weights.numel() == 0:
@@ -109,7 +109,7 @@ def keep_top_fraction(weights: Tensor, fraction: float, trajectory_index: Tensor
     order = weights.argsort(descending=True, stable=True)
     order = order[trajectory_index[order].argsort(stable=True)]
     turns = torch.bincount(trajectory_index)
-    # The small number keeps a product such as 3.0000001 from counting as 4.
+    # The small number prevents that a product such as 3.0000001 counts as 4.
     kept = (turns * fraction - 1e-4).ceil().long().clamp(min=1)
     last_kept = (turns.cumsum(0) - turns + kept - 1).clamp(max=weights.numel() - 1)
     return (weights >= weights[order][last_kept][trajectory_index]).to(weights.dtype)
@@ -118,7 +118,7 @@ def keep_top_fraction(weights: Tensor, fraction: float, trajectory_index: Tensor
 def preserve_mean(weights: Tensor, mask: Tensor, trajectory_index: Tensor) -> Tensor:
     """Rescale each trajectory's weights [R] to a token-weighted mean of 1.
 
-    The ratio of a weight to the mean is clipped to [0.5, 2]; then the mean is made 1 once more, so
+    The ratio of a weight to the mean is clipped to [0.5, 2]; then the mean is set to 1 again, so
     that a weight may leave that range. Weights are 1 in a trajectory without sampled tokens.
     """
     tokens = mask.sum(-1).to(weights.dtype)
