@@ -1,6 +1,6 @@
-"""What fits the memory of a device: episodes played at once, tokens of a micro-batch.
+"""Compute how many episodes and tokens fit the memory of a device.
 
-Both change memory and speed alone: results stay the same, up to rounding.
+Both affect memory and speed only: results stay the same, up to rounding.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import torch
 from atod_train.models.policy import Policy
 
 _CACHE_SHARE = 0.2
-"""Of a processor's memory, for the keys and values of a rollout."""
+"""Share of a processor's memory for the keys and values of a rollout."""
 _DEVICE_SHARE = 0.5
-"""Of what is left of a GPU's memory, for keys and values, or for an update's hidden states."""
+"""Share of a GPU's free memory for keys and values, or for an update's hidden states."""
 _TRAINED = 16
-"""Bytes of a weight while it is trained: itself, its gradient and two moments in float32."""
+"""Bytes of a trained weight: the weight, its gradient and two moments in float32."""
 _NUMBERS_PER_WIDTH = 5
-"""Numbers that a layer keeps for its backward pass, for each output of its matrices and token:
+"""Numbers that a layer keeps for its backward pass, per token and output of its matrices:
 measured with Llama, Qwen2 and Qwen3."""
 _FEWEST_TOKENS, _MOST_TOKENS, _TOKENS_ON_PROCESSOR = 1024, 16384, 2048
 
 
 def episodes_at_once(policy: Policy, max_context: int, processes: int = 1) -> int:
-    """Return how many episodes of `max_context` tokens have room for their keys and values.
+    """Return how many episodes of `max_context` tokens fit memory with their keys and values.
 
     Args:
         policy: The model.
         max_context: Longest sequence in tokens.
-        processes: How many share a processor's memory; each has a GPU of its own.
+        processes: Number of processes that share a processor's memory; each has its own GPU.
     """
     _, _, _, keys = _widths(policy.model.config)
     per_token = 2 * keys * policy.layer_dtype.itemsize * policy.model.config.num_hidden_layers
     if policy.device.type == "cuda":
-        # What the allocator holds without using it is free, too.
+        # Memory that the allocator reserves without using it is free, too.
         free, _ = torch.cuda.mem_get_info(policy.device)
         free += torch.cuda.memory_reserved(policy.device)
         budget = _DEVICE_SHARE * (free - torch.cuda.memory_allocated(policy.device))
@@ -46,7 +46,7 @@ def episodes_at_once(policy: Policy, max_context: int, processes: int = 1) -> in
 
 
 def tokens_at_once(policy: Policy) -> int:
-    """Return how many tokens a micro-batch has where no setting says it: 2048 on a processor.
+    """Return the tokens of a micro-batch without a setting: 2048 on a processor.
 
     On a GPU it depends on the model and the size of the memory.
     """
@@ -57,7 +57,7 @@ def tokens_at_once(policy: Policy) -> int:
     width, mlp, queries, keys = _widths(config)
     per_token = _NUMBERS_PER_WIDTH * size * (width + mlp + queries + 2 * keys)
     if policy.gradient_checkpointing:
-        per_token += 4 * width * layers  # one layer at a time, and what goes into each
+        per_token += 4 * width * layers  # one layer at a time, and the input of each
     else:
         per_token *= layers
     weights = sum(weight.numel() for weight in policy.model.parameters())

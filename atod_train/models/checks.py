@@ -1,6 +1,6 @@
 """Check a model before a run.
 
-`check_config` reads the configuration alone, so that a model is refused within the first second.
+`check_config` reads the configuration only, so that a model is refused within the first second.
 `check_model` compares sampling and scoring with plain forward passes on a few tokens.
 """
 
@@ -20,19 +20,19 @@ from atod_train.models.policy import Policy, max_positions
 
 
 def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> None:
-    """Refuse a model that would be sampled or scored wrongly, by its configuration.
+    """Refuse a model, by its configuration, that would be sampled or scored incorrectly.
 
     Args:
         config: of the model.
         name: for the message.
-        max_context: longest sequence in tokens; 0: any length that the model takes.
+        max_context: longest sequence in tokens; 0: any length that the model supports.
 
     Raises:
         AtodError: layers without full attention, an attention window or positions shorter than
             `max_context`, positions as an attention bias, attention that transformers does not
             compute with scaled_dot_product_attention, or a language model inside a larger one.
     """
-    # A model with code of its own is not in the mapping; loading checks it.
+    # A model with its own code is not in the mapping; loading checks it.
     architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -41,7 +41,7 @@ def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> N
     window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
     why = ""
     if config.get_text_config() is not config:
-        why = "holds its language model inside a larger one, with images or sound"
+        why = "contains its language model inside a larger one, with images or sound"
     elif others:
         why = f"has layers of type {', '.join(others)}; sampling here needs full attention in all"
     elif getattr(config, "is_encoder_decoder", False):
@@ -95,11 +95,11 @@ def _difference(policy: Policy, samples: bool) -> str:
     other[0, -1] = (other[0, -1] + 1) % policy.vocabulary
     changed = policy.hidden_states(other)
     if not torch.allclose(changed[:, :-1], states[:, :-1], rtol=1e-4, atol=1e-5):
-        return "lets a token see those after it (an encoder), so it cannot generate"
+        return "attends to later tokens (an encoder), so it cannot generate"
     with policy.precision():
         plain = policy.model(input_ids=ids, use_cache=False).logits[0].float()
     plain = plain[:, : policy.vocabulary].log_softmax(-1)
-    # Nats that count as rounding, of tokens that are not all but impossible.
+    # Nats that count as rounding, for tokens that are not nearly impossible.
     tolerance = 1e-3 if policy.layer_dtype == torch.float32 else 0.5
 
     def differ(logits: Tensor, expected: Tensor) -> bool:

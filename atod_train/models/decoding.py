@@ -1,8 +1,8 @@
-"""Next-token logits of sequences whose keys and values are cached: any decoder, any device.
+"""Compute next-token logits of sequences with a KV cache: any decoder, any device.
 
-Each sequence is a row of the cache and has its own length. New keys and values are written where
-the row's own context ends, so there are no gaps, rows of different lengths share a batch, and the
-numbers of a row do not depend on its neighbours.
+Each sequence is a row of the cache and has its own length. New keys and values are written at
+the end of the row's own context, so there are no gaps, rows of different lengths share a batch, and
+the numbers of a row are independent of its neighbours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CAPACITY_STEP = 128
 """The capacity of a cache is a multiple of this many tokens."""
 
 _MASK_ELEMENTS = 2**26
-"""Elements of the attention mask of one forward pass; more rows are fed in several passes."""
+"""Limit of attention mask elements of one forward pass; more rows take several passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,12 @@ class Feed:
     row: int
     """Row of the sequence in the cache."""
     start: int
-    """Tokens of the sequence that the cache holds already."""
+    """Number of tokens of the sequence that are in the cache."""
     ids: Sequence[int]
 
     @property
     def end(self) -> int:
-        """Tokens that the cache holds afterwards."""
+        """Number of tokens in the cache after feeding."""
         return self.start + len(self.ids)
 
 
@@ -50,7 +50,7 @@ class KVCache(Cache):
         device: Device of the model.
 
     Attributes:
-        capacity: Tokens for which every row has room.
+        capacity: Number of tokens that fit every row.
         stored: Keys and values of a layer by its number, [rows, heads, capacity, head_width] each.
     """
 
@@ -65,23 +65,23 @@ class KVCache(Cache):
         self._visible = 0
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` tokens in every row."""
+        """Extend the capacity to `tokens` tokens in every row."""
         if tokens <= self.capacity:
             return
         tokens = max(tokens, self.capacity + self.capacity // 4)
         missing = -(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP - self.capacity
         self.capacity += missing
         for layer, states in self.stored.items():
-            # Zeros: a masked NaN would still spoil the attention sum.
+            # Zeros: a masked NaN would still make the attention sum NaN.
             self.stored[layer] = [pad(held, (0, 0, 0, missing)) for held in states]
 
     def aim(self, rows: Tensor, positions: Tensor, visible: int) -> None:
-        """Set where the next forward pass writes and what it reads.
+        """Set the positions that the next forward pass writes and reads.
 
         Args:
             rows: [n] int64, ascending; neighbours are read in place, others are copied.
             positions: [n, q] int64 on the device, position of each new token in its row.
-            visible: Positions of a row that are attended to, at most.
+            visible: Number of positions of a row that are attended to, at most.
         """
         first, end = int(rows[0]), int(rows[-1]) + 1
         rows_there = rows.to(self.device)
@@ -111,7 +111,7 @@ class KVCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store the states of a transformers model; return what they may attend to."""
+        """Store the states of a transformers model; return the states to attend to."""
         # Under autocast rotary tables are float32, and so would be the keys.
         states = (key_states.to(value_states.dtype), value_states)
         keys, values = self.write(layer_idx, states, self._index)
@@ -121,7 +121,7 @@ class KVCache(Cache):
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the positions that are attended to."""
+        """Return the number of positions that are attended to."""
         return self._visible
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
@@ -138,7 +138,7 @@ def padded_logits(policy: Policy, cache: KVCache, feeds: Sequence[Feed]) -> Tens
 
     Args:
         policy: The model.
-        cache: It is extended; rows have room for at least one token more than are fed.
+        cache: It is extended; rows have capacity for at least one token more than are fed.
         feeds: Of n rows in ascending order; shorter ones are padded on the right.
     """
     width = max(len(feed.ids) for feed in feeds)
@@ -148,13 +148,13 @@ def padded_logits(policy: Policy, cache: KVCache, feeds: Sequence[Feed]) -> Tens
         return torch.cat(
             [padded_logits(policy, cache, part) for part in (feeds[:half], feeds[half:])]
         )
-    # Padding is written beyond the context of its row; later tokens overwrite it before they see
-    # it. The model may not have positions as far as padding reaches.
+    # Padding is written beyond the context of its row; later tokens overwrite it before they attend
+    # to it. The model's positions may end before the padding does.
     last = min(cache.capacity, policy.max_positions) - 1
     first_row, number = feeds[0].row, torch.arange(len(feeds))
     ends = torch.tensor([len(feed.ids) - 1 for feed in feeds])
     if width == 1:
-        # Rows in between, whose completions have ended, are computed too: copying the keys of the
+        # Rows in between, whose completions have ended, are computed, too: copying the keys of the
         # others would cost more.
         fed = {feed.row: feed for feed in feeds}
         number = torch.tensor([row - first_row for row in fed])

@@ -4,8 +4,8 @@ In chat style an episode is one growing sequence of tokens,
 
     prompt_0 + completion_0 + continuation_1 + completion_1 + continuation_2 + ...
 
-in which completions stay exactly as they were sampled: encoding a decoded completion may give other
-tokens. In window style every turn has a prompt of its own.
+in which completions stay exactly as sampled: encoding a decoded completion may give different
+tokens. In window style every turn has its own prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from atod_gym.types import Message
 from atod_train.config import parse_prompt_style
 from atod_train.records import FinishReason
 
-# Messages with which the chat template is probed; words that no template contains by itself.
+# Messages that probe the chat template; words that no template contains itself.
 _USERS = tuple(Message("user", word) for word in ("Aqzuser", "Bqzuser", "Cqzuser"))
 _REPLIES = tuple(Message("assistant", word) for word in ("Dqzreply", "Eqzreply"))
 
@@ -33,7 +33,7 @@ _MARK = "\ue083"
 
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 TEMPLATE_DATE = datetime(2024, 7, 26)
-"""Today's date for chat templates that ask for it; `template_options` can set another one."""
+"""Date for chat templates with a date; `template_options` can set another one."""
 
 _REWRITES = (
     "The chat template of this tokenizer does not only append: it renders earlier turns "
@@ -82,7 +82,7 @@ class DialogueEncoder:
         self._template = _DATE.sub(
             lambda asked: repr(TEMPLATE_DATE.strftime(asked[2])), tokenizer.get_chat_template()
         )
-        # Environments give the same observations again and again.
+        # Environments often repeat their observations.
         self._continuation = lru_cache(50_000)(self._encode_continuation)
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
         longest_first = sorted(map(re.escape, special - {""}), key=len, reverse=True)
@@ -105,8 +105,8 @@ class DialogueEncoder:
 
         Args:
             messages: The messages that are new in this turn.
-            previous_finish_reason: "stop" if the previous completion holds its end-of-turn token;
-                else that token comes first here.
+            previous_finish_reason: "stop" if the previous completion contains its end-of-turn
+                token; else that token comes first here.
 
         Returns:
             Ids up to and including the next generation prompt.
@@ -181,14 +181,14 @@ class DialogueEncoder:
     def _text_tokenizer(self) -> Any:
         """A tokenizer that encodes control tokens as their characters.
 
-        A copy: the setting must not change under threads that use the tokenizer.
+        A copy, because threads that use the tokenizer must not see a changed setting.
         """
         copied = copy.deepcopy(self.tokenizer.backend_tokenizer)
         copied.encode_special_tokens = True
         return copied
 
     def _after_reply(self, messages: tuple[Message, ...] = ()) -> list[int]:
-        """Return the ids that follow an assistant's reply; further messages follow it."""
+        """Return the ids after an assistant's reply, including those of further messages."""
         dialogue = (_USERS[0], _REPLIES[0], *messages)
         rendered = self._render(dialogue, generate=bool(messages))
         return self._encode(rendered.partition(_REPLIES[0].content)[2].lstrip())
@@ -213,8 +213,8 @@ class DialogueEncoder:
             dialogue += [reply, user]
             prompts.append(self._render(dialogue, generate=True))
             before, _, after = prompts[-1].partition(reply.content)
-            # A generation prompt may hold more than what later stands before the reply (an empty
-            # thought). That is harmless: the sequence keeps what was fed. Some templates put a
+            # A generation prompt may contain more than the prefix of a later reply (an empty
+            # thought). That is harmless: the sequence keeps the fed tokens. Some templates put a
             # space before the reply, which the model then samples.
             if not prompts[-2].rstrip().startswith(before.rstrip()):
                 raise AtodError(_REWRITES.format("an earlier prompt changes"))

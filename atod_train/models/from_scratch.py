@@ -1,4 +1,4 @@
-"""Decoders with random weights, for models that are trained from scratch."""
+"""Make decoders with random weights, for models that are trained from scratch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def build_policy(
     if isinstance(shape, str):
         if shape not in MODEL_SHAPES:
             raise InvalidSettingError(
-                f"There is no model preset {shape!r}. Use one of {', '.join(MODEL_SHAPES)}, or the "
+                f"Unknown model preset {shape!r}. Use one of {', '.join(MODEL_SHAPES)}, or the "
                 "path of a saved model with load_policy."
             )
         name, shape = name or shape, MODEL_SHAPES[shape]

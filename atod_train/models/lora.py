@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) through peft, placed inside a model.
+"""Add low-rank adapters (LoRA, arXiv:2106.09685) to a model with peft.
 
-The model stays of its own class, so that everything else treats it as any other; only the adapters
+The model keeps its class, so that other code needs no changes; only the adapters
 are trained.
 """
 
@@ -18,7 +18,7 @@ from atod_gym.errors import AtodError, MissingExtraError
 
 _BASE, _ADAPTER = ".base_layer.", ".lora_"
 _MOST = 0.9
-"""Share of the decoder's matrices below which a warning is given."""
+"""A warning is given below this share of the decoder's matrices."""
 
 
 def add_adapters(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> None:
@@ -31,8 +31,8 @@ def add_adapters(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> None:
     Args:
         model: it is changed in place.
         rank: rows of A.
-        dtype: precision that the decoder's layers run in. Frozen matrices are stored in it, since
-            autocast would convert them to it for each token.
+        dtype: precision of the decoder's layers. Frozen matrices are stored in it, since
+            autocast would convert them for each token.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -60,7 +60,7 @@ def add_adapters(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> None:
             total += weight.numel()
             adapted += weight.numel() if _BASE in name else 0
     for module in decoder.modules():
-        # Embeddings are looked up in the precision that they are stored in.
+        # Embedding look-ups use the stored precision.
         if not isinstance(module, nn.Embedding):
             for weight in module.parameters(recurse=False):
                 if weight.ndim > 1 and not weight.requires_grad:

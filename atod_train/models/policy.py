@@ -30,19 +30,19 @@ Computation = Callable[[], dict[str, Tensor]]
 class Policy:
     """A causal language model and its tokenizer.
 
-    The record itself is frozen; the model's parameters are what training changes.
+    The record is frozen; training changes the model's parameters.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     autocast_dtype: torch.dtype | None = None
-    """Run the decoder layers in this lower precision (`torch.bfloat16`); None: as stored."""
+    """Lower precision of the decoder layers (`torch.bfloat16`); None: as stored."""
     gradient_checkpointing: bool = False
-    """Compute the decoder layers again in the backward pass instead of keeping their results."""
+    """Recompute the decoder layers in the backward pass instead of keeping their results."""
     forward_within: Callable[[Computation], dict[str, Tensor]] | None = None
-    """Run a computation as one forward pass of `model`; for models whose weights are gathered for
-    it (FSDP). None: call it."""
+    """Run a computation as one forward pass of `model`, for models whose weights are gathered for
+    it (FSDP). None: call it directly."""
 
     @property
     def device(self) -> torch.device:
@@ -51,12 +51,12 @@ class Policy:
 
     @property
     def layer_dtype(self) -> torch.dtype:
-        """Precision that the decoder layers run in."""
+        """Precision of the decoder layers."""
         return self.autocast_dtype or self.model.dtype
 
     @property
     def pad_id(self) -> int:
-        """Id for padding; any id serves, since padding is never attended to nor predicted."""
+        """Id for padding; any id is valid, since padding is never attended to or predicted."""
         for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if isinstance(token_id, int):
                 return token_id
@@ -75,7 +75,7 @@ class Policy:
 
     @property
     def embedding_rows(self) -> int:
-        """Rows of the embedding: the vocabulary, perhaps padded."""
+        """Rows of the embedding: the vocabulary, possibly padded."""
         return len(self._embedding())
 
     def hidden_states(
@@ -84,8 +84,8 @@ class Policy:
         """Return the last hidden states [s, l, width] of the decoder.
 
         Args:
-            input_ids: [s, l] int64 on the model's device. With no further inputs attention is
-                causal and sequences are taken as right-padded, so that no mask is needed.
+            input_ids: [s, l] int64 on the model's device. Without further inputs attention is
+                causal and sequences are right-padded, so that no mask is needed.
             cache: Keys and values so far; the new ones are added.
             **inputs: Further inputs of the transformers model (mask, positions).
         """
@@ -100,9 +100,9 @@ class Policy:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return next-token logits [.., vocabulary] float32 from hidden states [.., width].
 
-        Padded rows of the embedding, which no token has, are not in the distribution. The
-        weights of a bfloat16 model are converted: its product would be rounded to 8 bits, which is
-        more than student and teacher may differ by.
+        Padded rows of the embedding, which belong to no token, are not in the distribution. The
+        weights of a bfloat16 model are converted: its product would be rounded to 8 bits, more
+        than student and teacher may differ by.
         """
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
@@ -117,7 +117,7 @@ class Policy:
 
     @cached_property
     def _head_weight(self) -> Tensor:
-        """The weights of a bfloat16 output layer in float32; they are never trained."""
+        """Return the weights of a bfloat16 output layer in float32; they are never trained."""
         with torch.inference_mode(False):  # kept for backward passes, too
             return self.model.get_output_embeddings().weight.detach().float()
 
@@ -128,21 +128,21 @@ class Policy:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled)
 
     def save(self, path: str | Path, card: str = "") -> None:
-        """Write model, configuration and tokenizer as a folder that `from_pretrained` reads.
+        """Write model, configuration and tokenizer as a folder for `from_pretrained`.
 
-        Adapters are merged into the weights that they adapt; the policy itself keeps them apart.
+        Adapters are merged into the saved weights; the policy itself keeps them separate.
         The folder appears when it is complete. An existing folder is replaced; if its configuration
-        is the same, it holds a whole model at every moment. `card` is the text of its README.md.
+        is the same, it has a complete model at every moment. `card` is the text of its README.md.
 
         Raises:
-            AtodError: a weight is NaN or infinite, or the weights cannot be written; what was
-                there stays.
+            AtodError: a weight is NaN or infinite, or the weights cannot be written; the existing
+                files are then unchanged.
         """
         weights = merged_weights(self.model)
         for name, weight in (weights or self.model.state_dict()).items():
             if weight.is_floating_point() and not bool(weight.isfinite().all()):
                 raise AtodError(
-                    f"Model {self.name} is not saved: {name} holds NaN or infinity. Lower train.lr."
+                    f"Model {self.name} is not saved: {name} has NaN or infinity. Lower train.lr."
                 )
         try:
             with replacing_folder(Path(path), "config.json", last="*.safetensors") as partial:
@@ -156,8 +156,8 @@ class Policy:
                     (partial / "README.md").write_text(card, encoding="utf-8")
         except SafetensorError as error:
             raise AtodError(
-                f"The model {path} could not be written ({error}). Free disk space; what was "
-                "saved before is untouched."
+                f"The model {path} could not be written ({error}). Free disk space; the model "
+                "saved before is unchanged."
             ) from error
 
     def _embedding(self) -> Tensor:
@@ -167,7 +167,7 @@ class Policy:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the longest sequence of a transformers configuration; None: it names no limit."""
+    """Return the longest sequence of a transformers configuration; None: it has no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     return None if positions is None else int(positions)
 

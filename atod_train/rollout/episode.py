@@ -1,6 +1,6 @@
 """THE episode: prompt -> completion -> env.step -> record, turn by turn until it ends.
 
-Rollouts, evaluations, demonstrations and the adapters for other trainers all play it. `EnvPool`
+Rollouts, evaluations, demonstrations and the adapters for other trainers all use it. `EnvPool`
 starts episodes and plays their turns; a policy, an expert or another trainer writes completions:
 
     [episode] = pool.start([task_id])
@@ -8,11 +8,11 @@ starts episodes and plays their turns; a policy, an expert or another trainer wr
         pool.play([episode], [text], [completion])
     record = episode.trajectory()
 
-In chat style a prompt is what is new since the last completion; in window style it is a whole
-prompt. Where prompt and longest completion would not fit, the oldest turns are left out and a line
-in the prompt says so: in window style the prompt is rendered with fewer past turns; in chat style a
-new sequence begins that holds the task, that line, and the latest turns with their completions as
-they were sampled. An episode ends where not even the shortest prompt fits.
+In chat style a prompt consists of the new messages since the last completion; in window style it is
+complete. If prompt and longest completion do not fit, the oldest turns are left out and a line
+in the prompt reports it. In window style the prompt is rendered with fewer past turns. In chat
+style a new sequence begins with the task, that line, and the latest turns with their completions as
+sampled. An episode ends if even the shortest prompt does not fit.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from atod_gym.types import Message, ParsedAction, TurnObservation
 from atod_train.config import EnvConfig
 from atod_train.records import StopReason, TokenizedTurn, Trajectory, Turn
 
-if TYPE_CHECKING:  # agents that play by text need no torch
+if TYPE_CHECKING:  # agents that play by text do not need torch
     from atod_train.models.dialogue import DialogueEncoder
     from atod_train.models.generation import Completion
 
 _SHARE_KEPT = 0.5
-"""Share of the tokens left by the task that earlier turns may take in a restarted dialogue, so that
+"""Share of the remaining tokens that earlier turns may take in a restarted dialogue, so that
 it is not restarted at each turn."""
 _TEXT_ONLY = TokenizedTurn((), (), (), "stop", extends_previous=False)
 
@@ -44,32 +44,32 @@ class Limits:
     """Limits of prompts, in tokens."""
 
     completion: int
-    """Kept free after each prompt."""
+    """Tokens kept free after each prompt."""
     context: int
-    """Prompt and completion; in chat style the whole dialogue."""
+    """Limit for prompt and completion; in chat style for the whole dialogue."""
     first_prompt: int = 0
-    """Longest first prompt of a dialogue; what follows it may then take `context - first_prompt`.
-    0: it has no limit of its own."""
+    """Longest first prompt of a dialogue; the rest may then take `context - first_prompt`.
+    0: no separate limit."""
     can_restart: bool = True
-    """Whether a dialogue that is too long is restarted with its latest turns; else it ends."""
+    """Whether a dialogue that is too long is restarted with its latest turns; otherwise it ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodePrompt:
-    """Token ids to feed, and where they come from."""
+    """Token ids to feed, with their messages and context."""
 
     ids: Sequence[int]
-    """New in this turn."""
+    """The ids that are new in this turn."""
     messages: tuple[Message, ...]
-    """New in this turn; all of the prompt in window style."""
+    """The messages that are new in this turn; the complete prompt in window style."""
     context: Sequence[int] = ()
-    """What the ids follow: prompts and completions so far; empty where a sequence begins."""
+    """The ids before them: prompts and completions so far; empty at the start of a sequence."""
     turns_left_out: int = 0
-    """Earlier turns that the model does not see because they do not fit."""
+    """Number of earlier turns that were left out because they do not fit."""
 
     @property
     def whole(self) -> list[int]:
-        """All that the model sees."""
+        """Return all ids of the prompt, context included."""
         return [*self.context, *self.ids]
 
 
@@ -82,9 +82,9 @@ class Episode:
         dialogue: renders the prompts and reads the completions.
         observation: of the last turn.
         info: of the last turn, with `action` and `parse_error`.
-        messages: what the last turn adds to the prompt; in window style the whole prompt.
+        messages: the messages that the last turn adds to the prompt; in window style all of them.
         turns: the record of the turns played.
-        stop_reason: why the episode has ended; None while it is played.
+        stop_reason: why the episode has ended; None while it is running.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class Episode:
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """The listed actions, without placeholders that are to be filled in."""
+        """The listed actions, without placeholders."""
         listed = self.observation["admissible_actions"]
         return tuple([action for action in listed if not TurnEnv.is_placeholder(action)])
 
     # -- prompts -----------------------------------------------------------------------------------
 
     def next_prompt(self, encoder: DialogueEncoder, limits: Limits) -> EpisodePrompt | None:
-        """Return the prompt of the next turn; None, and the episode has ended, if none fits."""
+        """Return the prompt of the next turn; None, ending the episode, if no prompt fits."""
         if self.dialogue.style == "window":
             prompt, room = self._window_prompt(encoder, limits)
         else:
@@ -125,7 +125,7 @@ class Episode:
         return prompt
 
     def _window_prompt(self, encoder: DialogueEncoder, limits: Limits) -> tuple[EpisodePrompt, int]:
-        """Return the prompt with as many past turns as fit, and the tokens it may have."""
+        """Return the prompt with as many past turns as fit, and its limit in tokens."""
         room = limits.context - limits.completion
         messages, left_out = self.messages, 0
         ids = encoder.first(messages)
@@ -136,7 +136,7 @@ class Episode:
         return EpisodePrompt(ids, messages, turns_left_out=left_out), room
 
     def _chat_prompt(self, encoder: DialogueEncoder, limits: Limits) -> tuple[EpisodePrompt, int]:
-        """Return what follows the last completion or a new dialogue, and the tokens it may have."""
+        """Return the continuation of the dialogue or a new dialogue, and its token limit."""
         turns, messages = self.turns, self.messages
         room = limits.context - limits.completion
         if not turns:
@@ -156,7 +156,7 @@ class Episode:
         return self._new_dialogue(encoder, room), room
 
     def _new_dialogue(self, encoder: DialogueEncoder, room: int) -> EpisodePrompt:
-        """Return the dialogue from the earliest turn on that leaves room for some more turns."""
+        """Return the dialogue from the earliest turn that leaves room for some more turns."""
         turns = self.turns
         # From the last turn backwards, each adds its completion and the messages after it.
         after: list[int] = []
@@ -175,7 +175,7 @@ class Episode:
         return EpisodePrompt(best, self.messages, turns_left_out=left_out)
 
     def _opening(self, messages: tuple[Message, ...], left_out: int) -> tuple[Message, ...]:
-        """Put a later turn's messages into the first prompt: some templates refuse two in a row."""
+        """Merge a turn's messages into the first prompt: some templates refuse two in a row."""
         *before, task = self.turns[0].prompt
         parts = (task.content, left_out_note(left_out), *(message.content for message in messages))
         return (*before, replace(task, content="\n\n".join(parts)))
@@ -191,8 +191,8 @@ class Episode:
             text: the completion.
             parsed: its action, which was executed.
             result: what `env.step` returned.
-            sampled: the completion's tokens, sampled from the last `next_prompt`; None: they are
-                not known, and neither are those of the prompt.
+            sampled: the completion's tokens, sampled from the last `next_prompt`; None: unknown,
+                as are those of the prompt.
         """
         self.observation, reward, terminated, truncated, info = result
         self.info = {**info, "action": parsed.action, "parse_error": parsed.error}
@@ -226,7 +226,7 @@ class Episode:
             self.stop_reason = "terminated" if terminated else "turn_limit"
 
     def trajectory(self, group_id: int = 0) -> Trajectory:
-        """Return the record of the episode, which has ended."""
+        """Return the record of the finished episode."""
         assert self.stop_reason is not None
         return Trajectory(
             group_id=group_id,
@@ -242,7 +242,7 @@ class Episode:
 
 
 def new_messages(messages: Sequence[Mapping[str, str]]) -> tuple[Message, ...]:
-    """Return what a prompt adds to the one before: all that follows the last assistant message."""
+    """Return the messages after the last assistant message, which the prompt adds."""
     new: list[Message] = []
     for message in reversed(messages):
         if message["role"] == "assistant":

@@ -1,8 +1,8 @@
-"""Environments of one's own: any Gymnasium environment whose actions and observations are text.
+"""Adapt any Gymnasium environment whose actions and observations are text.
 
-`EnvConfig.id` takes Gymnasium's `module:id`; the module, which registers the id, is looked for in
-the current folder too. A table in `atod_train/README.md` lists what the trainer reads of an
-environment, and what it does without; `atod_train/examples/own_environment.py` is one.
+`EnvConfig.id` accepts Gymnasium's `module:id`; the module, which registers the id, is searched in
+the current folder, too. A table in `atod_train/README.md` lists what the trainer uses of an
+environment, and its defaults; `atod_train/examples/own_environment.py` is an example.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from atod_train.config import EnvConfig
 
 _TRAINING_SEEDS = 10_000
 _OTHER_SEEDS = 100
-"""Tasks of the split train and of any other split, where seeds are the tasks."""
+"""Number of tasks of the split train and of any other split, if tasks are seeds."""
 
 
 def find_spec(env_id: str) -> EnvSpec:
-    """Return what an environment is registered with; imports the module of `module:id`.
+    """Return the registration of an environment; imports the module of `module:id`.
 
     Raises:
         InvalidSettingError: the module cannot be imported, or the id is not registered.
@@ -48,7 +48,7 @@ def find_spec(env_id: str) -> EnvSpec:
         except Exception as error:
             raise InvalidSettingError(
                 f"env.id {env_id}: the module {module} cannot be imported "
-                f"({type(error).__name__}: {error}). It is looked for among the installed packages "
+                f"({type(error).__name__}: {error}). It is searched in the installed packages "
                 "and in the current folder."
             ) from error
     try:
@@ -58,7 +58,7 @@ def find_spec(env_id: str) -> EnvSpec:
             f"The module {module} must call gymnasium.register(id={name!r}, entry_point=...)."
             if module
             else f"Environments here: {', '.join(atod_gym.ENV_IDS)}. "
-            f"Name the module of an environment of your own: env.id my_module:{name}."
+            f"Give the module of your own environment: env.id my_module:{name}."
         )
         raise InvalidSettingError(f"env.id {env_id} is not registered: {error} {advice}") from error
 
@@ -79,7 +79,7 @@ def make_text_env(config: EnvConfig, split: str) -> gymnasium.Env[Any, str]:
     """Make an environment with turn-structured observations, of this project or any other.
 
     Raises:
-        AtodError: it is missing something, or refuses a setting.
+        AtodError: the environment lacks something, or refuses a setting.
     """
     spec = find_spec(config.id)
     settings: dict[str, Any] = {**config.options, "split": split, "data": config.data}
@@ -143,7 +143,7 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
 
     @property
     def manifest(self) -> TaskManifest:
-        """The tasks of the split; the hash is that of their ids, as their content is not known."""
+        """The tasks of the split; the hash covers only their ids, as their content is unknown."""
         digests = {
             task_id: hashlib.sha256(f"{self._id} {self._split} {task_id}".encode()).hexdigest()
             for task_id in self.task_ids
@@ -174,21 +174,21 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
         """Play an action.
 
         Raises:
-            InvalidSettingError: the step gives no text, or neither success nor score.
+            InvalidSettingError: the step returns no text, or neither success nor score.
         """
         is_valid = not self._actions or action in self._actions
         raw, reward, terminated, truncated, info = self.env.step(action)
         if "success" not in info and "score" not in info:
             raise InvalidSettingError(
-                f"{self._id} gives neither info['success'] nor info['score'], and a reward alone "
-                "does not say whether the task was solved. Add one of them to the info of step()."
+                f"{self._id} returns neither info['success'] nor info['score'], and a reward alone "
+                "does not show whether the task was solved. Add one of them to the info of step()."
             )
         self._turn_index += 1
         observation, info = self._turn(raw, {"is_action_valid": is_valid, **info})
         return observation, float(reward), bool(terminated), bool(truncated), info
 
     def _turn(self, raw: Any, info: dict[str, Any]) -> tuple[TurnObservation, dict[str, Any]]:
-        """Return the observation and the info of a turn, with what they lack filled in."""
+        """Return the observation and the info of a turn, with missing fields filled in."""
         found: Any = {"text": raw} if isinstance(raw, str) else raw
         if not isinstance(found, Mapping) or not isinstance(found.get("text"), str):
             raise self._no_text(f"an observation of type {type(raw).__name__}")
@@ -220,14 +220,14 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
 
 
 def check_env(config: EnvConfig, from_scratch: str = "") -> None:
-    """Play one turn in an environment that is not a `TurnEnv`, to find what it lacks at once.
+    """Play one turn in an environment that is not a `TurnEnv`, to report missing parts early.
 
     Args:
         config: the environment.
-        from_scratch: a model that is made from the expert's episodes; empty: there is none.
+        from_scratch: a model that is made from the expert's episodes; empty: none.
 
     Raises:
-        AtodError: names what is missing and what to do.
+        AtodError: names the missing part and the remedy.
     """
     if is_turn_env(find_spec(config.id)):
         return

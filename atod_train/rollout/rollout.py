@@ -1,4 +1,4 @@
-"""Collect trajectories: many episodes at once, generation batched over the active ones only."""
+"""Collect trajectories: many episodes at a time, with batched generation for the active ones."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _Task = TypeVar("_Task")
 
 
 def seed_for(seed: int, step: int, stream: str) -> int:
-    """A seed for one use at one step, so that a resumed run draws what it would have drawn."""
+    """Return a seed for one use at one step, so that a resumed run draws the same numbers."""
     digest = hashlib.sha256(f"{seed}/{step}/{stream}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
 
 
 def tasks_for_step(task_ids: Sequence[_Task], step: int, count: int, seed: int) -> list[_Task]:
-    """Return the tasks of a step: consecutive pieces of one shuffled pass after the other.
+    """Return the tasks of a step: consecutive parts of shuffled passes over the split.
 
     Args:
-        task_ids: the split, in manifest order, or what else is drawn in passes.
+        task_ids: the split in manifest order, or other items that are drawn in passes.
         step: 1-based optimiser cycle.
         count: tasks per step.
         seed: seed of the run; the same seed gives the same tasks to every method.
@@ -100,7 +100,7 @@ def collect(
     on_turn: Callable[[int], None] | None = None,
     at_once: int = 0,
 ) -> list[Trajectory]:
-    """Play `group_size` episodes of each task, as many at once as memory holds, and record them.
+    """Play `group_size` episodes of each task, as many at a time as fit memory, and record them.
 
     Args:
         pool: environments of the split that the tasks belong to.
@@ -108,16 +108,16 @@ def collect(
         task_ids: the tasks, one group each.
         group_size: G, episodes per task.
         turn_limit: episodes are cut after this many turns (at most the environment's own limit).
-        times: takes the seconds of the phases `environment` and `generation`.
-        processes: share the tasks; each samples what one process alone would.
-        on_end: takes each trajectory as soon as its episode has ended.
-        on_turn: takes the number of tokens that were sampled in a turn of all active episodes.
-        at_once: most episodes at once; 0: as many as the sampler has room for. More are played in
-            waves, in which each samples what it would if all were played together.
+        times: records the seconds of the phases `environment` and `generation`.
+        processes: share the tasks; each samples the same as a single process would.
+        on_end: called with each trajectory as soon as its episode has ended.
+        on_turn: called with the number of tokens sampled in a turn of all active episodes.
+        at_once: maximum number of episodes at a time; 0: as many as fit the sampler. More are
+            played in waves, in which each samples the same as if all were played together.
 
     Returns:
-        The trajectories that this process has played, task after task in the order given;
-        `group_id` is the position of the task in `task_ids`. An episode whose first prompt does not
+        The trajectories that this process has played, task after task in the given order;
+        `group_id` is the index of the task in `task_ids`. An episode whose first prompt does not
         fit the model's context has no turns.
     """
     times = times or PhaseTimes()
@@ -149,7 +149,7 @@ def collect(
 
 
 def nothing_fits() -> AtodError:
-    """The error where not a single episode could begin."""
+    """Return the error if no episode could begin."""
     return AtodError(
         "No first prompt fits the model's context. Raise model.max_context, or choose a shorter "
         "prompt (env.show_admissible, env.prompt_style)."
@@ -163,7 +163,7 @@ def _play_turn(
     turn_limit: int,
     times: PhaseTimes,
 ) -> int:
-    """Play one turn of the episodes that have not ended, by their rows; return tokens sampled."""
+    """Play one turn of the running episodes, by their rows; return the number of sampled tokens."""
     limits = Limits(sampler.max_completion_tokens, sampler.max_context)
     with times.phase("generation"):
         found = {row: e.next_prompt(sampler.dialogue, limits) for row, e in active.items()}

@@ -215,7 +215,7 @@ def test_a_model_with_nan_is_not_saved(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "README.md").read_text() == "# A model"
     with torch.no_grad():
         policy.model.get_input_embeddings().weight[0, 0] = float("nan")
-    with pytest.raises(AtodError, match=r"is not saved: .* holds NaN"):
+    with pytest.raises(AtodError, match=r"is not saved: .* has NaN"):
         policy.save(tmp_path / "model")
     assert load_policy(tmp_path / "model")
     with pytest.raises(AtodError, match="is not saved"):

@@ -135,7 +135,7 @@ def test_an_encoder(tmp_path: Path) -> None:
     )  # fmt: skip
     BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
-    with pytest.raises(AtodError, match="lets a token see those after it"):
+    with pytest.raises(AtodError, match="attends to later tokens"):
         load_policy(tmp_path / "bert")
 
 

@@ -1,12 +1,12 @@
-"""Layers of Llama on processors, computed only where they are needed.
+"""Compute the layers of Llama on processors only at needed positions.
 
-Scoring: of the last layer, keys and values are needed at all positions; queries, output projection
-and feed-forward network only where the hidden state is used. Where completions are a tenth of a
-dialogue, that saves a decoder of two layers a third of its work.
+Scoring: the last layer needs keys and values at all positions; queries, output projection
+and feed-forward network only at positions whose hidden state is used. If completions are a tenth of
+a dialogue, that saves a decoder of two layers a third of its work.
 
 Sampling: padding is computed like any other token, and on a processor a batch saves little. The new
-tokens of all rows are one list: matrices multiply all of them at once, and each row attends to its
-own keys and no further. The last layer is computed at the last token of each row only.
+tokens of all rows form one list: matrices multiply all of them together, and each row attends only
+to its own keys. The last layer is computed at the last token of each row only.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from atod_train.models.decoding import Feed, KVCache
 from atod_train.models.policy import Policy, additive_mask
 
 _TOKENS = 2**14
-"""New tokens of one forward pass of `packed_logits`; more rows are fed in several passes."""
+"""New tokens of one forward pass of `packed_logits`; more rows take several passes."""
 
 
 def is_llama_on_cpu(model: PreTrainedModel) -> bool:
-    """Return whether `last_layer_at` takes a model."""
+    """Return whether `last_layer_at` supports a model."""
     layers: Any = getattr(model.base_model, "layers", None)
     return model.device.type == "cpu" and bool(layers) and type(layers[-1]) is LlamaDecoderLayer
 
 
 def can_be_packed(policy: Policy) -> bool:
-    """Return whether `packed_logits` takes a policy."""
+    """Return whether `packed_logits` supports a policy."""
     return policy.autocast_dtype is None and is_llama_on_cpu(policy.model)
 
 
@@ -49,7 +49,7 @@ def group_positions(row: Tensor, position: Tensor, rows: int) -> tuple[Tensor, T
 
     Returns:
         chosen: [s, w] int64, the positions of each row, padded with 0.
-        column: [m] int64: `position[i]` stands at `chosen[row[i], column[i]]`.
+        column: [m] int64: `position[i]` is at `chosen[row[i], column[i]]`.
     """
     order = torch.argsort(row, stable=True)
     counts = torch.bincount(row, minlength=rows)
@@ -63,12 +63,12 @@ def group_positions(row: Tensor, position: Tensor, rows: int) -> tuple[Tensor, T
 
 @contextmanager
 def last_layer_at(model: PreTrainedModel, chosen: Tensor) -> Iterator[None]:
-    """Make the base model return the hidden states of chosen positions instead of all.
+    """Make the base model return only the hidden states of chosen positions.
 
     Args:
         model: One that `is_llama_on_cpu`.
-        chosen: [s, w] int64, for each sequence positions of its tokens; any order, also several
-            times.
+        chosen: [s, w] int64, positions of each sequence's tokens; in any order, with
+            repetitions.
     """
     base: Any = model.base_model
     layer = base.layers[-1]
@@ -100,7 +100,7 @@ def last_layer_at(model: PreTrainedModel, chosen: Tensor) -> Iterator[None]:
 
 
 def packed_logits(policy: Policy, cache: KVCache, feeds: Sequence[Feed]) -> Tensor:
-    """Compute what `decoding.padded_logits` computes, with the same arguments."""
+    """Compute the same as `decoding.padded_logits`, with the same arguments."""
     widths = [len(feed.ids) for feed in feeds]
     if len(feeds) > 1 and sum(widths) > _TOKENS:
         half = len(feeds) // 2
@@ -112,7 +112,7 @@ def packed_logits(policy: Policy, cache: KVCache, feeds: Sequence[Feed]) -> Tens
     rows = torch.tensor([[feed.row for feed in feeds for _ in feed.ids]])
     positions = torch.cat([torch.arange(feed.start, feed.end) for feed in feeds])[None]
     ends = torch.tensor([widths]).cumsum(1) - 1
-    # A token sees those up to itself; a lone one, like the last one, everything.
+    # A token attends to all up to itself; a lone one, like the last one, to everything.
     masks = [
         torch.full((len(feed.ids), feed.end), -torch.inf).triu_(feed.start + 1)
         if len(feed.ids) > 1
@@ -145,7 +145,7 @@ def packed_logits(policy: Policy, cache: KVCache, feeds: Sequence[Feed]) -> Tens
 def _project(
     layer: Any, states: Tensor, cos: Tensor, sin: Tensor, chosen: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute what `LlamaDecoderLayer.forward` computes before the attention.
+    """Compute the part of `LlamaDecoderLayer.forward` before the attention.
 
     Args:
         layer: The layer.
@@ -190,7 +190,7 @@ def _attend(
 
 
 def _finish(layer: Any, states: Tensor, attended: Tensor) -> Tensor:
-    """Compute what `LlamaDecoderLayer.forward` computes after the attention."""
+    """Compute the part of `LlamaDecoderLayer.forward` after the attention."""
     states = states + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
     result: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
     return result

@@ -1,4 +1,4 @@
-"""Sequences that begin alike, computed once: episodes of a group share prompts and observations.
+"""Compute shared prefixes once: episodes of a group share prompts and observations.
 
 Sequences are laid out as a tree. A shared prefix is stored once. Tokens keep the position they have
 in their own sequence and attend only to their ancestors in the tree. Scores and gradients are those
@@ -23,7 +23,7 @@ from atod_train.models.policy import additive_mask
 from atod_train.records import Batch
 
 Tree = tuple[list[int], int]
-"""The sequences that are joined, in lexicographic order, and the number of tokens of the tree."""
+"""The joined sequences, in lexicographic order, and the number of tokens of the tree."""
 
 _ATTENTION_FACTOR = 4
 """Time of an operation in attention, relative to one in a matrix product."""
@@ -53,7 +53,7 @@ class PrefixTrees:
 def split_microbatches(
     batch: Batch, tokens_at_once: int, crossover: int
 ) -> Iterator[tuple[Batch, PrefixTrees | None]]:
-    """Split a batch into parts that go through a model one after the other.
+    """Split a batch into parts that are computed one after the other.
 
     Args:
         batch: Packed or not.
@@ -61,8 +61,8 @@ def split_microbatches(
         crossover: See `join_sequences`.
 
     Yields:
-        Parts that together hold every sequence once, and the trees of their sequences: first those
-        that share nothing (None), then trees, both from the longest to the shortest.
+        Parts that together contain every sequence once, and the trees of their sequences: first
+        those without shared prefixes (None), then trees, both from the longest to the shortest.
     """
     sequences = sequences_of(batch)
     for trees in group_trees(sequences, tokens_at_once, crossover):
@@ -109,7 +109,7 @@ def join_sequences(sequences: list[list[int]], tokens_at_once: int, crossover: i
             join nothing.
 
     Returns:
-        Trees that together hold every sequence once.
+        Trees that together contain every sequence once.
     """
     if not crossover:
         return [([index], len(sequence)) for index, sequence in enumerate(sequences)]
@@ -132,7 +132,7 @@ def join_sequences(sequences: list[list[int]], tokens_at_once: int, crossover: i
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return the number of tokens that two sequences have in common at their beginning."""
+    """Return the number of common tokens at the beginning of two sequences."""
     return sum(1 for _ in takewhile(bool, map(eq, first, second)))
 
 
@@ -164,11 +164,11 @@ def lay_out(groups: list[list[list[int]]], size: int) -> PrefixTrees:
 
 
 def crossover_of(model: PreTrainedModel) -> int:
-    """Return the tokens at which attention costs as much as the matrices of a layer.
+    """Return the number of tokens at which attention costs as much as the matrices of a layer.
 
     Returns:
-        0 for a model without rotary positions or with other attention than a mask says, and for
-        configurations that name their sizes differently: nothing is joined for these.
+        0 for a model without rotary positions or with attention that does not follow a mask, and
+        for configurations with other names of their sizes: nothing is joined for these.
     """
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ())
