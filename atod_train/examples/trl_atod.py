@@ -14,7 +14,9 @@ On several GPUs: accelerate launch --num_processes 4 -m atod_train.examples.trl_
 """
 
 import argparse
+import importlib.util
 import os
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -46,10 +48,12 @@ parser.add_argument("--vllm", help="colocate, colocate:SHARE or URL; default: tr
 parser.add_argument("--out", default="runs/trl-atod")
 options = parser.parse_args()
 vllm, _, share = (options.vllm or "").partition(":")
-if options.vllm and not options.model:
+if options.vllm and not re.fullmatch(r"colocate(:(0?\.\d+|1))?|https?://.+", options.vllm):
+    parser.error(f"--vllm is colocate, colocate:0.4 or a URL, not {options.vllm!r}")
+if vllm and not options.model:
     parser.error("--vllm reads the model from a folder or the hub: name it with --model")
-if vllm not in ("", "colocate", "http", "https"):
-    parser.error(f"--vllm is colocate, colocate:SHARE or a URL, not {options.vllm!r}")
+if vllm and importlib.util.find_spec("vllm") is None:
+    parser.error("--vllm needs vLLM, also to ask a server: pip install 'trl[vllm]'")
 
 student: Any
 if options.model:
