@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
@@ -106,15 +107,25 @@ def _lines(total: int, initial: int, is_part: bool) -> Iterator[_Show]:
         first.cancel()
 
 
+def _has_size() -> bool:
+    """Return whether the terminal of standard error reports its size."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:
+        return True
+
+
 @contextmanager
 def _bar(total: int, initial: int, is_part: bool) -> Iterator[_Show]:
+    # Some pseudo-terminals report a size of 0, with which tqdm would show nothing.
+    size: dict[str, Any] = {"dynamic_ncols": True} if _has_size() else {"ncols": 80, "nrows": 24}
     bar = tqdm(
         total=total,
         desc=_open[-1],
         initial=initial,
         leave=not _open[1:],
-        dynamic_ncols=True,
         bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} left{postfix}",
+        **size,
     )
 
     def show(amount: int, note: str) -> None:

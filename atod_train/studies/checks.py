@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from atod_gym.errors import AtodError, InvalidSettingError
+from atod_gym.tasks import spread
 from atod_train.algorithm.methods import needs_teacher
 from atod_train.config import RunConfig, is_url
 from atod_train.models.checks import check_config
@@ -47,7 +48,11 @@ def header(part: StudyPart, left: Sequence[Run], jobs: int) -> str:
     sizes = {}
     for split in ("train", *config.env.eval_splits):
         with closing(EnvPool(config.env, split)) as pool:
-            data, sizes[split] = pool.data, f"{split} {len(pool.task_ids):,}"
+            data, known = pool.data, len(pool.task_ids)
+            played = (
+                known if split == "train" else len(spread(pool.task_ids, config.env.eval_tasks))
+            )
+            sizes[split] = f"{split} {'' if played == known else f'{played:,} of '}{known:,}"
     return "\n".join(
         [
             f"{part.name} in {part.folder}: {', '.join(labels)}; seed "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -256,6 +257,16 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
     assert "[not markup]" in stream.getvalue()
     assert "2/2" in stream.getvalue()
     assert "00:00 gone, 00:00 left, done" in stream.getvalue()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
+def test_a_terminal_without_a_size_has_a_bar(monkeypatch):
+    ours, theirs = os.openpty()  # its size is 0 x 0
+    with open(ours, "rb", buffering=0) as read, open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with progress(2, "training") as advance:
+            advance(2)
+        assert b"training: 2/2" in read.read(4096)
 
 
 def test_a_bar_inside_of_another_is_a_line_below_it(monkeypatch):

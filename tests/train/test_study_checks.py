@@ -88,7 +88,7 @@ def test_the_header_describes_the_runs(tmp_path: Path) -> None:
     for line in (
         rf"houses in {tmp_path}: atod, opd; seed 0; steps 6, tasks per step 2, episodes per task 2;"
         " 2 runs at a time",
-        r"environment  atod/ALFWorld-v0, data generated; tasks: train 3,000, valid_seen 200",
+        r"environment  atod/ALFWorld-v0, data generated; tasks: train 3,000, valid_seen 4 of 200",
         r"student      micro \(from scratch\), 0\.\d+ M parameters besides its word embeddings; "
         r"trained on 16 demonstrations, epochs 2$",
         r"teacher      micro \(from scratch\), .*, epochs 4$",
