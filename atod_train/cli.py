@@ -164,6 +164,7 @@ class ResultsCommand:
 
     def run(self, words: Sequence[str]) -> int:
         """Print the tables."""
+        from atod_train.reports.answer import answer
         from atod_train.reports.report import write_report
         from atod_train.reports.results import REFERENCES, read_results
         from atod_train.reports.tables import all_tables, claims_table, describe
@@ -177,6 +178,8 @@ class ResultsCommand:
             raise InvalidSettingError(f"--pair: no {name!r}; known: {', '.join(known)}.")
         for environment in environments:
             print(f"## {environment.name}\n\n{describe(environment)}\n")
+            if found := answer(environment):
+                print("\n\n".join((found.headline, *found.remarks)) + "\n")
             for table in all_tables(environment, self.pair, by_split=self.splits):
                 print(f"{table.title}:\n\n{table.markdown}")
         if len(environments) > 1:
