@@ -13,10 +13,12 @@ import math
 import os
 import random
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
@@ -46,6 +48,8 @@ _NO_END = CompletionFormat("plain")
 """Replies are not cut."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
+_LONG_WAIT = 5.0
+"""Seconds; longer ones are reported, once until the endpoint answers again."""
 _LONGEST_REQUESTED = 600.0
 """Seconds; an endpoint that requests a longer wait ends the evaluation, which can be resumed."""
 
@@ -137,7 +141,7 @@ class ChatEndpoint:
             "stop_at_action": settings.stop_at_action,
         }
         """Settings that results depend on, as JSON values; not the server's address."""
-        self._has_answered = False
+        self._has_answered = self._has_reported = False
         self._takes_stop = "stop" not in self._extra_fields
         # Jitter of the waits; no result depends on it.
         self._random = random.Random()
@@ -180,7 +184,12 @@ class ChatEndpoint:
                 limit = None
             except _Transient as error:
                 failed += 1
-                await asyncio.sleep(self._backoff(error, failed))
+                wait = self._backoff(error, failed)
+                if wait > _LONG_WAIT and error.status != 429 and not self._has_reported:
+                    self._has_reported = True
+                    again = f"It is asked again, {self.settings.retries} times at most (--retries)."
+                    tqdm.write(f"atod-eval: {error} {again}", file=sys.stderr)
+                await asyncio.sleep(wait)
 
     async def _ask(
         self, messages: Sequence[Mapping[str, str]], form: CompletionFormat, limit: int | None
@@ -218,7 +227,7 @@ class ChatEndpoint:
             raise _Transient(message) from error
         except ValueError as error:
             raise self._no_completion(str(error)) from error
-        self._has_answered = True
+        self._has_answered, self._has_reported = True, False
         completion = self._read(answer, form, stop)
         if completion.prompt_tokens is not None and completion.completion_tokens is not None:
             admission.tokens = completion.prompt_tokens + completion.completion_tokens

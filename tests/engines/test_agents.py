@@ -57,6 +57,10 @@ def episodes(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def task(episode: dict[str, Any]) -> str:
+    return str(episode["task_id"])
+
+
 def totals(out: Path) -> Any:
     return json.loads((out / "result.json").read_text(encoding="utf-8"))["totals"]
 
@@ -107,6 +111,17 @@ def test_every_environment_is_played(
     sums = totals(tmp_path)
     after = (sums["prompt_tokens"], sums["completion_tokens"])
     assert tuple(b - a for a, b in zip(before, counted(vllm_server), strict=True)) == after
+
+
+def test_the_same_model_here_plays_the_same(vllm_server: ServedVllm, tmp_path: Path) -> None:
+    options = (*ALFWORLD, *HOME, "--tasks", "2", "--max-tokens", "24")
+    assert evaluate(vllm_server, tmp_path / "served", *options) == 0
+    here = ("--agent", "smollm2", "--data", "generated", "--transcripts", "--out")
+    assert main([*options, *here, str(tmp_path / "here")]) == 0
+    played = [episodes(tmp_path / name) for name in ("served", "here")]
+    for served, local in zip(*(sorted(part, key=task) for part in played), strict=True):
+        assert served["transcript"] == local["transcript"]
+        assert served["prompt_tokens"] == local["prompt_tokens"]
 
 
 def test_a_model_that_never_stops(

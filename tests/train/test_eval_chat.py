@@ -157,6 +157,16 @@ def test_attempts_are_bounded(chat: FakeChat, quick: None, mishap: Any) -> None:
     assert len(chat.posts) == 3
 
 
+def test_a_long_wait_is_reported_once(
+    chat: FakeChat, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.mishaps += [503, 429, 503, 503]
+    monkeypatch.setattr(chat_agent, "_LONG_WAIT", 0.0)
+    ask(chat, retries=4)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("answers 503: oh, 503. It is asked again, 4 times at most (--retries).")
+
+
 def test_mistakes_in_the_program_are_not_retried(
     chat: FakeChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
