@@ -99,11 +99,13 @@ def _make(options: argparse.Namespace) -> gymnasium.Env[Any, str]:
         raise InvalidSettingError(f"--seed must be >= 0, not {options.seed}")
     env = make_env(options.env_id, **settings)
     space = env.observation_space
-    if not isinstance(space, spaces.Dict) or not {"instruction", "text"} <= space.keys():
+    needed = TurnObservation.__annotations__.keys()
+    if not isinstance(space, spaces.Dict) or not needed <= space.keys():
         env.close()
         raise InvalidSettingError(
-            f"{options.env_id} has no texts to play; its observations are {space}. "
-            f"Environments that can be played: {', '.join(atod_gym.ENV_IDS)}."
+            f"{options.env_id} cannot be played: its observations are of {type(space).__name__}, "
+            f"without some of {', '.join(needed)}. Environments that can be played: "
+            f"{', '.join(atod_gym.ENV_IDS)}, and subclasses of atod_gym.envs.turn_env.TurnEnv."
         )
     return env
 
@@ -112,7 +114,8 @@ def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> int:
     task = {} if options.task_id is None else {"task_id": options.task_id}
     observation, info = env.reset(seed=options.seed, options=task)
     limit = getattr(env.unwrapped, "max_turns", None)
-    print(f"Task {info['task_id']} ({info['split']}, {info['data']} data)")
+    found = {name: info.get(name, "unknown") for name in ("task_id", "split", "data")}
+    print(f"Task {found['task_id']} ({found['split']}, {found['data']} data)")
     print(f"{_wrapped('Goal: ' + observation['instruction'])}\n\n{HELP}")
     tags = action_tags(env.unwrapped.metadata)
     tags = () if tags == ACTION_TAGS else tags
@@ -127,8 +130,9 @@ def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> int:
         observation, _, terminated, truncated, info = env.step(action)
         print(f"\n{page(observation, info)}")
         if terminated or truncated:
-            end = "Solved" if info["success"] else "Not solved"
-            print(f"\n{end} after {_turns(info['turn_index'])} (score {info['score']:g}).")
+            end = "Solved" if info.get("success") else "Not solved"
+            score = f" (score {info['score']:g})" if "score" in info else ""
+            print(f"\n{end} after {_turns(observation['turn_index'])}{score}.")
             if "golden_answers" in info:
                 print(f"Right answers: {'; '.join(info['golden_answers'])}")
             return 0

@@ -172,7 +172,7 @@ def test_mistakes_are_named_in_one_line(
 
 def test_an_environment_without_texts_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert play.main(["CartPole-v1"]) == 2
-    assert_one_line(capsys, "CartPole-v1 has no texts to play")
+    assert_one_line(capsys, "CartPole-v1 cannot be played")
 
 
 def test_an_error_of_the_environment_is_no_mistake_of_the_user(
