@@ -3,7 +3,7 @@
 An environment requests its connection when it is made, and again at each reset, which replaces a
 lost one:
 
-        settings = ServerSettings("webshop", arguments, advice="..")           # to be started
+    settings = ServerSettings("webshop", arguments, advice="..")           # to be started
     settings = ServerSettings("webshop", server_url=url, advice="..")      # a running one
     connection = connect(settings)
     answer = connection.request("POST", "/batch/step", {...})

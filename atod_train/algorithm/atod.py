@@ -14,7 +14,7 @@ the loss.
     log pi_T    teacher_logprobs            [R, T]   teacher: same prompt, tokens; temperature 1
     delta_t     log_ratio                   [R, T]   teacher_logprobs - old_logprobs
     d_k, h_k    disagreement, uncertainty   [R]      means of |delta_t| and -log pi_S over turn k
-        w_k         weights                     [R]      of the teacher's term in turn k, Eq. 13-16
+    w_k         weights                     [R]      of the teacher's term in turn k, Eq. 13-16
     A_i         group_advantage             [R]      normalised return of the row's trajectory
     A_t         advantages                  [R, T]   kappa w_k delta_t + rho A_i, Eq. 8
     -           mask, completion_mask       [R, T]   bool, True exactly on sampled tokens

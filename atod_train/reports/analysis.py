@@ -1,4 +1,4 @@
-"""Success and differences with intervals, courses, metrics and cost of results."""
+"""Compute success and differences with intervals, courses, metrics and cost of results."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _Replicate = tuple[int, "int | None"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Which evaluations and tasks a number is about."""
+    """The evaluations and tasks of a number."""
 
     mode: str
     """Decoding, such as `greedy`; see `EvaluationMode`."""
     split: str | None = None
-    """Tasks of this split; None: those of all splits together."""
+    """The split of the tasks; None: all splits together."""
     which: Literal["last", "best"] = "last"
-    """Of a label, the last evaluation or the best. Over several splits, the best is made of each
+    """The last evaluation of a label, or the best. Over several splits, the best consists of each
     split's own best, which may come from different steps."""
     task_type: str | None = None
-    """Tasks of this type; None: all."""
+    """The type of the tasks; None: all."""
 
     def splits(self, results: Results) -> list[str]:
-        """Return the splits of results that are selected."""
+        """Return the selected splits of results."""
         return list(results.tasks) if self.split is None else [self.split]
 
 
@@ -53,7 +53,7 @@ class Cost(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def rate(results: Results, model: str, selection: Selection) -> Estimate | None:
-    """Return success of a model, mean over replicates and tasks; None where it was not evaluated.
+    """Return success of a model, mean over replicates and tasks; None if it was not evaluated.
 
     The model is a label, `start` or `teacher`. Replicates of the last two are the parts.
     """
@@ -65,12 +65,12 @@ def rate(results: Results, model: str, selection: Selection) -> Estimate | None:
 def difference(results: Results, first: str, second: str, selection: Selection) -> Estimate | None:
     """Return success of one model minus that of another, paired by replicate and task.
 
-    The models are labels, `start` or `teacher`. Two labels are paired where both have the same seed
+    The models are labels, `start` or `teacher`. Two labels are paired if both have the same seed
     in the same part; other replicates are left out. A label is paired with the start or teacher of
     its own part, whose one evaluation counts for each of its replicates.
 
     Returns:
-        None where nothing can be paired.
+        None if nothing can be paired.
     """
     a, b = (_rows(results, model, selection) for model in (first, second))
     pairs = []
@@ -84,9 +84,9 @@ def difference(results: Results, first: str, second: str, selection: Selection) 
 
 
 def verdict(found: Estimate) -> Verdict:
-    """Return whether a difference is above 0, below 0, or either within its interval.
+    """Return whether a difference is above 0, below 0, or undecided by its interval.
 
-    Of one seed there is no verdict: its interval does not contain the spread between seeds.
+    One seed has no verdict: its interval does not include the spread between seeds.
     """
     if found.replicates == 1:
         return "one seed"
@@ -108,7 +108,7 @@ def mean_score(results: Results, model: str, selection: Selection) -> float | No
 def _evaluations(
     results: Results, model: str, selection: Selection
 ) -> dict[_Replicate, list[dict[str, Any]]]:
-    """Replicate -> its evaluation on each selected split, where all of them were played."""
+    """Return the evaluations on each selected split by replicate, if all of them were played."""
     found: dict[_Replicate, dict[str, Any]]
     if model in REFERENCES:
         found = {(number, None): part[model] for number, part in enumerate(results.parts)}
@@ -125,7 +125,7 @@ def _evaluations(
 def _rows(
     results: Results, model: str, selection: Selection
 ) -> dict[_Replicate, NDArray[np.float64]]:
-    """Replicate -> success task by task, where every selected split was evaluated."""
+    """Return success task by task by replicate, if every selected split was evaluated."""
     chosen: Any = slice(None)
     if selection.task_type is not None:
         splits = selection.splits(results)
@@ -140,7 +140,7 @@ def _rows(
 
 
 def _successes(evaluation: Mapping[str, Any]) -> NDArray[np.float64]:
-    """Success task by task; of several plays, the share that succeeded."""
+    """Return success task by task; of several plays, the share that succeeded."""
     return np.array([int(digit) for digit in evaluation["success"]]) / evaluation.get("plays", 1)
 
 
@@ -150,7 +150,7 @@ def _successes(evaluation: Mapping[str, Any]) -> NDArray[np.float64]:
 def courses(results: Results, label: str, selection: Selection) -> list[dict[int, float]]:
     """Return step -> success of each replicate, from the start at step 0.
 
-    Over several splits, the steps at which all of them were evaluated.
+    Over several splits, only steps at which all of them were evaluated.
     """
     sizes = {split: len(results.tasks[split]) for split in selection.splits(results)}
     found = []
@@ -182,7 +182,7 @@ def mean_course(found: list[dict[int, float]]) -> dict[int, float]:
 
 
 def mean_metric(results: Results, label: str, name: str) -> dict[int, float]:
-    """Return step -> mean over replicates of a metric, at the steps where any of them has it."""
+    """Return step -> mean over replicates of a metric, at the steps at which any of them has it."""
     values: dict[int, list[float]] = {}
     for run in results.of(label):
         for step, value in enumerate(run.record["metrics"].get(name, ()), start=1):
@@ -192,7 +192,7 @@ def mean_metric(results: Results, label: str, name: str) -> dict[int, float]:
 
 
 def cost(results: Results, label: str) -> Cost:
-    """Return what a run of a label takes, mean over its replicates."""
+    """Return the cost of a run of a label, mean over its replicates."""
     records = [run.record for run in results.of(label)]
     phases = dict.fromkeys(phase for record in records for phase in record["seconds"])
     seconds = {p: math.fsum(record["seconds"].get(p, 0.0) for record in records) for p in phases}

@@ -1,4 +1,4 @@
-"""The answer of results in a few lines: which run ends highest, by how much, is it significant.
+"""Summarise results in a few lines: which run ends highest, by how much, is it significant.
 
 The numbers are those of the tables: tasks of all splits, last mode, after the last step.
 """
@@ -15,7 +15,7 @@ from atod_train.reports.statistics import Estimate
 from atod_train.reports.tables import Table, difference_text, rate_text
 
 _MANY_INVALID = 0.9
-"""Share of invalid turns from which on the answer names it. Tiny models that solve half of their
+"""Share of invalid turns from which on the answer reports it. Tiny models that solve half of their
 tasks repeat invalid actions in the other half: their share is 0.5 to 0.7."""
 
 
@@ -35,7 +35,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the results of an environment say."""
+    """The answer of the results of an environment."""
 
     winner: str
     """Label of the run that ends highest; of equal ones the first."""
@@ -44,7 +44,7 @@ class Answer:
     comparisons: tuple[Comparison, ...]
     """With start and teacher, then with the other runs."""
     remarks: tuple[str, ...]
-    """What a reader should know before believing or repeating the result."""
+    """Facts to know before believing or repeating the result."""
 
     @property
     def text(self) -> str:
@@ -57,7 +57,7 @@ class Answer:
 
 
 def answer(results: Results) -> Answer | None:
-    """Return the answer of an environment, or None where no run was evaluated after its start."""
+    """Return the answer of an environment, or None if no run was evaluated after its start."""
     if not results.modes:
         return None
     last = Selection(results.modes[-1])
@@ -91,7 +91,7 @@ def _comparison(other: str, found: Estimate) -> Comparison:
     direction = 1 if found.low > 0 else -1 if found.high < 0 else 0
     text = ("not significant", "significant", "significantly below")[direction]
     if direction and found.replicates == 1:
-        # Its interval does not contain the spread between seeds.
+        # Its interval does not include the spread between seeds.
         text, direction = f"{text} over tasks; one seed", 0
     return Comparison(other, difference_text(found), text, found.replicates, direction)
 
@@ -101,7 +101,7 @@ def _remarks(
 ) -> list[str]:
     remarks = []
     if any(found.replicates == 1 for found in comparisons):
-        remarks.append("Intervals of one seed do not contain the spread between seeds.")
+        remarks.append("Intervals of one seed do not include the spread between seeds.")
     gap = difference(results, "teacher", "start", last)
     if gap and gap.low <= 0:
         remarks.append(
@@ -119,7 +119,7 @@ def _remarks(
 
 
 def _mean_of_last(results: Results, label: str, mode: str, name: str) -> float:
-    """Return the mean of a number over the last evaluations of a label; 0 where it has none."""
+    """Return the mean of a number over the last evaluations of a label; 0 if it has none."""
     evaluations: list[dict[str, Any]] = [
         found
         for run in results.of(label)

@@ -1,4 +1,4 @@
-"""The records of an evaluation: one model on one split, task by task."""
+"""Define the records of an evaluation: one model on one split, task by task."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from atod_train.reports.statistics import (
 )
 
 EvaluationMode = str
-"""Decoding: `greedy`, the likeliest token each time; `sampled`; `sampled:T` at a temperature."""
+"""Decoding: `greedy`, the most likely token each time; `sampled`; `sampled:T` at a temperature."""
 
 SAMPLING_TEMPERATURE = 0.4
-"""Of the sampled mode, as in the published validation of ALFWorld and WebShop."""
+"""Temperature of the sampled mode, as in the published validation of ALFWorld and WebShop."""
 
 EvaluatedModel = Literal["student", "teacher"]
 
@@ -31,7 +31,7 @@ def temperature_of(mode: EvaluationMode) -> float:
     """Return the sampling temperature of a mode: greedy, sampled or sampled:T.
 
     Raises:
-        InvalidSettingError: it is none of these.
+        InvalidSettingError: the mode is none of these.
     """
     name, _, number = mode.partition(":")
     try:
@@ -56,7 +56,7 @@ class TaskResult:
     task_type: str
     success: bool
     score: float
-    """The benchmark's own number, 0..1."""
+    """The benchmark's score, 0..1."""
     turns: int
     invalid_turns: int
     """Turns whose action was not valid."""
@@ -64,11 +64,11 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """One model on one split: a record per task, and the figures that follow from them."""
+    """One model on one split: a record per task, and the figures computed from them."""
 
     split: str
     data: str
-    """Which data was played: `official`, `generated` or a path."""
+    """The data that was played: `official`, `generated` or a path."""
     mode: EvaluationMode
     tasks: tuple[TaskResult, ...]
 
@@ -98,7 +98,7 @@ class EvaluationResult:
 
     @property
     def mean_score(self) -> float:
-        """Mean of the benchmark's own number."""
+        """Mean of the benchmark's score."""
         return math.fsum(task.score for task in self.tasks) / len(self.tasks)
 
     @property
@@ -113,7 +113,7 @@ class EvaluationResult:
         return sum(task.invalid_turns for task in self.tasks) / turns if turns else 0.0
 
     def by_task_type(self) -> dict[str, EvaluationResult]:
-        """Task type -> the same evaluation on the tasks of that type, sorted by name."""
+        """Return the same evaluation on the tasks of each type, by type and sorted by name."""
         return {
             name: replace(self, tasks=tuple(t for t in self.tasks if t.task_type == name))
             for name in sorted({task.task_type for task in self.tasks})
@@ -133,7 +133,7 @@ class EvaluationResult:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> EvaluationResult:
-        """Return what `to_json` wrote; further keys are ignored.
+        """Return the record that `to_json` wrote; further keys are ignored.
 
         Raises:
             InvalidCountsError: a key is missing.
@@ -166,7 +166,7 @@ def difference_by_task(first: EvaluationResult, second: EvaluationResult) -> Est
     """Return the first's success rate minus the second's, paired by task id.
 
     Returns:
-        None where the two did not play the same tasks, or list one twice.
+        None if the two did not play the same tasks, or list one twice.
     """
     a, b = ({task.task_id: float(task.success) for task in r.tasks} for r in (first, second))
     if a.keys() != b.keys() or len(a) != len(first.tasks) or len(b) != len(second.tasks):

@@ -1,4 +1,4 @@
-"""The records a run writes while it trains: metrics per step, evaluations, trajectories.
+"""Write and read the records of a training run: metrics per step, evaluations, trajectories.
 
 Keys of metrics.jsonl. Only `step` is required. A method without a quantity leaves it out; a
 number that is not finite is written as null. Shares and rates are 0..1.
@@ -14,7 +14,7 @@ number that is not finite is written as null. Shares and rates are 0..1.
     uncertainty           mean over turns of h = mean -lp_S
     train_success         share of the step's trajectories that reached the goal
     solved_groups         share of its groups with a trajectory that reached the goal
-    train_score           mean of the benchmark's own number over the trajectories
+    train_score           mean of the benchmark's score over the trajectories
     return                mean return of a trajectory
     turns                 mean turns of a trajectory
     invalid_share         share of turns whose action was not valid
@@ -28,8 +28,8 @@ number that is not finite is written as null. Shares and rates are 0..1.
                           ids than were sampled (`step_records.rendering_drift`)
     entropy               mean entropy of the policy per token before the update, in nats
     clip_fraction         share of tokens whose ratio was clipped
-    approx_kl             mean over tokens of ratio - 1 - log ratio, in nats: how far the updates
-                          before its own moved a token's policy
+    approx_kl             mean over tokens of ratio - 1 - log ratio, in nats: change of a token's
+                          policy by the updates before its own
     loss, grad_norm       of the policy update, mean over its minibatches
     tokens                completion tokens of the step
     tokens_per_second     of its wall time, without evaluations and checkpoints
@@ -79,7 +79,7 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
 
 
 def read_trajectories(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the recorded trajectories in the order written; those of another format are left out.
+    """Return the recorded trajectories in the order written; other formats are left out.
 
     Each is a row as in `rows`, with its `step` and without `sequences`.
     """
@@ -91,20 +91,20 @@ class MetricsWriter:
     """Append to the JSON-lines files of a run, and send their numbers to its loggers.
 
     On resume every record after the resumed step is removed first, so that no step occurs
-    twice. A killed process loses at most the line it writes.
+    twice. A killed process loses at most the line that it was writing.
 
     Args:
         run_dir: the run folder; made if absent.
-        resume_step: the last step of the checkpoint that is resumed, 0 to repeat all steps of a
+        resume_step: the last step of the resumed checkpoint, 0 to repeat all steps of a
             run killed before its first checkpoint; None: a new run. Records of step 0, such as
-            the evaluation of the start, stay.
+            the evaluation of the start, are kept.
 
     Attributes:
         log: called with each step and its numbers by name.
 
     Raises:
-        RunFolderError: a file of the run is broken, or a new run meets the metrics of an old one.
-        OSError: as of every method, a file cannot be written; it names the file or the folder.
+        RunFolderError: a file of the run is damaged, or a new run finds the metrics of an old one.
+        OSError: in every method, if a file cannot be written; names the file or the folder.
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
@@ -118,7 +118,7 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, EVALUATIONS_FILE, TRAJECTORIES_FILE):
             path = run_dir / name
-            if path.is_file():  # a torn line is left out too
+            if path.is_file():  # a torn line is left out, too
                 kept = [record for record in _read_steps(path) if record["step"] <= self._last_step]
                 write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 

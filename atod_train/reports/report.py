@@ -1,8 +1,8 @@
-"""`report.html` of runs or of a study: one file that needs nothing but a browser.
+"""Write `report.html` of runs or of a study: one file that needs only a browser.
 
-Each environment begins with what was run, the answer (`reports.answer`), one figure and what to do
-next. All else is folded: tables, splits, task types, metrics over steps, cost, settings, and a few
-trajectories turn by turn. The page loads nothing: no script, no font, no picture by address; a
+Each environment begins with the runs, the answer (`reports.answer`), one figure and the next
+steps. All else is folded: tables, splits, task types, metrics over steps, cost, settings, and a few
+trajectories turn by turn. The page loads nothing: no script, font or picture from an address; a
 content policy in its head forbids it as well.
 """
 
@@ -34,7 +34,7 @@ from atod_train.reports.tables import (
 
 REPORT_FILE = "report.html"
 LONGEST_TEXT = 4000
-"""Characters of one observation or completion that are shown."""
+"""Maximum number of characters of one observation or completion."""
 
 MOST_TRAJECTORIES = 6
 _NARROW = 4.6
@@ -48,7 +48,7 @@ _MEASURES = (
 _PART_FACTS = ("env_id", "data", "env", "model", "parameters", "time", "platform", "device",
                "processes", "python", "packages")  # fmt: skip
 _SAVED = {"last": "after the last step", "best": "of the best evaluation"}
-"""Folders of a run's models, and which they are."""
+"""Folders of a run's models with their descriptions."""
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
@@ -62,7 +62,7 @@ def write_report(folder: Path, environments: Sequence[Results], *, pictures: boo
 
     Args:
         folder: made if absent.
-        environments: what was measured; those made of run folders have trajectories too.
+        environments: the results; those made of run folders have trajectories, too.
         pictures: also write two PNG files for each environment, for other documents: success, and
             coefficients with the sizes of the signals. Needs evaluations.
 
@@ -74,7 +74,7 @@ def write_report(folder: Path, environments: Sequence[Results], *, pictures: boo
     if not environments:
         raise ReportError("A report needs at least one run.")
     here = Path(__file__).parent
-    # Everything that comes from outside the program is escaped, and loses control characters.
+    # Everything from outside the program is escaped, and loses control characters.
     template = Environment(
         loader=FileSystemLoader(here),
         autoescape=True,
@@ -112,7 +112,7 @@ def _printable(value: Any) -> Any:
 
 
 def _part(results: Results) -> dict[str, Any]:
-    """Return what the template shows of an environment."""
+    """Return the values of an environment for the template."""
     tables, figures = [], []
     if results.tasks:
         tables = [main_table(results)]
@@ -147,7 +147,7 @@ def _part(results: Results) -> dict[str, Any]:
 
 
 def _setup(results: Results) -> str:
-    """Return what was run, in a few short sentences."""
+    """Return a description of the runs, in a few short sentences."""
     part, labels = results.parts[0], results.labels
     data = (part.get("data") or {}).get("name")
     sizes = {split: len(tasks) for split, tasks in results.tasks.items()}
@@ -172,7 +172,7 @@ def _setup(results: Results) -> str:
 
 
 def _day(time: object) -> str:
-    """Return the day of an ISO time, such as 26 November 2026; empty: it is none."""
+    """Return the day of an ISO time, such as 26 November 2026; empty if it is not one."""
     try:
         day = datetime.fromisoformat(str(time))
     except ValueError:
@@ -188,7 +188,7 @@ def saved_models(results: Results, found: Answer) -> list[Path]:
 
 
 def _next_steps(results: Results, found: Answer | None) -> list[tuple[str, str]]:
-    """Return what can be done with the winner's model: a heading and lines to copy, each."""
+    """Return possible uses of the winner's model: a heading and lines to copy, each."""
     folders = saved_models(results, found) if found else []
     if not folders:
         return []
@@ -242,7 +242,7 @@ def _missing(results: Results) -> list[str]:
 
 
 def _facts(results: Results) -> dict[str, str]:
-    """Return name -> the different values of a fact, settings among them."""
+    """Return the different values of each fact, settings included, by name."""
     records = [
         *({name: part.get(name) for name in _PART_FACTS} for part in results.parts),
         *({name: run.record.get(name) for name in ("algorithm", "train")} for run in results.runs),

@@ -1,11 +1,11 @@
-"""Results of runs on one environment: the raw numbers of a study, written, read and merged.
+"""Define the results of runs on one environment: the raw numbers of a study.
 
-`results.json` holds, for each environment, what was played, with which settings and versions, and
+`results.json` contains, for each environment, the tasks, settings and versions, and
 for each finished run its label, seed, settings, cost, course and evaluations. Success is one
-digit a task, in the order of `tasks`, so that any difference can be computed again, paired by task.
-Older files have `plays` too: the digit is then how many of these plays succeeded. `course` has
-[step, success rate] of every evaluation after the start, and `metrics` one value for each step
-from 1 on (null: not measured). A run takes one line of the file.
+digit per task, in the order of `tasks`, so that any difference can be computed again, paired by
+task. Older files also have `plays`: the digit is then the number of these plays that succeeded.
+`course` has [step, success rate] of every evaluation after the start, and `metrics` one value for
+each step from 1 on (null: not measured). A run takes one line of the file.
 
 A file is a part of a study: some seeds, with a start and a teacher that were made and evaluated on
 one machine. Parts of the same environment can be merged if they played the same tasks with the same
@@ -37,11 +37,11 @@ REFERENCES = ("start", "teacher")
 _RUN_KEYS = ("label", "seed", "minutes", "tokens", "episodes", "seconds", "last", "best",
              "course", "metrics")  # fmt: skip
 _FREE_BETWEEN_PARTS = {"data", "seed", "eval_samples", "threads"}
-"""Further settings that may differ without a change of what is measured."""
+"""Further settings that may differ without a change of the measured quantity."""
 
 
 class ResultsError(AtodError):
-    """Files that are no results of a study, or that cannot be merged."""
+    """Files that are not results of a study, or that cannot be merged."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class RunResult:
     part: int
     """Number of its part, from 0."""
     record: Mapping[str, Any]
-    """As the module's docstring describes it."""
+    """In the form of the module's docstring."""
 
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """All that is known about one environment of a study."""
+    """All data about one environment of a study."""
 
     name: str
     tasks: Mapping[str, tuple[str, ...]]
@@ -69,7 +69,7 @@ class Results:
     """Shared by the runs of each part: start, teacher, data, versions."""
     runs: tuple[RunResult, ...]
     folders: tuple[RunSummary, ...] = ()
-    """The runs as their folders have them; none where the results were read from files."""
+    """The runs with the content of their folders; none if the results were read from files."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ def write_results(path: Path, environments: Sequence[Results]) -> None:
 
 
 def _lines(results: Results) -> str:
-    """An environment as JSON, a line for each of its keys and runs."""
+    """Return an environment as JSON, one line for each of its keys and runs."""
     [part] = results.parts
     runs = ",\n".join(f"    {json.dumps(run.record)}" for run in results.runs)
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in part.items()]
@@ -111,11 +111,11 @@ def _lines(results: Results) -> str:
 
 
 def read_results(paths: Sequence[Path]) -> tuple[Results, ...]:
-    """Read results files, and merge what belongs to the same environment.
+    """Read results files, and merge those of the same environment.
 
     Raises:
-        ResultsError: a file is no results file; tasks, data or settings of an environment differ
-            between files; or a run is there twice.
+        ResultsError: a file is not a results file; tasks, data or settings of an environment
+            differ between files; or a run occurs twice.
     """
     parts: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for path in paths:
@@ -130,15 +130,15 @@ def read_results(paths: Sequence[Path]) -> tuple[Results, ...]:
                 parts.setdefault(name, []).append((path, record))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ResultsError(
-                f"{path} is no results.json of this version of atod-train study ({error})."
+                f"{path} is not a results.json of this version of atod-train study ({error})."
             ) from error
     return tuple(_merged(name, found) for name, found in parts.items())
 
 
 def _check(name: str, record: Mapping[str, Any]) -> None:
-    """Raise one of several errors unless an environment has the form that is written."""
+    """Raise one of several errors if an environment has another form than `results.json`."""
     if not FOLDER_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of an environment")
+        raise ValueError(f"{name!r} is not the name of an environment")
     lengths = {split: len(tasks) for split, tasks in record["tasks"].items()}
     if not record["runs"] or not lengths or not {**record["start"], **record["teacher"]}:
         raise ValueError(f"{name} has no runs, tasks or evaluations")
@@ -173,8 +173,8 @@ def _merged(name: str, parts: Sequence[tuple[Path, dict[str, Any]]]) -> Results:
     """Return one environment made of its parts, each with the file it comes from.
 
     Raises:
-        ResultsError: parts that played other tasks or with other settings, a run that is there
-            twice, or a label that had other settings.
+        ResultsError: parts with other tasks or settings, a run that occurs
+            twice, or a label with other settings.
     """
     first_path, first = parts[0]
     runs: list[RunResult] = []
@@ -182,7 +182,7 @@ def _merged(name: str, parts: Sequence[tuple[Path, dict[str, Any]]]) -> Results:
         if difference := _difference(first, record):
             raise ResultsError(
                 f"{name}: {difference} differs between {first_path} and {path}; such files cannot "
-                "be merged. Look at each alone, or give the environment another name."
+                "be merged. Use each file alone, or give the environment another name."
             )
         for run in record["runs"]:
             label, seed = run["label"], run["seed"]
@@ -190,13 +190,13 @@ def _merged(name: str, parts: Sequence[tuple[Path, dict[str, Any]]]) -> Results:
                 other_path = parts[other.part][0]
                 if other.record == run or (other.part, other.seed) == (number, seed):
                     raise ResultsError(
-                        f"{name}: {label}, seed {seed} of {path} is in {other_path} too; give "
+                        f"{name}: {label}, seed {seed} of {path} is also in {other_path}; give "
                         "each run once."
                     )
                 if difference := _setting_difference(run, other.record, ("algorithm", "train")):
                     raise ResultsError(
                         f"{name}: the runs {label!r} of {other_path} and {path} differ in "
-                        f"{difference}; one label must mean one thing."
+                        f"{difference}; runs of one label must have equal settings."
                     )
             runs.append(RunResult(label, seed, number, run))
     return Results(
@@ -209,7 +209,7 @@ def _merged(name: str, parts: Sequence[tuple[Path, dict[str, Any]]]) -> Results:
 
 
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """Return what keeps two parts apart; empty: nothing."""
+    """Return the difference that prevents merging two parts; empty: none."""
     if a["tasks"] != b["tasks"]:
         return "the list of tasks"
     hashes = [(record.get("data") or {}).get("hash") for record in (a, b)]
@@ -219,7 +219,7 @@ def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
 
 def _setting_difference(a: Mapping[str, Any], b: Mapping[str, Any], sections: Sequence[str]) -> str:
-    """Return the first setting that both have with different values; empty: none."""
+    """Return the first common setting with different values; empty: none."""
     old_settings, new_settings = (
         {section: _renamed(record.get(section) or {}) for section in sections} for record in (a, b)
     )
@@ -232,7 +232,7 @@ def _setting_difference(a: Mapping[str, Any], b: Mapping[str, Any], sections: Se
 
 
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a section's settings as of today; older files have other numbers for the same."""
+    """Return a section's settings in today's form; older files have other numbers for the same."""
     found = dict(settings)
     if reward := found.pop("success_reward", 0.0):
         found["invalid_action_penalty"] = found.get("invalid_action_penalty", 0.0) / reward
@@ -242,6 +242,6 @@ def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model_name(model: object) -> str:
-    """A model without its place: it may lie in another folder, or behind another URL."""
+    """Return a model's name without its location, which may be another folder or URL."""
     name = str(model)
     return "a server" if is_url(name) else Path(name).name

@@ -1,10 +1,10 @@
-"""Trajectories as plain rows, token for token, for JSON lines and Hugging Face data sets.
+"""Convert trajectories to plain rows with exact tokens, for JSON lines and Hugging Face data sets.
 
 A row is one episode. Its keys are those of `Trajectory`, and
 
     format                "atod-trajectory/1"
     episode_return        sum of the turns' rewards
-    sequences             what a model is trained on, one or more per episode, each with
+    sequences             the training sequences, one or more per episode, each with
       input_ids           token ids, prompts and completions in order, as sampled
       completion_mask     1 exactly on sampled tokens, 0 on prompts and observations
       sampling_logprobs   of each token, at the sampling temperature; 0.0 where the mask is 0
@@ -13,13 +13,13 @@ A row is one episode. Its keys are those of `Trajectory`, and
       invalid_reason, is_trained, finish_reason
                           as in `Turn`; prompt is a list of {role, content}
       sequence            number of its sequence
-      prompt_start        where the new tokens of this turn begin in it
+      prompt_start        index of the first new token of this turn in it
       start, end          its completion is input_ids[start:end]
       disagreement, uncertainty, weight
                           d and h in nats per token and w of T-DUR (Eq. 13-16), or null
 
 In chat style an episode is one sequence, in window style every turn is one; a dialogue that was
-restarted to fit has several. A causal model predicts input_ids[t] from those before t.
+restarted to fit has several. A causal model predicts input_ids[t] from the ids before t.
 Every row has all keys, always of the same type, as data sets require.
 """
 
@@ -54,10 +54,10 @@ def to_row(
 ) -> dict[str, Any]:
     """Return the row of a trajectory, of JSON values only.
 
-    Statistics are given for each turn, or not at all where there was no teacher.
+    Statistics are given for each turn, or not at all without a teacher.
 
     Raises:
-        AtodError: the number of statistics is another; a first turn claims to extend another.
+        AtodError: the number of statistics differs; a first turn claims to extend another.
     """
     if statistics is not None and len(statistics) != len(trajectory.turns):
         raise AtodError(f"{len(statistics)} statistics for {len(trajectory.turns)} turns.")
@@ -98,10 +98,10 @@ def to_row(
 
 
 def from_row(row: Mapping[str, Any]) -> tuple[Trajectory, tuple[TurnStatistics, ...] | None]:
-    """Return the trajectory and statistics that a row was made of; further keys are ignored.
+    """Return the trajectory and statistics of a row; further keys are ignored.
 
     Raises:
-        AtodError: it is no such row, or its parts do not fit together.
+        AtodError: it is not such a row, or its parts are inconsistent.
     """
     try:
         if row["format"] != FORMAT:
@@ -109,7 +109,7 @@ def from_row(row: Mapping[str, Any]) -> tuple[Trajectory, tuple[TurnStatistics, 
         turns = tuple(_turn(turn, row["sequences"]) for turn in row["turns"])
         record = Trajectory(**{name: row[name] for name in _SAME}, turns=turns)
         found = [tuple(turn[name] for name in TurnStatistics._fields) for turn in row["turns"]]
-        # The row must equal the one of the trajectory it describes, or it was changed by hand.
+        # The row must equal the one of its trajectory, or it was edited.
         if to_row(record)["sequences"] != [dict(part) for part in row["sequences"]]:
             raise ValueError("the turns do not cover the sequences")
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -131,7 +131,7 @@ def _turn(row: Mapping[str, Any], sequences: Sequence[Mapping[str, Any]]) -> Tur
         extends_previous=first > 0,
     )
     prompt = tuple(Message(message["role"], message["content"]) for message in row["prompt"])
-    # Rows of earlier versions do not have all of what `Turn` has a default for.
+    # Rows of earlier versions lack fields for which `Turn` has a default.
     same = {name: row[name] for name in _SAME_IN_TURN if name in row}
     return Turn(**same, prompt=prompt, tokens=tokens)
 
@@ -140,7 +140,7 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) 
     """Write one row a line, atomically; return the number of rows.
 
     Raises:
-        AtodError: the file cannot be written; a number is not finite, which JSON cannot hold.
+        AtodError: the file cannot be written; a number is not finite, which JSON cannot represent.
     """
     count = 0
     try:
@@ -157,7 +157,7 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file, one after the other.
 
     Raises:
-        FileError: the file cannot be read; names the first line that is no JSON object.
+        FileError: the file cannot be read; names the first line that is not a JSON object.
     """
     return read_json_lines(Path(path), required=True)
 

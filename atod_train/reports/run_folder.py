@@ -1,16 +1,16 @@
-"""The folder of a run: its file names, and the files written once - config, manifest, summary.
+"""Name the files of a run folder, and write those that are written once: config, manifest, summary.
 
 Files of a run folder, all UTF-8 JSON or JSON lines:
 
     config.json         the resolved settings (`write_config`)
-    manifest.json       what was run on what: data and its hash, seeds, versions (`write_manifest`)
+    manifest.json       the run: data and its hash, seeds, versions (`write_manifest`)
     metrics.jsonl       one object per step (`MetricsWriter.write`)
     evaluations.jsonl   one `Evaluation` per evaluated model, split and step
     trajectories.jsonl  a few trajectories for people: rows as in `rows`, without tokens
     summary.json        totals at the end: steps, minutes (wall time, over all parts of a resumed
                         run), tokens (sampled), trajectories, best_step, finished
     tensorboard/        the numbers of metrics.jsonl and of evaluations as events
-    wandb/              the same, as Weights & Biases keeps them; with --log wandb only
+    wandb/              the same, in the format of Weights & Biases; with --log wandb only
     checkpoints/        one safetensors file per checkpoint
 """
 
@@ -42,16 +42,16 @@ PACKAGES = ("atod-gym", "torch", "transformers", "tokenizers", "safetensors", "g
 FREE_SETTINGS = {
     "eval_every", "save_every", "device", "tokens_per_microbatch", "gradient_checkpointing",
 }  # fmt: skip
-"""Settings that a step does not depend on, but for rounding: when the student is evaluated and
-saved, devices, and what only costs memory or time."""
+"""Settings that a step does not depend on, except for rounding: evaluation and saving of the
+student, devices, and settings that only affect memory or time."""
 
 
 class RunFolderError(FileError):
-    """A file of a run folder is broken, absent, or was written out of order."""
+    """A file of a run folder is damaged, absent, or was written out of order."""
 
 
 class OtherSettingsError(RunFolderError):
-    """A run folder holds a run of other settings than those wanted."""
+    """A run folder contains a run with settings other than the requested ones."""
 
 
 # -- settings -------------------------------------------------------------------------------------
@@ -66,14 +66,14 @@ def read_config(run_dir: Path) -> RunConfig:
     """Read config.json.
 
     Raises:
-        RunFolderError: it is absent, or has settings that this version does not know.
+        RunFolderError: it is absent, or has settings that are unknown in this version.
         FileError: it cannot be read.
     """
     path = run_dir / CONFIG_FILE
     try:
         return config_from_json(read_json(path))
     except (KeyError, TypeError, AttributeError) as error:
-        raise RunFolderError(f"{path} is no config of this version: {error}") from error
+        raise RunFolderError(f"{path} is not a config of this version: {error}") from error
 
 
 def config_from_json(record: Mapping[str, Any]) -> RunConfig:
@@ -97,7 +97,7 @@ def config_from_json(record: Mapping[str, Any]) -> RunConfig:
 
 
 def check_same_settings(run_dir: Path, config: RunConfig) -> None:
-    """Refuse to continue, or to count, a run that was made with other settings.
+    """Refuse to continue, or to count, a run with other settings.
 
     Raises:
         OtherSettingsError: a setting differs that is neither free nor the number of steps.
@@ -114,13 +114,13 @@ def check_same_settings(run_dir: Path, config: RunConfig) -> None:
 def first_difference(
     saved: RunConfig, wanted: RunConfig, sections: Sequence[str] = SECTIONS
 ) -> tuple[str, Any, Any] | None:
-    """Return the first setting on which a run depends that differs, and both values."""
+    """Return the first different setting on which a run depends, and both values."""
     free = FREE_SETTINGS | {"steps"}
     if is_url(saved.model.teacher) and is_url(wanted.model.teacher):
         free |= {"teacher"}  # its server may have moved
     if saved.model.sampler.partition(":")[0] == wanted.model.sampler.partition(":")[0]:
         free |= {"sampler"}  # its share of memory may change
-    # As JSON has them: no infinity, which is none of a value that is not finite.
+    # In the form of JSON: without infinity, and None for a value that is not finite.
     old, new = (without_infinities(asdict(settings)) for settings in (saved, wanted))
     return next(setting_differences(old, new, sections, free), None)
 
@@ -128,9 +128,9 @@ def first_difference(
 def setting_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], sections: Sequence[str], free: AbstractSet[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the name and both values of each setting that two JSON objects have and that differs.
+    """Yield the name and both values of each different setting that two JSON objects have.
 
-    They hold settings by section and name; those with a name in `free` may differ.
+    They contain settings by section and name; those with a name in `free` may differ.
     """
     for section in sections:
         a, b = old.get(section) or {}, new.get(section) or {}
@@ -143,7 +143,7 @@ def setting_differences(
 
 
 def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Installed versions; "absent" where a package is not installed."""
+    """Return installed versions; "absent" if a package is not installed."""
     versions = {}
     for name in names:
         try:
@@ -156,16 +156,16 @@ def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
 def write_manifest(
     run_dir: Path, beginning: Mapping[str, Any], device: str = "cpu", processes: int = 1
 ) -> None:
-    """Write manifest.json: what is run on what, and the time, command line and versions.
+    """Write manifest.json: the run, and the time, command line and versions.
 
-    A manifest that is there already stays as it is, and the fact of resuming is added to its
+    An existing manifest is kept, and the resuming is added to its
     list `resumed`, with the time, command line, versions and devices of the resuming program.
 
     Args:
         run_dir: the run folder.
-        beginning: of a new run: `run_id` (no other run has it), `method` (or what else the run is
-            called), `env_id`, `data` (its name and the hash of the task manifest), `seeds`,
-            `parameters` (number of weights of student and teacher; None: there is no teacher),
+        beginning: of a new run: `run_id` (unique), `method` (or another name of the
+            run), `env_id`, `data` (its name and the hash of the task manifest), `seeds`,
+            `parameters` (number of weights of student and teacher; None: no teacher),
             `inputs` (see `training.inputs`).
         device: such as `cpu` or the name of the GPU.
         processes: number of processes that train together.
@@ -188,11 +188,11 @@ def write_manifest(
 
 
 def is_finished(run_dir: Path, config: RunConfig) -> bool:
-    """Return whether a run has all the steps wanted; one with fewer can be continued.
+    """Return whether a run has all requested steps; one with fewer can be continued.
 
     Raises:
         OtherSettingsError: it has ended, with more steps or other settings.
-        RunFolderError: a file is broken.
+        RunFolderError: a file is damaged.
     """
     summary = read_json(run_dir / SUMMARY_FILE)
     if not summary.get("finished"):
@@ -201,11 +201,11 @@ def is_finished(run_dir: Path, config: RunConfig) -> bool:
     done, wanted = summary.get("steps"), config.train.steps
     if not isinstance(done, int):
         raise RunFolderError(
-            f"{run_dir / SUMMARY_FILE} does not say how many steps were made; remove or repair it"
+            f"{run_dir / SUMMARY_FILE} does not contain the number of steps; remove or repair it"
         )
     if done > wanted:
         raise OtherSettingsError(
-            f"{run_dir} has {done} steps, more than train.steps={wanted}; ask for {done}, or "
-            f"{ANOTHER_FOLDER}"
+            f"{run_dir} has {done} steps, more than train.steps={wanted}; use "
+            f"--train.steps {done}, or {ANOTHER_FOLDER}"
         )
     return done == wanted

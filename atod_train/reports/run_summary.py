@@ -1,4 +1,4 @@
-"""The finished runs of an environment: read from their folders, and as results.json has them."""
+"""Read the finished runs of an environment from their folders, and convert them to results."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _SECONDS = "seconds/"
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run as its folder has it; whatever the run did not record is empty."""
+    """The content of a run's folder; anything that the run did not record is empty."""
 
     label: str
-    """Name of the run in tables: its method, or the name that a study file gives it."""
+    """Name of the run in tables: its method, or its name in a study file."""
     seed: int
     metrics: tuple[dict[str, Any], ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
@@ -48,12 +48,12 @@ class RunSummary:
     def course(
         self, split: str, mode: str, model: EvaluatedModel = "student"
     ) -> tuple[Evaluation, ...]:
-        """The evaluations of a model by step; of repeated steps the latest."""
+        """Return the evaluations of a model by step; of repeated steps the latest."""
         by_step = {e.step: e for e in self.evaluations if e.key == (model, split, mode)}
         return tuple(by_step[step] for step in sorted(by_step))
 
     def curve(self, name: str) -> dict[int, float]:
-        """Step -> value of a metric, where it is a finite number."""
+        """Return the values of a metric by step, if they are finite."""
         return {
             record["step"]: float(record[name])
             for record in self.metrics
@@ -65,7 +65,7 @@ def read_run(run_dir: Path, label: str, seed: int) -> RunSummary:
     """Read a run folder; absent files give empty parts.
 
     Raises:
-        FileError: a file is there but broken.
+        FileError: a file exists but is damaged.
     """
     return RunSummary(
         label=label,
@@ -87,14 +87,14 @@ def finished_runs(
 
     Args:
         folder: of the environment.
-        settings: of the runs to look for, by label, whatever their seeds.
+        settings: of the runs to find, by label, with any seed.
 
     Returns:
-        The runs, by seeds, then labels; and a line for each that was left out since it was made
-        with other settings, so that what a table compares had the same start, teacher and budget.
+        The runs, by seeds, then labels; and a line for each that was left out because it has
+        other settings, so that all runs of a table have the same start, teacher and budget.
 
     Raises:
-        FileError: a file of a run is broken.
+        FileError: a file of a run is damaged.
     """
     runs, left_out = [], []
     for label, config in settings.items():
@@ -122,7 +122,7 @@ def record_of(runs: Sequence[RunSummary]) -> dict[str, Any]:
         **{name: first.manifest.get(name) for name in _SHARED},
         "parameters": next((size for size in sizes if size.get("teacher")), sizes[0]),
         "env": first.config.get("env"),
-        # `start` is taken by the evaluations of the start.
+        # The key `start` has the evaluations of the start.
         "model": {**first.config.get("model", {}), "start": first.config.get("start")},
         "tasks": {split: [task.task_id for task in tasks] for split, tasks in played.items()},
         "task_types": {split: [task.task_type for task in played[split]] for split in played},
@@ -173,7 +173,7 @@ def _run_record(run: RunSummary, names: Mapping[str, tuple[str, str]]) -> dict[s
 
 
 def _first(evaluations: Iterable[Evaluation]) -> dict[str, Any] | None:
-    """Return the first of some evaluations as it is kept, or None where there is none."""
+    """Return the first of some evaluations in the form of results.json, or None."""
     for evaluation in evaluations:
         result = evaluation.result
         return {

@@ -1,15 +1,15 @@
-"""The one interval of all results: a crossed bootstrap over seeds and tasks.
+"""Compute the interval of all results: a crossed bootstrap over seeds and tasks.
 
 Success of a model is a matrix, replicates (seeds) x tasks. The interval of its mean is the
 percentile interval of a crossed ("pigeonhole") bootstrap (Owen 2007, Annals of Applied Statistics
-1, 386-411): rows and columns are drawn again with replacement, independently of each other, so that
-both the luck of a seed and the choice of tasks are in it. A difference of two models is the matrix
-of their differences, paired by seed and task. Limits:
+1, 386-411): rows and columns are resampled with replacement, independently of each other, so that
+it includes both the spread between seeds and the choice of tasks. A difference of two models is the
+matrix of their differences, paired by seed and task. Limits:
 
-- With one replicate only tasks are drawn again: the spread between seeds is not in the interval.
-- With few replicates the spread between them comes out too small, on average by the factor
+- With one replicate only tasks are resampled: the interval does not include the spread of seeds.
+- With few replicates the spread between them is underestimated, on average by the factor
   (n - 1) / n in the variance, as in every bootstrap of n values.
-- Where all values are equal, the draws have no spread although n tasks cannot rule out a small
+- If all values are equal, the draws have no spread although n tasks cannot rule out a small
   rate. The interval then reaches `z^2 / (n + z^2)` from the value: the score bound (Wilson 1927)
   of a rate of 0 or n of n, and the bound of paired differences (Tango 1998) without any.
 """
@@ -48,14 +48,14 @@ class Estimate:
 
 @lru_cache(maxsize=16)
 def _counts(repeats: tuple[int, ...], axis: int, seed: int) -> NDArray[np.float64]:
-    """Draw rows (axis 0) or columns (1), each there `repeats` times; counts [draws, size]."""
+    """Draw rows (axis 0) or columns (1), each present `repeats` times; counts [draws, size]."""
     rng = np.random.default_rng((seed, axis))
     total = sum(repeats)
     return rng.multinomial(total, np.array(repeats) / total, size=DRAWS).astype(np.float64)
 
 
 def crossed_means(matrix: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
-    """Return the means of a matrix whose rows and columns are drawn again (Owen 2007).
+    """Return the means of a matrix with resampled rows and columns (Owen 2007).
 
     Args:
         matrix: [replicates, tasks]; with one row only columns are drawn.
@@ -100,11 +100,11 @@ def paired_difference(first: NDArray[np.float64], second: NDArray[np.float64]) -
 
 
 def unpaired_difference(first: NDArray[np.float64], second: NDArray[np.float64]) -> Estimate:
-    """Return mean(first) - mean(second) of different tasks; its `tasks` are those of both."""
+    """Return mean(first) - mean(second) of different tasks; `tasks` counts those of both."""
     one, two = estimate(first), estimate(second)
     low, high = _percentiles(crossed_means(first) - crossed_means(second, seed=1))
     value = one.value - two.value
-    # Not narrower than what each alone leaves open, which matters where one has no spread.
+    # At least as wide as the interval of each, which matters if one has no spread.
     low = min(low, value - max(one.value - one.low, two.high - two.value))
     high = max(high, value + max(one.high - one.value, two.value - two.low))
     replicates = min(one.replicates, two.replicates)
@@ -118,6 +118,6 @@ def _percentiles(draws: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _margin(tasks: int) -> float:
-    """Return how far the mean of n equal values may lie from them: z^2 / (n + z^2)."""
+    """Return the largest distance of the mean of n equal values from them: z^2 / (n + z^2)."""
     squared = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) ** 2
     return squared / (tasks + squared)

@@ -1,4 +1,4 @@
-"""The metrics of a step, and a few of its trajectories."""
+"""Compute the metrics of a step, and select a few of its trajectories."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from atod_train.reports.rows import TurnStatistics, to_row
 
 _SHOWN_TRAJECTORIES = 2
 _RENDERED_TRAJECTORIES = 16
-"""Most dialogues of a step that are encoded again."""
+"""Maximum number of dialogues of a step that are encoded again."""
 
 _SHOWN_REASONS = 5
-"""Most frequent reasons of invalid turns in a step."""
+"""Number of most frequent reasons of invalid turns in a step."""
 
 
 def batch_metrics(
     batch: Batch, trajectories: Sequence[Trajectory], scores: TokenScores, advantages: Advantages
 ) -> dict[str, float]:
-    """Return the metrics that follow from rollout and advantages; keys as in `metrics`."""
+    """Return the metrics of rollout and advantages; keys as in `metrics`."""
     mask = batch.completion_mask
     tokens = mask.sum().clamp(min=1)
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
@@ -80,10 +80,10 @@ def rendering_drift(trajectories: Sequence[Trajectory], dialogue: DialogueEncode
     """Return the share of dialogues that would be trained on other ids if encoded from text.
 
     The chat template's rendering of the whole dialogue, encoded again, is compared with the ids
-    that were sampled. This trainer uses the sampled ids, so a difference does no harm here. It
-    measures the error of trainers that keep text and encode it again (huggingface/trl #5224;
+    that were sampled. This trainer uses the sampled ids, so a difference is harmless here. It
+    measures the error of trainers that store text and encode it again (huggingface/trl #5224;
     #6250 repairs such dialogues afterwards). Differences come from completions sampled in another
-    segmentation than the tokenizer's, from completions that are no valid UTF-8, and from templates
+    segmentation than the tokenizer's, from completions that are not valid UTF-8, and from templates
     that strip thoughts or spaces.
 
     Trajectories that left out turns are skipped; of many, a few are compared, spread over all.
@@ -120,7 +120,7 @@ def _is_rendered_alike(record: Trajectory, dialogue: DialogueEncoder) -> bool:
 def rows_to_show(
     batch: Batch, trajectories: Sequence[Trajectory], advantages: Advantages, has_teacher: bool
 ) -> list[dict[str, Any]]:
-    """Return the rows of a solved and a failed trajectory, if there are both, without tokens."""
+    """Return the rows of a solved and a failed trajectory, if both exist, without tokens."""
     solved = [i for i, t in enumerate(trajectories) if t.success]
     failed = [i for i, t in enumerate(trajectories) if not t.success]
     measures = (advantages.disagreement, advantages.uncertainty, advantages.turn_weights)

@@ -1,4 +1,4 @@
-"""The one table: rows of text cells, shown as aligned text, Markdown or HTML; and those of results.
+"""Make tables of text cells, as aligned text, Markdown or HTML; and those of results.
 
 All intervals are those of `statistics`: a crossed bootstrap over seeds and tasks.
 """
@@ -31,7 +31,7 @@ class Table:
 
     @property
     def text(self) -> str:
-        """The table, without its title, in aligned columns: the first left, the others right."""
+        """Return the table without its title, in columns: the first left, the others right."""
         lines = [self.head, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
@@ -44,7 +44,7 @@ class Table:
 
     @property
     def markdown(self) -> str:
-        """The table, without its title, in Markdown; ends with a line break."""
+        """Return the table, without its title, in Markdown; ends with a line break."""
         lines = [self.head, ("---",) * len(self.head), *self.rows]
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
         return "".join(f"| {' | '.join(line)} |\n" for line in cells)
@@ -54,7 +54,7 @@ def main_table(results: Results, split: str | None = None) -> Table:
     """Return success, gain and cost of start, teacher and every label, on a split or on all tasks.
 
     The best evaluation is that of the first mode; gains and scores are those of the last mode.
-    Where scores say more than success, as in WebShop, there is a column for their mean.
+    If scores differ from success, as in WebShop, there is a column for their mean.
     """
     first, *others = results.modes
     final = results.modes[-1]
@@ -109,7 +109,7 @@ def first_pairs(results: Results) -> list[tuple[str, str]]:
 def difference_table(results: Results, pairs: Sequence[tuple[str, str]]) -> Table:
     """Return claims that the first of two models solves more than the second, with verdicts.
 
-    The models are labels, `start` or `teacher`; a pair with nothing in common has no numbers.
+    The models are labels, `start` or `teacher`; a pair without common replicates has no numbers.
     """
     rows = []
     for first, second in pairs:
@@ -125,7 +125,7 @@ def difference_table(results: Results, pairs: Sequence[tuple[str, str]]) -> Tabl
 
 
 def claims_table(environments: Sequence[Results], pairs: Sequence[tuple[str, str]] = ()) -> Table:
-    """Return claims at one glance: success in the last mode after the last step, by environment.
+    """Return claims at a glance: success in the last mode after the last step, by environment.
 
     The pairs are claims, as in `difference_table`; none: the `first_pairs` of all environments.
     """
@@ -145,7 +145,7 @@ def claims_table(environments: Sequence[Results], pairs: Sequence[tuple[str, str
 
 
 def type_table(results: Results, mode: str) -> Table | None:
-    """Return success per task type at the last step, or None where there is one type or none."""
+    """Return success per task type at the last step, or None with at most one type."""
     types = sorted({name for found in results.task_types.values() for name in found})
     if len(types) < 2:
         return None
@@ -174,7 +174,7 @@ def phase_table(results: Results) -> Table:
 def all_tables(
     results: Results, pairs: Sequence[tuple[str, str]] = (), *, by_split: bool
 ) -> list[Table]:
-    """Return all tables of an environment; `by_split`: success on each of several splits too.
+    """Return all tables of an environment; `by_split`: success on each of several splits, too.
 
     The pairs are claims, as in `difference_table`; none: the `first_pairs`.
     """
@@ -186,7 +186,7 @@ def all_tables(
 
 
 def describe(results: Results) -> str:
-    """Return one sentence on what was evaluated."""
+    """Return one sentence about the evaluations."""
     sizes = ", ".join(f"{split} {len(tasks)}" for split, tasks in results.tasks.items())
     total = sum(map(len, results.tasks.values()))
     parts = len(results.parts)
@@ -199,7 +199,7 @@ def rate_text(found: Estimate | None, sign: Literal["", "+"] = "") -> str:
     if found is None:
         return NOTHING
     shares = (found.value, found.low, found.high)
-    # Adding 0.0 makes 0.0 of -0.0.
+    # Adding 0.0 converts -0.0 to 0.0.
     value, low, high = (f"{round(100 * share, 1) + 0.0:{sign}.1f}" for share in shares)
     return f"{value} [{low}, {high}]"
 

@@ -1,4 +1,4 @@
-"""Checks before any work of a study, and its header."""
+"""Check a study before any work, and describe it in a header."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from atod_train.studies.file import Run, StudyPart
 from atod_train.teachers.remote import connect, describe
 
 _SECONDS = 30.0
-"""Time that a teacher's server has to answer."""
+"""Timeout for a teacher's server."""
 
 
 def header(part: StudyPart, left: Sequence[Run], jobs: int) -> str:
-    """Check what the runs on an environment need, and return lines that describe them.
+    """Check the requirements of the runs on an environment, and return lines that describe them.
 
     Args:
         part: the runs.
-        left: those to be made.
-        jobs: how many at the same time.
+        left: the runs that are not finished.
+        jobs: number of runs at the same time.
 
     Raises:
         AtodError: a device, model, server, environment, its data or a split cannot be used.
@@ -72,7 +72,7 @@ def is_taught(part: StudyPart) -> bool:
 
 
 def _models(config: RunConfig, names: dict[str, str]) -> dict[str, str]:
-    """Return what describes each model, by its role."""
+    """Return a description of each model, by its role."""
     made = [name for name in names.values() if name in MODEL_SHAPES]
     lines = {}
     for (role, name), epochs in zip(names.items(), config.start.epochs, strict=False):
@@ -98,7 +98,7 @@ def _models(config: RunConfig, names: dict[str, str]) -> dict[str, str]:
 
 
 def describe_model(name: str, max_context: int) -> str:
-    """Return the kind and the size of a model, by its configuration alone; ask a server for it.
+    """Return the kind and size of a model by its configuration, or a server's description of it.
 
     Args:
         name: as `model.student` or `model.teacher`.
@@ -117,7 +117,7 @@ def describe_model(name: str, max_context: int) -> str:
     else:
         shape = read_shape(name, max_context)
         kind = shape.model_type
-    with torch.device("meta"):  # without memory
+    with torch.device("meta"):  # allocates no memory
         model = AutoModelForCausalLM.from_config(shape)
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     size = f"{millions / 1e3:.2f} B" if millions >= 1e3 else f"{millions:.2f} M"
@@ -125,9 +125,9 @@ def describe_model(name: str, max_context: int) -> str:
 
 
 def _devices(config: RunConfig) -> str:
-    """Return device and precision of the student, and the teacher's device where it is another."""
+    """Return device and precision of the student, and the teacher's device if it differs."""
     model = config.model
-    # Devices were checked, and a GPU is not touched here: it would take memory in this process.
+    # Devices were checked. A GPU is not used here: it would allocate memory in this process.
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     ours, theirs = model.devices
     device = torch.device(auto if ours == "auto" else ours)
@@ -140,10 +140,10 @@ def _devices(config: RunConfig) -> str:
 
 
 def check_folder(out: Path) -> None:
-    """Refuse a folder that cannot be made or written to; it is not made.
+    """Refuse a folder that cannot be made or written to; the folder is not made.
 
     Raises:
-        AtodError: it cannot.
+        AtodError: the folder cannot be used.
     """
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():

@@ -1,4 +1,4 @@
-"""Studies: what they are, their TOML files, and the settings that are kept in their folders.
+"""Define studies, their TOML files, and the settings that are stored in their folders.
 
 A study file has the settings of `atod-train <preset>` by their names on the command line:
 
@@ -16,12 +16,12 @@ A study file has the settings of `atod-train <preset>` by their names on the com
     [runs.adaptive]
     "algorithm.schedule" = "adaptive"
 
-Runs may change `algorithm.*` and `train.*` alone, so that start, teacher and tasks are the same for
-all of them; `train.seed` is for `seeds` to decide.
+Runs may change only `algorithm.*` and `train.*`, so that start, teacher and tasks are the same for
+all of them; `seeds` sets `train.seed`.
 
-The run `opd` with seed 1 lies in the folder `opd-seed1` of the study. Where the file has several
+The run `opd` with seed 1 is in the folder `opd-seed1` of the study. If the file has several
 environments, each has a folder in that of the study. `study.json` has the settings of all runs, so
-that those which have not begun continue too.
+that runs that have not begun can be continued, too.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def is_begun(self) -> bool:
-        """Whether the folder holds the run."""
+        """Whether the folder contains the run."""
         return (self.folder / CONFIG_FILE).is_file()
 
 
@@ -80,7 +80,7 @@ class StudyPart:
     folder: Path
     runs: tuple[Run, ...]
     settings: Mapping[str, RunConfig]
-    """Of all labels, whether their runs are selected or not; each run has a seed of its own."""
+    """Settings of all labels, selected or not; each run has its own seed."""
 
     @property
     def config(self) -> RunConfig:
@@ -90,10 +90,10 @@ class StudyPart:
 
 @dataclass(frozen=True)
 class Study:
-    """Runs, how many of them are made at the same time, and the loggers of their numbers.
+    """Runs, the number of runs at the same time, and the loggers of their numbers.
 
     Raises:
-        InvalidSettingError: fewer than one run is made at the same time.
+        InvalidSettingError: jobs is less than 1.
     """
 
     parts: tuple[StudyPart, ...]
@@ -112,18 +112,18 @@ class Study:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which part of a study is made, and how; None: what the file says."""
+    """The part of a study to make, and how; None: as in the file."""
 
     seeds: tuple[int, ...] | None = None
-    """Seeds that each run is made with, in place of those of the file."""
+    """Seeds of each run, instead of those of the file."""
     environments: tuple[str, ...] | None = None
-    """Environments of the file that runs are made on, in place of all."""
+    """Environments of the file to use, instead of all."""
     runs: tuple[str, ...] | None = None
-    """Runs of the file that are made, in place of all."""
+    """Runs of the file to make, instead of all."""
     jobs: int | None = None
-    """Runs at the same time, each in a process of its own, in place of the number in the file."""
+    """Number of runs at the same time, each in its own process, instead of that of the file."""
     log: tuple[LoggerName, ...] | None = None
-    """Loggers of the runs' numbers, in place of those of the file."""
+    """Loggers of the runs' numbers, instead of those of the file."""
 
 
 def study_of(
@@ -138,7 +138,7 @@ def study_of(
 ) -> Study:
     """Return the study of some methods with some seeds; none: those of the settings.
 
-    In the results its environment has the `name`.
+    `name` is the name of its environment in the results.
     """
     settings: dict[str, RunConfig] = {
         method: replace(config, algorithm=replace(config.algorithm, method=method))
@@ -157,7 +157,7 @@ def _part(
 ) -> StudyPart:
     if len(set(seeds)) != len(seeds):
         raise InvalidSettingError("seeds has a number twice.")
-    # By seeds, so that a study that is stopped early has all lines of its table.
+    # By seeds, so that a study that is stopped early has all rows of its table.
     runs = [
         Run(label, settings[label].with_seed(seed), folder / f"{label}-seed{seed}")
         for seed in seeds
@@ -175,13 +175,13 @@ def read_study(path: Path, out: Path, selection: Selection | None = None) -> Stu
     Args:
         path: the file.
         out: folder of the study.
-        selection: makes a part of the study only.
+        selection: restricts the study to a part.
 
     Returns:
         A part for every environment of the file; one that is not selected has no runs.
 
     Raises:
-        InvalidSettingError: the file cannot be read, or something in it has no meaning; says what.
+        InvalidSettingError: the file cannot be read or is invalid; the message names the entry.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -226,17 +226,17 @@ def _study(content: Mapping[str, Any], out: Path, selection: Selection) -> Study
 
 
 def _chosen(kind: str, names: Sequence[str] | None, known: Iterable[str]) -> list[str]:
-    """Return the chosen names in the order of the file; all of them if there was no choice."""
+    """Return the chosen names in the order of the file; all of them without a choice."""
     for name in names or ():
         if name not in known:
-            raise InvalidSettingError(f"there is no {kind} {name!r}; known: {', '.join(known)}.")
+            raise InvalidSettingError(f"unknown {kind} {name!r}; known: {', '.join(known)}.")
     return [name for name in known if names is None or name in names]
 
 
 def _tables(content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
     tables = content.get(key)
     if not isinstance(tables, dict) or not tables:
-        raise InvalidSettingError(f"there is no table [{key}.NAME]; at least one is needed.")
+        raise InvalidSettingError(f"the table [{key}.NAME] is missing; at least one is needed.")
     for name, settings in tables.items():
         if not isinstance(settings, dict):
             raise InvalidSettingError(f"{key}.{name} must be a table: [{key}.{name}].")
@@ -244,7 +244,7 @@ def _tables(content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
             raise InvalidSettingError(f"{key}: {name!r} cannot be the name of a folder.")
         if key == "runs" and name in REFERENCES:
             raise InvalidSettingError(
-                f"a run cannot be called {name!r}: tables have a line of that name already."
+                f"{name!r} cannot be the name of a run: tables have a row of that name already."
             )
     return tables
 
@@ -252,7 +252,7 @@ def _tables(content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
 def _changed(
     default: RunConfig, changes: Mapping[str, Any], where: str, closed: Sequence[str] = ()
 ) -> RunConfig:
-    """Return settings with the changes of a table, which tyro reads as those of a command line.
+    """Return settings with the changes of a table, parsed by tyro like a command line.
 
     Sections that are `closed` cannot be changed; `where` is the table.
     """
@@ -261,7 +261,7 @@ def _changed(
         section, dot, name = key.partition(".")
         if not dot:
             raise InvalidSettingError(
-                f'{where}: {key!r} is no setting; write it as "train.steps" = 60, with quotes.'
+                f'{where}: {key!r} is not a setting; write it as "train.steps" = 60, with quotes.'
             )
         if key == "train.seed":
             raise InvalidSettingError(
@@ -284,7 +284,7 @@ def _changed(
     return completed(config, default, words)
 
 
-# -- settings that are kept in the folder ----------------------------------------------------------
+# -- settings in the folder ------------------------------------------------------------------------
 
 
 def keep_study(study: Study, out: Path) -> Study:
@@ -294,7 +294,7 @@ def keep_study(study: Study, out: Path) -> Study:
         All runs of the folder.
 
     Raises:
-        OtherSettingsError: the folder holds runs with another start, teacher or other tasks.
+        OtherSettingsError: the folder contains runs with another start, teacher or other tasks.
     """
     shared = {part.name: part.config for part in study.parts}
     parts = []
@@ -317,7 +317,7 @@ def keep_study(study: Study, out: Path) -> Study:
 
 
 def _is_alike(run: Run, config: RunConfig) -> bool:
-    """Return whether a run has the start, teacher and tasks of others; refuse one that is begun."""
+    """Return whether a run has the start, teacher and tasks of others; refuse a begun run."""
     difference = first_difference(run.config, config, ("env", "model", "start"))
     if difference and run.is_begun:
         name, old, new = difference
@@ -329,14 +329,14 @@ def _is_alike(run: Run, config: RunConfig) -> bool:
 
 
 def read_kept_study(folder: Path) -> tuple[Study, Path]:
-    """Return the study that has a folder, or whose run has it, and the study's folder.
+    """Return the study of a folder or of a run's folder, and the study's folder.
 
     Raises:
-        FileError: there is no study; or study.json is broken.
+        FileError: there is no study, or study.json is damaged.
     """
     out = next((f for f in (folder, *folder.parents[:2]) if (f / STUDY_FILE).is_file()), None)
     if out is None:
-        raise FileError(f"{folder} is no folder of a study: it has no {STUDY_FILE}.")
+        raise FileError(f"{folder} is not the folder of a study: it has no {STUDY_FILE}.")
     record = read_json(out / STUDY_FILE)
     try:
         parts = []
@@ -352,7 +352,7 @@ def read_kept_study(folder: Path) -> tuple[Study, Path]:
 
 
 def _merged(parts: Iterable[StudyPart]) -> tuple[StudyPart, ...]:
-    """Return one part for each environment; later settings of a run take the place of earlier."""
+    """Return one part for each environment; later settings of a run replace earlier ones."""
     merged: dict[str, StudyPart] = {}
     for part in parts:
         old = merged.get(part.name, replace(part, runs=(), settings={}))

@@ -1,4 +1,4 @@
-"""Make the runs of a study: first what they share, then each of them, and the report."""
+"""Make the runs of a study: first their shared models, then each run, and the report."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
     Args:
         study: the runs.
         out: folder of the study.
-        resume: continue runs that the folder holds; those with all their steps are kept.
+        resume: continue runs of the folder; those with all their steps are kept.
 
     Returns:
         Path of report.html.
@@ -108,10 +108,10 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
 
 
 def report_study(study: Study, out: Path) -> None:
-    """Write results and report of the runs that are finished.
+    """Write results and report of the finished runs.
 
     Raises:
-        AtodError: none is.
+        AtodError: no run has finished.
     """
     environments = _write_results(study, out)
     if not environments:
@@ -149,12 +149,12 @@ def _report(environments: Sequence[Results], out: Path) -> None:
 
 
 def _left(part: StudyPart, resume: bool) -> list[Run]:
-    """Return the runs that are not finished; refuse to continue one that must not be continued."""
+    """Return the runs that are not finished; refuse runs that must not be continued."""
     left = []
     for run in part.runs:
         if run.is_begun and not resume:
             raise RunFolderError(
-                f"{run.folder} holds a run already; continue it (--resume), or {ANOTHER_FOLDER}"
+                f"{run.folder} already contains a run; continue it (--resume), or {ANOTHER_FOLDER}"
             )
         if not is_finished(run.folder, run.config):
             if run.is_begun:
@@ -169,7 +169,7 @@ def _make_models(
     """Make start and teacher of an environment, and check that the runs can use them."""
     config, model = part.config, part.config.model
     if processes.is_main:
-        # Models that are loaded come first: whether they can be used is known at once.
+        # Loaded models come first, so that unusable ones are reported early.
         for is_made in (False, True):
             chosen = [r for r in _roles(part) if (getattr(model, r) in MODEL_SHAPES) == is_made]
             call_all(_make_start, [(config, role) for role in chosen])
@@ -194,12 +194,12 @@ def _make_runs(
 
 
 def _roles(part: StudyPart) -> list[EvaluatedModel]:
-    """Return the models that are in this process."""
+    """Return the roles of the models in this process."""
     has_teacher = is_taught(part) and not is_url(part.config.model.teacher)
     return ["teacher", "student"] if has_teacher else ["student"]
 
 
-# -- pieces of work, each of which can run in a process of its own --------------------------------
+# -- parts of the work, each of which can run in its own process -----------------------------------
 
 
 def _make_start(config: RunConfig, role: EvaluatedModel) -> None:
@@ -241,7 +241,7 @@ def _train(run: Run, known: Sequence[Evaluation], processes: Processes, log: Log
             processes,
             run.label,
             log,
-        ).run()  # what must not be continued is refused before any work
+        ).run()  # runs that must not be continued are refused before any work
 
 
 @contextmanager
@@ -269,7 +269,7 @@ def _loaded(
 
 
 CallAll = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
-"""Call a function with each of the argument lists, some at the same time."""
+"""Call a function with each of the argument lists, some of them concurrently."""
 
 
 @contextmanager
@@ -282,7 +282,7 @@ def _workers(jobs: int) -> Iterator[CallAll]:
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_set_up_worker) as executor:
 
         def call_all(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-            # The first Ctrl-C reaches the workers too, which then finish their steps.
+            # The first Ctrl-C reaches the workers, too, which then finish their steps.
             with interruptible(announce=False, on_sigterm=_terminate_workers) as interrupted:
                 futures = [executor.submit(function, *arguments) for arguments in calls]
                 try:
@@ -292,7 +292,7 @@ def _workers(jobs: int) -> Iterator[CallAll]:
                         raise StoppedByUser("stopped; the last finished steps are saved") from None
                     raise AtodError(
                         f"One of {jobs} processes was killed, most likely because memory ran out. "
-                        "What was saved is kept: continue with `atod-train resume`, with fewer "
+                        "The saved steps are kept: continue with `atod-train resume`, with fewer "
                         "--jobs or a smaller --train.tokens-per-microbatch."
                     ) from error
 
@@ -304,13 +304,13 @@ def _workers(jobs: int) -> Iterator[CallAll]:
 
 
 def _terminate_workers() -> None:
-    """Pass SIGTERM on to the workers, which then finish their steps."""
+    """Send SIGTERM to the workers, which then finish their steps."""
     for worker in multiprocessing.active_children():
         worker.terminate()
 
 
 def _set_up_worker() -> None:
-    """End the worker with its parent, however that ends; show lines, since bars would overlap."""
+    """End the worker with its parent in any case; show lines, since bars would overlap."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -191,7 +191,7 @@ def test_config_survives_and_foreign_settings_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(record))
     with pytest.raises(RunFolderError, match="momentum"):
         read_config(tmp_path)
-    with pytest.raises(RunFolderError, match="no config"):
+    with pytest.raises(RunFolderError, match="not a config"):
         read_config(tmp_path / "absent")
 
 
@@ -288,5 +288,5 @@ def test_a_finished_run_must_say_how_many_steps_it_made(tmp_path: Path, totals: 
     config = RunConfig()
     write_config(tmp_path, config)
     (tmp_path / "summary.json").write_text(totals)
-    with pytest.raises(RunFolderError, match=r"summary\.json does not say how many steps"):
+    with pytest.raises(RunFolderError, match=r"summary\.json does not contain the number of steps"):
         is_finished(tmp_path, config)

@@ -254,7 +254,7 @@ def test_the_answer_names_the_highest_run_and_what_is_significant(
     found = answer(results_of("houses", runs))
     assert found is not None
     assert all(part in found.text for part in words)
-    has_one = "Intervals of one seed do not contain the spread between seeds." in found.text
+    has_one = "Intervals of one seed do not include the spread between seeds." in found.text
     assert has_one == (len(seeds) == 1)
 
 

@@ -87,14 +87,14 @@ def test_incomplete_records_are_refused(
 
 
 def test_names_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="no name of an environment"):
+    with pytest.raises(ResultsError, match="not the name of an environment"):
         read_results([files.write(tmp_path / "r.json", **{"../houses": sound()})])
 
 
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        pytest.param(sound(), "is in", id="the-same-run"),
+        pytest.param(sound(), "is also in", id="the-same-run"),
         pytest.param(sound(1, tasks={"s": ["s-0", "s-2"]}), "the list of tasks", id="tasks"),
         pytest.param(sound(1, data={"hash": "decaf"}), "training data", id="data"),
         pytest.param(sound(1, model={"student": "mini"}), "model.student", id="student"),

@@ -108,7 +108,7 @@ def test_a_value_of_a_wrong_type_is_found(
         ('"algorithm.schedule" = "adaptive"', 'algorithm.schedule = "adaptive"', "with quotes"),
         ('"env.max_turns" = 12', '"study.jobs" = 12', "invalid setting"),
         ("[runs.atod]\n[runs.adaptive]", "[run.adaptive]", "unknown key 'run'"),
-        ("[runs.adaptive]", "[runs.teacher]", "cannot be called 'teacher'"),
+        ("[runs.adaptive]", "[runs.teacher]", "'teacher' cannot be the name of a run"),
         ('"train.steps" = 2', '"train.seed" = 2', "write seeds = [2] at the top"),
         ('"algorithm.schedule" = "adaptive"', '"train.seed" = 5', "write seeds = [5] at the top"),
     ],
@@ -239,7 +239,7 @@ def test_a_killed_study_resumes_and_writes_its_results(
     assert main([*looks[:-1], "--resume"]) == 0
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
     assert main(looks[:-1]) == 2
-    assert "atod-seed0 holds a run already; continue it (--resume)" in capsys.readouterr().err
+    assert "atod-seed0 already contains a run; continue it (--resume)" in capsys.readouterr().err
     # A run that has not finished is left out.
     (out / "atod-seed1" / "summary.json").unlink()
     assert main(looks) == 0

@@ -251,7 +251,7 @@ def test_a_folder_is_not_overwritten(whole_run: Path) -> None:
     other = replace(CONFIG, algorithm=replace(CONFIG.algorithm, kappa=(1.0, 0.2)))
     with pytest.raises(RunFolderError, match=r"kappa"):
         train_one(other, whole_run.parent, resume=True)
-    with pytest.raises(RunFolderError, match=r"has 6 steps, more than train\.steps=4; ask for 6"):
+    with pytest.raises(RunFolderError, match=r"has 6 steps, more than train\.steps=4; use --train.steps 6"):
         train_one(_with(CONFIG, steps=4), whole_run.parent, resume=True)
 
 
@@ -357,7 +357,7 @@ def test_a_folder_is_resumed_without_its_settings(
     assert main(["resume", str(out / "atod-seed0")]) == 0
     assert _numbers(out / "atod-seed0") == _numbers(whole_run)
     assert main(["resume", str(tmp_path)]) == 2
-    assert "is no folder of a study" in capsys.readouterr().err
+    assert "is not the folder of a study" in capsys.readouterr().err
 
 
 def test_models_that_do_not_fit_are_named(tmp_path: Path) -> None:
