@@ -164,6 +164,14 @@ class ResultsCommand:
 
     def run(self, words: Sequence[str]) -> int:
         """Print the tables."""
+        try:
+            self._print()
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader of the output has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+    def _print(self) -> None:
         from atod_train.reports.answer import answer
         from atod_train.reports.report import write_report
         from atod_train.reports.results import REFERENCES, read_results
@@ -176,6 +184,8 @@ class ResultsCommand:
         known = (*labels, *REFERENCES)
         for name in (name for pair in self.pair for name in pair if name not in known):
             raise InvalidSettingError(f"--pair: no {name!r}; known: {', '.join(known)}.")
+        if self.out:
+            report = write_report(self.out, environments, pictures=True)
         for environment in environments:
             print(f"## {environment.name}\n\n{describe(environment)}\n")
             if found := answer(environment):
@@ -186,8 +196,7 @@ class ResultsCommand:
             claims = claims_table(environments, self.pair)
             print(f"## All environments\n\n{claims.title}:\n\n{claims.markdown}")
         if self.out:
-            print(f"report: {write_report(self.out, environments, pictures=True)}")
-        return 0
+            print(f"report: {report}")
 
 
 @dataclass(frozen=True)

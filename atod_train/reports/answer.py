@@ -30,7 +30,7 @@ class Comparison:
     replicates: int
     """Seeds that both have."""
     direction: int
-    """1 or -1 where the difference is significantly above or below 0, else 0."""
+    """1 or -1 where the whole interval is above or below 0, else 0."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _comparison(other: str, found: Estimate) -> Comparison:
     text = ("not significant", "significant", "significantly below")[direction]
     if direction and found.replicates == 1:
         # Its interval does not include the spread between seeds.
-        text, direction = f"{text} over tasks; one seed", 0
+        text = f"{text} over tasks"
     return Comparison(other, difference_text(found), text, found.replicates, direction)
 
 
@@ -101,7 +101,9 @@ def _remarks(
 ) -> list[str]:
     remarks = []
     if any(found.replicates == 1 for found in comparisons):
-        remarks.append("Intervals of one seed do not include the spread between seeds.")
+        remarks.append(
+            "Intervals of one seed are over tasks: they do not include the spread between seeds."
+        )
     gap = difference(results, "teacher", "start", last)
     if gap and gap.low <= 0:
         remarks.append(

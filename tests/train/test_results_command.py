@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,15 @@ def test_tables_are_printed(parts: list[Path], capsys: pytest.CaptureFixture[str
     assert "| atod > start | 2 |" in printed
     assert "| atod > <opd> |" not in printed
     assert "s: tasks solved" in printed
+
+
+def test_a_reader_that_leaves_causes_no_error(parts: list[Path]) -> None:
+    words = [sys.executable, "-m", "atod_train.cli", "results", *map(str, parts)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == 0
 
 
 def test_page_and_pictures_are_written(
