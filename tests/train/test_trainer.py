@@ -251,7 +251,9 @@ def test_a_folder_is_not_overwritten(whole_run: Path) -> None:
     other = replace(CONFIG, algorithm=replace(CONFIG.algorithm, kappa=(1.0, 0.2)))
     with pytest.raises(RunFolderError, match=r"kappa"):
         train_one(other, whole_run.parent, resume=True)
-    with pytest.raises(RunFolderError, match=r"has 6 steps, more than train\.steps=4; use --train.steps 6"):
+    with pytest.raises(
+        RunFolderError, match=r"has 6 steps, more than train\.steps=4; use --train.steps 6"
+    ):
         train_one(_with(CONFIG, steps=4), whole_run.parent, resume=True)
 
 
