@@ -13,9 +13,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import chain
+from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from atod_gym.errors import AtodError, ServerError
-from atod_gym.serving.http import JsonClient
+from atod_gym.serving.http import TIMEOUT_CODE, JsonClient
 from atod_train.batch import length_buckets
 from atod_train.models.policy import Policy
 from atod_train.records import Batch
@@ -39,6 +39,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 
 _SLOW = 60.0
 """Seconds without an answer after which a line says so."""
+_PROBE = 10.0
+"""Seconds without an answer after which the server is asked whether it still takes connections."""
 _LONGEST_SLEEP = 0.5
 """Seconds after which a signal is noticed."""
 
@@ -49,6 +51,10 @@ _LOWEST = -9999.0
 """Stands for the logarithm of 0, as in vLLM's answers."""
 _ROUNDING = 1e-2
 """Nats by which a log-prob may be above 0."""
+_CHECKED_TOKENS = 384
+"""Several blocks of a prefix cache, which have 16 to 128 tokens."""
+_SAME = 0.2
+"""Mean difference of the same log-probs, nats per token, that rounding does not reach."""
 _ADVICE = (
     "A teacher's server is atod-train serve-teacher, vLLM (/v1/completions with prompt_logprobs) "
     "or SGLang (/generate with return_logprob)."
@@ -77,22 +83,30 @@ def connect(url: str, timeout: float = 600.0) -> JsonClient:
 
 
 def describe(client: JsonClient) -> ServedModel:
-    """Ask a server for its (first) model and its software.
+    """Ask a server for its model and its software.
 
     Raises:
         ServerError: the server does not answer.
-        AtodError: it lists no model.
+        AtodError: it lists no model, or several.
     """
     listed = client.get("/v1/models").get("data")
     entries = listed if isinstance(listed, list) else []
     models = [entry for entry in entries if isinstance(entry, dict) and "id" in entry]
     if not models:
         raise AtodError(f"The server at {client.url} lists no model at /v1/models. {_ADVICE}")
-    # Adapters are listed without a length; it is their base model's.
-    lengths = [model.get("max_model_len") for model in models]
-    longest = next((length for length in lengths if isinstance(length, int)), math.inf)
+    # One model may have several names. Adapters beside it end vLLM 0.32 (on a processor) when it
+    # scores prompts, and it leaves out what they add to the output layer.
+    if len({str(model.get("root") or model["id"]) for model in models}) > 1:
+        names = ", ".join(str(model["id"]) for model in models)
+        raise AtodError(
+            f"The server at {client.url} lists several models ({names}), and a teacher's must have "
+            "one. Merge an adapter into its base model and serve the result alone."
+        )
+    first = models[0]
+    longest = first.get("max_model_len")
     # Servers refuse a prompt that leaves no room for one more token.
-    return ServedModel(str(models[0]["id"]), longest - 1, str(models[0].get("owned_by", "")))
+    longest = longest - 1 if isinstance(longest, int) else math.inf
+    return ServedModel(str(first["id"]), longest, str(first.get("owned_by", "")))
 
 
 class _Prompt(NamedTuple):
@@ -106,7 +120,11 @@ class RemoteTeacher:
     """A teacher that scores the student's tokens on a server.
 
     A server that is away (it refuses connections, does not answer in time, or answers 408, 429 or
-    5xx) is tried again for `PATIENCE` seconds after its last answer.
+    5xx) is tried again for `PATIENCE` seconds after its last answer. Requests that are open at a
+    server that takes no new connections are given up: vLLM, once told to end, never answers them.
+
+    Log-probs of one prompt must not depend on requests before it or on the tokens behind it. That
+    is checked with random tokens at the beginning, and with the same ones after each outage.
 
     Every token of the student must have the same id at the teacher, as with `LocalTeacher`. How
     strictly that is checked depends on the server:
@@ -127,17 +145,17 @@ class RemoteTeacher:
 
     Raises:
         ServerError: The server is away, or gives no log-probs of prompt tokens.
-        AtodError: Another vocabulary, or too short a context.
+        AtodError: Another vocabulary, too short a context, or log-probs that are not consistent.
     """
 
     def __init__(
         self, url: str, student: Policy, *, max_context: int = 0, timeout: float = 600.0
     ) -> None:
         self._client, self._timeout = connect(url, timeout), timeout
-        self._threads = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         self.url = self._client.url
         self.interrupted: Sequence[object] = ()
         """While it holds something, a server that is away is not waited for."""
+        self._was_away = False
         [served] = self._call(describe, [self._client])
         self.name, self._server = served.name, served.server
         label = f"{self.name} at {self.url}"
@@ -148,27 +166,40 @@ class RemoteTeacher:
                 "or start the server with a longer context."
             )
         # A server that cannot score is refused now, not after the first rollout.
-        self._logprobs([_Prompt([min(student.tokenizer.get_vocab().values())] * 2, 1)])
+        ids = sorted(student.tokenizer.get_vocab().values())
+        self._logprobs([_Prompt(ids[:1] * 2, 1)])
         self._check_vocabulary(student, label)
+        # Other tokens each time: a cache cannot have them yet.
+        generator = torch.Generator()
+        generator.seed()
+        count = int(min(_CHECKED_TOKENS, served.longest))
+        drawn = torch.randint(len(ids), (count,), generator=generator)
+        self._sample = [ids[index] for index in drawn.tolist()]
+        self._known: Tensor | None = None
+        self._check_logprobs()
 
     def score(self, batch: Batch) -> Tensor:
         """Return log-probs as `Teacher.score`: [R, T] float32, on the batch's device.
 
         Raises:
             ServerError: The server is away, refuses a request, or its answer is malformed.
+            AtodError: After an outage its log-probs are others.
         """
         lengths = batch.attention_mask.sum(dim=1)
         first = lengths.scatter_reduce(0, batch.sequence_index, batch.start, "amin")
         sequences = zip(batch.input_ids, lengths.tolist(), first.tolist(), strict=True)
         prompts = [_Prompt(ids[:length].tolist(), begin) for ids, length, begin in sequences]
         scores = torch.zeros(batch.input_ids.shape, dtype=torch.float32)
-        for row, prompt, logprobs in zip(scores, prompts, self._logprobs(prompts), strict=True):
+        found = self._logprobs(prompts)
+        if self._was_away:
+            self._check_logprobs()
+        for row, prompt, logprobs in zip(scores, prompts, found, strict=True):
             row[prompt.first : len(prompt.ids)] = logprobs
         scores = scores.to(batch.start.device)
         offset = torch.arange(batch.completion_ids.shape[1], device=scores.device)
         position = (batch.start[:, None] + offset).clamp(max=scores.shape[1] - 1)
-        found = scores[batch.sequence_index[:, None], position]
-        return found.masked_fill(~batch.completion_mask, 0.0)
+        scores = scores[batch.sequence_index[:, None], position]
+        return scores.masked_fill(~batch.completion_mask, 0.0)
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -181,33 +212,65 @@ class RemoteTeacher:
         answers: dict[int, _O] = {}
         outage = _Outage()
         while len(answers) < len(items):
-            failures: list[ServerError] = []
-
-            def call(index: int, failures: list[ServerError] = failures) -> None:
-                if failures:  # one is enough to pause, or to end, all of them
-                    return
-                try:
-                    answers[index] = ask(items[index])
-                except ServerError as error:
-                    failures.append(error)
-
             known = len(answers)
-            left = [index for index in range(len(items)) if index not in answers]
-            futures = [self._threads.submit(call, index) for index in left]
-            try:
-                if not wait(futures, _SLOW, return_when=FIRST_COMPLETED).done:
-                    what = f"an answer of the teacher's server at {self.url}"
-                    _report(self._timeout - _SLOW, what)
-                for future in futures:
-                    future.result()
-            finally:
-                for future in futures:
-                    future.cancel()
+            error = self._try(ask, items, answers)
             if len(answers) > known:
                 outage = _Outage()
-            if failures:
-                outage.wait(failures[0], self.interrupted)
+            if error is not None:
+                self._was_away = True
+                outage.wait(error, self.interrupted)
         return [answers[index] for index in range(len(items))]
+
+    def _try(
+        self, ask: Callable[[_I], _O], items: Sequence[_I], answers: dict[int, _O]
+    ) -> ServerError | None:
+        """Call `ask` for items without an answer, until one finds the server away: its error."""
+        left = [index for index in range(len(items)) if index not in answers]
+        unasked, failures = iter(left), list[Exception]()
+
+        def work() -> None:
+            try:
+                for index in unasked:
+                    if failures:  # one is enough to pause, or to end, all of them
+                        return
+                    answers[index] = ask(items[index])
+            except Exception as error:
+                failures.append(error)
+
+        # Daemons: one that waits for an answer does not keep the process from ending.
+        count = min(_REQUESTS_AT_ONCE, len(left))
+        threads = [Thread(target=work, daemon=True) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        begin, is_silent = time.monotonic(), True
+        for thread in threads:
+            while thread.is_alive():
+                known = len(answers)
+                thread.join(min(_PROBE, _SLOW))
+                if len(answers) > known or not thread.is_alive():
+                    is_silent = False
+                elif (error := self._gone()) is not None:
+                    failures.append(error)
+                    return error
+                elif is_silent and time.monotonic() - begin >= _SLOW:
+                    what = f"an answer of the teacher's server at {self.url}"
+                    _report(self._timeout - _SLOW, what)
+                    is_silent = False  # one line is enough
+        for failure in failures:
+            if not isinstance(failure, ServerError):
+                raise failure
+            return failure
+        return None
+
+    def _gone(self) -> ServerError | None:
+        """Return the error of a server that refuses connections, None if it is only slow."""
+        try:
+            # A connection of its own: those that are open may go on being served.
+            connect(self.url, min(self._timeout, _PROBE)).get("/v1/models")
+        except ServerError as error:
+            if error.status == 0 and error.code != TIMEOUT_CODE:
+                return error
+        return None
 
     def _logprobs(self, prompts: Sequence[_Prompt]) -> list[Tensor]:
         """Return the log-probs of each prompt's tokens from its position `first` on."""
@@ -249,6 +312,32 @@ class RemoteTeacher:
                 f"tokens ({what}). {_ADVICE}",
                 status=200,
             ) from error
+
+    def _check_logprobs(self) -> None:
+        """Compare log-probs of a prompt alone, asked again, and with more tokens behind it.
+
+        A prefix cache can give none or wrong ones for what it has; a server that was restarted can
+        have another model.
+
+        Raises:
+            AtodError: they differ by more than rounding.
+        """
+        self._was_away = False
+        beginning = _Prompt(self._sample[: 1 + len(self._sample) * 5 // 6], 1)
+        first = self._logprobs([beginning])
+        again = self._logprobs([_Prompt(self._sample, 1), beginning])
+        if self._known is None:
+            [self._known] = first
+        count = len(self._known)
+        drift = max(float((found[:count] - self._known).abs().mean()) for found in first + again)
+        if not drift <= _SAME:
+            raise AtodError(
+                f"The server at {self.url} gives other log-probs for the same tokens when it is "
+                f"asked again or for a longer prompt: {drift:.2g} nats apart on average (at most "
+                f"{_SAME} is rounding). Start it without a prefix cache (vLLM: "
+                "--no-enable-prefix-caching; SGLang: --disable-radix-cache); after a restart, with "
+                "the model that this run began with."
+            )
 
     def _check_vocabulary(self, student: Policy, label: str) -> None:
         if self._server == "atod":

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -169,22 +167,14 @@ def test_a_sequence_of_full_length_is_scored(url: str, teacher: Policy) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_length_of_an_adapter_is_that_of_its_base() -> None:
-    adapter = {"id": "big", "object": "model", "parent": "base", "max_model_len": None}
-    with (
-        FakeTeacher(_vllm, [adapter, {**VLLM_MODELS[0], "id": "base"}]) as fake,
-        pytest.raises(AtodError, match=r"Teacher big .* at most 4095"),
-    ):
-        RemoteTeacher(fake.url, STUDENT, max_context=4096)
-
-
-# -- a server that is away -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_teacher, "PATIENCE", 2.0)
-    monkeypatch.setattr(remote_teacher, "FIRST_PAUSE", 0.1)
+def test_adapters_beside_their_base_are_refused() -> None:
+    adapter = {"id": "tuned", "object": "model", "root": "/a", "parent": "big"}
+    other_name = {**VLLM_MODELS[0], "id": "large", "root": "/m"}
+    with FakeTeacher(vllm_answer, [{**VLLM_MODELS[0], "root": "/m"}, other_name]) as fake:
+        assert RemoteTeacher(fake.url, STUDENT, max_context=4095).name == "big"
+        fake.models.append(adapter)
+        with pytest.raises(AtodError, match=r"several models .big, large, tuned.*Merge"):
+            RemoteTeacher(fake.url, STUDENT)
 
 
 def test_a_server_that_is_restarted_is_waited_for(
@@ -216,100 +206,10 @@ def test_a_server_that_is_restarted_is_waited_for(
     assert re.match(rf"waiting until \d\d:\d\d:\d\d for the teacher's server: POST {address}", line)
 
 
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(("status", "times"), [(408, 3), (429, 3), (500, 3), (503, 7)])
-def test_a_busy_server_is_retried(status: int, times: int) -> None:
-    with FakeTeacher(_vllm, VLLM_MODELS) as fake:
-        remote = RemoteTeacher(fake.url, STUDENT)
-        fake.mishaps.extend([status] * times)
-        batch = random_batch()
-        torch.testing.assert_close(remote.score(batch), _expected(batch))
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("status", [400, 401, 404, 422])
-def test_a_server_that_refuses_is_not_retried(status: int) -> None:
-    with FakeTeacher(_vllm, VLLM_MODELS) as fake:
-        remote = RemoteTeacher(fake.url, STUDENT)
-        asked = len(fake.posts)
-        fake.mishaps.extend([status] * 2)
-        with pytest.raises(ServerError, match=str(status)):
-            remote.score(random_batch())
-        assert len(fake.posts) == asked + 1
-
-
-def test_the_wait_that_a_server_requests_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-    clock = [0.0]
-
-    def sleep(seconds: float) -> None:
-        clock[0] += seconds
-        pauses.append(seconds)
-
-    monkeypatch.setattr(remote_teacher.time, "sleep", sleep)
-    monkeypatch.setattr(remote_teacher.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(remote_teacher, "_LONGEST_SLEEP", 1e9)
-    with FakeTeacher(_vllm, VLLM_MODELS) as fake:
-        remote = RemoteTeacher(fake.url, STUDENT)
-        fake.mishaps.extend([429] * 9)
-        remote.score(random_batch())
-        assert pauses == [1, 2, 4, 8, 16, 30, 30, 30, 30]
-        # An answer ends an outage, and the next one begins with a short pause.
-        pauses.clear()
-        fake.retry_after = "7"
-        fake.mishaps.extend([429] * 4)
-        remote.score(random_batch())
-        assert pauses == [7, 7, 7, 8]
-        for far in ("3600", formatdate(time.time() + 3600, usegmt=True)):
-            fake.retry_after = far
-            fake.mishaps.append(429)
-            with pytest.raises(ServerError, match="429"):
-                remote.score(random_batch())
-        for unusable in ("soon", "9" * 5000, "-1"):
-            fake.retry_after = unusable
-            fake.mishaps.append(429)
-            remote.score(random_batch())
-
-
-def test_a_server_that_accepts_a_request_and_never_answers(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(remote_teacher, "_SLOW", 0.2)
-    monkeypatch.setattr(remote_teacher, "FIRST_PAUSE", 0.1)
-    hangs = [True]
-
-    def answer(path: str, body: Any) -> Any:
-        if hangs.pop() if hangs else False:
-            time.sleep(1.5)
-        return _vllm(path, body)
-
-    with FakeTeacher(_vllm, VLLM_MODELS) as fake:
-        remote = RemoteTeacher(fake.url, STUDENT, timeout=0.7)
-        fake.answer = answer
-        batch = random_batch()
-        torch.testing.assert_close(remote.score(batch), _expected(batch))
-    [line] = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(rf"waiting until [\d:]+ for an answer of the teacher's .* {fake.url}", line)
-
-
-def test_a_signal_ends_the_waiting() -> None:
-    with FakeTeacher(_vllm, VLLM_MODELS) as fake:
-        remote = RemoteTeacher(fake.url, STUDENT)
-        fake.mishaps.extend([500] * 100)
-        remote.interrupted = interrupted = list[object]()
-        with ThreadPoolExecutor(1) as thread:
-            scores = thread.submit(remote.score, random_batch())
-            while len(fake.mishaps) == 100:
-                time.sleep(0.01)
-            interrupted.append("SIGTERM")
-            with pytest.raises(ServerError, match=r"stopped while .* was away.*500"):
-                scores.result(timeout=5)
-
-
 # -- answers as vLLM and SGLang publish them -----------------------------------------------------
 
 
-def _vllm(path: str, body: dict[str, Any]) -> Any:
+def vllm_answer(path: str, body: dict[str, Any]) -> Any:
     """The form of vLLM's answers; log-prob of a token: minus its id over 100."""
     if path == "/detokenize":
         return {"prompt": STUDENT.tokenizer.decode(body["tokens"])}
@@ -357,21 +257,21 @@ def _sglang(path: str, body: dict[str, Any]) -> Any:
     }  # fmt: skip
 
 
-def _expected(batch: Any) -> torch.Tensor:
+def expected_scores(batch: Any) -> torch.Tensor:
     return torch.where(batch.completion_mask, -batch.completion_ids / 100, 0.0)
 
 
 VLLM_MODELS = [{"id": "big", "object": "model", "owned_by": "vllm", "max_model_len": 4096}]
 SGLANG_MODELS = [{**VLLM_MODELS[0], "owned_by": "sglang"}]
-DIALECTS = ((_vllm, VLLM_MODELS), (_sglang, SGLANG_MODELS))
+DIALECTS = ((vllm_answer, VLLM_MODELS), (_sglang, SGLANG_MODELS))
 
 
 def test_published_form_of_completions() -> None:
     batch = random_batch(sequences=9, seed=3)
-    with FakeTeacher(_vllm, VLLM_MODELS) as fake:
+    with FakeTeacher(vllm_answer, VLLM_MODELS) as fake:
         remote = RemoteTeacher(fake.url, STUDENT, max_context=4095)
         fake.posts.clear()
-        torch.testing.assert_close(remote.score(batch), _expected(batch))
+        torch.testing.assert_close(remote.score(batch), expected_scores(batch))
         assert [len(body["prompt"]) for _, body in fake.posts] == [9]
 
 
@@ -380,7 +280,7 @@ def test_published_form_of_sglang() -> None:
     with FakeTeacher(_sglang, SGLANG_MODELS) as fake:
         remote = RemoteTeacher(fake.url, STUDENT)
         fake.posts.clear()
-        torch.testing.assert_close(remote.score(batch), _expected(batch))
+        torch.testing.assert_close(remote.score(batch), expected_scores(batch))
         # Prompts before the first completion are not scored.
         first = {int(batch.start[batch.sequence_index == s].min()) for s in range(5)}
         assert {body["logprob_start_len"] + 1 for _, body in fake.posts} == first
@@ -412,7 +312,7 @@ def test_a_server_without_the_endpoint_is_named() -> None:
 @pytest.mark.parametrize("models", [3, "big", None, [], [3], [{"object": "model"}]])
 def test_an_unusable_list_of_models(models: Any) -> None:
     with (
-        FakeTeacher(_vllm, {} if models is None else models) as fake,
+        FakeTeacher(vllm_answer, {} if models is None else models) as fake,
         pytest.raises(AtodError, match="lists no model"),
     ):
         RemoteTeacher(fake.url, STUDENT)
@@ -480,7 +380,7 @@ def test_one_of_many_texts_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(path: str, body: Any) -> Any:
         if path == "/detokenize":
             return {"prompt": str(words.decode(body["tokens"])).replace("w2001", "v2001")}
-        return _vllm(path, body)
+        return vllm_answer(path, body)
 
     with (
         FakeTeacher(answer, VLLM_MODELS) as fake,
@@ -493,7 +393,7 @@ def test_of_many_differing_texts_some_are_checked(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(vocabulary, "_MOST_ALONE", 20)
 
     def answer(path: str, body: Any) -> Any:
-        return {"prompt": "x"} if path == "/detokenize" else _vllm(path, body)
+        return {"prompt": "x"} if path == "/detokenize" else vllm_answer(path, body)
 
     with FakeTeacher(answer, VLLM_MODELS) as fake:
         with pytest.raises(AtodError, match=r"\d of \d\d tokens"):
@@ -520,7 +420,7 @@ def test_impossible_tokens_have_finite_logprobs(lowest: float) -> None:
 
 def _broken(how: str) -> Any:
     def answer(path: str, body: Any) -> Any:
-        found = _vllm(path, body)
+        found = vllm_answer(path, body)
         entries = found["choices"][0]["prompt_logprobs"]
         if how == "few choices":
             found["choices"].pop()
@@ -562,7 +462,7 @@ def _broken(how: str) -> Any:
      "choices", "list", "positive", "long number", "same index"],
 )  # fmt: skip
 def test_malformed_answers_are_named(how: str) -> None:
-    with FakeTeacher(_vllm, VLLM_MODELS) as fake:
+    with FakeTeacher(vllm_answer, VLLM_MODELS) as fake:
         remote = RemoteTeacher(fake.url, STUDENT)
         fake.answer = _broken(how)
         with pytest.raises(ServerError, match=fake.url):
