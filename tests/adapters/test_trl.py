@@ -197,6 +197,26 @@ def _scores(scorer: Any, turn: dict[str, Any]) -> torch.Tensor:
     return logprobs.gather(1, torch.tensor(turn["ids"]).unsqueeze(1)).squeeze(1)
 
 
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token_truncate", [[2.0, 0.5, 1.0], [0.25, 3.0, 1.0]]),
+        ("token_mask", [[2.0, 0.5, 1.0], [0.0, 0.0, 1.0]]),
+        ("sequence_truncate", [[1.0], [2.0]]),
+        ("sequence_mask", [[1.0], [2.0]]),
+    ],
+)
+def test_turn_rows_are_corrected_for_their_sampler(mode: str, expected: list[list[float]]) -> None:
+    settings = {"mode": mode, "clip_min": 0.25, "clip_max": 3.0}
+    trainer: Any = SimpleNamespace(
+        **{f"vllm_importance_sampling_{name}": value for name, value in settings.items()}
+    )
+    logprobs = torch.tensor([[2.0, 0.5, 9.0], [0.125, 16.0, 9.0]]).log()
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    ratio = ATODTrainer._sampling_ratio(trainer, logprobs, torch.zeros(2, 3), mask)
+    torch.testing.assert_close(ratio, torch.tensor(expected))
+
+
 def test_turn_rows_are_parts_of_equal_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"gradient_accumulation_steps": 3, "max_steps": 1}
     trainer = make_trainer(tmp_path, style="window", teacher=model(1), options=options)
