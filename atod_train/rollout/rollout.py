@@ -129,7 +129,8 @@ def collect(
     ended: dict[int, Trajectory] = {}
     for first in range(0, len(groups), at_once):
         rows = range(first, min(first + at_once, len(groups)))
-        sampler.start([seeds[row] for row in rows])
+        with times.phase("generation"):
+            sampler.start([seeds[row] for row in rows])
         with times.phase("environment"):
             episodes = pool.start([task_ids[groups[row]] for row in rows])
         active = dict(enumerate(episodes))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from served_vllm import ServedVllm
 
 from atod_gym.errors import AtodError
 from atod_gym.parsing import CompletionFormat
 from atod_gym.types import Message
+from atod_train.files import read_json
 from atod_train.models import vllm_sampler
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
@@ -203,3 +210,41 @@ def test_a_model_that_vllm_cannot_serve_is_one_line() -> None:
     narrow = build_policy("micro", build_word_tokenizer([WORDS]), 0)
     with pytest.raises(AtodError, match=r"vLLM cannot serve micro on cpu: .*head_dim=16.*plain\.$"):
         sample(narrow)
+
+
+def test_a_run_is_killed_and_resumed_with_sampler_and_teacher_of_vllm(
+    vllm_server: ServedVllm, tmp_path: Path
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    run = out / "atod-seed0"
+    settings = f"""houses-tiny --out {out} --model.student smollm2 --model.teacher {vllm_server.url}
+        --model.sampler vllm:0.05 --model.lora-rank 8 --model.max-context 1024 --env.max-turns 3
+        --env.eval-splits valid_seen --env.eval-tasks 2 --env.eval-modes greedy --train.steps 3
+        --train.tasks-per-step 2 --train.group-size 2 --train.max-completion-tokens 12
+        --train.minibatches 1 --train.save-every 1 --train.lr 1e-4"""
+    command = [sys.executable, "-m", "atod_train.cli"]
+    with (
+        log.open("wb") as output,
+        subprocess.Popen([*command, *settings.split()], stdout=output, stderr=output) as process,
+    ):
+        while not len(load_steps(run)) >= 2:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        process.kill()
+    resume = [*command, "resume", str(out)]
+    done = subprocess.run(resume, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = load_steps(run)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert len(read_json(run / "manifest.json")["resumed"]) == 1
+    assert all(row["rollout/logprob_drift"] < 1e-3 for row in rows)
+    assert all(row["disagreement"] > 1e-3 for row in rows[1:])
+    assert rows[0]["disagreement"] < 1e-3  # the teacher is the start
+    assert read_json(run / "config.json")["model"]["sampler"] == "vllm:0.05"
+
+
+def load_steps(run: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's metrics."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -23,6 +23,7 @@ def test_a_machine_that_is_well(capsys: pytest.CaptureFixture[str], no_user_data
     assert "ok       atod-gym[train] is complete" in said
     assert "atod/WebShop-v0: no official data found, plays generated tasks" in said
     assert "ok       student micro (from scratch), 0." in said
+    assert "vLLM is not installed: --model.sampler plain" in said or "--model.sampler vllm" in said
 
 
 def test_data_that_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
