@@ -143,10 +143,10 @@ def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
     [
         pytest.param(
             Selection(environments=("house",)),
-            "no environment 'house'; known: houses, more",
+            "unknown environment 'house'; known: houses, more",
             id="environment",
         ),
-        pytest.param(Selection(runs=("x",)), "no run 'x'; known: atod, adaptive", id="run"),
+        pytest.param(Selection(runs=("x",)), "unknown run 'x'; known: atod, adaptive", id="run"),
         pytest.param(Selection(seeds=(1, 1)), "a number twice", id="seeds"),
         pytest.param(Selection(jobs=0), "jobs must be", id="jobs"),
     ],
