@@ -1,4 +1,4 @@
-"""The command line, read by tyro: `atod-train COMMAND`, one dataclass for each command."""
+"""Define the command line `atod-train COMMAND`, parsed by tyro: one dataclass per command."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Command(Protocol):
     """A command of the command line; its fields are the arguments."""
 
     def run(self, words: Sequence[str]) -> int:
-        """Do it, and return the exit code.
+        """Run the command, and return the exit code.
 
         Args:
             words: the command line after the program's name.
@@ -58,10 +58,10 @@ class Train(RunConfig):
     out: Path = Path("runs")
     """Folder of the study."""
     log: tuple[LoggerName, ...] = LogTo().loggers
-    """Where numbers go while a run trains, besides its folder: tensorboard, wandb, trackio. The
+    """Loggers of the numbers of a run, besides its folder: tensorboard, wandb, trackio. The
     study is one project there. wandb needs an account, or WANDB_MODE=offline."""
     resume: bool = False
-    """Continue runs that the folder holds; finished ones too, if train.steps is larger."""
+    """Continue the runs of the folder; finished ones, too, if train.steps is larger."""
     preset: Suppress[str] = ""
 
     def run(self, words: Sequence[str]) -> int:
@@ -80,11 +80,11 @@ class Quickstart(Train):
     """ATOD and OPD on generated houses, on a processor, six to nine minutes."""
 
     runs: tuple[Method, ...] = ("atod", "opd")
-    """Methods, a run of each."""
+    """Methods; each is a run."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds that each run is made with."""
+    """Seeds of each run."""
     jobs: int = 2
-    """Runs at the same time, each in a process of its own."""
+    """Number of runs at the same time, each in its own process."""
 
     def run(self, words: Sequence[str]) -> int:
         """Make the runs."""
@@ -114,11 +114,11 @@ class StudyCommand(Selection):
     file: Positional[Path]
     """TOML file. Its format is described in atod_train/studies/file.py."""
     out: Path | None = None
-    """Folder of the study. Where it is not given: runs/<name of the file>."""
+    """Folder of the study. Default: runs/<name of the file>."""
     resume: bool = False
-    """Continue runs that the folder holds; finished ones too, if train.steps is larger."""
+    """Continue the runs of the folder; finished ones, too, if train.steps is larger."""
     results_only: bool = False
-    """Train nothing: write results and report of the runs that are finished."""
+    """Train nothing: write results and report of the finished runs."""
 
     def run(self, words: Sequence[str]) -> int:
         """Make the runs."""
@@ -134,7 +134,7 @@ class StudyCommand(Selection):
 
 @dataclass(frozen=True)
 class Resume:
-    """Continue every run of a folder with the settings kept there, those not begun too."""
+    """Continue every run of a folder with its stored settings; begin those that have not begun."""
 
     folder: Positional[Path]
     """Folder of a study, such as runs/quickstart, or of one of its runs."""
@@ -157,10 +157,10 @@ class ResultsCommand:
     out: Path | None = None
     """Also write report.html and figures (PNG) to this folder."""
     pair: UseAppendAction[tuple[tuple[str, str], ...]] = ()
-    """Labels A B: whether A solves more than B; may be repeated. start and teacher are labels too.
+    """Labels A B: whether A solves more than B; may be repeated. start and teacher are labels, too.
     Default: the first run with each other one."""
     splits: bool = False
-    """Print a table for each split too."""
+    """Print a table for each split, too."""
 
     def run(self, words: Sequence[str]) -> int:
         """Print the tables."""
@@ -201,16 +201,16 @@ class ResultsCommand:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Print what this machine can run, what is missing, and whether models can be used."""
+    """Report what this machine can run, what is missing, and whether models can be used."""
 
     student: str = "tiny"
-    """The model that would be trained, as model.student."""
+    """The model to train, as model.student."""
     teacher: str = "small"
-    """The model that would teach it, as model.teacher; a server is asked."""
+    """Its teacher, as model.teacher; a server is contacted."""
     max_context: int = 2048
     """Longest sequence in tokens, as model.max_context."""
     server: UseAppendAction[tuple[str, ...]] = ()
-    """URL of an environment's server to ask; may be repeated."""
+    """URL of an environment's server to check; may be repeated."""
 
     def run(self, words: Sequence[str]) -> int:
         """Print the findings."""
@@ -226,18 +226,18 @@ class ServeTeacher:
     model: Positional[str]
     """A folder, a hub name or smollm2, as model.teacher."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0: all of this machine, which needs a token."""
+    """Address to listen on; 0.0.0.0: all addresses of this machine, which needs a token."""
     port: int = 8000
     """Port to listen on; 0: a free one, which is printed."""
     max_body: int = 8 * 2**20
-    """Longest request, in bytes."""
+    """Maximum size of a request, in bytes."""
     token_env: str | None = None
     """Environment variable with a token that every request must carry."""
     allowed_host: UseAppendAction[tuple[str, ...]] = ()
-    """Further host name under which the server is called without a token; *: every name; may be
+    """Further host name that the server accepts without a token; *: every name; may be
     repeated. IP addresses, localhost and the machine's name always work."""
     parent: int | None = None
-    """End when the process with this number is gone."""
+    """End when the process with this id has ended."""
     device: str = "auto"
     """A torch device; auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -245,7 +245,7 @@ class ServeTeacher:
     max_context: int = 0
     """Longest prompt in tokens; 0: that of the model, at most 65536."""
     tokens_per_microbatch: int = 16384
-    """Padded tokens that go through the model at once; less needs less memory."""
+    """Padded tokens of one forward pass; fewer need less memory."""
     threads: int = 0
     """Threads of the processor; 0: torch's choice."""
 
@@ -303,7 +303,7 @@ def _parsed(words: Sequence[str]) -> Command:
 
 
 def _training(name: str, kind: type[Train], preset: str, about: str | None = None) -> Any:
-    """Return the command that begins with the settings of a preset."""
+    """Return the command that starts from the settings of a preset."""
     config = without_tables(PRESETS[preset].config)
     sections = {section: getattr(config, section) for section in SECTIONS}
     default = kind(**sections, preset=preset, out=Path("runs") / name)
@@ -311,7 +311,7 @@ def _training(name: str, kind: type[Train], preset: str, about: str | None = Non
 
 
 def _train(study: Study, out: Path, resume: bool) -> int:
-    """Make the runs of a study, and end the process where it trains with others."""
+    """Make the runs of a study, and end the process if it trains with others."""
     from atod_train.distributed import end_process
     from atod_train.studies.study import run_study
 
@@ -323,7 +323,7 @@ def _train(study: Study, out: Path, resume: bool) -> int:
 
 
 def _guarded(work: Callable[[], int], again: str = "") -> int:
-    """Do something and return its exit code; print what goes wrong in a line, and what to do."""
+    """Call a function and return its exit code; print an error in one line, with the remedy."""
     try:
         return work()
     except ModuleNotFoundError as error:
@@ -341,14 +341,14 @@ def _guarded(work: Callable[[], int], again: str = "") -> int:
 
 
 def _advice(error: OSError) -> str:
-    """Return what a user can do about an error of the system."""
+    """Return advice for an error of the system."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "Free space or choose another folder."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "Choose a folder that you may write to."
     if isinstance(error, ConnectionError | TimeoutError):
-        return "Check that the server is up and reachable."
-    return "Check the file or device that is named."
+        return "Check that the server is running and reachable."
+    return "Check the file or device in the message."
 
 
 if __name__ == "__main__":

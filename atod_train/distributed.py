@@ -1,9 +1,9 @@
 """The processes (ranks) that train one model together, one for each GPU; usually there is one.
 
-`torchrun` or `accelerate launch` starts them; accelerate finds each one's device and connects them.
+`torchrun` or `accelerate launch` starts them; accelerate selects their devices and connects them.
 A step's episodes are divided by whole groups and gathered; forward and backward passes are divided
-by sequences. Advantages and metrics are computed from the whole batch on every rank, so a step does
-not depend on the number of processes, but for rounding.
+by sequences. Advantages and metrics are computed from the whole batch on every rank, so a step is
+independent of the number of processes, except for rounding.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from atod_gym.errors import InvalidSettingError, MissingExtraError
 _T = TypeVar("_T")
 
 _PATIENCE = timedelta(hours=12)
-"""Rank 0 may make a start, or evaluate long episodes, while the others wait."""
+"""Timeout of barriers: rank 0 may train a start or evaluate long episodes while others wait."""
 
 _BUCKET = 2**23
-"""Numbers that are exchanged at once: more calls cost latency, larger ones memory."""
+"""Numbers that are exchanged at a time: more calls cost latency, larger ones memory."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """One process among those of a run; every rank must call each method."""
+    """One rank of a run; every rank must call each method."""
 
     index: int = 0
     count: int = 1
     device: str = "cpu"
-    """Device of tensors while they are exchanged."""
+    """Device of tensors during the exchange."""
     sharding: dict[str, bool] | None = None
-    """Keywords of FSDP2's `fully_shard`, as accelerate was configured; None: weights are whole."""
+    """Keywords of FSDP2's `fully_shard`, as configured in accelerate; None: no sharding."""
 
     @property
     def is_main(self) -> bool:
@@ -88,12 +88,12 @@ class Processes:
 
 
 def join_processes(device: str, teacher_device: str = "auto") -> Processes:
-    """Connect this process with the others that the environment names, if there are any.
+    """Connect this process with the other ranks in the environment variables, if there are any.
 
-    Several need the device auto or cpu, and no GPU of their own for teachers.
+    Several ranks need the device auto or cpu, and no separate GPU for the teacher.
 
     Raises:
-        InvalidSettingError: several processes cannot use the device or the way of sharding.
+        InvalidSettingError: several processes cannot use the device or the kind of sharding.
         MissingExtraError: accelerate is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -128,7 +128,7 @@ def join_processes(device: str, teacher_device: str = "auto") -> Processes:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield consecutive tensors of one dtype that hold about `_BUCKET` numbers together."""
+    """Yield consecutive tensors of one dtype with about `_BUCKET` numbers together."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -156,7 +156,7 @@ def end_process(code: int) -> int:
 
 
 def _sharding() -> dict[str, bool] | None:
-    """Return what `accelerate launch --use_fsdp` or `accelerate config` set in the environment."""
+    """Return the settings of `accelerate launch --use_fsdp` or `accelerate config`."""
     if not _is_set("ACCELERATE_USE_FSDP"):
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":

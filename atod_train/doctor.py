@@ -1,6 +1,6 @@
-"""`atod-train doctor`: what this machine can run, what is missing, and which models it takes.
+"""`atod-train doctor`: report what this machine can run, and which models can be used.
 
-Nothing is downloaded, started or changed; a model's folder is read for its shape only.
+It downloads, starts and changes nothing; of a model's folder it reads only the configuration.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from atod_train.studies.checks import describe_model
 
 
 class Finding(NamedTuple):
-    """One line of the examination."""
+    """One line of the report."""
 
     kind: Literal["ok", "note", "problem"]
     text: str
@@ -73,7 +73,7 @@ def machine() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """Find for each extra what is missing or has a version that clashes."""
+    """Report for each extra which packages are missing or have a conflicting version."""
     wanted = [Requirement(line) for line in metadata.requires("atod-gym") or ()]
     extras = metadata.metadata("atod-gym").get_all("Provides-Extra") or []
     for extra in ("", *(name for name in extras if name not in ("all", "dev"))):
@@ -110,7 +110,7 @@ def sampler() -> Finding:
 
 
 def data_sets() -> Iterator[Finding]:
-    """Find what data="auto" would play in each environment."""
+    """Report the data that data="auto" plays in each environment."""
     for env_id in ENV_IDS:
         env: Any = load_env_creator(str(gymnasium.spec(env_id).entry_point))
         if folder := env.found_data():
@@ -121,7 +121,7 @@ def data_sets() -> Iterator[Finding]:
 
 
 def reach(url: str) -> Finding:
-    """Ask a server what it is, at /health."""
+    """Check a server at /health."""
     advice, token = "To start one: atod-serve --help", os.environ.get(TOKEN_VARIABLE)
     try:
         health = JsonClient(url, advice=advice, token=token, timeout=5.0, attempts=1).get("/health")
@@ -133,7 +133,7 @@ def reach(url: str) -> Finding:
 
 
 def model_finding(role: str, name: str, max_context: int) -> Finding:
-    """Return whether a model can be used, by its configuration alone."""
+    """Return whether a model can be used, by its configuration only."""
     try:
         return Finding("ok", f"{role} {describe_model(name, max_context)}")
     except AtodError as error:

@@ -1,4 +1,4 @@
-"""Named settings: what `atod-train NAME` starts from."""
+"""Named settings, from which `atod-train NAME` starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from atod_train.config import (
 
 @dataclass(frozen=True)
 class Preset:
-    """The line that the help has for a name, and the settings."""
+    """A line for the help, and the settings."""
 
     summary: str
     config: RunConfig
@@ -152,18 +152,18 @@ PRESETS = {
 
 
 def without_tables(config: RunConfig) -> RunConfig:
-    """Return settings whose tables are empty: tyro would take no other keys than theirs."""
+    """Return settings with empty tables: tyro would accept only the keys of non-empty ones."""
     return replace(config, env=replace(config.env, options={}, template_options={}))
 
 
 def completed(config: RunConfig, default: RunConfig, words: Sequence[str]) -> RunConfig:
-    """Return the settings of a command line, with what they leave to a default.
+    """Return the settings of a command line, completed with defaults.
 
     Args:
-        config: as parsed, with the keys of tables that the command line has.
-        default: its keys are added; those of the environment's options where it is the same. Its
-            passes over demonstrations are for models made from scratch: a loaded model that takes
-            the place of one has none, unless the command line gives them.
+        config: as parsed, with the table keys of the command line.
+        default: its keys are added; those of the environment's options only for the same
+            environment. Its passes over demonstrations are for models made from scratch: a loaded
+            model instead of one has none, unless the command line gives them.
         words: the command line.
     """
     from atod_train.models.from_scratch import MODEL_SHAPES

@@ -2,9 +2,9 @@
 
     run/checkpoints/step-000020.safetensors
 
-The tensors are the weights that are trained and the optimiser's moments. The file's header holds
-the JSON metadata. A save writes another file, forces it to disk and renames it: a process killed at
-any moment leaves whole checkpoints only. No checkpoint holds NaN or infinity.
+The tensors are the trained weights and the optimiser's moments. The file's header contains
+the JSON metadata. A save writes another file, flushes it to disk and renames it: a process killed
+at any moment leaves only complete checkpoints. No checkpoint contains NaN or infinity.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; at every moment `path` holds the old file or the new one, whole.
+    """Write a checkpoint; at every moment `path` is the complete old or new file.
 
     Raises:
-        CheckpointError: a tensor is not finite, or the file cannot be written. Nothing half-written
-            stays.
+        CheckpointError: a tensor is not finite, or the file cannot be written. No incomplete file
+            remains.
         TypeError, ValueError: the metadata is not JSON.
     """
     if name := first_not_finite(checkpoint.tensors):
-        raise CheckpointError(f"The checkpoint {path} is not written: {name} holds NaN or infinity")
+        raise CheckpointError(f"The checkpoint {path} is not written: {name} has NaN or infinity")
     metadata = json.dumps(checkpoint.metadata, allow_nan=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"The checkpoint {path} could not be written ({error}). Free disk space, or make the "
-            "folder writable; the checkpoints saved before are untouched."
+            "folder writable; the checkpoints saved before are unchanged."
         ) from error
 
 
@@ -77,19 +77,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU, bit for bit as it was saved.
 
     Raises:
-        CheckpointError: the file is missing, truncated, of another format, or holds NaN.
+        CheckpointError: the file is missing, truncated, of another format, or contains NaN.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get(_METADATA)
             if metadata is None:
-                raise CheckpointError(f"{path} is no checkpoint of this program")
+                raise CheckpointError(f"{path} is not a checkpoint of this program")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             checkpoint = Checkpoint(tensors, json.loads(metadata))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
     if name := first_not_finite(tensors):
-        raise CheckpointError(f"The checkpoint {path} cannot be used: {name} holds NaN or infinity")
+        raise CheckpointError(f"The checkpoint {path} cannot be used: {name} has NaN or infinity")
     return checkpoint
 
 
@@ -100,11 +100,11 @@ def saved_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Read the newest checkpoint that can be read.
+    """Read the newest readable checkpoint.
 
     Returns:
-        The checkpoint, None where the run has none; and for each newer one that was passed over a
-        line that says why.
+        The checkpoint, None if the run has none; and for each newer one that was skipped a
+        line with the reason.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be read.
@@ -124,14 +124,14 @@ def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed saves left."""
+    """Delete all except the newest `keep` checkpoints, and the partial files of killed saves."""
     strays = (run_dir / "checkpoints").glob(f"*{PARTIAL}")
     for path in (*saved_checkpoints(run_dir)[:-keep], *strays):
         path.unlink(missing_ok=True)
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """Return the name of a tensor that holds NaN or infinity; empty: none does."""
+    """Return the name of a tensor that contains NaN or infinity; empty: none does."""
     return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), "")
 
 
@@ -139,10 +139,10 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that are trained and the buffers, as `model.<name>`; no copy.
+    """Return the trained weights and the buffers, as `model.<name>`; no copy.
 
-    Frozen weights, such as those below adapters, are those that the run began with. Weights that
-    are tied are returned once.
+    Frozen weights, such as those below adapters, equal those at the start of the run. Tied
+    weights are returned once.
     """
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     left_out = {name for name, _ in model.named_parameters(remove_duplicate=False)} - trained
@@ -152,7 +152,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put the `model.` tensors of a checkpoint into a model of the same shapes.
+    """Load the `model.` tensors of a checkpoint into a model of the same shapes.
 
     Raises:
         CheckpointError: the checkpoint belongs to another model; names the differing tensors.
@@ -182,8 +182,8 @@ def optimizer_tensors(
     """Return the optimiser's moments and step counts as `optimizer.<parameter>.<moment>`.
 
     Moments that are divided over processes are gathered one parameter at a time and moved to the
-    CPU, so all processes must call this; without `keep`, one returns nothing. Learning rates follow
-    from the settings and are left out.
+    CPU, so all processes must call this; without `keep`, a process returns nothing. Learning rates
+    follow from the settings and are left out.
     """
     names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
     found = {}
@@ -191,7 +191,7 @@ def optimizer_tensors(
         for key, value in values.items():
             tensor = whole(value)
             if keep:
-                # What was gathered must not stay on the GPU until all are gathered.
+                # A gathered tensor must not stay on the GPU until all are gathered.
                 tensor = tensor if tensor is value else tensor.cpu()
                 found[f"{_OPTIMIZER}{names[weight]}.{key}"] = tensor
     return found
@@ -200,7 +200,7 @@ def optimizer_tensors(
 def restore_optimizer(
     optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put the result of `optimizer_tensors` into an optimiser over the same parameters."""
+    """Load the result of `optimizer_tensors` into an optimiser over the same parameters."""
     names = {weight: name for name, weight in model.named_parameters()}
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     index_of = {names[weight]: index for index, weight in enumerate(weights)}

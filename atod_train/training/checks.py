@@ -39,7 +39,7 @@ _AT_LEAST = {
     "train.max_completion_tokens": 1,
     "train.save_every": 1,
 }
-"""Of a number; others are at least 0."""
+"""Minimum of a number; that of others is 0."""
 _ABOVE_ZERO = ("train.lr",)
 _SKIPPED_IN_A_ROW = 5
 
@@ -48,7 +48,7 @@ _SKIPPED_IN_A_ROW = 5
 
 
 def check_settings(config: RunConfig) -> None:
-    """Refuse numbers out of range, absent devices, settings that exclude each other, and others.
+    """Refuse numbers out of range, absent devices, conflicting settings, and others.
 
     Raises:
         InvalidSettingError: names the setting, its value, and what to change.
@@ -56,7 +56,7 @@ def check_settings(config: RunConfig) -> None:
     needed = ("student", "teacher") if needs_teacher(config.algorithm.method) else ("student",)
     if missing := [role for role in needed if not getattr(config.model, role)]:
         raise InvalidSettingError(
-            f"No {' and no '.join(missing)}: a published run can have any. Give "
+            f"No {' and no '.join(missing)}: a published preset has no default. Give "
             f"{' and '.join(f'--model.{role} NAME' for role in missing)}: a folder, a name of the "
             "hub, or smollm2."
         )
@@ -72,7 +72,7 @@ def check_settings(config: RunConfig) -> None:
             f"{' '.join(config.model.device)!r}."
         )
     for device in config.model.devices:
-        # A GPU is only counted: touching it would take its memory in processes that do not use it.
+        # A GPU is only counted: using it would take its memory in processes that do not need it.
         if device not in ("auto", *gpus) and not (device == "cuda" and gpus):
             pick_device(device)
     if parse_sampler(config.model.sampler)[0] == "vllm":
@@ -118,7 +118,7 @@ def _check_number(name: str, value: float) -> None:
 
 
 def _check_algorithm(settings: AlgorithmConfig) -> None:
-    """Refuse what would raise in the first step."""
+    """Refuse settings that would raise an error in the first step."""
     zero = torch.zeros(1, 1)
     low, high, dual = settings.clip
     try:
@@ -166,10 +166,10 @@ def check_scores(scores: TokenScores, mask: Tensor, step: int) -> None:
 
 
 def check_update(model: nn.Module, skipped_in_a_row: int, step: int, saved_step: int) -> None:
-    """Refuse to continue with broken weights, or after many updates without a finite gradient.
+    """Refuse to continue with invalid weights, or after many updates without a finite gradient.
 
     Raises:
-        DivergedError: nothing of the step is saved; the checkpoint of `saved_step` is kept.
+        DivergedError: the step is not saved; the checkpoint of `saved_step` is kept.
     """
     kept = f" The checkpoint of step {saved_step} is kept." if saved_step else ""
     if skipped_in_a_row >= _SKIPPED_IN_A_ROW:
@@ -179,6 +179,6 @@ def check_update(model: nn.Module, skipped_in_a_row: int, step: int, saved_step:
         )
     if name := first_not_finite(model_tensors(model)):
         raise DivergedError(
-            f"Step {step} left broken weights: {name} holds NaN or infinity. Lower train.lr in a "
+            f"Step {step} left invalid weights: {name} has NaN or infinity. Lower train.lr in a "
             f"new run (--out).{kept}"
         )

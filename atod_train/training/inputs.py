@@ -1,7 +1,7 @@
-"""Inputs of a run that are not settings, compared when it is resumed.
+"""Record the inputs of a run that are not settings, and compare them when it is resumed.
 
-The tasks that are played, the ids of a prompt (a chat template may write the date), the weights
-that are frozen below adapters, and the teacher. They are kept in the manifest.
+They are the tasks, the ids of a prompt (a chat template may write the date), the weights
+that are frozen below adapters, and the teacher. They are stored in the manifest.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from atod_train.teachers.local import LocalTeacher, Teacher
 
 _PROBE = "You are in a room. You see a desk 1, a drawer 2 and a mug 3. go to desk 1"
 _ANOTHER = 0.2
-"""Mean difference of log-probs, nats per token, that rounding does not reach: 0.046 in bfloat16."""
+"""Mean difference of log-probs, nats per token, above the effect of rounding: 0.046 in bfloat16."""
 _SAMPLED_WEIGHTS = 1024
-"""Of each tensor, for its fingerprint."""
+"""Number of weights of each tensor for its fingerprint."""
 
 
 def hidden_inputs(
@@ -34,7 +34,7 @@ def hidden_inputs(
 ) -> dict[str, Any]:
     """Return the inputs of a run that begins with these models, prompts and splits; JSON values.
 
-    A teacher on a server is asked for log-probs.
+    A teacher's server is asked for log-probs.
 
     Returns:
         data: split -> content hash of its tasks. prompt: hash of the ids of a fixed prompt. frozen:
@@ -52,7 +52,7 @@ def hidden_inputs(
 
 
 def check_inputs(inputs: Mapping[str, Any], manifest: Mapping[str, Any], template: str) -> str:
-    """Compare inputs with a run's manifest (empty where it has none), to continue it.
+    """Compare inputs with a run's manifest (empty if it has none), to continue it.
 
     Returns:
         A warning that the chat template writes the date; empty if nothing changed.
@@ -95,8 +95,8 @@ def check_inputs(inputs: Mapping[str, Any], manifest: Mapping[str, Any], templat
 def fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
     """Return a hash of some weights of every tensor of a model.
 
-    It is that of their bfloat16 values, so that precision and device do not change it. `frozen`
-    leaves out the weights that are trained.
+    It covers their bfloat16 values, so that it is independent of precision and device. `frozen`
+    leaves out the trained weights.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
@@ -109,7 +109,7 @@ def fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
 
 
 def _identity(teacher: Teacher | None, student: Policy) -> str | list[float] | None:
-    """Return what identifies a teacher: its weights, or log-probs where they are not here."""
+    """Return the identity of a teacher: a hash of its weights, or log-probs from a server."""
     if teacher is None:
         return None
     if isinstance(teacher, LocalTeacher):
@@ -123,7 +123,7 @@ def _identity(teacher: Teacher | None, student: Policy) -> str | list[float] | N
 
 
 def _is_other(old: Any, new: Any) -> bool:
-    """Return whether two identities are of two models; None, where there was none, is not other."""
+    """Return whether two identities differ; None (no identity) differs from none."""
     if isinstance(old, list) and isinstance(new, list):
         apart = [abs(a - b) for a, b in zip(old, new, strict=False)]
         return len(old) != len(new) or sum(apart) > _ANOTHER * len(apart)

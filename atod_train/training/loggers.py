@@ -1,11 +1,11 @@
-"""Loggers: the numbers of a run while it trains, in TensorBoard, Weights & Biases or trackio.
+"""Log the numbers of a run while it trains, in TensorBoard, Weights & Biases or trackio.
 
-Each logger gets the numbers of metrics.jsonl and of the evaluations under the same names, and
-Weights & Biases and trackio get the settings too. The runs of a study are the runs of one project,
-named after the study's folder. A resumed run continues in its loggers: steps that are repeated
+Each logger receives the numbers of metrics.jsonl and of the evaluations under the same names;
+Weights & Biases and trackio receive the settings, too. The runs of a study are the runs of one
+project, named after the study's folder. A resumed run continues in its loggers: repeated steps
 occur twice in Weights & Biases and trackio, with equal numbers.
 
-The files of a run have everything as well: a logger that fails costs a warning, never the run.
+The files of a run contain everything as well: a failed logger causes a warning, not a stop.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ _EXTRAS = {"tensorboard": "train", "wandb": "wandb", "trackio": "trackio"}
 _WITHOUT_ACCOUNT = ("offline", "disabled", "dryrun")
 """Values of WANDB_MODE that need no account."""
 _SECONDS_TO_SEND = 60.0
-"""Longest time that the end of a run waits for a slow network."""
+"""Maximum time that the end of a run waits for a slow network."""
 
 
 @dataclass(frozen=True)
 class LogTo:
-    """Where the numbers of a study's runs go besides their folders."""
+    """The loggers of a study's runs, besides their folders."""
 
     loggers: tuple[LoggerName, ...] = ("tensorboard",)
     study: Path | None = None
-    """Folder of the study, after which the project is named; None: the folder above the run's."""
+    """Folder of the study, which names the project; None: the folder above the run's."""
 
 
 def check_loggers(names: Sequence[str]) -> None:
     """Refuse loggers that cannot be used; ask for the account of Weights & Biases on a terminal.
 
     Raises:
-        InvalidSettingError: there is no such logger.
+        InvalidSettingError: the logger is unknown.
         MissingExtraError: its package is not installed.
         AtodError: Weights & Biases does not accept the account, or there is none.
     """
     for name in names:
         if name not in _EXTRAS:
             known = ", ".join(get_args(LoggerName))
-            raise InvalidSettingError(f"log: there is no logger {name!r}; known: {known}.")
+            raise InvalidSettingError(f"log: unknown logger {name!r}; known: {known}.")
         try:
-            metadata.version(name)  # a folder of that name can be imported too
+            metadata.version(name)  # a folder of that name can be imported, too
         except metadata.PackageNotFoundError as error:
             raise MissingExtraError(
                 f"--log {name} needs the package {name}: pip install 'atod-gym[{_EXTRAS[name]}]'"
@@ -76,28 +76,28 @@ def check_loggers(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _LoggedRun:
-    """What a logger shows of a run."""
+    """The description of a run for its loggers."""
 
     folder: Path
     project: str
     name: str
-    """Its folder in that of the study."""
+    """Its folder in the study's folder."""
     key: str
     """Its name, unique among all runs."""
     config: Mapping[str, Any]
     resume_step: int | None
-    """Last step of the checkpoint that is resumed; None: a new run."""
+    """Last step of the resumed checkpoint; None: a new run."""
 
 
 class Loggers(AbstractContextManager["Loggers"]):
-    """The loggers of one run, which are closed with it.
+    """The loggers of one run, which end with it.
 
     Args:
-        log: which.
+        log: the loggers.
         run_dir: the run folder.
         run_id: distinguishes the run from those of the same name; kept when it is resumed.
         config: settings, by section and name.
-        resume_step: the last step of the checkpoint that is resumed; None: a new run.
+        resume_step: the last step of the resumed checkpoint; None: a new run.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Loggers(AbstractContextManager["Loggers"]):
 
     @contextmanager
     def _surviving(self, name: str) -> Iterator[None]:
-        """Report what a logger raises, and do without it."""
+        """Report the error of a logger, and continue without it."""
         try:
             yield
         except Exception as error:
@@ -164,7 +164,7 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         _silence_event_threads()
-        # Events of steps that are repeated are hidden.
+        # Events of repeated steps are hidden.
         purge_step = None if run.resume_step is None else run.resume_step + 1
         self._events = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge_step)
 
@@ -190,7 +190,7 @@ class _WandB:
             reinit="create_new",
             settings=wandb.Settings(console="off", silent=True, finish_timeout=_SECONDS_TO_SEND),
         )
-        # Its own count of steps cannot go back, as a resumed run does.
+        # Its own step counter cannot go back, as a resumed run does.
         self._run.define_metric("*", step_metric="step")
         where = f"wandb sync {self._run.settings.sync_dir}" if self._run.offline else self._run.url
         print(f"wandb: {run.name}: {where}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The README.md of a saved model, as the Hugging Face hub reads it: `hf upload NAME FOLDER`."""
+"""Write the README.md of a saved model for the Hugging Face hub: `hf upload NAME FOLDER`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def model_card(
     run_dir: Path, config: RunConfig, label: str, step: int, evaluations: Sequence[Evaluation]
 ) -> str:
-    """Return the card of the model that a run, named by its label, has after a step.
+    """Return the card of a run's model after a step.
 
     Evaluations are those of the start, the teacher and the student.
     """
     manifest = read_json(run_dir / MANIFEST_FILE)
     student, teacher = config.model.student, config.model.teacher
-    # Names of folders say nothing to others, and the hub takes names of its own alone.
+    # Folder names mean nothing to other users, and the hub accepts only its own names.
     is_hub_name = bool(_HUB_NAME.fullmatch(student)) and not Path(student).exists()
     card = ModelCardData(
         library_name="transformers",
@@ -55,7 +55,7 @@ def model_card(
 
 
 def _results(step: int, evaluations: Sequence[Evaluation]) -> str:
-    """Return a table with a line for the model, the start and the teacher, per split and mode."""
+    """Return a table with a row for the model, the start and the teacher, per split and mode."""
     names = {("student", step): "this model", ("student", 0): "start", ("teacher", 0): "teacher"}
     rows = {
         (e.result.split, e.result.mode, names[e.model, e.step]): (

@@ -1,7 +1,7 @@
-"""The folder of a run while it trains: settings, metrics, checkpoints, evaluations, models.
+"""Write the folder of a run while it trains: settings, metrics, checkpoints, evaluations, models.
 
-A step is finished when its metrics are written. Its checkpoint holds them too: a run that could not
-write them has them when it is resumed.
+A step is finished when its metrics are written. Its checkpoint contains them, too: a run that could
+not write them restores them when it is resumed.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class Progress:
     tokens: int = 0
     trajectories: int = 0
     schedule: ScheduleState = field(default_factory=ScheduleState)
-    """Of a schedule that follows the run."""
+    """State of a schedule that follows the run."""
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Progress:
-        """Return the totals that a checkpoint holds."""
+        """Return the totals in a checkpoint."""
         state = record["schedule"]
         schedule = ScheduleState(**{**state, "seen": tuple(state["seen"])})
         return cls(**{**record, "schedule": schedule})
@@ -77,7 +77,7 @@ class RunRecord:
         learner: its weights and moments are saved.
         processes: this rank among others.
         label: name of the run in tables.
-        log: where its numbers go besides the folder.
+        log: the loggers, besides the folder.
 
     Attributes:
         done: totals after the last finished step.
@@ -115,7 +115,7 @@ class RunRecord:
         teacher: Policy | None,
         known: Sequence[Evaluation],
     ) -> Iterator[None]:
-        """Restore the newest checkpoint where there is one, and keep the files of metrics open.
+        """Restore the newest checkpoint if there is one, and keep the files of metrics open.
 
         If something fails before the next step changes weights, the last finished step is saved.
 
@@ -126,7 +126,7 @@ class RunRecord:
             known: evaluations of the start and the teacher, to be written once.
 
         Raises:
-            RunFolderError: the folder holds a run of other settings or inputs, or with more steps.
+            RunFolderError: the folder contains a run with other settings, inputs or more steps.
             CheckpointError: no checkpoint can be used.
         """
         is_begun = (self.run_dir / CONFIG_FILE).is_file()
@@ -166,7 +166,7 @@ class RunRecord:
         template = str(student.tokenizer.chat_template or "")
         if warning := check_inputs(inputs, read_json(self.run_dir / MANIFEST_FILE), template):
             print(warning, file=sys.stderr)
-        # A run that continues is not finished until it ends again.
+        # A continued run is not finished until it ends again.
         (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
         write_config(self.run_dir, config)
         beginning = {
@@ -249,7 +249,7 @@ class RunRecord:
     # -- evaluations -------------------------------------------------------------------------------
 
     def evaluated(self) -> set[tuple[str, EvaluationMode]]:
-        """Return the splits and modes in which the last finished step is evaluated already."""
+        """Return the splits and modes in which the last finished step has been evaluated."""
         # Other ranks might read what rank 0 is writing.
         found = read_evaluations(self.run_dir) if self._processes.is_main else []
         own = [e.result for e in found if (e.step, e.model) == (self.done.step, "student")]

@@ -1,4 +1,4 @@
-"""Weights that are divided over the ranks while they are trained (FSDP2)."""
+"""Divide weights over the ranks during training (FSDP2)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from atod_train.models.policy import Computation, Policy
 def shard(student: Policy, processes: Processes) -> Policy:
     """Return a copy of the student whose weights are divided over the ranks, layer by layer."""
     device = student.device
-    # The copy is made in the memory of the CPU: the GPU may hold one whole model only.
+    # The copy is made in the memory of the CPU: the GPU may fit only one whole model.
     model = copy.deepcopy(nn.Module.to(student.model, "cpu"))
     nn.Module.to(student.model, device)
     settings: dict[str, Any] = {
@@ -44,19 +44,19 @@ def shard(student: Policy, processes: Processes) -> Policy:
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy the weights that are trained, whole or divided; all ranks must call this."""
+    """Copy the trained weights, whole or divided; all ranks must call this."""
     for name, weight in target.named_parameters():
         if weight.requires_grad:
             weight.copy_(divided_like(whole(source.get_parameter(name).detach()), weight))
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that may be divided over processes, gathered; all must call this."""
+    """Gather a tensor that may be divided over processes; all must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def divided_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Divide a whole tensor over processes as a parameter of the same shape is, if it is."""
+    """Divide a whole tensor over processes like a parameter of the same shape."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
     mesh = parameter.device_mesh

@@ -1,7 +1,7 @@
-"""Student and teacher of a run: loaded, or trained on demonstrations and cached; their evaluations.
+"""Load or train student and teacher of a run, and evaluate them.
 
 A model trained here is cached under a hash of everything that it depends on. Evaluations of start
-and teacher, which the runs of a folder share, are kept in it with what they depend on:
+and teacher, which the runs of a folder share, are stored in it with their dependencies:
 
     evaluations/<student or teacher>-<split>-<mode>.json
 """
@@ -49,20 +49,20 @@ from atod_train.training.supervised import (
 )
 
 _RECIPE = 6
-"""Raised whenever the way of making demonstrations or starts changes, so that caches expire."""
+"""Raise it when the generation of demonstrations or starts changes, so that caches expire."""
 
 _NOISE = 0.2
-"""Probability of a random action in place of the expert's."""
+"""Probability of a random action instead of the expert's."""
 
 _threads_before: list[int] = []
-"""Number of threads before `choose_threads` lowered it; empty: it did not."""
+"""Number of threads before `choose_threads` lowered it; empty if it did not."""
 
 
 # -- models ----------------------------------------------------------------------------------------
 
 
 def policy_of(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> Policy:
-    """Load the teacher or the student's start; train and cache it first where it is not there.
+    """Load the teacher or the student's start; train and cache it first if it does not exist.
 
     It is the same for every method and seed. `pool` has the environments of the training split.
 
@@ -84,9 +84,9 @@ def policy_of(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> Policy:
 
 
 def choose_threads(config: RunConfig) -> None:
-    """Compute with one thread where all models are tiny: more only wait for each other.
+    """Use one thread if all models are tiny: more threads only wait for each other.
 
-    Larger models get as many as there were before, and OMP_NUM_THREADS decides where it is set.
+    Larger models use the original number; OMP_NUM_THREADS has priority if it is set.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
@@ -122,7 +122,7 @@ def _load(path: str | Path, config: RunConfig, role: EvaluatedModel, label: str)
 
 
 def _identity(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
-    """Return what identifies a model: its files, or its name in the cache if it is trained here."""
+    """Return the identity of a model: its files, or its name in the cache if it is trained here."""
     name, epochs, seed = _origin(config, role)
     if not epochs:
         return _newest_weights(name)
@@ -153,7 +153,7 @@ def _newest_weights(name: str) -> str:
 
 
 def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -> Policy:
-    """Return a model that was trained on demonstrations."""
+    """Train a model on demonstrations."""
     name, epochs, seed = _origin(config, role)
     env, start = config.env, config.start
     episodes = demonstrate(pool, start.demonstrations, _NOISE, seed=0)
@@ -161,7 +161,7 @@ def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -
         tokenizer = build_word_tokenizer(demonstration_texts(episodes))
         policy = build_policy(name, tokenizer, seed, name=label)
     else:
-        # Either way the weights that are trained are float32.
+        # In both cases the trained weights are float32.
         dtype: Precision = "mixed" if config.model.dtype == "mixed" else "auto"
         policy = load_policy(name, device=config.model.devices[0], dtype=dtype, name=label)
     dialogue = DialogueEncoder(policy.tokenizer, env.prompt_style, env.template_options)
@@ -183,13 +183,13 @@ def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -
 def evaluate_start(
     config: RunConfig, role: EvaluatedModel, split: str, folder: Path, processes: Processes
 ) -> list[Evaluation]:
-    """Evaluate the start or the teacher on one split in every mode; what is kept is not made again.
+    """Evaluate the start or the teacher on one split in every mode; stored results are reused.
 
-    Processes share the tasks; rank 0 writes to the folder of the runs.
+    Ranks share the tasks; rank 0 writes to the folder of the runs.
 
     Raises:
         AtodError: as `evaluate`.
-        RunFolderError: a file is broken.
+        RunFolderError: a file is damaged.
     """
     advice = "Lower model.max_context, or use a smaller model."
     engine = config.model.sampler if role == "student" else "plain"
@@ -200,7 +200,7 @@ def evaluate_start(
         closing(EnvPool(config.env, split)) as pool,
         memory_errors(f"evaluating the {role}", advice),
     ):
-        # What an evaluation depends on; devices and a teacher's URL may change.
+        # The dependencies of an evaluation; devices and a teacher's URL may change.
         settings = without_infinities(
             {
                 "made_from": _identity(config, role, train_pool),
@@ -220,11 +220,11 @@ def evaluate_start(
                 try:
                     result = EvaluationResult.from_json(record.get("result", {}))
                 except InvalidCountsError as error:
-                    message = f"{path} holds no evaluation ({error}); remove it"
+                    message = f"{path} is not an evaluation ({error}); remove it"
                     raise RunFolderError(message) from error
             else:
                 policy = policy or policy_of(config, role, train_pool)
-                # All ranks have read the file: each has a share of the evaluation.
+                # All ranks have read the file: each computes a share of the evaluation.
                 result = evaluate(policy, pool, config, mode, processes, engine)
                 if processes.is_main:
                     write_json(path, {"settings": settings, "result": result.to_json()})

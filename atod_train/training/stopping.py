@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 _ECHO_SECONDS = 1.0
-"""Launchers repeat a signal to processes that have received it already."""
+"""Launchers repeat a signal to processes that have already received it."""
 
 
 class StoppedByUser(Exception):
@@ -20,7 +20,7 @@ class StoppedByUser(Exception):
 def interruptible(
     announce: bool = True, on_sigterm: Callable[[], None] | None = None
 ) -> Iterator[list[float]]:
-    """Note the first SIGINT or SIGTERM, to stop after the step; a second one stops at once.
+    """Catch the first SIGINT or SIGTERM, to stop after the step; a second one stops at once.
 
     Args:
         announce: print that the run will stop.

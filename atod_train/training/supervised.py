@@ -1,7 +1,7 @@
-"""Supervised training on demonstrations: expert episodes, and models trained on them.
+"""Train models on demonstrations, which are episodes of experts.
 
 Some turns play a random action instead of the expert's (one that was admissible at some turn), so
-that a model sees how to recover; only the expert's own turns are trained.
+that the data contains recoveries; only the expert's own turns are trained.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from atod_train.training.checks import DivergedError
 _WARM_UP = 0.05
 """Share of the updates in which the learning rate rises."""
 _EXPERT_TOKENS = 180
-"""Completion tokens of an update, about; it takes more episodes where they are short."""
+"""Approximate completion tokens of an update; short episodes are combined."""
 _SCORED_WORDS = 4096
-"""With a larger vocabulary, fewer observation tokens are scored, so that it costs the same."""
+"""With a larger vocabulary, fewer observation tokens are scored, at the same cost."""
 
 
 class Expert(Protocol):
-    """Plays an environment's tasks well, for demonstrations and as an agent of `atod-eval`.
+    """Solves an environment's tasks, for demonstrations and as an agent of `atod-eval`.
 
-    Models that are made from scratch learn from its episodes before the run; language models need
-    none. An environment's method `expert()` returns a new one for each episode, which sees what an
-    agent sees. A method `demonstrator()` is preferred to it in demonstrations; what it returns may
-    know the solution. Not all of its episodes need to succeed: those that fail are left out.
+    Models that are made from scratch learn from its episodes before the run; language models do not
+    need one. An environment's method `expert()` returns a new one for each episode, with the
+    observations of an agent. Demonstrations prefer a method `demonstrator()`, whose expert may
+    have the solution. Not all of its episodes need to succeed: failed ones are left out.
 
-    An attribute `max_turns`, if it has one, is the number of turns after which it has failed.
+    An optional attribute `max_turns` is the number of turns after which it has failed.
     """
 
     def reset(self, instruction: str, text: str) -> None:
         """Begin an episode.
 
         Args:
-            instruction: the task in one sentence; empty where the environment gives none.
+            instruction: the task in one sentence; empty if the environment gives none.
             text: the first observation.
         """
 
@@ -59,14 +59,14 @@ class Expert(Protocol):
 
         Args:
             text: the current observation.
-            admissible_actions: what can be done now; empty where the environment gives no list.
-            last_action: what was executed in the last turn, None in the first. In demonstrations
-                it is now and then a random action instead of the expert's: continue from there.
+            admissible_actions: the actions that are possible now; empty without a list.
+            last_action: the action executed in the last turn, None in the first. In demonstrations
+                it is sometimes a random action instead of the expert's: continue from there.
         """
 
 
 def expert_of(episode: Episode) -> Expert:
-    """Return an expert that has been shown the first observation of an episode.
+    """Return an expert that has received the first observation of an episode.
 
     Raises:
         AtodError: the environment has none.
@@ -75,7 +75,7 @@ def expert_of(episode: Episode) -> Expert:
     make = getattr(env, "demonstrator", None) or getattr(env, "expert", None)
     if make is None:
         raise AtodError(
-            f"{type(env).__name__} has no expert() and no demonstrator(), so that there are no "
+            f"{type(env).__name__} has no expert() and no demonstrator(), so there are no "
             "demonstrations: start from language models, see `Expert`."
         )
     expert: Expert = make()
@@ -101,8 +101,8 @@ def demonstrate(pool: EnvPool, count: int, noise: float, seed: int) -> list[Traj
             advance()
     if not episodes:
         raise AtodError(
-            "The scripted expert solved no task: raise env.max_turns and, where it searches, the "
-            "results of a search (env.options topk)."
+            "The scripted expert solved no task: raise env.max_turns or, if it searches, the "
+            "number of results of a search (env.options topk)."
         )
     return episodes
 
@@ -169,16 +169,16 @@ def train_on_demonstrations(
 
     The learning rate warms up, then decays to a tenth along a cosine. With a large vocabulary only
     a random share of the observation tokens is scored, each with a larger weight, because the
-    logits of all would be most of the work.
+    logits of all of them would dominate the cost.
 
     Args:
         policy: the model; it is changed.
-        trajectories: from `tokenize`.
+        trajectories: as returned by `tokenize`.
         epochs: passes over them; may be a fraction.
         lr: highest learning rates of AdamW and Muon; 0 for Muon: AdamW trains all weights.
         seed: of the order of episodes.
         observation_weight: loss weight of an observation token; an expert token has 1.
-        tokens_per_microbatch: padded tokens that go through the model at once; 0: `tokens_at_once`.
+        tokens_per_microbatch: padded tokens of one forward pass; 0: `tokens_at_once`.
 
     Returns:
         Mean loss per token of each update, in nats.
@@ -215,7 +215,7 @@ def train_on_demonstrations(
 
 
 def _episodes_per_update(trajectories: Sequence[Trajectory]) -> int:
-    """Return the power of two of episodes that hold about `_EXPERT_TOKENS` completion tokens."""
+    """Return the power of two of episodes with about `_EXPERT_TOKENS` completion tokens."""
     tokens = sum(len(turn.tokens.completion_ids) for t in trajectories for turn in t.turns)
     wanted = _EXPERT_TOKENS * len(trajectories) / max(1, tokens)
     return 2 ** max(0, round(math.log2(wanted)))
@@ -229,7 +229,7 @@ def _supervised_update(
     budget: int,
     generator: torch.Generator,
 ) -> float:
-    """Make one update; return the loss, or a gradient norm that is not finite and moved nothing."""
+    """Make one update; return the loss, or a gradient norm that is not finite without an update."""
     batch = make_batch(trajectories, policy.pad_id)
     share = min(1.0, _SCORED_WORDS / policy.model.config.vocab_size)
     weights = _token_weights(batch, trajectories, observation_weight, share, generator)
@@ -278,7 +278,7 @@ def _token_weights(
     """Return [S, L] float32: 1 for expert tokens, less for observations, 0 for random actions.
 
     A random `share` of the observation tokens keeps a weight, divided by `share`, so that the
-    expected weight stays.
+    expected weight is unchanged.
     """
     weights = batch.attention_mask * observation_weight
     weights = weights * (torch.rand(weights.shape, generator=generator) < share) / share
@@ -317,9 +317,9 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalized(matrix: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """Return a matrix with the same singular vectors, whose singular values are about one.
+    """Return a matrix with the same singular vectors and singular values of about one.
 
-    Those that were not tiny end between about 0.5 and 1.5. Settings are those of the optimizer.
+    Values that were not tiny end between about 0.5 and 1.5. Settings are those of the optimizer.
     """
     is_tall = matrix.shape[0] > matrix.shape[1]
     found = matrix.mT if is_tall else matrix

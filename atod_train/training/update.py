@@ -2,9 +2,9 @@
 
 All ranks call these functions with the same batch; each works on its share of the sequences.
 
-`Learner` holds the optimiser and the weights that gradients flow into: those of the student itself
+`Learner` holds the optimiser and the trained weights: those of the student itself
 or, with sharding (FSDP2), of a copy whose weights, gradients and moments are divided over the
-ranks. After each update the student, which samples and is evaluated and saved, gets its weights.
+ranks. After each update its weights are copied to the student, which samples and is evaluated.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def score_batch(
         teacher: None for methods without one.
         batch: R rows, on the CPU.
         config: method and budgets.
-        times: takes the seconds of the phases `update` and `teacher`.
+        times: records the seconds of the phases `update` and `teacher`.
 
     Returns:
-        [R, T] on the CPU: the student's log-probs and entropies; `reference_logprobs` where there
-        is a teacher; `divergences` where the method takes the exact signal.
+        [R, T] on the CPU: the student's log-probs and entropies; `reference_logprobs` with
+        a teacher; `divergences` if the method uses the exact signal.
     """
     reference = _reference(teacher, config.algorithm)
     names = ["logprobs", "entropies"]
@@ -99,17 +99,17 @@ def update_policy(
     """Make one pass over the batch, an optimiser update for each mini-batch.
 
     Args:
-        learner: it is trained.
+        learner: its weights are trained.
         teacher: as in `score_batch`.
         batch: R rows, on the CPU.
         scores: from `score_batch`.
         advantages: of the batch.
         config: the settings.
-        order: draws which sequences share a mini-batch; the same on all ranks.
+        order: draws the sequences of each mini-batch; the same on all ranks.
 
     Returns:
-        Means over the updates made: loss, clip_fraction, approx_kl, grad_norm (NaN where none was
-        made); the number of tokens; and `skipped_updates`, whose gradient was not finite.
+        Means over the updates: loss, clip_fraction, approx_kl, grad_norm (NaN without updates);
+        the number of tokens; and `skipped_updates`, whose gradient was not finite.
     """
     algorithm = config.algorithm
     count = minibatch_count(config.train.minibatches, len(batch.rows))
@@ -169,7 +169,7 @@ def _loss(
     """Return a micro-batch's share of its mini-batch's loss, and [4]: means over its tokens.
 
     They are the loss, the share of clipped tokens, the approximate KL and the number of tokens, on
-    the model's device: nothing here waits for it.
+    the model's device: this function does not wait for it.
 
     Args:
         micro: part of the step's batch; `normalizer`, `scores` and `advantages` have its R rows.
@@ -212,7 +212,7 @@ def _loss(
 
 
 def _reference(teacher: Teacher | None, algorithm: AlgorithmConfig) -> Reference | None:
-    """Return the teacher where whole distributions are compared, else None."""
+    """Return the teacher if whole distributions are compared, else None."""
     top_k = exact_top_k(algorithm)
     if isinstance(teacher, LocalTeacher) and top_k is not None:
         return Reference(teacher.policy, top_k)
@@ -226,7 +226,7 @@ class Learner:
     """Train a student, together with other processes if there are any.
 
     Args:
-        student: it is changed.
+        student: its weights are trained.
         lr: learning rate of AdamW.
         processes: this rank among those that train the student; all begin with rank 0's weights.
     """
@@ -238,7 +238,7 @@ class Learner:
             processes.same(list(student.model.parameters()))
         self.policy = student if processes.sharding is None else shard(student, processes)
         self.updates = 0
-        """Updates of the weights that this object has begun."""
+        """Number of updates of the weights that this object has begun."""
         is_on_gpu = student.device.type == "cuda"
         self._optimizer = torch.optim.AdamW(
             [weight for weight in self.policy.model.parameters() if weight.requires_grad],
@@ -297,7 +297,7 @@ class Learner:
             self.processes.add([weight.grad for weight in weights])
         norm = float(whole(torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM)))
         if math.isfinite(norm):
-            self.updates += 1  # first: an update that fails half-way has moved weights
+            self.updates += 1  # first: a failed update may have changed some weights
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if math.isfinite(norm) and self.policy is not self.student:
@@ -312,14 +312,14 @@ class Learner:
     def tensors(self) -> dict[str, Tensor]:
         """Return weights and optimiser state for a checkpoint; all ranks must call this.
 
-        Rank 0 gets the same for any number of ranks, the others nothing.
+        Rank 0 returns the same for any number of ranks, the others return nothing.
         """
         is_main = self.processes.is_main
         moments = optimizer_tensors(self._optimizer, self.policy.model, keep=is_main)
         return {**model_tensors(self.student.model), **moments} if is_main else {}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `tensors` returned, in a learner with any number of processes."""
+        """Restore the result of `tensors`, with any number of processes."""
         restore_model(self.student.model, tensors)
         if self.policy is not self.student:
             copy_weights(self.student.model, self.policy.model)

@@ -75,7 +75,7 @@ def test_metadata_that_is_not_json_is_refused(tmp_path, metadata):
 def test_numbers_that_are_not_finite_are_neither_written_nor_read(tmp_path, value):
     broken = Checkpoint({"optimizer.w.exp_avg": torch.tensor([0.0, value])})
     path = checkpoint_path(tmp_path, 2)
-    with pytest.raises(CheckpointError, match=r"not written: optimizer\.w\.exp_avg holds NaN"):
+    with pytest.raises(CheckpointError, match=r"not written: optimizer\.w\.exp_avg has NaN"):
         save_checkpoint(path, broken)
     assert not saved_checkpoints(tmp_path)
     save_checkpoint(checkpoint_path(tmp_path, 1), make_state(1))
@@ -83,7 +83,7 @@ def test_numbers_that_are_not_finite_are_neither_written_nor_read(tmp_path, valu
     found, passed = load_latest(tmp_path)
     assert found is not None
     assert found.metadata["global_step"] == 1
-    assert "cannot be used: optimizer.w.exp_avg holds NaN" in passed[0]
+    assert "cannot be used: optimizer.w.exp_avg has NaN" in passed[0]
 
 
 def test_latest_and_prune_pass_over_leftovers(tmp_path):

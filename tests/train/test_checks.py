@@ -308,7 +308,7 @@ def test_a_date_in_the_template_is_reported(
     [
         (OSError(errno.ENOSPC, "No space left on device"), "Free space"),
         (PermissionError(errno.EACCES, "Permission denied"), "may write to"),
-        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "server is up"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "server is running"),
         (OSError(errno.EIO, "Input/output error"), "file or device"),
     ],
 )
