@@ -119,5 +119,7 @@ def test_missing_packages_are_refused_before_any_work(
     with pytest.raises(MissingExtraError, match=r"pip install 'atod-gym\[trackio\]'"):
         run_study(study, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InvalidSettingError, match="unknown logger 'csv'; known: tensorboard, wandb"):
+    with pytest.raises(
+        InvalidSettingError, match="unknown logger 'csv'; known: tensorboard, wandb"
+    ):
         check_loggers(("csv",))

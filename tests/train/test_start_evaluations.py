@@ -43,9 +43,9 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
     modes: list[str] = []
 
-    def counted(policy: Any, pool: Any, config: Any, mode: Any, processes: Any) -> Any:
+    def counted(policy: Any, pool: Any, config: Any, mode: Any, *others: Any) -> Any:
         modes.append(mode)
-        return evaluate(policy, pool, config, mode, processes)
+        return evaluate(policy, pool, config, mode, *others)
 
     monkeypatch.setattr(starts, "evaluate", counted)
     return modes
