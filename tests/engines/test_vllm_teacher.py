@@ -20,10 +20,11 @@ from atod_train.teachers import remote as remote_teacher
 from atod_train.teachers.local import LocalTeacher
 from atod_train.teachers.remote import RemoteTeacher
 
-CHUNKS = ("--max-num-batched-tokens", "64", "--max-num-seqs", "8", "--max-model-len", "512")
+KEY = ("--api-key", "sesame")
+CHUNKS = ("--max-num-batched-tokens", "64", "--max-num-seqs", "8", "--max-model-len", "512", *KEY)
 """Prompts are computed in chunks, and with the following the cache holds two of them."""
 FEW_BLOCKS = ("--num-gpu-blocks-override", "5")
-WHOLE = ("--no-enable-prefix-caching", "--no-enable-chunked-prefill")
+WHOLE = ("--no-enable-prefix-caching", "--no-enable-chunked-prefill", *KEY)
 TOLERANCE = 1e-3
 
 
@@ -107,20 +108,21 @@ def test_chunks_a_crash_and_a_restart_in_the_middle_of_a_step(
 ) -> None:
     monkeypatch.setattr(remote_teacher, "_PROMPTS_PER_REQUEST", 1)
     monkeypatch.setattr(remote_teacher, "_PROBE", 1.0)
+    monkeypatch.setenv(remote_teacher.TOKEN_VARIABLE, "sesame")
     port, threads = free_port(), ThreadPoolExecutor(1)
     with served_vllm(
         smollm2_folder, tmp_path / "chunks.log", *CHUNKS, *FEW_BLOCKS, port=port
     ) as server:
         remote = RemoteTeacher(server.url, student, max_context=511)
         torch.testing.assert_close(remote.score(batch), expected, rtol=0, atol=TOLERANCE)
-        scores = threads.submit(remote.score, batch)
+        scores = threads.submit(lambda: [remote.score(batch) for _ in range(3)][-1])
         time.sleep(0.5)
         server.kill()
     # The same model with other flags: the rest of the step has the same log-probs.
     with served_vllm(smollm2_folder, tmp_path / "whole.log", *WHOLE, port=port) as server:
-        torch.testing.assert_close(scores.result(60), expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(scores.result(120), expected, rtol=0, atol=TOLERANCE)
         # Told to end, vLLM refuses connections and does not answer what is open.
-        scores = threads.submit(remote.score, batch)
+        scores = threads.submit(lambda: [remote.score(batch) for _ in range(99)][-1])
         time.sleep(0.5)
         monkeypatch.setattr(remote_teacher, "PATIENCE", 2.0)
         server.process.terminate()
