@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print()
         return 0
     except BrokenPipeError:
-        # Whoever read the output has left; keep the interpreter from complaining at exit.
+        # The reader of the output has gone; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

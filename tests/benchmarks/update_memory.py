@@ -156,7 +156,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def forget_peak() -> None:
-    """Lets VmHWM begin anew, where the system can; else the peak of loading counts too."""
+    """Reset VmHWM if the system can; otherwise the peak of loading counts, too."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -1,4 +1,4 @@
-"""Write all tables of results anew from the raw numbers, into the README next to the numbers.
+"""Write all tables of results from the raw numbers, into the README next to the numbers.
 
 A table is known by its first row and by the study that its section is about. A new section needs
 its heading, `## NAME`, and the first row of each of its tables. A new column of the table of all
@@ -45,7 +45,7 @@ def made_anew(
 
 
 def rewritten(text: str, found: dict[str, Results]) -> str:
-    """Return a text with all its tables of results made anew."""
+    """Return a text with all its tables of results updated."""
     section, split = "", None
     parts = []
     for part in re.split(r"(^#.*\n|^`\w+`:\n|(?:^\|.*\n)+)", text, flags=re.MULTILINE):

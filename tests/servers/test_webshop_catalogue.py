@@ -348,7 +348,7 @@ def test_only_the_published_content_is_official(webshop_data: Path, tmp_path: Pa
         assert shop.name.startswith("webshop/official" if shop.label == "official" else "webshop/c")
         return shop.label
 
-    # Written anew, and with what no page shows: the same content.
+    # Written again, with fields that no page shows: the same content.
     assert label({"page": 17}) == "official"
     option = json.loads(json.dumps(items[place]["customization_options"]))
     name = next(name for name in option if option[name])

@@ -102,7 +102,7 @@ def test_a_server_that_accepts_a_request_and_never_answers(
     assert re.fullmatch(rf"waiting until [\d:]+ for an answer of the teacher's .* {fake.url}", line)
 
 
-def test_a_server_that_is_told_to_end_with_a_request_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_ends_with_a_request_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """As vLLM after SIGTERM: connections are refused, and open requests are never answered."""
     monkeypatch.setattr(remote_teacher, "_PROBE", 0.2)
     monkeypatch.setattr(remote_teacher, "PATIENCE", 0.5)

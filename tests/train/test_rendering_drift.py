@@ -113,14 +113,14 @@ def test_where_there_is_nothing_to_compare() -> None:
     assert rendering_drift([_episode(dialogue, [ids], [MUG])], window) is None
     assert rendering_drift([], dialogue) is None
     assert rendering_drift([_episode(dialogue, [], [])], dialogue) is None
-    # Of a dialogue that began anew the model never saw the whole.
+    # The model never saw all of a restarted dialogue.
     whole = _episode(dialogue, [ids, ids], [MUG, DESK])
     again = replace(whole.turns[1].tokens, extends_previous=False)
-    anew = replace(
+    restarted = replace(
         whole, turns=(whole.turns[0], replace(whole.turns[1], tokens=again, turns_left_out=1))
     )
-    assert rendering_drift([anew], dialogue) is None
-    assert rendering_drift([anew, whole], dialogue) == 0.0
+    assert rendering_drift([restarted], dialogue) is None
+    assert rendering_drift([restarted, whole], dialogue) == 0.0
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_the_oldest_turns_are_left_out(
         # A dialogue that begins again continues to grow for a while.
         assert len(shortened) < len(turns) / 2
         assert any(turn.tokens.extends_previous for turn in turns)
-        # And what it lacks, it lacks until it begins anew once more.
+        # A dialogue lacks the same turns until it is restarted again.
         for record in records:
             for before, turn in pairwise(record.turns):
                 if turn.tokens.extends_previous:
@@ -346,11 +346,11 @@ def _check_turns(record: Trajectory, generator: Generator) -> None:
             assert not tokens.extends_previous
             assert 0 <= turn.turns_left_out <= min(3, turn.index)
         else:
-            anew = turn.index > 0 and not tokens.extends_previous
-            assert lacking < turn.turns_left_out <= turn.index or not anew
-            assert turn.turns_left_out == lacking or anew
+            restarted = turn.index > 0 and not tokens.extends_previous
+            assert lacking < turn.turns_left_out <= turn.index or not restarted
+            assert turn.turns_left_out == lacking or restarted
             lacking = turn.turns_left_out
-            if anew:
+            if restarted:
                 _check_new_sequence(record, turn, generator.dialogue)
         stopped = tokens.completion_ids[-1] in generator.dialogue.stop_ids
         assert (tokens.finish_reason == "stop") == stopped

@@ -48,7 +48,7 @@ class OfficialEngine:
         self._call(self._env.load, content)
 
     def reset(self) -> EngineState:
-        """Start the game anew."""
+        """Restart the game."""
         return self._engine_state(self._call(self._env.reset))
 
     def step(self, command: str) -> EngineState:

@@ -33,7 +33,7 @@ class GameEngine(Protocol):
     """A winning command sequence made with full knowledge; empty if the file has none."""
 
     def reset(self) -> EngineState:
-        """Start the game anew."""
+        """Restart the game."""
 
     def step(self, command: str) -> EngineState:
         """Execute a command; one that is not admissible gives `Nothing happens.`."""

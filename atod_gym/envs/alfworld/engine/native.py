@@ -193,7 +193,7 @@ class NativeEngine:
         self.reset()
 
     def reset(self) -> EngineState:
-        """Start the game anew."""
+        """Restart the game."""
         game = self._game
         self._state = state = self._copied_facts()
         self._place = game.place(state)[0]
