@@ -25,7 +25,7 @@ from atod_train.reports.tables import (
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def made_anew(
+def made_again(
     first_row: str, found: dict[str, Results], section: str, split: str | None
 ) -> Table | None:
     """Return the table that begins with a row, or None if it is no table of results."""
@@ -54,7 +54,7 @@ def rewritten(text: str, found: dict[str, Results]) -> str:
         elif part.startswith("`"):
             split = part.strip("`:\n")
         elif part.startswith("|"):
-            table = made_anew(part.partition("\n")[0], found, section, split)
+            table = made_again(part.partition("\n")[0], found, section, split)
             parts.append(table.markdown if table else part)
             split = None
             continue

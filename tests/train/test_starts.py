@@ -80,7 +80,7 @@ def test_a_language_model_is_trained_once_and_kept(
     )
 
 
-def test_other_weights_of_the_same_name_are_trained_anew(
+def test_other_weights_of_the_same_name_are_trained_again(
     config: RunConfig, pool: EnvPool, tmp_path: Path
 ) -> None:
     first = policy_of(config, "student", pool)
