@@ -51,7 +51,7 @@ def check_vllm(device: str) -> None:
         device: of the student.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: it is not installed, or its packages do not match.
         InvalidSettingError: it cannot use the device, or several processes train together.
     """
     if importlib.util.find_spec("vllm") is None:
@@ -69,6 +69,7 @@ def check_vllm(device: str) -> None:
             f"model.sampler=vllm takes the first GPU, not {device}. Choose GPUs with "
             "CUDA_VISIBLE_DEVICES, and use --model.device cuda:0."
         )
+    _import_vllm()
 
 
 class VllmSampler(Sampler):
@@ -274,14 +275,12 @@ def _engine_of(policy: Policy, max_context: int, share: float) -> _Engine:
 
 def _start(policy: Policy, folder: str, max_context: int, share: float) -> Any:
     """Start vLLM with the configuration in a folder; its weights are random at first."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    _import_vllm()
+    from vllm import EngineArgs, LLMEngine
+    from vllm.platforms import current_platform
+
     on_cpu = policy.device.type == "cpu"
     try:
-        from vllm import EngineArgs, LLMEngine
-        from vllm.platforms import current_platform
-
         if current_platform.device_type != policy.device.type:
             raise RuntimeError(f"this one is for the device {current_platform.device_type}")
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -307,14 +306,38 @@ def _start(policy: Policy, folder: str, max_context: int, share: float) -> Any:
                 disable_log_stats=True,
             )
         )
-    except (ImportError, OSError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         raise _not_served(policy, error) from error
 
 
+def _import_vllm() -> None:
+    """Import vLLM for an engine in this process.
+
+    Raises:
+        MissingExtraError: it cannot be imported.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from vllm import LLMEngine  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MissingExtraError(
+            f"vLLM cannot be imported: {_reason(error)}. On a processor it brings packages that do "
+            "not match torch: pip uninstall torchvision torchaudio torchcodec. Or use "
+            "--model.sampler plain."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
+
+
 def _not_served(policy: Policy, error: Exception) -> AtodError:
-    lines = str(error).strip().splitlines() or [repr(error)]
     return AtodError(
-        f"vLLM cannot serve {policy.name} on {policy.device.type}: {lines[0].rstrip('.')}. Use "
+        f"vLLM cannot serve {policy.name} on {policy.device.type}: {_reason(error)}. Use "
         "another share of the device's memory (--model.sampler vllm:0.2), or --model.sampler plain."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ SHAPE = ModelShape(layers=2, width=64, heads=2, mlp_width=96, max_positions=256)
 WORDS = "<think> </think> <action> </action> take mug 1 look"
 TAGS = CompletionFormat("tags")
 PADDED = 9
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 TOLERANCE = 1e-4
 """Nats; the largest difference of a token was 2e-5."""
 
@@ -59,7 +61,7 @@ def sample(
     """Two turns of some episodes whose prompts begin alike: all prompts, all completions."""
     dialogue = DialogueEncoder(policy.tokenizer)
     if kind is VllmSampler:
-        settings["share"] = 0.01
+        settings.setdefault("share", 0.01)
     sampler = kind(policy, dialogue, max_completion_tokens=16, max_context=128, **settings)
     sampler.start(range(count))
     # Longer than a block of cached keys and values.
@@ -204,6 +206,16 @@ def test_a_wrong_copy_is_noticed_before_the_rollout_continues(
     monkeypatch.undo()
     change(policy)
     sample(policy)
+
+
+def test_episodes_wait_where_memory_is_short(policy: Policy) -> None:
+    _, found = sample(policy, completion_format=TAGS)
+    core = vllm_sampler._running[0].core
+    # Room for two of 24 episodes.
+    prompts, waiting = sample(policy, completion_format=TAGS, share=300_000 / MEMORY)
+    assert vllm_sampler._running[0].core is not core
+    assert waiting == found
+    assert largest_difference(policy, prompts, waiting) < TOLERANCE
 
 
 def test_a_model_that_vllm_cannot_serve_is_one_line() -> None:

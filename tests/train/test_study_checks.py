@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from test_trainer import CONFIG, study_of_methods
 from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
 from atod_train.models.from_scratch import build_policy
 from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.reports.run_folder import first_difference
 from atod_train.studies.checks import header
 from atod_train.studies.file import study_of
 from atod_train.studies.study import run_study, train_one
@@ -120,13 +122,12 @@ def test_finished_runs_are_named_and_nothing_is_made(
 
 
 def test_vllm_is_refused_where_it_cannot_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = _changed("model", sampler="vllm")
+    config = _changed("model", sampler="vllm", device=("cpu",))
     found = {"vllm": None}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found[name])
     with pytest.raises(MissingExtraError, match=r"pip install vllm .*--model\.sampler plain"):
         check_settings(config)
     found["vllm"] = object()  # type: ignore[assignment]
-    check_settings(config)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InvalidSettingError, match="serves one process"):
         check_settings(config)
@@ -134,3 +135,12 @@ def test_vllm_is_refused_where_it_cannot_sample(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(InvalidSettingError, match=r"first GPU, not cuda:1.*CUDA_VISIBLE_DEVICES"):
         check_settings(_changed("model", sampler="vllm", device=("cuda:1", "cuda:0")))
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(MissingExtraError, match=r"cannot be imported: .*pip uninstall torchv"):
+        check_settings(config)
+
+
+def test_a_run_continues_with_another_share_of_memory_but_not_another_sampler() -> None:
+    half, plain = _changed("model", sampler="vllm:0.5"), _changed("model", sampler="plain")
+    assert first_difference(half, _changed("model", sampler="vllm")) is None
+    assert first_difference(half, plain) == ("model.sampler", "vllm:0.5", "plain")
