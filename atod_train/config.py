@@ -121,8 +121,8 @@ class ModelConfig:
     the teacher's, such as cuda:0 cuda:1, where both do not fit on one GPU."""
     sampler: str = "plain"
     """What samples the student's completions, in rollouts and evaluations. plain: transformers;
-    vllm: vLLM in this process, faster on a GPU, with a share of 0.3 of its memory; vllm:0.4:
-    another share."""
+    vllm: vLLM in this process, with a share of 0.3 of the device's memory; vllm:0.4: another share.
+    Use it where rollouts take most of a step."""
     dtype: Precision = "auto"
     """Precision. auto: float32, on a GPU mixed. mixed: float32 weights, while the layers run in
     bfloat16 and the teacher's weights are bfloat16; also fast on processors with AMX. bfloat16 is

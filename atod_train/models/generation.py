@@ -185,7 +185,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def episodes_at_once(self, processes: int) -> int:
-        """Return how many episodes have room; others that share a processor's memory have none."""
+        """Return how many episodes have room; `processes` share the memory of a processor."""
 
     def end(self) -> None:
         """Discard all episodes, and give back what only they need."""

@@ -6,7 +6,7 @@ they have changed; adapters are merged. The first completions after that are sco
 itself: log-probs that differ stop the run.
 
 A process has one engine, which runs and evaluations share. On a GPU it gives back its memory while
-it is not used (vLLM's sleep mode).
+it is not used (vLLM's sleep mode); that was never run.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
 from atod_train.config import VLLM_SHARE
+from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.generation import Completion, Sampler
 from atod_train.models.lora import merged_weights
 from atod_train.models.policy import Policy
@@ -38,8 +39,6 @@ _CHECKED = 4
 """Completions that are scored after each copy of weights."""
 _CPU_BLOCK = 32
 """Tokens of a block of keys and values on a processor; prefixes are cached in whole blocks."""
-
-
 _CPU_TOKENS = 2048
 """Prompt tokens of a forward pass on a processor, or those of the longest prompt."""
 
@@ -86,7 +85,12 @@ class VllmSampler(Sampler):
     """
 
     def __init__(
-        self, policy: Policy, dialogue: Any, *, share: float = VLLM_SHARE, **settings: Any
+        self,
+        policy: Policy,
+        dialogue: DialogueEncoder,
+        *,
+        share: float = VLLM_SHARE,
+        **settings: Any,
     ) -> None:
         super().__init__(policy, dialogue, **settings)
         self._engine = _engine_of(policy, self.max_context, share)
