@@ -149,15 +149,16 @@ def build_application(
 ) -> Starlette:
     """Make an application; `/`, `/openapi.json` and `/metrics` are added to its endpoints.
 
-    about: name and description of the server.
-    endpoints: the endpoints for programs.
-    errors: answers and counts errors, 404 and 405 included.
-    metrics: returns the current metrics of the service.
-    max_body: maximum size of a request, in bytes.
-    token: if given, every request must carry it.
-    allowed_hosts: further host names, see `guard`.
-    pages: routes for people, which OpenAPI does not describe.
-    lifespan: runs around the life of the application.
+    Args:
+        about: name and description of the server.
+        endpoints: the endpoints for programs.
+        errors: answers and counts errors, 404 and 405 included.
+        metrics: returns the current metrics of the service.
+        max_body: maximum size of a request, in bytes.
+        token: if given, every request must carry it.
+        allowed_hosts: further host names, see `guard`.
+        pages: routes for people, which OpenAPI does not describe.
+        lifespan: runs around the life of the application.
     """
     collected = Metrics(lambda: [*metrics(), errors.metric(f"{about.name}_errors_total")])
 
