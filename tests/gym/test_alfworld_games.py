@@ -182,7 +182,8 @@ def test_auto_without_official_data_says_so_once(
     with caplog.at_level(logging.WARNING, "atod_gym"):
         assert {open_games("auto", split, "tiny").label for split in SPLITS} == {"generated"}
     assert [record.name for record in caplog.records] == ["atod_gym"]
-    assert "atod-data get alfworld" in caplog.text
+    assert "ALFWorld: no official data found" in caplog.text
+    assert "atod-data list" in caplog.text
 
 
 @pytest.mark.usefixtures("no_user_data")

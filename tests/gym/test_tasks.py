@@ -75,7 +75,7 @@ def test_auto_plays_found_data_else_generated_data_announced_once(
     with caplog.at_level(logging.WARNING, "atod_gym"):
         assert [locate("auto", SOURCE) for _ in range(3)] == [None] * 3
     assert [record.name for record in caplog.records] == ["atod_gym"]
-    assert "run get toy" in caplog.text
+    assert "Toy: no official data found" in caplog.text
     announce_once("something else")
     assert len(caplog.records) == 2
     with pytest.raises(DataNotFoundError, match=r"\.cache.*run get toy.*generated"):

@@ -460,7 +460,7 @@ def test_the_extra_is_named_where_servers_cannot_start(tmp_path: Path) -> None:
 
 
 def test_the_shop_can_be_played_in_a_terminal(solved: tuple[str, list[str]]) -> None:
-    typed = ["1", "red shoes", *solved[1]]
+    typed = ["1", "red shoes", "back to search", *solved[1]]
     finished = subprocess.run(
         [sys.executable, "-W", "error", "-m", "atod_gym.play", "atod/WebShop-v0",
          "--data", "generated", "--task-id", solved[0]],
@@ -471,7 +471,7 @@ def test_the_shop_can_be_played_in_a_terminal(solved: tuple[str, list[str]]) -> 
     assert "query> " in finished.stdout
     assert "Page 1 (Total results: " in finished.stdout
     assert "[SEP]" not in finished.stdout
-    assert f"Solved after {len(solved[1]) + 1} turns (score 1)." in finished.stdout
+    assert f"Solved after {len(solved[1]) + 2} turns (score 1)." in finished.stdout
 
 
 def test_making_another_environment_asks_the_server_nothing(

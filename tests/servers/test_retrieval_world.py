@@ -258,7 +258,7 @@ def test_pools_are_made_for_combining() -> None:
 def test_bad_settings_are_refused(entities: int, seed: int, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         World(entities, seed)
-    with pytest.raises(ValueError, match="no split 'validation'; there are dev, test, train"):
+    with pytest.raises(ValueError, match="unknown split 'validation'; known: dev, test, train"):
         generated(60, 7).questions("validation")
 
 
