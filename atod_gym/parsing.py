@@ -72,7 +72,7 @@ def format_action(action: str, profile: ParseProfile, tags: Sequence[str] = ACTI
 
 @dataclass(frozen=True, slots=True)
 class CompletionFormat:
-    """How the completions of one environment are written.
+    """The format of the completions of one environment.
 
     Attributes:
         profile: see the table of this module.

@@ -109,7 +109,7 @@ def choose_task_types(types: Mapping[str, str], task_types: object) -> Mapping[s
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
-    """Where the data of one environment is searched, and how messages name it."""
+    """The places in which an environment's data is searched, and its names in messages."""
 
     name: str
     """Folder name in caches, such as `alfworld`."""
@@ -118,11 +118,11 @@ class DataSource:
     find: Callable[[Path], Path | None]
     """Return the data in or at a folder (or file); None: there is none."""
     expected: str
-    """What a path must contain, for messages."""
+    """The required content of a path, for messages."""
     how_to_get: str
     """How to get the official data, for messages; begins with a verb."""
     generated: str
-    """What is played without data, such as `generated games`."""
+    """The tasks that are played without data, such as `generated games`."""
     variables: tuple[str, ...] = ()
     """Environment variables that name a folder, as upstream packages use them."""
 

@@ -47,7 +47,7 @@ class StepInfo(TypedDict, total=False):
     task_type: str
     split: str
     data: str
-    """Which data is played: `official` (only if its content hash is the published one),
+    """The data that is played: `official` (only if its content hash is the published one),
     `generated` or the path of other data."""
     success: bool
     """Whether the goal is reached."""
@@ -114,7 +114,7 @@ class SearchQAInfo(StepInfo, total=False):
     searches: int
     """Number of searches of the episode so far."""
     retriever: str
-    """How the server searches: `bm25`, `dense`, `hybrid`, or `unknown`."""
+    """The server's retriever: `bm25`, `dense`, `hybrid`, or `unknown`."""
 
 
 @dataclass(frozen=True, slots=True)

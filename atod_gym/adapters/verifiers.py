@@ -140,11 +140,11 @@ def load_plugin() -> Plugin:
         prompt_style: PromptStyle = "chat"
         """chat: the dialogue so far; window: one message per turn that contains the last turns."""
         parse_profile: ParseProfile = "tags"
-        """How completions are parsed."""
+        """The format of completions, see `atod_gym.parsing`."""
         max_turns: int | None = None
         """Turn limit (None: the environment's default)."""
         tasks: int = -1
-        """How many tasks of the split are played, spread evenly over it (-1: all)."""
+        """Number of tasks to play, spread evenly over the split (-1: all)."""
         history_window: int = 2
         """Past turns shown in window style."""
         show_admissible: bool = True

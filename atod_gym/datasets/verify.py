@@ -136,7 +136,7 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return what was downloaded into a folder, see `RECORD_FILE`; empty if nothing is recorded."""
+    """Return the record of downloads in a folder, see `RECORD_FILE`; empty if there is none."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads((folder / RECORD_FILE).read_bytes()))
     return {}

@@ -24,7 +24,7 @@ from atod_gym.types import StepInfo, TurnObservation
 RENDER_MODES = ("ansi",)
 
 Turn = tuple[TurnObservation, float, bool, bool, dict[str, Any]]
-"""What `step` returns: observation, reward, terminated, truncated, info."""
+"""The result of `step`: observation, reward, terminated, truncated, info."""
 
 _Env = TypeVar("_Env", bound="TurnEnv")
 _PLACEHOLDER = re.compile(r"\w+\[<[^<>]+>\]")
@@ -69,14 +69,14 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
     default_max_turns: ClassVar[int]
     """Turn limit that the environment is registered with."""
     source: ClassVar[DataSource]
-    """Where its data is searched."""
+    """The places in which its data is searched."""
 
     manifest: TaskManifest
     """All tasks of the split, with their content hash; not narrowed by `task_types`."""
     task_ids: tuple[str, ...]
     """The task ids of this environment, in manifest order."""
     data: str
-    """Which data is played: `official`, `generated` or the path of other data."""
+    """The data that is played: `official`, `generated` or the path of other data."""
     _task_types: Mapping[str, str]
     """Task id -> task type, for all `task_ids`."""
 

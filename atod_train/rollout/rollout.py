@@ -61,7 +61,7 @@ def make_sampler(
     seed: int,
     engine: str = "plain",
 ) -> Sampler:
-    """Return what samples a policy's completions, with the limits of a run.
+    """Return the sampler of a policy's completions, with the limits of a run.
 
     Args:
         policy: the model.

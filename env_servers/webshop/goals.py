@@ -41,7 +41,7 @@ class Goal:
     asin: str
     """The product of the goal."""
     name: str
-    """That product's title."""
+    """The title of this product."""
     instruction: str
     price_upper: float
     """Highest acceptable price in dollars; 1,000,000 if there is no limit."""

@@ -166,7 +166,7 @@ SOURCE = DataSource(
     generated="generated games",
     variables=("ALFWORLD_DATA",),
 )
-"""Where official games are searched."""
+"""The places in which official games are searched."""
 
 
 def _depth(folder: Path) -> int | None:

@@ -17,7 +17,7 @@ _TEXT_KEYS = ("pddl_domain", "grammar", "pddl_problem")
 
 
 class EngineState(NamedTuple):
-    """What an engine returns after a reset or a command."""
+    """The result of a reset or a command."""
 
     feedback: str
     """The text shown to the player, byte for byte as the official engine writes it."""

@@ -186,7 +186,7 @@ class NativeEngine:
             self._game = compile_game(game) if isinstance(game, Mapping) else load_game(game)
         self.walkthrough = self._game.walkthrough
         self.start = self._game.start
-        """What `reset` returns."""
+        """The state that `reset` returns."""
         self._state: State = []
         self.last = self._game.start
         """The last state that `reset` or `step` returned."""

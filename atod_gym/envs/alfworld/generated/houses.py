@@ -169,7 +169,7 @@ class Problem:
     destination: str
     """Receptacle kind; the kind of lamp for look_at_obj_in_light."""
     template: int
-    """Which of the two goal sentences of the type."""
+    """Index of the goal sentence, of two for each type."""
     things: tuple[tuple[Entity, Entity], ...]
     """Every object with the receptacle that holds it; the targets to use come first."""
 
