@@ -1,4 +1,4 @@
-"""What the servers of tests print, which must not get among the lines of what is tested."""
+"""Check that the servers of tests print nothing between the lines of a tested program."""
 
 from __future__ import annotations
 

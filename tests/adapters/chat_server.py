@@ -21,7 +21,7 @@ ACTIONS = "You can do one of these now:\n"
 
 
 def completion(model: str, messages: list[dict[str, str]]) -> str:
-    """What the model says; the same for the same messages."""
+    """Return the model's reply; equal for equal messages."""
     if model.startswith("replay:"):
         first, last = (next(m for m in ms if m["role"] == "user")["content"]
                        for ms in (messages, messages[::-1]))  # fmt: skip

@@ -89,7 +89,7 @@ def make_trainer(
 
 
 def rows_of(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], Any]:
-    """What the first step trains on, and the rollout's output that it came from."""
+    """Return the inputs of the first training step, and the rollout's output for it."""
     kept: list[dict[str, Any]] = []
     rollouts: list[dict[str, Any]] = []
     inner, play = trainer._generate_and_score_completions, trainer.rollout_func

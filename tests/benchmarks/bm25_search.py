@@ -40,7 +40,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def product_text(entry: dict[str, Any]) -> str:
-    """What WebShop's index holds of one entry of its product file."""
+    """Return the text in WebShop's index for one entry of its product file."""
     bullets = entry["small_description"]
     options = [
         f"{name.lower()}: "

@@ -1,4 +1,4 @@
-"""How often retrieval finds the answer: hit@3 and hit@10 by words, by meaning, and by both.
+"""Measure how often retrieval finds the answer: hit@3 and hit@10 of BM25, dense and hybrid.
 
     python tests/benchmarks/retrieval_quality.py --data <data folder>
 
@@ -74,12 +74,12 @@ def normalised(text: str) -> str:
 
 
 def is_substring(answers: Sequence[str], passages: Sequence[str]) -> bool:
-    """Whether an answer stands in a passage, in lower case."""
+    """Return whether a passage contains an answer, in lower case."""
     return any(answer.lower() in passage.lower() for answer in answers for passage in passages)
 
 
 def is_whole_words(answers: Sequence[str], passages: Sequence[str]) -> bool:
-    """Whether an answer's words stand in a passage in a row."""
+    """Return whether a passage contains an answer's words in a row."""
     words = [normalised(answer) for answer in answers]
     return any(answer in normalised(passage) for passage in passages for answer in words)
 

@@ -1,4 +1,4 @@
-"""How the retrieval server grows with its corpus: time and memory to index, to start, to serve.
+"""Measure the retrieval server by size of corpus: time and memory to index, start and serve.
 
     python tests/benchmarks/retrieval_scaling.py --passages 20000 200000 2000000
 

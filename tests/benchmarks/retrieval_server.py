@@ -31,7 +31,7 @@ from measured_server import MeasuredServer, poster
 
 @dataclass
 class Load:
-    """What one client measured."""
+    """The measurements of one client."""
 
     queries: int = 0
     seconds: float = 0.0
@@ -40,7 +40,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Figures:
-    """What some clients together measured; rate in queries per second, latencies in ms."""
+    """The measurements of several clients; rate in queries per second, latencies in ms."""
 
     queries: int
     rate: float

@@ -118,7 +118,7 @@ def load(options: argparse.Namespace) -> Policy:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """What one form takes, in this process."""
+    """Measure one form in this process."""
     torch.set_num_threads(options.threads)
     policy = load(options)
     records = dialogues(options.trajectories, options.turns, len(policy.tokenizer))

@@ -31,7 +31,7 @@ MAX_TURNS = 15
 
 @dataclass
 class Load:
-    """What one client measured."""
+    """The measurements of one client."""
 
     steps: int = 0
     resets: int = 0

@@ -1,4 +1,4 @@
-"""Where Search-QA finds questions and corpus, and what it says where it does not."""
+"""Check where Search-QA finds questions and corpus, and its messages if it does not."""
 
 from __future__ import annotations
 

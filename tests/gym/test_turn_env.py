@@ -1,4 +1,4 @@
-"""What all environments promise alike: checks, seeds, limits, errors, rendering, copies."""
+"""Check the common behaviour of environments: seeds, limits, errors, rendering, copies."""
 
 from __future__ import annotations
 

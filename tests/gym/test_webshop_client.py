@@ -181,7 +181,7 @@ def test_the_placeholder_of_a_search_is_no_action(shop: FakeShop) -> None:
 
 
 def reset_many(envs: list[WebShopEnv], tasks: list[str]) -> None:
-    """What a vector environment does at a reset of all."""
+    """Reset all environments as a vector environment does."""
     for env, task, start in zip(envs, tasks, WebShopEnv._open_many(envs, tasks), strict=True):
         assert env._begin(task, *start)[1]["task_id"] == task
 

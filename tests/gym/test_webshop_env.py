@@ -49,7 +49,7 @@ def make(**changes: Any) -> WebShopEnv:
 
 
 def expert_actions(env: WebShopEnv, task_id: str) -> tuple[list[str], float]:
-    """What the scripted shopper does, and its score."""
+    """Return the actions of the scripted shopper, and its score."""
     observation, info = env.reset(options={"task_id": task_id})
     expert = env.expert()
     expert.reset(observation["instruction"], observation["text"])

@@ -52,7 +52,7 @@ def sample(shop: Shop, count: int, seed: int) -> list[Goal]:
 
 
 def admissible(page: ShopPage) -> tuple[str, ...]:
-    """What an agent is shown as possible."""
+    """Return the admissible actions that an agent is shown."""
     actions = {f"click[{name}]" for name in page.clickables if name != "search"}
     return tuple(sorted(actions | ({SEARCH_PLACEHOLDER} if page.has_search_bar else set())))
 

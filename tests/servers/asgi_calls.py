@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back."""
+    """The answer to a call."""
 
     status: int
     headers: dict[str, str]

@@ -1,4 +1,4 @@
-"""Where servers keep indexes."""
+"""Check where servers store indexes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the servers say of themselves holds for what they answer."""
+"""Check that the servers' answers follow their OpenAPI descriptions."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 
 
 def read(path: Path) -> tuple[list[Passage], LeftOut]:
-    """What is in a file, and what is left out of it."""
+    """Return the passages of a file, and the rows that are left out."""
     left_out = LeftOut()
     return list(read_corpus(path, left_out)), left_out
 

@@ -1,4 +1,4 @@
-"""Whatever is sent: no status 500, and answers that have the shape they should have."""
+"""Check for any input: no status 500, and answers of the described form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all servers share, and the process around them: start, errors, token, end."""
+"""Check the common parts of servers and their process: start, errors, token, end."""
 
 from __future__ import annotations
 

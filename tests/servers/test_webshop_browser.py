@@ -56,7 +56,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @pytest.fixture(scope="module")
 def address(shop_folder: Path) -> Iterator[str]:
-    """Where the server of the small shop listens."""
+    """The URL of the small shop's server."""
     server = ServerProcess(
         ["webshop", "--port", "0", "--data", str(shop_folder), "--noun-tagger", "words"]
     )
@@ -137,7 +137,7 @@ class Person:
         return found[0]
 
     def complaints(self) -> list[str]:
-        """What the browser's console says, such as refused scripts."""
+        """Return the messages of the browser's console, such as refused scripts."""
         return [entry["message"] for entry in self.browser.get_log("browser")]
 
 

@@ -40,7 +40,7 @@ class Operation:
     body: Any = None
     """JSON, or bytes as they are, or None."""
     cuts: tuple[int, ...] = ()
-    """Where the body is cut into chunks."""
+    """The positions at which the body is cut into chunks."""
 
 
 ANY_TEXT = st.text(st.characters(), max_size=12)
@@ -130,7 +130,7 @@ OPERATION = st.one_of(
 
 
 class Caller(Protocol):
-    """What sends requests."""
+    """A sender of requests."""
 
     def request(self, method: str, path: str, chunks: list[bytes]) -> Answer: ...
 

@@ -16,7 +16,7 @@ from env_servers.webshop.web import dollars
 
 
 class Elements(HTMLParser):
-    """What a browser would see in a page."""
+    """Return the parts of a page that a browser would show."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the original text environment did, and the official shop to compare it with."""
+"""Load recordings of the original text environment, and the official shop to compare with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fits the memory of a device, in closed form."""
+"""Check the memory budgets of a device against closed forms."""
 
 from __future__ import annotations
 

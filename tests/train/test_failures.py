@@ -1,4 +1,4 @@
-"""Whatever fails in a run, the last finished step is saved and nothing broken is written."""
+"""Check that after any failure the last finished step is saved and no damaged file written."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ BYTES = build_policy(TINY, byte_tokenizer(), 0)
 
 
 def forced(text: str, form: CompletionFormat | None, template: str = CHATML) -> tuple[str, str]:
-    """What is left of a completion that a model writes for certain, and why it ended."""
+    """Return the kept part of a completion of a deterministic model, and why it ended."""
     policy = Policy(model=BYTES.model, tokenizer=byte_tokenizer(template), name="bytes")
     dialogue = DialogueEncoder(policy.tokenizer)
     generator = Generator(policy, dialogue, max_completion_tokens=200, completion_format=form)

@@ -1,4 +1,4 @@
-"""What is freed below something that is still in use goes back to the system."""
+"""Check that memory freed below blocks in use is returned to the system."""
 
 from __future__ import annotations
 

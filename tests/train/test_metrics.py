@@ -1,4 +1,4 @@
-"""What a run writes: lines that survive kills and resumes, phase times, manifest, progress."""
+"""Check the files of a run: lines after kills and resumes, phase times, manifest, progress."""
 
 from __future__ import annotations
 

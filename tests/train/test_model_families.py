@@ -340,7 +340,7 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}"
     "[/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-"""What the templates of Llama-2, Mistral and Vicuna have in common: a space before the reply."""
+"""The common part of the templates of Llama-2, Mistral and Vicuna: a space before the reply."""
 
 
 def test_templates_with_a_space_before_the_reply_work_in_chat_style() -> None:

@@ -41,7 +41,7 @@ BY_HAND = (
     "| start | best set by hand |",
     "| turn weights | solved",
 )
-"""How tables of the record begin that describe studies, or repeat numbers of the text."""
+"""First cells of tables that describe studies or repeat numbers of the text."""
 STUDIES = sorted((REPOSITORY / "tests/benchmarks/studies").glob("*.toml"))
 
 

@@ -1,4 +1,4 @@
-"""What a study refuses before any work, and what it prints of its runs."""
+"""Check the refusals of a study before any work, and its header."""
 
 from __future__ import annotations
 

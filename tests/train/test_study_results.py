@@ -1,4 +1,4 @@
-"""What `results.json` keeps of run folders, and when it is written."""
+"""Check the content of `results.json` made from run folders, and when it is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the records of turns and trajectories say about themselves."""
+"""Check the properties of the records of turns and trajectories."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def gradients_of_an_update(processes: Processes, signal: str) -> dict[str, torch
 
 
 def adapters_after_three_updates(processes: Processes, start: Path) -> dict[str, torch.Tensor]:
-    """What adapters on frozen weights, with layers computed again, become."""
+    """Train adapters on frozen weights with recomputed layers; return the result."""
     student = load_policy(start, lora_rank=4, gradient_checkpointing=True)
     batch = random_batch()
     # Whatever the others begin with, they get the weights of the main process.
