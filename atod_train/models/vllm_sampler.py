@@ -18,6 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,7 +131,9 @@ class VllmSampler(Sampler):
             core.add_request(str(row), {"type": "token", "prompt_token_ids": list(ids)}, params)
         found = {row: _Sampled() for row in rows}
         while core.has_unfinished_requests():
-            for output in self._step(core):
+            with _served(self.policy):
+                outputs = core.step()
+            for output in outputs:
                 sampled = found[int(output.request_id)]
                 [part] = output.outputs
                 for token, choices in zip(part.token_ids, part.logprobs, strict=True):
@@ -147,16 +150,6 @@ class VllmSampler(Sampler):
             self._check(prompts[:_CHECKED], completions[:_CHECKED])
             self._engine.is_checked = True
         return completions
-
-    def _step(self, core: Any) -> list[Any]:
-        """Return the requests that a forward pass has given tokens."""
-        try:
-            outputs: list[Any] = core.step()
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            raise _not_served(self.policy, error) from error
-        return outputs
 
     @torch.no_grad()
     def _check(self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> None:
@@ -233,7 +226,9 @@ class _Engine:
             return
         # Until all are copied it has neither the old nor the new ones.
         self._weights, self.is_checked = None, False
-        self.core.collective_rpc("reload_weights", kwargs={"weights_iterator": _weights(policy)})
+        with _served(policy):
+            reload = {"weights_iterator": _weights(policy)}
+            self.core.collective_rpc("reload_weights", kwargs=reload)
         # Keys and values of the old weights.
         if not self.core.reset_prefix_cache():
             raise AtodError("vLLM kept keys and values of old weights. Resume the run.")
@@ -284,34 +279,34 @@ def _start(policy: Policy, folder: str, max_context: int, share: float) -> Any:
     from vllm.platforms import current_platform
 
     on_cpu = policy.device.type == "cpu"
-    try:
+    with _served(policy):
         if current_platform.device_type != policy.device.type:
             raise RuntimeError(f"this one is for the device {current_platform.device_type}")
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return LLMEngine.from_engine_args(
-            EngineArgs(
-                model=folder,
-                skip_tokenizer_init=True,
-                load_format="dummy",
-                generation_config="vllm",
-                dtype=str(policy.layer_dtype).removeprefix("torch."),
-                max_model_len=max_context,
-                logprobs_mode="processed_logprobs",
-                enable_prefix_caching=True,
-                enforce_eager=on_cpu,
-                enable_sleep_mode=not on_cpu,
-                gpu_memory_utilization=share,
-                kv_cache_memory_bytes=int(share * memory) if on_cpu else None,
-                block_size=_CPU_BLOCK if on_cpu else None,
-                # vLLM 0.32 cannot divide the prompt of a seeded request on a processor.
-                enable_chunked_prefill=not on_cpu,
-                max_num_batched_tokens=max(max_context, _CPU_TOKENS) if on_cpu else None,
-                async_scheduling=False,
-                disable_log_stats=True,
-            )
-        )
-    except (OSError, ValueError, RuntimeError, AssertionError, KeyError) as error:
-        raise _not_served(policy, error) from error
+        config = EngineArgs(
+            model=folder,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            generation_config="vllm",
+            dtype=str(policy.layer_dtype).removeprefix("torch."),
+            max_model_len=max_context,
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+            enforce_eager=on_cpu,
+            enable_sleep_mode=not on_cpu,
+            gpu_memory_utilization=share,
+            kv_cache_memory_bytes=int(share * memory) if on_cpu else None,
+            block_size=_CPU_BLOCK if on_cpu else None,
+            # vLLM 0.32 cannot divide the prompt of a seeded request on a processor.
+            enable_chunked_prefill=not on_cpu,
+            max_num_batched_tokens=max(max_context, _CPU_TOKENS) if on_cpu else None,
+            async_scheduling=False,
+            disable_log_stats=True,
+        ).create_engine_config()
+        if config.model_config.using_transformers_backend():
+            # It changes the classes of transformers, so that the student could not be run.
+            raise RuntimeError("vLLM would run it with transformers")
+        return LLMEngine.from_vllm_config(config, disable_log_stats=True)
 
 
 def _import_vllm() -> None:
@@ -339,11 +334,23 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
 
 
-def _not_served(policy: Policy, error: Exception) -> AtodError:
-    return AtodError(
-        f"vLLM cannot serve {policy.name} on {policy.device.type}: {_reason(error)}. Use "
-        "another share of the device's memory (--model.sampler vllm:0.2), or --model.sampler plain."
-    )
+@contextmanager
+def _served(policy: Policy) -> Iterator[None]:
+    """Report in a line that vLLM fails, whatever it raises; memory that runs out is not its fault.
+
+    Raises:
+        AtodError: vLLM cannot serve the policy.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise AtodError(
+            f"vLLM cannot serve {policy.name} on {policy.device.type}: {_reason(error)}. Use "
+            "another share of the device's memory (--model.sampler vllm:0.2), or --model.sampler "
+            "plain."
+        ) from error
 
 
 def _weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
@@ -352,8 +359,8 @@ def _weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     cut = {name for name, module in model.named_modules() if any(module is end for end in ends)}
     for name, weight in (merged_weights(model) or model.state_dict()).items():
-        of_vocabulary = name.rpartition(".")[0] in cut
-        yield name, weight.detach()[: policy.vocabulary] if of_vocabulary else weight.detach()
+        rows = policy.vocabulary if name.rpartition(".")[0] in cut else None
+        yield name, weight.detach()[:rows]
 
 
 @torch.no_grad()

@@ -14,6 +14,14 @@ from typing import Any
 import pytest
 import torch
 from served_vllm import ServedVllm
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from atod_gym.errors import AtodError
 from atod_gym.parsing import CompletionFormat
@@ -218,10 +226,41 @@ def test_episodes_wait_where_memory_is_short(policy: Policy) -> None:
     assert largest_difference(policy, prompts, waiting) < TOLERANCE
 
 
-def test_a_model_that_vllm_cannot_serve_is_one_line() -> None:
-    narrow = build_policy("micro", build_word_tokenizer([WORDS]), 0)
-    with pytest.raises(AtodError, match=r"vLLM cannot serve micro on cpu: .*head_dim=16.*plain\.$"):
-        sample(narrow)
+def of_family(config: type[Any], **settings: Any) -> Policy:
+    """A model with random weights whose heads are as wide as vLLM needs."""
+    tokenizer = build_word_tokenizer([WORDS])
+    sizes = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    layers = {"num_hidden_layers": 2, "intermediate_size": 96, "max_position_embeddings": 256}
+    shape = config(vocab_size=len(tokenizer) + PADDED, **{**sizes, **layers, **settings})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4.0 if weight.dim() == 2 else 1.0)
+    return Policy(model, tokenizer, config.model_type)
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, GemmaConfig])
+def test_other_families_have_names_of_their_own(config: type[Any]) -> None:
+    policy = of_family(config, pad_token_id=0)
+    prompts, found = sample(policy)
+    assert largest_difference(policy, prompts, found) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"),
+    [
+        (lambda: of_family(LlamaConfig, head_dim=16), "head_dim=16"),
+        # The student itself could not be run any more.
+        (lambda: of_family(Olmo2Config), "with transformers"),
+    ],
+)
+def test_a_model_that_vllm_cannot_serve_is_one_line(policy: Any, told: str) -> None:
+    refused = policy()
+    with pytest.raises(AtodError, match=rf"^vLLM cannot serve .* on cpu: .*{told}.* plain\.$"):
+        sample(refused)
+    refused.hidden_states(torch.tensor([[5, 6]]))
 
 
 def test_a_run_is_killed_and_resumed_with_sampler_and_teacher_of_vllm(
