@@ -25,11 +25,11 @@ class _Parser(argparse.ArgumentParser):
 class SessionOptions:
     """Options of the shop's sessions."""
 
-    capacity: int = option(4096, "most live sessions", least=1)
+    capacity: int = option(4096, "maximum number of live sessions", least=1)
     idle_minutes: float = option(
         30.0, "minutes of inactivity after which a session is closed", least=0.001, most=1e6
     )
-    max_turns: int = option(15, "shown on the web pages; ends no session", least=1)
+    max_turns: int = option(15, "turn limit on the web pages; not enforced", least=1)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -61,9 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         command.add_argument("--to", "--in", dest="folder", metavar="FOLDER", help=place)
     fetched.add_argument("names", nargs="+", metavar="NAME", help="data set, or all")
-    mirror, text = os.environ.get("ATOD_DATA_MIRROR"), "of copies; default: $ATOD_DATA_MIRROR"
+    mirror, text = (
+        os.environ.get("ATOD_DATA_MIRROR"),
+        "location of copies; default: $ATOD_DATA_MIRROR",
+    )
     fetched.add_argument("--mirror", metavar="URL_OR_FOLDER", default=mirror, help=text)
-    fetched.add_argument("--force", action="store_true", help="download again what is there")
+    fetched.add_argument("--force", action="store_true", help="download existing files again")
     text = "accept files that differ from the published ones; verify still reports them"
     fetched.add_argument("--accept-other", action="store_true", help=text)
     text = "data set, all, or a folder or file of questions; default: data sets that are present"

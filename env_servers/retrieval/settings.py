@@ -35,7 +35,7 @@ class CollectionSettings:
     )
     index: Path | None = option(  # noqa: RUF009
         None,
-        "folder of the corpus' index; default: retrieval/<key> in $ATOD_CACHE, else"
+        "folder of the corpus' index; if not set, retrieval/<key> in $ATOD_CACHE, else"
         " $XDG_CACHE_HOME/atod, else ~/.cache/atod",
         metavar="FOLDER",
     )
@@ -64,7 +64,7 @@ class EncoderSettings:
 
     query_prefix: str = option("", "text before each query", metavar="TEXT")
     passage_prefix: str = option("", "text before each passage", metavar="TEXT")
-    pooling: str = option("mean", "of token vectors: mean, cls (the first) or last")
+    pooling: str = option("mean", "pooling of token vectors: mean, cls (the first) or last")
     max_length: int = option(
         256, "length at which texts are cut for the encoder", metavar="TOKENS", most=1_000_000
     )
@@ -81,10 +81,12 @@ class Limits:
     """The limits of a request."""
 
     topk: int = option(3, "passages for each query if the request has no topk or 0", least=1)
-    max_topk: int = option(100, "largest topk of a request", least=1, most=_LARGEST_LIMIT)
-    max_queries: int = option(1024, "queries of a request", least=1, most=_LARGEST_LIMIT)
+    max_topk: int = option(100, "maximum topk of a request", least=1, most=_LARGEST_LIMIT)
+    max_queries: int = option(
+        1024, "maximum number of queries of a request", least=1, most=_LARGEST_LIMIT
+    )
     max_query: int = option(
-        10_000, "length of a query", metavar="CHARACTERS", least=1, most=_LARGEST_LIMIT
+        10_000, "maximum length of a query", metavar="CHARACTERS", least=1, most=_LARGEST_LIMIT
     )
 
     def __post_init__(self) -> None:

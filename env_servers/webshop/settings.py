@@ -18,7 +18,7 @@ class ShopSettings:
     """The settings of one shop; two shops with equal settings and data are equal."""
 
     data: str = option("generated", "generated, or a folder with files in the official format")
-    products: int = option(1000, "size of the generated shop; files are used completely", least=1)
+    products: int = option(1000, "number of products of the generated shop", least=1)
     goal_seed: int = option(233, "seed of prices, price limits and the order of the goals")
     human_goals: bool = option(False, "human instructions instead of synthetic ones")
     show_attributes: bool = option(False, "add a fourth sub page, Attributes, to item pages")
