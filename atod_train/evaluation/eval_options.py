@@ -239,7 +239,7 @@ def read_options(words: Sequence[str]) -> EvalOptions | CompareOptions:
     """Read the command line of `atod-eval`, or of `atod-eval compare`.
 
     Raises:
-        SystemExit: help was asked for, or an option is unknown, missing or malformed.
+        SystemExit: help was requested, or an option is unknown, missing or malformed.
     """
     config = (tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
     if words[:1] == ["compare"]:

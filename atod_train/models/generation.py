@@ -144,7 +144,7 @@ class Sampler(ABC):
         self.start(0)
 
     def draw_seeds(self, episodes: int) -> list[int]:
-        """Return seeds of the random streams of so many episodes, for `start`.
+        """Return the seeds of the random streams of a number of episodes, for `start`.
 
         Where episodes are played in parts, or by several processes, all are drawn at once: each
         episode samples what it would if they were played together.

@@ -94,7 +94,7 @@ def describe(client: JsonClient) -> ServedModel:
     models = [entry for entry in entries if isinstance(entry, dict) and "id" in entry]
     if not models:
         raise AtodError(f"The server at {client.url} lists no model at /v1/models. {_ADVICE}")
-    # One model may have several names. Adapters beside it end vLLM 0.32 (on a processor) when it
+    # One model may have several names. Served adapters end vLLM 0.32 (on a processor) when it
     # scores prompts, and it leaves out what they add to the output layer.
     if len({str(model.get("root") or model["id"]) for model in models}) > 1:
         names = ", ".join(str(model["id"]) for model in models)
@@ -265,7 +265,7 @@ class RemoteTeacher:
     def _gone(self) -> ServerError | None:
         """Return the error of a server that refuses connections, None if it is only slow."""
         try:
-            # A connection of its own: those that are open may go on being served.
+            # A connection of its own: open ones may still be served.
             connect(self.url, min(self._timeout, _PROBE)).get("/v1/models")
         except ServerError as error:
             if error.status == 0 and error.code != TIMEOUT_CODE:
