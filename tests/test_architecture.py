@@ -118,6 +118,7 @@ def test_the_trainer_does_not_import_servers() -> None:
                 assert name in allowed or name.rpartition(".")[0] in allowed, (module, name)
 
 
+@pytest.mark.slow
 def test_the_trainer_names_no_environment() -> None:
     names = re.compile("alfworld|webshop|search.?qa", re.IGNORECASE)
     for module, path in sources("atod_train").items():

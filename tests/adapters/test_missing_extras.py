@@ -42,6 +42,7 @@ def test_importing_an_adapter_imports_nothing_heavy() -> None:
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
 
 
+@pytest.mark.slow
 def test_the_recipe_for_verl_prints_its_settings_without_it(tmp_path: Path) -> None:
     arguments = ["webshop", "--student", "a", "--teacher", "b", "--out", str(tmp_path)]
     code = (

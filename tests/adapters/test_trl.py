@@ -112,6 +112,7 @@ def rows_of(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, An
 # -- the objective ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_the_teachers_part_it_is_their_grpo(tmp_path: Path) -> None:
     theirs = make_trainer(tmp_path, trl.GRPOTrainer)
     ours = make_trainer(tmp_path, teacher=model(1), schedule=EQUAL)
@@ -127,6 +128,7 @@ def test_without_the_teachers_part_it_is_their_grpo(tmp_path: Path) -> None:
         assert [one.get(key) for key in keys] == [other.get(key) for key in keys]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["chat", "window"])
 def test_advantages_are_those_of_the_paper(
     style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -217,6 +219,7 @@ def test_turn_rows_are_corrected_for_their_sampler(mode: str, expected: list[lis
     torch.testing.assert_close(ratio, torch.tensor(expected))
 
 
+@pytest.mark.slow
 def test_turn_rows_are_parts_of_equal_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"gradient_accumulation_steps": 3, "max_steps": 1}
     trainer = make_trainer(tmp_path, style="window", teacher=model(1), options=options)
@@ -228,6 +231,7 @@ def test_turn_rows_are_parts_of_equal_size(tmp_path: Path, monkeypatch: pytest.M
     assert int(trained) == sum(len(turn.response_ids) for turn in turns)
 
 
+@pytest.mark.slow
 def test_it_learns_from_its_teacher_alone(tmp_path: Path) -> None:
     options = {"max_steps": 30, "learning_rate": 3e-3, "gradient_accumulation_steps": 1}
     options |= {"per_device_train_batch_size": 8, "temperature": 1.0}
@@ -239,6 +243,7 @@ def test_it_learns_from_its_teacher_alone(tmp_path: Path) -> None:
     assert sum(distances[-5:]) < 0.8 * sum(distances[:5])
 
 
+@pytest.mark.slow
 def test_impossible_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettingError, match="use ATODTrainer"):
         make_trainer(tmp_path, trl.GRPOTrainer, "window").train()
@@ -255,6 +260,7 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
 # -- rollouts --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_chat_rows_contain_the_environments_texts_and_the_sampled_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +321,7 @@ def test_a_turn_ends_with_its_action(more: str, kept: str, tmp_path: Path) -> No
     assert logprobs == [-1.0 * is_sampled for is_sampled in mask]
 
 
+@pytest.mark.slow
 def test_an_episode_that_cannot_begin_trains_on_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +334,7 @@ def test_an_episode_that_cannot_begin_trains_on_nothing(
 # -- the tool --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", ["atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0"])
 def test_the_tool_plays_like_the_environment(env_id: str) -> None:
     settings: dict[str, Any] = {"data": "generated", "max_turns": 12}
@@ -362,6 +370,7 @@ def test_the_tool_plays_like_the_environment(env_id: str) -> None:
     assert tool.get_reward() == 0.75
 
 
+@pytest.mark.slow
 def test_grpo_trains_on_calls_of_the_tool(tmp_path: Path) -> None:
     tokenizer = _byte_tokenizer()
     policy = build_policy(SHAPE, tokenizer, 0)
@@ -426,6 +435,7 @@ def _teach(student: Any, prompts: list[list[int]], completion: list[int]) -> Non
 # -- the example -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_example_trains_one_step(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "atod_train.examples.trl_atod", "--style", "window"]
     result = subprocess.run(
@@ -445,6 +455,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_the_example_takes_a_model_of_ones_own(saved: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "atod_train.examples.trl_atod", "--model", str(saved)]
     result = subprocess.run(

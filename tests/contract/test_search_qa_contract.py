@@ -102,6 +102,7 @@ def client(server: Server, **more: Any) -> ServedConnection:
     return connect_retriever(SearchQASettings(server_url=server.url, **more))
 
 
+@pytest.mark.slow
 def test_health(world: Server, corpus: Server, folder: Path) -> None:
     for server in (world, corpus):
         health = server.call("GET", "/health")[1]
@@ -204,6 +205,7 @@ def test_tokens(start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -
     assert client(locked, token="sesame").health["data"] == "generated"
 
 
+@pytest.mark.slow
 def test_question_files_bring_their_own_corpus(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -106,6 +106,7 @@ def buy_something(server: Server, session: str) -> tuple[int, dict[str, Any]]:
     return 3, answer
 
 
+@pytest.mark.slow
 def test_one_line_reports_readiness_and_sigterm_ends_it_cleanly(
     start: Callable[..., Server],
 ) -> None:
@@ -323,6 +324,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_server_of_our_own_does_not_outlive_a_killed_process() -> None:
     finished = subprocess.run(
         [sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=60, check=False
@@ -347,6 +349,7 @@ def golden(webshop_data: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["text", "text_rich"])
 def test_recorded_episodes_of_the_original_play_alike(
     style: str,

@@ -273,6 +273,7 @@ def test_generated_splits_are_disjoint() -> None:
     assert len({manifest.content_hash for manifest in manifests}) == len(SPLITS)
 
 
+@pytest.mark.slow
 def test_official_splits_have_the_published_sizes_and_share_no_game(alfworld_data: Path) -> None:
     sizes = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}
     ids: set[str] = set()

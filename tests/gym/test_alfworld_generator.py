@@ -113,6 +113,7 @@ def test_goals_do_not_hold_at_the_start_and_fit_the_house() -> None:
                 assert not there
 
 
+@pytest.mark.slow
 def test_splits_share_no_problem() -> None:
     for size in ("tiny", "small"):
         layouts: dict[str, set[str]] = {}
@@ -129,6 +130,7 @@ def test_splits_share_no_problem() -> None:
         assert not problems["valid_seen"] & problems["train"]
 
 
+@pytest.mark.slow
 def test_walkthroughs_win_exactly_on_their_last_step() -> None:
     for size in HOUSE_SIZES:
         for split in SPLIT_SIZES:
@@ -153,6 +155,7 @@ def test_ids_spell_the_names_that_the_walkthrough_uses() -> None:
     assert seen == {receptacle.name for receptacle in problem.house.receptacles}
 
 
+@pytest.mark.slow
 def test_official_engine_agrees_on_a_small_sample() -> None:
     pytest.importorskip("alfworld")
     from atod_gym.envs.alfworld.official import OfficialEngine

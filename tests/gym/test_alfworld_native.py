@@ -34,6 +34,7 @@ def game() -> dict[str, Any]:
     return dict(generate_game(generated_task_ids("train", "tiny")[0]))
 
 
+@pytest.mark.slow
 def test_every_official_walkthrough_wins_on_its_last_step(alfworld_data: Path) -> None:
     games = sorted(alfworld_data.glob("*/*/*/game.tw-pddl"))
     assert len(games) == 3827
@@ -46,6 +47,7 @@ def test_every_official_walkthrough_wins_on_its_last_step(alfworld_data: Path) -
         assert wins == [False] * (len(wins) - 1) + [True], path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_type", TASK_TYPES)
 def test_official_engine_answers_the_same(alfworld_data: Path, task_type: str) -> None:
     pytest.importorskip("alfworld")
@@ -55,6 +57,7 @@ def test_official_engine_answers_the_same(alfworld_data: Path, task_type: str) -
         assert not any(lines), mode
 
 
+@pytest.mark.slow
 def test_official_engine_plays_generated_games_the_same() -> None:
     pytest.importorskip("alfworld")
     for house_size in ("tiny", "medium"):
@@ -74,6 +77,7 @@ def _both(game: dict[str, Any]) -> None:
         assert not any(lines)
 
 
+@pytest.mark.slow
 def test_a_changed_action_schema_changes_the_engine(alfworld_data: Path) -> None:
     path = sorted(alfworld_data.glob("valid_seen/pick_and_place*/*/game.tw-pddl"))[0]
     game = json.loads(path.read_text())
@@ -92,6 +96,7 @@ def test_a_changed_action_schema_changes_the_engine(alfworld_data: Path) -> None
     _both(several)
 
 
+@pytest.mark.slow
 def test_a_changed_grammar_changes_the_engine(alfworld_data: Path) -> None:
     path = sorted(alfworld_data.glob("valid_seen/pick_heat*/*/game.tw-pddl"))[0]
     game = json.loads(path.read_text())
@@ -233,6 +238,7 @@ def test_a_rule_without_an_applicable_alternative_is_named(game: dict[str, Any])
         engine.step("inventory")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_damaged_game_is_refused_or_played(data: st.DataObject) -> None:

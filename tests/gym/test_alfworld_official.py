@@ -45,6 +45,7 @@ def test_a_missing_official_engine_names_the_extra(monkeypatch: pytest.MonkeyPat
         env.reset(seed=0)
 
 
+@pytest.mark.slow
 def test_official_engines_in_several_threads() -> None:
     pytest.importorskip("alfworld")
     names = generated_task_ids("train", "tiny")[:4]
@@ -59,6 +60,7 @@ def test_official_engines_in_several_threads() -> None:
         assert all(threads.map(plays, games))
 
 
+@pytest.mark.slow
 def test_the_official_engine_says_the_same(alfworld_data: Path) -> None:
     pytest.importorskip("alfworld")
     both = [

@@ -108,6 +108,7 @@ def test_every_admissible_action_of_generated_games_is_valid() -> None:
             check_admissible(envs[0], task_id, random.Random(task_id))
 
 
+@pytest.mark.slow
 def test_every_admissible_action_of_official_games_is_valid(alfworld_data: Path) -> None:
     env = ALFWorldEnv(data=alfworld_data, split="valid_seen")
     for task_id in env.task_ids[::4]:

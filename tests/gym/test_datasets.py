@@ -154,6 +154,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_dropped_connection_continues_where_it_stopped(
     server: FaultyFiles, tmp_path: Path
 ) -> None:
@@ -221,6 +222,7 @@ FAULTS = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(FAULTS, max_size=6), st.sampled_from([None, 9001]), st.booleans())
 def test_a_file_is_always_complete_or_absent(
@@ -461,6 +463,7 @@ def test_mistakes_are_named_in_one_line(
     assert run(*get.split())[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.usefixtures("usual_sigint")
 def test_an_interrupted_download_continues(
@@ -497,6 +500,7 @@ def test_an_interrupted_download_continues(
     assert not list(tmp_path.rglob("*.part*"))
 
 
+@pytest.mark.slow
 def test_real_data_is_the_known_one(run: Run, alfworld_data: Path, webshop_data: Path) -> None:
     status, out, _ = run("verify", "alfworld", "--in", alfworld_data.parent)
     assert (status, out.count("identical to the published ones")) == (0, 1)

@@ -175,6 +175,7 @@ def test_a_failed_search_is_repeated_and_then_reported(
     assert (info["turn_index"], info["searches"]) == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_slow_server_is_reported(start: Start, questions: Path) -> None:
     fake = start()
     env = make(fake, questions, timeout=0.1)

@@ -266,6 +266,7 @@ def test_wrong_settings_are_named(
         SearchQAEnv(**{"data": "generated", **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
 def test_worker_processes_search_in_the_server_of_this_one(context: str) -> None:
     envs = gymnasium.make_vec(
@@ -341,6 +342,7 @@ def test_data_is_looked_for_and_else_generated(
         make(data=tmp_path, split="test", corpus=tmp_path / "gone.jsonl")
 
 
+@pytest.mark.slow
 def test_a_server_of_our_own_that_died_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_client, "BACKOFF_SECONDS", 0.005)
     # A server that no other test uses.
@@ -355,6 +357,7 @@ def test_a_server_of_our_own_that_died_is_replaced(monkeypatch: pytest.MonkeyPat
     assert env.server_url == other.server_url != url
 
 
+@pytest.mark.slow
 def test_it_can_be_played_in_a_terminal(solved: tuple[str, str, str]) -> None:
     task_id, question, answer = solved
     finished = subprocess.run(

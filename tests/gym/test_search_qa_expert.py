@@ -85,6 +85,7 @@ def play(
     return "", queries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entities", "seed", "splits", "least"),
     [(1_000, 0, SPLITS, 0.99), (1_000, 1, SPLITS, 0.99), (60, 3, SPLITS, 0.99),

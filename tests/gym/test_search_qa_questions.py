@@ -423,6 +423,7 @@ def test_no_content_is_in_the_way(
     assert len(reports) == 3
 
 
+@pytest.mark.slow
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(

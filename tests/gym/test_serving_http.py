@@ -161,6 +161,7 @@ def test_json_goes_there_and_back_on_one_connection(server: Running) -> None:
     assert client(server).get("/")["token"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["drop", "reset", "status"])
 def test_a_failure_that_passes_is_not_noticed(server: Running, failure: str) -> None:
     for status in (502, 503, 504) if failure == "status" else (0,):
@@ -210,6 +211,7 @@ def test_an_answer_that_stops_half_way_is_late(server: Running) -> None:
     assert caught.value.code == TIMEOUT_CODE
 
 
+@pytest.mark.slow
 def test_a_hundred_threads_share_a_client_whose_connections_stay_open(
     server: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -234,6 +236,7 @@ def test_settings_of_the_environment_are_ignored(
     assert client(server).get("/")["token"] is None
 
 
+@pytest.mark.slow
 def test_a_late_answer_is_not_taken_for_the_next_one(server: Running) -> None:
     connected = client(server, timeout=0.2, attempts=1)
     with pytest.raises(ServerError, match="no answer"):
@@ -313,6 +316,7 @@ def test_a_restarted_server_is_found_again() -> None:
     again.end()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_both_sides_of_a_fork_use_connections_of_their_own(server: Running) -> None:
     connected = client(server)

@@ -158,6 +158,7 @@ def test_a_server_that_is_just_ending_gets_a_moment_to_be_gone(
     assert server.output_if_ended() == "a warning before the start"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "error", "message"),
     [
@@ -193,6 +194,7 @@ def test_a_long_start_is_announced(
     assert "tiny_server shop fine" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_starting_leaves_nothing_behind(
     tiny_server: Callable[[], list[int]], usual_sigint: None
 ) -> None:
@@ -224,6 +226,7 @@ if sys.argv[2] == "raise":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "end"),
     [("fine", "return"), ("fine", "raise"), ("fine", "fork"), ("stubborn", "return")],
@@ -273,6 +276,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_worker_processes_share_the_server(method: str, tmp_path: Path) -> None:
     # In a program of its own: a process has one fork server.
@@ -285,6 +289,7 @@ def test_worker_processes_share_the_server(method: str, tmp_path: Path) -> None:
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_while_another_thread_starts_a_server_does_not_hang() -> None:
     with ThreadPoolExecutor(1) as pool:
@@ -298,6 +303,7 @@ def test_a_fork_while_another_thread_starts_a_server_does_not_hang() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.slow
 def test_a_server_starts_while_another_one_is_starting() -> None:
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(shared_server, "shop", ["late"])
@@ -338,6 +344,7 @@ def test_a_server_of_this_process_stays_its_own() -> None:
     assert shared_server("shop", ["fine"]) is server
 
 
+@pytest.mark.slow
 def test_threads_that_register_at_once_lose_no_server() -> None:
     servers = [RunningServer(str(number)) for number in range(3000)]
     interval = sys.getswitchinterval()

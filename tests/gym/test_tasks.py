@@ -87,6 +87,7 @@ def test_auto_plays_found_data_else_generated_data_announced_once(
     assert locate("generated", SOURCE) is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_user_data")
 def test_other_data_does_not_hide_the_official_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alfworld_data: Path, webshop_data: Path

@@ -312,6 +312,7 @@ def test_a_failing_close_is_quiet(shop: FakeShop) -> None:
         env.close()
 
 
+@pytest.mark.slow
 def test_environments_that_are_just_dropped_leave_no_sessions(shop: FakeShop) -> None:
     envs = [make(shop) for _ in range(3)]
     for env in envs:

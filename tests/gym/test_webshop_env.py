@@ -156,6 +156,7 @@ def test_splits_are_disjoint_and_follow_the_rule() -> None:
     assert alls[0] == alls[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -242,6 +243,7 @@ def write_odd_shop(folder: Path) -> None:
     (folder / "items_ins_v2_1000.json").write_text(json.dumps(shop.instructions), encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["generated", "official", "odd"])
 def test_every_admissible_action_is_valid(
     data: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -313,6 +315,7 @@ def test_the_generated_shop_has_the_requested_size() -> None:
             make(products=wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", multiprocessing.get_all_start_methods())
 def test_worker_processes_play_in_the_server_of_this_one(context: str) -> None:
     # A fork server that runs already knows nothing of servers that start later.
@@ -340,6 +343,7 @@ def _url_of(pickled: bytes) -> str:
     return str(pickle.loads(pickled).server_url)
 
 
+@pytest.mark.slow
 def test_an_unpickled_environment_plays_in_the_same_server_wherever_it_is() -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         # The worker is there before the server.
@@ -375,6 +379,7 @@ def test_agents_and_published_parsing() -> None:
     assert ParseAction(household).completion_format.last_characters == 30
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_user_data")
 def test_data_is_looked_for_and_else_generated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -420,6 +425,7 @@ def kill_server(env: WebShopEnv) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_is_named_and_a_reset_starts_another() -> None:
     # A server of its own, so that the other tests keep theirs.
     env, other = (make(products=30, max_turns=5) for _ in range(2))
@@ -459,6 +465,7 @@ def test_the_extra_is_named_where_servers_cannot_start(tmp_path: Path) -> None:
     assert "pip install 'atod-gym[servers]'" in last
 
 
+@pytest.mark.slow
 def test_the_shop_can_be_played_in_a_terminal(solved: tuple[str, list[str]]) -> None:
     typed = ["1", "red shoes", "back to search", *solved[1]]
     finished = subprocess.run(

@@ -221,6 +221,7 @@ def test_an_unknown_page_is_no_error() -> None:
     assert shopper.act("???", ("click[buy now]",), "jump") == "search[gift]"
 
 
+@pytest.mark.slow
 def test_it_solves_most_generated_tasks() -> None:
     shop = opened("generated")
     played = [shop_once(shop, goal) for goal in sample(shop, 300, seed=1)]
@@ -252,6 +253,7 @@ def test_it_buys_before_the_turns_run_out(max_turns: int) -> None:
     assert sum(score for score, _ in played) / len(played) > 0.7
 
 
+@pytest.mark.slow
 def test_it_shops_in_the_official_shop(data_folder: Path) -> None:
     shop = opened(str(data_folder / "webshop"))
     played = [shop_once(shop, goal) for goal in sample(shop, 150, seed=5)]

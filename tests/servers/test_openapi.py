@@ -78,6 +78,7 @@ def check_retrieval(seen: Counter[tuple[str, int]]) -> None:
     assert {status for _, status in seen} == {200, 404, 422}
 
 
+@pytest.mark.slow
 def test_the_shop_answers_as_it_says(small_shop: Shop) -> None:
     check_webshop(fuzz_webshop(small_shop, EXAMPLES))
 

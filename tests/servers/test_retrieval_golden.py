@@ -39,6 +39,7 @@ def ask(caller: AppCaller, queries: list[str], topk: int) -> list[list[dict[str,
     return result
 
 
+@pytest.mark.slow
 def test_every_recorded_ranking(caller: AppCaller, records: list[dict[str, Any]]) -> None:
     assert len(records) == 1560
     result = []

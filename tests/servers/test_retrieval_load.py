@@ -9,6 +9,7 @@ import time
 import urllib.request
 from typing import Any
 
+import pytest
 from served_shop import StartServer
 
 from env_servers.retrieval.world_words import WORDS
@@ -24,6 +25,7 @@ def post(url: str, body: object) -> Any:
         return json.load(answer)
 
 
+@pytest.mark.slow
 def test_long_searches_do_not_stop_others(start_server: StartServer) -> None:
     server = start_server("retrieval", "--port", "0", "--entities", "5000", "--max-queries", "200")
     words = " ".join(word for words in WORDS.values() for word in words)

@@ -347,6 +347,7 @@ def post(url: str, body: object) -> Any:
         return json.load(answer)
 
 
+@pytest.mark.slow
 def test_the_command_serves_a_corpus_twice(
     start_server: StartServer, corpus_file: Path, tmp_path: Path
 ) -> None:
@@ -367,6 +368,7 @@ def test_the_command_serves_a_corpus_twice(
     assert len(answers[0]["result"][0]) == 1
 
 
+@pytest.mark.slow
 def test_the_command_serves_a_generated_world(start_server: StartServer) -> None:
     server = start_server("retrieval", "--port", "0", "--entities", "50", "--world-seed", "3")
     with urllib.request.urlopen(f"{server.url}/health", timeout=10) as answer:

@@ -86,6 +86,7 @@ def test_neither_the_hash_seed_nor_the_order_of_calls_matters() -> None:
     assert world.questions("dev") is world.questions("dev")
 
 
+@pytest.mark.slow
 def test_sizes_and_shares() -> None:
     world = generated()
     assert {s: len(world.questions(s)) for s in SPLITS} == {"dev": 302, "test": 500, "train": 3_699}
@@ -160,6 +161,7 @@ def test_all_values_that_are_entities_are_of_the_same_split() -> None:
                 assert by_name[value].split == entity.split
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("entities", "seed"), [(1_000, 0), (1_000, 4), (1_001, 1), (5_000, 2)])
 def test_evaluation_uses_words_of_the_training_split(entities: int, seed: int) -> None:
     world = generated(entities, seed)
@@ -190,6 +192,7 @@ def test_names_have_neighbours() -> None:
     assert min(shared.values()) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entities", [1_000, 20_000])
 def test_bm25_finds_named_entities(entities: int) -> None:
     world = generated(entities)
@@ -262,6 +265,7 @@ def test_bad_settings_are_refused(entities: int, seed: int, message: str) -> Non
         generated(60, 7).questions("validation")
 
 
+@pytest.mark.slow
 def test_the_largest_world() -> None:
     world = World(100_000, 2**40)
     names = {title(passage.contents).removeprefix("The ") for passage in world.passages}

@@ -31,6 +31,7 @@ def test_terms_equal_the_recorded_ones(data_folder: Path) -> None:
     assert different == []
 
 
+@pytest.mark.slow
 def test_product_rankings_equal_the_recorded_ones(
     way: str, data_folder: Path, products: BM25Index
 ) -> None:
@@ -45,6 +46,7 @@ def test_product_rankings_equal_the_recorded_ones(
         assert scores == pytest.approx(record["scores"], abs=2e-4), record["q"]
 
 
+@pytest.mark.slow
 def test_passage_rankings_equal_the_recorded_ones(
     way: str, data_folder: Path, passages: BM25Index
 ) -> None:

@@ -219,6 +219,7 @@ ENDINGS = (
 HEADS = "run hop fil comprehens gener oscill trad y by sky conn probab ad plast fizz ed t"
 
 
+@pytest.mark.slow
 def test_stems_equal_those_of_nltk() -> None:
     porter = pytest.importorskip("nltk.stem.porter", reason="nltk is in the extra dev")
     oracle = porter.PorterStemmer(mode=porter.PorterStemmer.MARTIN_EXTENSIONS)

@@ -346,6 +346,7 @@ def test_bad_arguments_are_one_line_and_status_2(
     assert errors.startswith("atod-serve")
 
 
+@pytest.mark.slow
 def test_a_failed_start_is_one_line_and_status_2(start_server: StartServer, tmp_path: Path) -> None:
     taken = socket.socket()
     taken.bind(("127.0.0.1", 0))
@@ -381,6 +382,7 @@ def get(url: str, path: str, **headers: str) -> tuple[int, dict[str, object]]:
     return response.status, json.loads(body)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_announces_itself_serves_and_ends_cleanly(
     start_server: StartServer, shop_folder: Path, number: signal.Signals
@@ -405,6 +407,7 @@ def test_it_announces_itself_serves_and_ends_cleanly(
     idle.close()
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_parent_that_was_killed(shop_folder: Path) -> None:
     code = (
         "import os, subprocess, sys\n"
@@ -438,6 +441,7 @@ def test_it_ends_with_the_parent_that_was_killed(shop_folder: Path) -> None:
     parent.stdout.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["webshop", "--products", "20"], ["retrieval", "--entities", "60"]], ids=str
 )
@@ -469,6 +473,7 @@ def test_it_serves_where_modules_of_unix_are_missing(arguments: list[str], tmp_p
     assert os.listdir(tmp_path) == ["made"]
 
 
+@pytest.mark.slow
 def test_it_does_not_start_for_a_parent_that_is_gone(
     start_server: StartServer, shop_folder: Path
 ) -> None:

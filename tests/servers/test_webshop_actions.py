@@ -22,6 +22,7 @@ def parse_as_original(text: str) -> Action | None:
     return Action(name, argument.lower()) if name in ("search", "click") else None
 
 
+@pytest.mark.slow
 @given(st.text(alphabet="[]\n aB", max_size=12).map("click{}".format) | st.text())
 def test_the_same_as_the_pattern(text: str) -> None:
     assert parse_action(text) == parse_as_original(text)

@@ -157,6 +157,7 @@ def a_goal_with_options(shop: Shop) -> tuple[str, Any]:
     raise AssertionError("no such goal")
 
 
+@pytest.mark.slow
 def test_a_person_searches_chooses_buys_and_sees_the_score(
     person: Person, small_shop: Shop
 ) -> None:
@@ -189,6 +190,7 @@ def test_a_person_searches_chooses_buys_and_sees_the_score(
     assert person.complaints() == []
 
 
+@pytest.mark.slow
 def test_back_button_and_double_click_play_nothing_twice(person: Person, small_shop: Shop) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 
@@ -220,6 +222,7 @@ def test_back_button_and_double_click_play_nothing_twice(person: Person, small_s
     assert person.complaints() == []
 
 
+@pytest.mark.slow
 def test_markup_and_scripts_stay_text(person: Person, small_shop: Shop) -> None:
     task_id, _ = a_goal_with_options(small_shop)
     person.start(task_id)
@@ -237,6 +240,7 @@ def test_markup_and_scripts_stay_text(person: Person, small_shop: Shop) -> None:
     assert person.complaints() == []
 
 
+@pytest.mark.slow
 def test_an_unknown_page_is_an_error_page_for_people(person: Person) -> None:
     person.browser.get(f"{person.address}/shop/no-such-session")
     assert "404" in person.find("main").text

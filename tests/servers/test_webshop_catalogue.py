@@ -329,6 +329,7 @@ def test_a_folder_called_official_is_not_the_official_data(
     assert 0 < len(shop.splits["test"]) == len(shop.goals) // 10
 
 
+@pytest.mark.slow
 def test_only_the_published_content_is_official(webshop_data: Path, tmp_path: Path) -> None:
     items, instructions = official_copy(webshop_data, tmp_path)
     place = next(
@@ -369,6 +370,7 @@ def test_only_the_published_content_is_official(webshop_data: Path, tmp_path: Pa
     assert open_shop(tmp_path).label == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_human_goals_are_official_by_their_content(webshop_data: Path, tmp_path: Path) -> None:
     items, _ = official_copy(webshop_data, tmp_path)
     (tmp_path / "items_shuffle_1000.json").write_text(json.dumps(items))

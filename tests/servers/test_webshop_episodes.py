@@ -144,6 +144,7 @@ def replay(folder: Path, record: dict[str, Any]) -> int:
     return len(record["steps"])
 
 
+@pytest.mark.slow
 def test_all_recorded_episodes(webshop_data: Path, recorded: list[dict[str, Any]]) -> None:
     played: dict[str, int] = {}
     steps = 0
@@ -160,6 +161,7 @@ def test_all_recorded_episodes(webshop_data: Path, recorded: list[dict[str, Any]
     assert steps > 1150
 
 
+@pytest.mark.slow
 def test_a_broken_search_leaves_the_product_open(webshop_data: Path) -> None:
     shop = official_shop(webshop_data)
     episode = Episode(shop, shop.goals[3849], "3849")

@@ -279,12 +279,14 @@ def caller(small_shop: Shop) -> Iterator[AppCaller]:
     found.close()
 
 
+@pytest.mark.slow
 def test_ten_thousand_requests_in_process(caller: AppCaller, small_shop: Shop) -> None:
     fuzzer = Fuzzer(caller, small_shop.task_ids("train")[0])
     fuzz(fuzzer, IN_PROCESS)
     assert fuzzer.sent >= 10_000
 
 
+@pytest.mark.slow
 def test_thousands_of_requests_over_http(
     start_server: StartServer, shop_folder: Any, small_shop: Shop
 ) -> None:

@@ -207,6 +207,7 @@ def test_the_number_of_goals() -> None:
     assert most <= 16
 
 
+@pytest.mark.slow
 def test_an_oracle_meets_every_goal() -> None:
     """Buying the goal's product with the goal's options scores 1."""
     shop = opened()
@@ -225,6 +226,7 @@ def test_an_oracle_meets_every_goal() -> None:
         assert outcome.score == 1.0, goal
 
 
+@pytest.mark.slow
 def test_the_instruction_finds_the_product() -> None:
     shop = opened()
     places = []

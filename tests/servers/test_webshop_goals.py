@@ -40,6 +40,7 @@ def test_the_ordered_goals(webshop_data: Path) -> None:
         assert dict(goal.options) == record["goal_options"]
 
 
+@pytest.mark.slow
 def test_the_goals_of_every_recorded_seed(webshop_data: Path) -> None:
     recorded = json.loads((webshop_data / "golden" / "seed_goal_digests.json").read_text())
     assert len(recorded["seeds"]) >= 3

@@ -92,6 +92,7 @@ def test_a_repeated_step_is_not_played_twice(store: SessionStore) -> None:
     assert store.find(session).page == second.page
 
 
+@pytest.mark.slow
 def test_idle_sessions_are_closed_without_requests(small_shop: Shop, clock: Clock) -> None:
     calls = 0
 
@@ -184,6 +185,7 @@ def test_a_long_action_is_an_invalid_one(call: AppCaller, store: SessionStore) -
     assert (other.status, other.code) == (409, "wrong_turn_index")
 
 
+@pytest.mark.slow
 def test_a_hostile_client_costs_little_time_and_memory(
     call: AppCaller, store: SessionStore
 ) -> None:
@@ -248,6 +250,7 @@ def test_tasks_health_and_metrics(call: AppCaller, store: SessionStore) -> None:
     assert 0 < float(values["webshop_step_seconds_total"]) < 10
 
 
+@pytest.mark.slow
 def test_a_long_batch_stops_no_other_request(
     store: SessionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +287,7 @@ def test_a_long_batch_stops_no_other_request(
     call.close()
 
 
+@pytest.mark.slow
 def test_a_long_list_of_tasks_stops_no_other_request(
     call: AppCaller, store: SessionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +380,7 @@ def test_bodies_without_meaning_are_422(call: AppCaller, body: bytes) -> None:
     assert (answer.status, answer.code) == (422, "invalid_body")
 
 
+@pytest.mark.slow
 def test_a_long_body_is_413_also_in_chunks(call: AppCaller, store: SessionStore) -> None:
     padded = b'{"task_id": "' + a_task(store.shop).encode() + b'"' + b" " * 99_000
     assert call.request("POST", "/sessions", [padded, b"}"]).status == 201

@@ -17,6 +17,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", SIZES)
 def test_the_official_splits(webshop_data: Path, rule: str) -> None:
     shop = official_shop(webshop_data, splits=rule)
@@ -46,6 +47,7 @@ def test_splits_cover_every_goal_once(goals: int, rule: str, official: bool) -> 
     assert [index for part in ranges.values() for index in part] == list(range(goals))
 
 
+@pytest.mark.slow
 def test_manifests_pin_the_content_down(webshop_data: Path) -> None:
     shop = official_shop(webshop_data)
     manifests = [shop.manifest(split) for split in shop.splits]
@@ -69,6 +71,7 @@ def test_other_goals_have_other_names(webshop_data: Path) -> None:
     assert [len(human.task_ids(split)) for split in human.splits] == [13, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task_id",
     ["", "webshop/generated/", "webshop/generated/-1", "webshop/generated/017",

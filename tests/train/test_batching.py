@@ -144,6 +144,7 @@ def gradient(records: list[Trajectory], *, pack: bool, budget: int) -> tuple[tor
     return logprobs, flat
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(trajectories(), st.integers(1, 60))
 def test_packing_changes_neither_logprobs_nor_gradient(

@@ -178,6 +178,7 @@ SAVE_FOREVER = """
 """
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
     step = 0
     rng = np.random.default_rng(0)
@@ -221,6 +222,7 @@ FULL_DISK = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("existed", [False, True])
 def test_a_full_disk_gives_advice_and_leaves_nothing_half_written(tmp_path, existed):
     path = checkpoint_path(tmp_path, 2)

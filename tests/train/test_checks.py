@@ -145,6 +145,7 @@ def test_memory_that_runs_out_is_one_line(error: Exception) -> None:
         raise RuntimeError("something else")
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_a_step_names_the_settings_to_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +169,7 @@ def test_a_value_error_of_the_algorithm_is_one_line(
         train_one(CONFIG, tmp_path)
 
 
+@pytest.mark.slow
 def test_completions_that_are_cut_are_counted_and_reported_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +215,7 @@ def _train_a_little(folder: Path) -> None:
     policy.save(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_another_model_of_the_same_name_is_not_resumed_with(
     role: str, run: tuple[RunConfig, Path], monkeypatch: pytest.MonkeyPatch
@@ -280,6 +283,7 @@ def test_a_server_of_another_teacher_is_found_by_its_log_probs() -> None:
         check_inputs(inputs[2], manifest, "")
 
 
+@pytest.mark.slow
 def test_a_date_in_the_template_is_reported(
     run: tuple[RunConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

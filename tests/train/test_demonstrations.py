@@ -48,6 +48,7 @@ def taught() -> tuple[Policy, list[Trajectory]]:
     return build_policy(shape, tokenizer, seed=0), trajectories
 
 
+@pytest.mark.slow
 def test_a_share_of_the_observations_weighs_as_much_as_all(
     taught: tuple[Policy, list[Trajectory]],
 ) -> None:
@@ -66,6 +67,7 @@ def test_a_share_of_the_observations_weighs_as_much_as_all(
     assert (draws.mean(dim=0) - full)[observed].abs().max() < error
 
 
+@pytest.mark.slow
 def test_only_scored_positions_get_logits(
     taught: tuple[Policy, list[Trajectory]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def test_no_environment_is_forgotten() -> None:
     assert set(WORLDS) == set(ENV_IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", ENV_IDS)
 def test_demonstrations_steps_evaluation_and_report(
     env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -77,6 +78,7 @@ def test_demonstrations_steps_evaluation_and_report(
     assert any(evaluation.result.invalid_share < 1 for evaluation in evaluations)
 
 
+@pytest.mark.slow
 def test_a_script_that_closes_nothing_ends_silently() -> None:
     # With torch, Python clears modules before the environments of the script go.
     made = "\n".join(

@@ -67,6 +67,7 @@ def played(
     return sorted(records, key=lambda record: record.task_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GENERATED)
 def test_random_play_does_not_depend_on_concurrency(name: str) -> None:
     env = GENERATED[name]
@@ -234,6 +235,7 @@ def test_agents_satisfy_the_protocol() -> None:
     assert agents
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys\n"

@@ -54,6 +54,7 @@ def ask(chat: FakeChat, **changes: Any) -> Completion:
     return asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_the_request_and_the_reply(chat: FakeChat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
     completion = ask(
@@ -139,6 +140,7 @@ def test_transient_errors_are_retried(chat: FakeChat, quick: None, mishap: Any) 
     assert len(chat.posts) == 3
 
 
+@pytest.mark.slow
 def test_a_hanging_endpoint_is_retried(chat: FakeChat, quick: None) -> None:
     chat.mishaps.append("hang")
     assert ask(chat, timeout=0.3).text == first_action(MESSAGES)
@@ -188,6 +190,7 @@ def test_a_key_that_no_header_can_hold(chat: FakeChat, monkeypatch: pytest.Monke
         ask(chat)
 
 
+@pytest.mark.slow
 def test_it_waits_for_the_requested_time(chat: FakeChat) -> None:
     chat.mishaps.append(429)
     chat.retry_after = "1"
@@ -195,6 +198,7 @@ def test_it_waits_for_the_requested_time(chat: FakeChat) -> None:
     assert chat.times[1] - chat.times[0] >= 0.99
 
 
+@pytest.mark.slow
 def test_a_date_to_wait_for_and_one_too_far_away(chat: FakeChat) -> None:
     chat.mishaps += [429, 429]
     chat.retry_after = formatdate(time.time() - 5, usegmt=True)
@@ -294,6 +298,7 @@ def read(out: Path, name: str = "result.json") -> Any:
     return json.loads((out / name).read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_all_tasks_at_once_with_tokens_and_cost(
     chat: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +324,7 @@ def test_all_tasks_at_once_with_tokens_and_cost(
     assert first["parse_error"] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [("--requests-per-minute", "4"), ("--tokens-per-minute", "1800")])
 def test_limits_hold_over_all_episodes(
     chat: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: tuple[str, str]

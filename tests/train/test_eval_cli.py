@@ -42,6 +42,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
+@pytest.mark.slow
 def test_the_table_and_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(tmp_path, "--tasks", "10", "--max-turns", "2") == 0
     shown = capsys.readouterr().out.splitlines()
@@ -236,6 +237,7 @@ COMMAND = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_evaluation_resumes(
     tmp_path: Path, usual_sigint: None, how: signal.Signals

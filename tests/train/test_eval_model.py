@@ -70,6 +70,7 @@ def read(out: Path) -> Any:
     return json.loads((out / "result.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_run_is_played_as_in_training(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

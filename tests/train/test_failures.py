@@ -72,6 +72,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
     monkeypatch.setattr(Learner, "step", poisoned)
 
 
+@pytest.mark.slow
 def test_an_update_without_a_finite_gradient_is_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +87,7 @@ def test_an_update_without_a_finite_gradient_is_skipped_and_counted(
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
 
 
+@pytest.mark.slow
 def test_many_in_a_row_end_the_run_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +98,7 @@ def test_many_in_a_row_end_the_run_in_a_line(
     assert saved_checkpoints(tmp_path / "atod-seed0")[-1].stem == "step-000004"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weights_are_never_saved(
     value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -117,6 +120,7 @@ def test_broken_weights_are_never_saved(
     assert [path.stem for path in paths] == ["step-000001", "step-000002"]
 
 
+@pytest.mark.slow
 def test_log_probs_that_are_not_finite_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +155,7 @@ class Failing:
         return partial(self, owner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "call", "step"),
     [
@@ -185,6 +190,7 @@ def test_finished_steps_are_saved_and_resumed_exactly(
     _assert_same(run, whole_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [5, 6])
 def test_weights_of_half_a_step_are_not_saved(
     call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -210,6 +216,7 @@ def test_weights_of_half_a_step_are_not_saved(
     assert not saved_checkpoints(tmp_path / "atod-seed0")
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_were_made_are_refused(tmp_path: Path) -> None:
     train_one(_with(CONFIG, save_every=1, steps=2), tmp_path)
     (tmp_path / "atod-seed0" / "summary.json").unlink()
@@ -217,6 +224,7 @@ def test_fewer_steps_than_were_made_are_refused(tmp_path: Path) -> None:
         train_one(_with(CONFIG, steps=1), tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_a_broken_newest_checkpoint_is_passed_over(
     whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -253,6 +261,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_every_run(number: int, jobs: int, tmp_path: Path) -> None:
@@ -277,6 +286,7 @@ def test_a_signal_saves_every_run(number: int, jobs: int, tmp_path: Path) -> Non
         assert [p.stem for p in saved_checkpoints(run)] == [f"step-{steps:06d}"]
 
 
+@pytest.mark.slow
 def test_resuming_needs_no_settings_that_change_nothing(tmp_path: Path) -> None:
     train_one(_with(CONFIG, steps=1), tmp_path)
 
@@ -298,6 +308,7 @@ policy.save(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_a_model_is_saved_is_one_line(tmp_path: Path) -> None:
     make_policy(1).save(tmp_path / "best")
     kept = (tmp_path / "best" / "model.safetensors").read_bytes()

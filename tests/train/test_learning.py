@@ -68,6 +68,7 @@ def policies(pool: EnvPool) -> tuple[Policy, Policy]:
     return made[0], made[1]
 
 
+@pytest.mark.slow
 def test_demonstrations_make_a_model_that_plays(
     pool: EnvPool, policies: tuple[Policy, Policy]
 ) -> None:
@@ -76,6 +77,7 @@ def test_demonstrations_make_a_model_that_plays(
     assert evaluate(policies[1], pool, CONFIG).success_rate >= 0.75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal", ["sampled", "top-k:8"])
 def test_atod_brings_the_student_closer_to_its_teacher(
     signal: str, pool: EnvPool, policies: tuple[Policy, Policy], tmp_path: Path
@@ -95,6 +97,7 @@ def test_atod_brings_the_student_closer_to_its_teacher(
 # -- success itself: a two-turn task with one reward at its end ----------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["grpo", "atod"])
 def test_reward_makes_the_student_succeed(
     method: str, echo_pool: EnvPool, echo_policies: tuple[Policy, Policy], tmp_path: Path

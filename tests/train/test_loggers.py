@@ -19,6 +19,7 @@ from atod_train.training import loggers
 from atod_train.training.loggers import Loggers, LogTo, check_loggers
 
 
+@pytest.mark.slow
 def test_events_are_written_without_warnings_and_resumed(tmp_path: Path) -> None:
     program = """
         import sys
@@ -47,6 +48,7 @@ def test_events_are_written_without_warnings_and_resumed(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_events_alone(tmp_path: Path) -> None:
     # A limit on the size of files fails as a full disk does.
     program = """

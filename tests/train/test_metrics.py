@@ -235,6 +235,7 @@ def test_progress_away_from_a_terminal_is_a_line_now_and_then(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_a_first_unit_that_takes_long_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atod_train.progress._FIRST_LINE", 0.05)
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())

@@ -28,6 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "atod-seed0"
 
 
+@pytest.mark.slow
 def test_the_card_of_a_model_describes_it(run: Path) -> None:
     last = ModelCard.load(run / "models" / "last" / "README.md")
     assert last.data.library_name == "transformers"

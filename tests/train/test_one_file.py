@@ -79,6 +79,7 @@ def test_greedy_rollouts_are_the_same(pool: EnvPool, policy: Policy) -> None:
     assert solved == [trajectory.success for trajectory in trajectories]
 
 
+@pytest.mark.slow
 def test_a_step_moves_the_weights_alike(pool: EnvPool, policy: Policy) -> None:
     trajectories = played(pool, policy, temperature=1.0)
     # Untrained models succeed nowhere: returns are drawn, so that both signals act.

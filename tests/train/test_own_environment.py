@@ -84,6 +84,7 @@ def train(folder: Path, env_id: str, *more: str) -> subprocess.CompletedProcess[
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_example_trains_from_a_file_of_the_current_folder(tmp_path: Path) -> None:
     source = Path(own_environment.__file__).read_text(encoding="utf-8")
     (tmp_path / "guess.py").write_text(source, encoding="utf-8")
@@ -137,6 +138,7 @@ def test_settings_that_it_does_not_take_are_named() -> None:
         check_env(replace(talking(), data="official"))
 
 
+@pytest.mark.slow
 def test_a_model_from_scratch_needs_an_expert(tmp_path: Path) -> None:
     check_env(GUESS, from_scratch="micro")
     check_env(replace(GUESS, max_turns=0))  # the environment's own limit

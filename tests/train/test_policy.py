@@ -185,6 +185,7 @@ SAVE_FOREVER = """
 """
 
 
+@pytest.mark.slow
 def test_a_folder_holds_a_whole_model_at_every_moment(tmp_path: Path) -> None:
     target = tmp_path / "best"
     command = [sys.executable, "-c", textwrap.dedent(SAVE_FOREVER), str(target)]

@@ -108,6 +108,7 @@ def test_the_common_prefix_of_a_group_is_stored_once() -> None:
     assert part.rows.tolist() == [0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [LLAMA, QWEN], ids=["llama", "qwen"])
 @given(st.integers(0, 10_000), st.integers(1, 7), st.sampled_from([2, 3, 9]), st.integers(8, 80))
 @settings(max_examples=25, deadline=None)

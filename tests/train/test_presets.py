@@ -155,6 +155,7 @@ def test_modes_and_styles_have_numbers() -> None:
     assert parse_prompt_style("chat")[0] == "chat"
 
 
+@pytest.mark.slow
 def test_a_run_warms_up_and_is_evaluated_as_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

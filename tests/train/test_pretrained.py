@@ -285,6 +285,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     return load_policy(SMOLLM2)
 
 
+@pytest.mark.slow
 def test_smollm2_answers(smollm2: Policy) -> None:
     dialogue = DialogueEncoder(smollm2.tokenizer, "chat")
     generator = Generator(smollm2, dialogue, temperature=0.0, max_completion_tokens=12)
@@ -294,6 +295,7 @@ def test_smollm2_answers(smollm2: Policy) -> None:
     assert dialogue.decode(completion.ids) == "The capital of France is Paris."
 
 
+@pytest.mark.slow
 def test_smollm2_is_trained_on_the_ids_and_logprobs_it_sampled(smollm2: Policy) -> None:
     dialogue = DialogueEncoder(smollm2.tokenizer, "chat")
     generator = Generator(smollm2, dialogue, max_completion_tokens=6)

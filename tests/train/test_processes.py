@@ -85,6 +85,7 @@ def assert_close(run: Path, other: Path) -> None:
         torch.testing.assert_close(tensor, theirs.tensors[name], rtol=1e-2, atol=2e-3, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "sharded"), [(2, True), (3, False)], ids=["two-sharded", "three"]
 )
@@ -108,6 +109,7 @@ def test_an_update_is_that_of_one_process(count: int, sharded: bool, tmp_path: P
     torch.testing.assert_close(found["adapters"], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one(whole_run: Path, tmp_path: Path) -> None:
     together("run", str(tmp_path), "2")
     run = tmp_path / "atod-seed0"

@@ -53,6 +53,7 @@ def tables(environment: Results) -> list[Table]:
     return [main_table(environment), difference_table(environment, first_pairs(environment))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda found: found.name)
 def test_the_record_contains_the_measurements(environment: Results) -> None:
     for table in tables(environment):
@@ -63,6 +64,7 @@ def test_the_record_shows_all_claims_at_a_glance() -> None:
     assert glance().markdown in RECORD
 
 
+@pytest.mark.slow
 def test_every_table_of_results_is_of_the_raw_numbers() -> None:
     made = {glance().markdown} | {
         table.markdown
@@ -82,6 +84,7 @@ def test_every_table_of_results_is_of_the_raw_numbers() -> None:
     assert set(shown) <= made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     # A setting of this study is gone, and its file with it.

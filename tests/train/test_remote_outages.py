@@ -26,6 +26,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_teacher, "FIRST_PAUSE", 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(("status", "times"), [(408, 3), (429, 3), (500, 3), (503, 7)])
 def test_a_busy_server_is_retried(status: int, times: int) -> None:
@@ -48,6 +49,7 @@ def test_a_server_that_refuses_is_not_retried(status: int) -> None:
         assert len(fake.posts) == asked + 1
 
 
+@pytest.mark.slow
 def test_the_wait_that_a_server_requests_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     clock = [0.0]
@@ -81,6 +83,7 @@ def test_the_wait_that_a_server_requests_is_kept(monkeypatch: pytest.MonkeyPatch
             remote.score(random_batch())
 
 
+@pytest.mark.slow
 def test_a_server_that_accepts_a_request_and_never_answers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +105,7 @@ def test_a_server_that_accepts_a_request_and_never_answers(
     assert re.fullmatch(rf"waiting until [\d:]+ for an answer of the teacher's .* {fake.url}", line)
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_with_a_request_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """As vLLM after SIGTERM: connections are refused, and open requests are never answered."""
     monkeypatch.setattr(remote_teacher, "_PROBE", 0.2)
@@ -148,6 +152,7 @@ def test_a_prefix_cache_that_gives_wrong_logprobs_is_refused() -> None:
         RemoteTeacher(fake.url, STUDENT)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_another_model_after_a_restart_is_refused() -> None:
     def another(path: str, body: Any) -> Any:

@@ -49,6 +49,7 @@ def url(teacher: Policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 # -- our own server ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_same_teacher_here(url: str, teacher: Policy) -> None:
     remote = RemoteTeacher(url, STUDENT, max_context=TINY.max_positions)
     assert remote.name == "teacher"
@@ -126,6 +127,7 @@ def test_vocabularies_are_compared_alike_here_and_behind_a_url(
     assert len(set(messages)) <= 1
 
 
+@pytest.mark.slow
 def test_a_teacher_with_more_tokens_and_a_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +179,7 @@ def test_adapters_beside_their_base_are_refused() -> None:
             RemoteTeacher(fake.url, STUDENT)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_restarted_is_waited_for(
     teacher: Policy,
     tmp_path: Path,
@@ -346,6 +349,7 @@ def test_an_endpoint_without_texts_gives_a_warning(absent: Any) -> None:
         RemoteTeacher(fake.url, STUDENT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -372,6 +376,7 @@ def test_texts_of_ids_are_compared(
             RemoteTeacher(fake.url, STUDENT)
 
 
+@pytest.mark.slow
 def test_one_of_many_texts_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "_IDS_AT_ONCE", 100)
     words = build_word_tokenizer([" ".join(f"w{i}" for i in range(3000))])

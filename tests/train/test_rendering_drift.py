@@ -141,6 +141,7 @@ def smollm2() -> DialogueEncoder:
     return DialogueEncoder(tokenizer)
 
 
+@pytest.mark.slow
 def test_smollm2_drifts_where_it_samples_another_segmentation(smollm2: DialogueEncoder) -> None:
     own = smollm2.completion("go to desk 1")
     assert rendering_drift([_episode(smollm2, [own] * 3, [MUG, DESK, MUG])], smollm2) == 0.0

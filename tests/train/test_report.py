@@ -117,6 +117,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_page_parses_and_loads_nothing(usual: Path) -> None:
     page = page_of(usual)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
@@ -172,6 +173,7 @@ def test_turns_are_shown_with_a_shaded_and_described_heat_map(usual: Path) -> No
     assert len(shades) == 6  # three measures of two turns
 
 
+@pytest.mark.slow
 def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, text=NASTY, task=NASTY, method=NASTY)
     path = report_of(tmp_path, run_dir, name=NASTY)
@@ -195,6 +197,7 @@ def test_an_empty_folder_gives_a_report_that_names_what_is_missing(tmp_path: Pat
         assert words in page.text
 
 
+@pytest.mark.slow
 def test_runs_of_several_seeds_have_the_crossed_interval(tmp_path: Path) -> None:
     made = (("atod", 0, 16), ("atod", 1, 18), ("opd", 0, 12), ("opd", 1, 12))
     folders = [
@@ -211,6 +214,7 @@ def test_runs_of_several_seeds_have_the_crossed_interval(tmp_path: Path) -> None
     assert sum(tag == "details" for tag, _ in page.tags) == 11
 
 
+@pytest.mark.slow
 def test_the_page_begins_with_the_answer_and_what_to_do_next(tmp_path: Path) -> None:
     made = (("atod", 0, 16), ("atod", 1, 18), ("opd", 0, 12), ("opd", 1, 12))
     folders = [
@@ -272,6 +276,7 @@ def test_without_evaluations_there_is_no_answer() -> None:
     assert answer(results_of("houses", [RunSummary("atod", 0)])) is None
 
 
+@pytest.mark.slow
 def test_long_texts_are_cut(tmp_path: Path) -> None:
     page = page_of(report_of(tmp_path, make_run(tmp_path, text="q" * (LONGEST_TEXT + 5))))
     assert "(5 more characters)" in page.text
@@ -291,6 +296,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         read_run(tmp_path, "atod", 0)
 
 
+@pytest.mark.slow
 def test_reports_of_the_same_run_are_the_same(usual: Path) -> None:
     first = usual.read_bytes()
     assert report_of(usual.parent, usual.parent).read_bytes() == first

@@ -71,6 +71,7 @@ def test_a_reader_that_leaves_causes_no_error(parts: list[Path]) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_page_and_pictures_are_written(
     parts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +108,7 @@ def test_nine_labels_are_distinguishable(tmp_path: Path) -> None:
     assert looks["tcod"].colour == METHOD_COLOURS["tcod"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -116,6 +116,7 @@ def test_same_generator_state_same_trajectories(pool: EnvPool, policy: Policy) -
     assert play() == play()
 
 
+@pytest.mark.slow
 def test_context_limit_ends_an_episode(pool: EnvPool, policy: Policy) -> None:
     dialogue = DialogueEncoder(policy.tokenizer)
     short = Generator(policy, dialogue, max_completion_tokens=5, max_context=20)
@@ -237,6 +238,7 @@ def test_a_sampled_evaluation_plays_in_batches_with_the_streams_of_its_seed(
         assert (task.success, task.score) == (play.success, play.score)
 
 
+@pytest.mark.slow
 def test_a_small_model_learns_from_demonstrations() -> None:
     """A model of 60,000 parameters learns to go where the expert goes."""
     pool = EnvPool(

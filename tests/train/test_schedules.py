@@ -191,6 +191,7 @@ def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal", ["sampled", "exact"])
 def test_a_withdrawn_teacher_is_not_scored(
     signal: str, echo_pool: EnvPool, echo_policies: tuple[Policy, Policy], tmp_path: Path
@@ -211,6 +212,7 @@ def test_a_withdrawn_teacher_is_not_scored(
     assert names == others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear:3", "adaptive", "gap", "gap:0.7", "handoff"])
 def test_a_resumed_run_continues_the_schedule(
     schedule: str,

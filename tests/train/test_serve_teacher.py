@@ -63,6 +63,7 @@ def _complete(url: str, **body: Any) -> requests.Response:
     return requests.post(f"{url}/v1/completions", json=body, timeout=60)
 
 
+@pytest.mark.slow
 def test_completions(url: str) -> None:
     prompts = [[8, 9, 10], [11], [12, 9, 8, 10, 30], [8, 9, 10]]
     answer = _complete(url, prompt=prompts, model="teacher", temperature=1.0).json()
@@ -182,6 +183,7 @@ JSON = st.recursive(
 NAMES = ("prompt", "model", "max_tokens", "prompt_logprobs", "temperature", "n")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_no_body_breaks_it(data: st.DataObject, url: str) -> None:
@@ -232,6 +234,7 @@ def test_what_cannot_be_served_is_one_line(
     assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_missing_libraries_are_named() -> None:
     code = (
         "import sys; sys.modules['starlette'] = None\n"

@@ -72,6 +72,7 @@ def test_what_is_kept_is_not_made_again(made: list[str], tmp_path: Path) -> None
     assert made == ["greedy", "sampled"]
 
 
+@pytest.mark.slow
 def test_a_kill_between_two_evaluations_loses_one(made: list[str], tmp_path: Path) -> None:
     first = _evaluated(tmp_path)
     (tmp_path / "evaluations" / "student-valid_seen-sampled.json").unlink()
@@ -80,6 +81,7 @@ def test_a_kill_between_two_evaluations_loses_one(made: list[str], tmp_path: Pat
     assert made == ["sampled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -96,6 +98,7 @@ def test_other_settings_are_evaluated_again(
     assert made == ["greedy", "sampled"]
 
 
+@pytest.mark.slow
 def test_other_tasks_are_evaluated_again(
     made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +118,7 @@ def test_other_tasks_are_evaluated_again(
     assert made == ["greedy", "sampled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ['{"settings"', '{"settings": SAME, "result": {"split": 1}}'])
 def test_a_broken_file_is_named(content: str, made: list[str], tmp_path: Path) -> None:
     _evaluated(tmp_path)

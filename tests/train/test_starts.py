@@ -56,6 +56,7 @@ def _likelihood(policy: Policy, pool: EnvPool) -> float:
     return float(score_completions(policy, batch).logprobs.sum() / batch.completion_mask.sum())
 
 
+@pytest.mark.slow
 def test_a_language_model_is_trained_once_and_kept(
     config: RunConfig, pool: EnvPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +81,7 @@ def test_a_language_model_is_trained_once_and_kept(
     )
 
 
+@pytest.mark.slow
 def test_other_weights_of_the_same_name_are_trained_again(
     config: RunConfig, pool: EnvPool, tmp_path: Path
 ) -> None:

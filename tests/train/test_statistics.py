@@ -89,6 +89,7 @@ def test_an_interval_contains_the_mean_mirrors_and_does_not_depend_on_order(
     assert (mirrored.low, mirrored.high) == pytest.approx((1 - found.high, 1 - found.low))
 
 
+@pytest.mark.slow
 def test_pairs_are_narrower_than_different_tasks() -> None:
     first, second = successes(60, 100), successes(50, 100)
     paired, unpaired = (f(first, second) for f in (paired_difference, unpaired_difference))

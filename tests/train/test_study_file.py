@@ -170,6 +170,7 @@ def test_mistakes_are_one_line(
     assert all(line.startswith("atod-train: error: ") for line in lines)
 
 
+@pytest.mark.slow
 def test_a_killed_study_resumes_and_writes_its_results(
     study: Path,
     tmp_path: Path,

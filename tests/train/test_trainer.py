@@ -98,6 +98,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "atod-seed0"
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_promises(whole_run: Path) -> None:
     for name in (
         "config.json",
@@ -134,6 +135,7 @@ def test_the_reasons_of_invalid_turns_add_up(whole_run: Path) -> None:
         assert invalid == pytest.approx(row["invalid_share"])
 
 
+@pytest.mark.slow
 def test_three_steps_and_three_more_are_six(whole_run: Path, tmp_path: Path) -> None:
     train_one(_with(CONFIG, steps=3), tmp_path)
     train_one(CONFIG, tmp_path, resume=True)
@@ -180,6 +182,7 @@ def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[Any]) -> 
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_kill_9_and_ctrl_c_lose_nothing(whole_run: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "atod-seed0"
     for step in (1, 2):
@@ -212,6 +215,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_workers_end_with_the_study_that_started_them(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
@@ -257,6 +261,7 @@ def test_a_folder_is_not_overwritten(whole_run: Path) -> None:
         train_one(_with(CONFIG, steps=4), whole_run.parent, resume=True)
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_process_at_a_time(whole_run: Path) -> None:
     """Two studies in one folder would write into each other's runs."""
     out = whole_run.parent
@@ -274,6 +279,7 @@ def test_a_folder_has_one_process_at_a_time(whole_run: Path) -> None:
     train_one(CONFIG, out, resume=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(whole_run: Path, tmp_path: Path) -> None:
     target = tmp_path / "atod-seed0"
     target.mkdir()
@@ -289,6 +295,7 @@ def test_a_checkpoint_of_another_model_is_refused(whole_run: Path, tmp_path: Pat
         (target / "checkpoints").rename(whole_run / "checkpoints")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["opd", "grpo", "mix", "sod", "tcod", "sdar"])
 def test_every_method_runs(method: str, tmp_path: Path) -> None:
     config = _with(CONFIG, steps=2)
@@ -301,12 +308,14 @@ def test_every_method_runs(method: str, tmp_path: Path) -> None:
         assert rows[0]["turns"] == 1.0
 
 
+@pytest.mark.slow
 def test_where_the_teacher_is_changes_nothing(whole_run: Path, tmp_path: Path) -> None:
     model = replace(CONFIG.model, device=("auto", "cpu"))
     train_one(_with(replace(CONFIG, model=model), steps=2), tmp_path)
     assert _numbers(tmp_path / "atod-seed0") == _numbers(whole_run)[:2]
 
 
+@pytest.mark.slow
 def test_exact_signal_and_adapters_resume_too(whole_run: Path, tmp_path: Path) -> None:
     algorithm = replace(CONFIG.algorithm, opd_signal="top-k:4")
     start = str(whole_run / "models" / "best")
@@ -329,6 +338,7 @@ def test_exact_signal_and_adapters_resume_too(whole_run: Path, tmp_path: Path) -
         assert torch.equal(tensor, theirs.tensors[name]), name
 
 
+@pytest.mark.slow
 def test_window_style_trains_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     formats = set()
 
@@ -346,6 +356,7 @@ def test_window_style_trains_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert formats == {CompletionFormat("tags")}
 
 
+@pytest.mark.slow
 def test_a_folder_is_resumed_without_its_settings(
     whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -373,6 +384,7 @@ def test_models_that_do_not_fit_are_named(tmp_path: Path) -> None:
         train_one(missing, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("models", "told"),
     [
@@ -397,6 +409,7 @@ def test_unsuitable_models_are_refused_before_any_is_made(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 and not os.access("/proc", os.R_OK), reason="needs /proc")
 def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     blocked = tmp_path / "file"

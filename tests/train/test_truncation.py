@@ -144,6 +144,7 @@ def test_an_evaluation_in_which_nothing_fits_is_an_error(
         evaluate(policy, EnvPool(ENV, "valid_seen"), config)
 
 
+@pytest.mark.slow
 def test_a_run_counts_them_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
     config = replace(
@@ -166,6 +167,7 @@ ALGORITHMS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.method)
 def test_a_run_continues_if_some_episodes_cannot_begin(
     algorithm: AlgorithmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -302,6 +304,7 @@ class _Watched(Generator):
         return ids, logits.log_softmax(dim=-1).gather(-1, ids[:, None]).squeeze(1)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     style=st.sampled_from(["chat", "window"]),

@@ -76,6 +76,7 @@ def statistics(trajectory: Trajectory) -> tuple[TurnStatistics, ...]:
     )
 
 
+@pytest.mark.slow
 @given(trajectories(), st.booleans())
 def test_what_is_written_is_read_back(trajectory: Trajectory, has_teacher: bool) -> None:
     # Two rewards of 1e308 have no sum that JSON could hold; `write_rows` refuses it, see below.
@@ -97,6 +98,7 @@ def test_rows_without_reasons_are_read() -> None:
     assert from_row(row)[0].turns == (replace(turn, invalid_reason=""),)
 
 
+@pytest.mark.slow
 @given(trajectories())
 def test_sequences_are_what_the_trainer_packs(trajectory: Trajectory) -> None:
     row = to_row(trajectory)

@@ -11,6 +11,7 @@ from atod_gym.errors import AtodError
 from atod_train.studies.study import _workers
 
 
+@pytest.mark.slow
 def test_a_worker_that_the_system_kills_is_no_traceback() -> None:
     with (
         pytest.raises(AtodError, match=r"One of 2 processes was killed.*atod-train resume"),
@@ -19,6 +20,7 @@ def test_a_worker_that_the_system_kills_is_no_traceback() -> None:
         call_all(signal.raise_signal, [(signal.SIGKILL,)])
 
 
+@pytest.mark.slow
 def test_results_come_in_the_order_of_the_calls() -> None:
     with _workers(2) as call_all:
         assert call_all(pow, [(2, 3), (3, 2), (5, 1)]) == [8, 9, 5]
