@@ -28,7 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command, by default with the arguments of the process; return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (AtodError, OSError) as error:
         print(f"atod-data: {' '.join(_explain(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, (DownloadError, OSError)) else 2

@@ -20,18 +20,13 @@ def result_table(evaluated: Evaluated) -> str:
     rows = [("all", *_figures(result))]
     if len(types) > 1:
         rows += [(task_type, *_figures(found)) for task_type, found in types.items()]
-    cost = _cost(evaluated)
-    thoughts, limit = evaluated.reasoning_tokens, evaluated.token_limit
+    limit = evaluated.token_limit
     lines = [
         f"{_title(evaluated)}, {evaluated.agent}",
         "",
         Table("", ("task type", *_FIGURES), tuple(rows)).text,
         "",
-        f"tokens {_tokens(evaluated.prompt_tokens)} in, {_tokens(evaluated.completion_tokens)} out"
-        + (f" ({_tokens(thoughts)} of reasoning)" if thoughts != 0 else "")
-        + (f"; at most {limit:,} a completion" if limit else "")
-        + (f"; cost {cost}" if cost else "")
-        + f"; {evaluated.seconds:.1f} s",
+        f"{_usage(evaluated)}{evaluated.seconds:.1f} s",
     ]
     early = {name: n for name, n in evaluated.stop_reasons.items() if name not in _ENDS}
     if early:
@@ -54,9 +49,15 @@ def comparison(first: Evaluated, second: Evaluated, names: tuple[str, str]) -> s
         (
             f"{letter}: {name}",
             *_figures(evaluated.result),
-            _tokens(evaluated.prompt_tokens),
-            _tokens(evaluated.completion_tokens),
-            _cost(evaluated) or "-",
+            *(
+                (
+                    _tokens(evaluated.prompt_tokens),
+                    _tokens(evaluated.completion_tokens),
+                    _cost(evaluated) or "-",
+                )
+                if _has_tokens(evaluated)
+                else ("-", "-", "-")
+            ),
             f"{evaluated.seconds:.1f}",
         )
         for letter, name, evaluated in zip("AB", names, (first, second), strict=True)
@@ -107,6 +108,25 @@ def _difference(first: Evaluated, second: Evaluated) -> str:
         found = unpaired_difference(a.solved, b.solved)
         how = "not paired: they did not play the same tasks"
     return f"A - B, points [95 % interval]: {difference_text(found)}, {how}"
+
+
+def _has_tokens(evaluated: Evaluated) -> bool:
+    """Return whether the agent is a model: scripted agents and people use no tokens."""
+    return (evaluated.prompt_tokens, evaluated.completion_tokens) != (0, 0)
+
+
+def _usage(evaluated: Evaluated) -> str:
+    """Return the tokens and the cost, before the seconds; empty for an agent without tokens."""
+    if not _has_tokens(evaluated):
+        return ""
+    thoughts, limit, cost = evaluated.reasoning_tokens, evaluated.token_limit, _cost(evaluated)
+    return (
+        f"tokens {_tokens(evaluated.prompt_tokens)} in, {_tokens(evaluated.completion_tokens)} out"
+        + (f" ({_tokens(thoughts)} of reasoning)" if thoughts != 0 else "")
+        + (f"; at most {limit:,} a completion" if limit else "")
+        + (f"; cost {cost}" if cost else "")
+        + "; "
+    )
 
 
 def _tokens(count: int | None) -> str:

@@ -506,3 +506,11 @@ def test_real_data_is_the_known_one(run: Run, alfworld_data: Path, webshop_data:
     assert (status, out.count("identical to the published ones")) == (0, 1)
     out = run("verify", "webshop", "--in", webshop_data)[1]
     assert "items_ins_v2_1000.json: 1000 entries, SHA-256 as expected" in out
+
+
+def test_a_closed_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert datasets.cli.main(["list"]) == 0
