@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import sys
@@ -15,6 +14,7 @@ import gymnasium
 from gymnasium import spaces
 
 import atod_gym
+from atod_gym import terminal
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.parsing import ACTION_TAGS, action_tags
 from atod_gym.prompts import shown_text
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 when the episode ended or the player left, 2 for a mistake of the user, which
         is named in one line on standard error.
     """
-    accept_any_text()
+    terminal.accept_any_text()
     options = _parser().parse_args(arguments)
     try:
         env = _make(options)
@@ -60,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print()
         return 0
     except BrokenPipeError:
-        # The reader of the output has gone; keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        terminal.discard_output()
         return 0
 
 
@@ -260,19 +259,6 @@ def _in_columns(items: Sequence[str]) -> str:
     rows = -(-len(items) // columns)
     lines = (items[row::rows] for row in range(rows))
     return "\n".join("  " + "".join(item.ljust(wide) for item in line).rstrip() for line in lines)
-
-
-def accept_any_text() -> None:
-    """Accept any bytes as input, and escape what the terminal cannot show."""
-    for stream, errors in (
-        (sys.stdin, "surrogateescape"),
-        (sys.stdout, "backslashreplace"),
-        (sys.stderr, "backslashreplace"),
-    ):
-        # A stream that something else has taken the place of may lack the method.
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors=errors)
 
 
 if __name__ == "__main__":

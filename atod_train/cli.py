@@ -24,6 +24,7 @@ except ImportError as error:
     raise SystemExit(2) from None
 
 from atod_gym.errors import AtodError, InvalidSettingError
+from atod_gym.terminal import discard_output
 from atod_train.config import SECTIONS, Method, RunConfig
 from atod_train.presets import PRESETS, completed, without_tables
 from atod_train.studies.file import Selection, Study, read_kept_study, read_study, study_of
@@ -167,8 +168,8 @@ class ResultsCommand:
         try:
             self._print()
             sys.stdout.flush()
-        except BrokenPipeError:  # the reader of the output has gone, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:
+            discard_output()
         return 0
 
     def _print(self) -> None:

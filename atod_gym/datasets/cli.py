@@ -15,6 +15,7 @@ from atod_gym.datasets import DataSet, catalogue, data_set, verify
 from atod_gym.datasets.get import DOWNLOADS, get
 from atod_gym.errors import AtodError, DownloadError
 from atod_gym.tasks import data_folders, expanded
+from atod_gym.terminal import discard_output
 
 _EPILOG = f"""\
 Data sets: {", ".join(catalogue())}.
@@ -31,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         status = int(options.run(options))
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader of the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        discard_output()
         return 0
     except (AtodError, OSError) as error:
         print(f"atod-data: {' '.join(_explain(error).split())}", file=sys.stderr)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shlex
 import sys
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
-from atod_gym import play
+from atod_gym import terminal
 from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
 from atod_gym.tasks import spread
 from atod_train.evaluation.agents import Agent, ExpertAgent, HumanAgent, RandomAgent, load_agent
@@ -48,13 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         standard error; 130 when stopped by Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    play.accept_any_text()
+    terminal.accept_any_text()
     try:
         _run(words)
         return 0
     except BrokenPipeError:
-        # The reader of the output has gone; keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        terminal.discard_output()
         return 0
     except KeyboardInterrupt as stop:
         status, message = 130, str(stop) or "Stopped."

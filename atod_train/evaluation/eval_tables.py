@@ -49,15 +49,7 @@ def comparison(first: Evaluated, second: Evaluated, names: tuple[str, str]) -> s
         (
             f"{letter}: {name}",
             *_figures(evaluated.result),
-            *(
-                (
-                    _tokens(evaluated.prompt_tokens),
-                    _tokens(evaluated.completion_tokens),
-                    _cost(evaluated) or "-",
-                )
-                if _has_tokens(evaluated)
-                else ("-", "-", "-")
-            ),
+            *_usage_columns(evaluated),
             f"{evaluated.seconds:.1f}",
         )
         for letter, name, evaluated in zip("AB", names, (first, second), strict=True)
@@ -127,6 +119,14 @@ def _usage(evaluated: Evaluated) -> str:
         + (f"; cost {cost}" if cost else "")
         + "; "
     )
+
+
+def _usage_columns(evaluated: Evaluated) -> tuple[str, str, str]:
+    """Return tokens in, tokens out and cost; dashes for an agent without tokens."""
+    if not _has_tokens(evaluated):
+        return "-", "-", "-"
+    cost = _cost(evaluated) or "-"
+    return _tokens(evaluated.prompt_tokens), _tokens(evaluated.completion_tokens), cost
 
 
 def _tokens(count: int | None) -> str:

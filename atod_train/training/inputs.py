@@ -21,10 +21,9 @@ from atod_train.records import TokenizedTurn, Trajectory, Turn
 from atod_train.reports.run_folder import RunFolderError
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.teachers.local import LocalTeacher, Teacher
+from atod_train.teachers.remote import MOST_ROUNDING
 
 _PROBE = "You are in a room. You see a desk 1, a drawer 2 and a mug 3. go to desk 1"
-_ANOTHER = 0.2
-"""Mean difference of log-probs, nats per token, above the effect of rounding: 0.046 in bfloat16."""
 _SAMPLED_WEIGHTS = 1024
 """Number of weights of each tensor for its fingerprint."""
 
@@ -126,5 +125,5 @@ def _is_other(old: Any, new: Any) -> bool:
     """Return whether two identities differ; None (no identity) differs from none."""
     if isinstance(old, list) and isinstance(new, list):
         apart = [abs(a - b) for a, b in zip(old, new, strict=False)]
-        return len(old) != len(new) or sum(apart) > _ANOTHER * len(apart)
+        return len(old) != len(new) or sum(apart) > MOST_ROUNDING * len(apart)
     return None not in (old, new) and old != new
