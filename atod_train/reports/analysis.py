@@ -49,6 +49,8 @@ class Cost(NamedTuple):
     """Completion tokens sampled."""
     phases: dict[str, float]
     """Phase of a step -> its share of the time of all of them, in percent."""
+    teacher_passes_saved: float
+    """Steps without scores of a teacher, in percent."""
 
 
 @lru_cache(maxsize=4096)
@@ -201,4 +203,8 @@ def cost(results: Results, label: str) -> Cost:
         fmean(record[key] or 0 for record in records) for key in ("minutes", "episodes", "tokens")
     )
     shares = {phase: 100 * value / total for phase, value in seconds.items()}
-    return Cost(minutes, episodes, tokens, shares)
+    # Without a teacher's scores the disagreement is exactly 0.
+    found = [value for record in records for value in record["metrics"].get("disagreement", ())]
+    saved = [value == 0 for value in found if value is not None]
+    unscored = 100 * fmean(saved) if saved else 0.0
+    return Cost(minutes, episodes, tokens, shares, unscored)

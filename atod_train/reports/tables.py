@@ -159,15 +159,21 @@ def type_table(results: Results, mode: str) -> Table | None:
 
 
 def phase_table(results: Results) -> Table:
-    """Return minutes, episodes and tokens of a run, and the share of each phase."""
+    """Return minutes, episodes and tokens of a run, and the share of each phase.
+
+    If a schedule withdrew the teacher, there is a column for the share of steps without its scores.
+    """
+    costs = {label: cost(results, label) for label in results.labels}
+    was_withdrawn = any(0 < found.teacher_passes_saved < 100 for found in costs.values())
     rows = []
-    for label in results.labels:
-        minutes, episodes, tokens, phases = cost(results, label)
+    for label, (minutes, episodes, tokens, phases, saved) in costs.items():
         shares = [phases.get(phase, 0.0) for phase in _PHASES]
         rest = sum(share for phase, share in phases.items() if phase not in _PHASES)
         totals = (f"{minutes:.1f}", f"{episodes:.0f}", f"{tokens / 1000:.0f}")
-        rows.append((label, *totals, *(f"{share:.0f} %" for share in (*shares, rest))))
-    head = ("model", "minutes", "episodes", "thousand tokens", *_PHASES, "evaluation, other")
+        percent = (*shares, rest, *([saved] if was_withdrawn else []))
+        rows.append((label, *totals, *(f"{share:.0f} %" for share in percent)))
+    last = ("evaluation, other", *(["teacher passes saved"] if was_withdrawn else []))
+    head = ("model", "minutes", "episodes", "thousand tokens", *_PHASES, *last)
     return Table("A run on average, and where its time goes", head, tuple(rows))
 
 

@@ -244,6 +244,20 @@ def test_tables_as_markdown(merged: Results) -> None:
     )
 
 
+def test_the_teacher_passes_that_a_schedule_saved_have_a_column(tmp_path: Path) -> None:
+    runs = [files.run(label, 0, {"s": "01"}) for label in ("atod", "gap", "grpo")]
+    for run, course in zip(runs, ([0.5, 0.3], [0.5, 0.4, None, 0.0, 0.0], [0.0]), strict=True):
+        run["metrics"]["disagreement"] = course
+    found = one(
+        files.write(
+            tmp_path / "1.json", houses=files.environment(runs, start={"s": "01"}, teacher={})
+        )
+    )
+    table = phase_table(found)
+    assert table.head[-1] == "teacher passes saved"
+    assert [row[-1] for row in table.rows] == ["0 %", "50 %", "100 %"]
+
+
 def test_numbers_as_text() -> None:
     assert rate_text(Estimate(0.7214, 0.6421, 0.789, 3, 10)) == "72.1 [64.2, 78.9]"
     assert difference_text(Estimate(-0.0001, -0.05, 0.0449, 3, 10)) == "+0.0 [-5.0, +4.5]"
