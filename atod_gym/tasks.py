@@ -120,7 +120,7 @@ class DataSource:
     expected: str
     """The required content of a path, for messages."""
     how_to_get: str
-    """How to get the official data, for messages; begins with a verb."""
+    """Instruction to get the official data, for messages; begins with a verb."""
     generated: str
     """The tasks that are played without data, such as `generated games`."""
     variables: tuple[str, ...] = ()

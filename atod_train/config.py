@@ -62,7 +62,7 @@ def is_url(model: str) -> bool:
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """Which tasks are played, and how they are put to the model."""
+    """Settings of tasks and prompts."""
 
     id: str = "atod/ALFWorld-v0"
     """Gymnasium id of the environment, whose actions are text; module:id imports a module first."""
@@ -80,7 +80,7 @@ class EnvConfig:
     """Splits on which start, teacher and student are evaluated, every task of each. Empty: no
     evaluation."""
     eval_modes: tuple[str, ...] = ("greedy", "sampled")
-    """How evaluations decode: greedy; sampled, at temperature 0.4; or sampled:0.7, at another. All
+    """Decoding of evaluations: greedy; sampled, at temperature 0.4; or sampled:0.7, at another. All
     are for start, teacher and last step; the first alone is for steps before, and chooses
     models/best."""
     eval_tasks: int = 0
@@ -97,7 +97,7 @@ class EnvConfig:
     """Whether prompts list the admissible actions. Use it for models that do not know the task's
     actions; prompts become longer."""
     parse_profile: ParseProfile = "plain"
-    """How completions are read. plain: the completion is the action; tags: <think>, <action>;
+    """Parsing of completions. plain: the completion is the action; tags: <think>, <action>;
     react: lines of Thought: and Action:; compat: published rules. Use tags or react for language
     models that reason before they act."""
     invalid_action_penalty: float = 0.01
@@ -120,9 +120,9 @@ class ModelConfig:
     """The torch device, such as cpu or cuda:1. auto: a GPU if there is one. Two: the student's and
     the teacher's, such as cuda:0 cuda:1, where both do not fit on one GPU."""
     sampler: str = "plain"
-    """What samples the student's completions, in rollouts and evaluations. plain: transformers;
-    vllm: vLLM in this process, with a share of 0.3 of the device's memory; vllm:0.4: another share.
-    Use it where rollouts take most of a step."""
+    """Engine that samples the student's completions, in rollouts and evaluations. plain:
+    transformers; vllm: vLLM in this process, with a share of 0.3 of the device's memory; vllm:0.4:
+    another share. Use it where rollouts take most of a step."""
     dtype: Precision = "auto"
     """Precision. auto: float32, on a GPU mixed. mixed: float32 weights, while the layers run in
     bfloat16 and the teacher's weights are bfloat16; also fast on processors with AMX. bfloat16 is
@@ -192,8 +192,8 @@ class AlgorithmConfig:
     uncertainty: one of its parts; token: per token; top:0.5: the highest half of the turns;
     smooth:0.3: drawn towards 1 by 0.3; mean_preserving: rescaled to a mean of 1."""
     advantage_over: Literal["trajectories", "turns"] = "trajectories"
-    """What returns are normalised over in a group. turns: all turn rows, as in the released code,
-    so that long trajectories count more."""
+    """Rows over which the returns of a group are normalised. turns: all turn rows, as in the
+    released code, so that long trajectories count more."""
     clip: tuple[float, float, float] = (0.2, 0.2, 3.0)
     """Bounds of the ratio, [1 - clip[0], 1 + clip[1]], and the dual clip, which limits the loss
     where the advantage is negative (above 1; inf: none)."""

@@ -45,7 +45,7 @@ class ServerSettings:
     timeout: float = 60.0
     """Seconds to wait for an answer."""
     advice: str = ""
-    """How to start a server manually, for errors of one at `server_url`."""
+    """Command that starts a server manually, for errors of one at `server_url`."""
     is_health_required: bool = True
     """Whether a server at `server_url` must have our `/health`. If not required, `health` is empty
     for a server that answers with an error or is another program."""

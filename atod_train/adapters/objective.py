@@ -32,7 +32,7 @@ def mixed_advantages(
     variant: Variant,
     is_low_precision: bool,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Eq. 8, kappa w_k delta_t + rho A, where A is another trainer's advantage.
+    """Compute Eq. 8, kappa w_k delta_t + rho A, where A is another trainer's advantage.
 
     Args:
         advantages: [B] or [B, T], the return's part.

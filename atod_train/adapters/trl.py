@@ -171,7 +171,7 @@ def _most(trainer: GRPOTrainer, count: int) -> int:
 
 
 def episode_returns(*, episode_return: Sequence[float], **columns: object) -> list[float]:
-    """The reward function that goes with `Rollouts`: what the environment gave."""
+    """Return the environment's rewards: the reward function that `Rollouts` needs."""
     return list(episode_return)
 
 
@@ -286,7 +286,7 @@ class ATODTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _scores(self, model: Any, rows: dict[str, Any]) -> Tensor:
-        """Log-probs [B, T] of the completion tokens."""
+        """Compute the log-probs [B, T] of the completion tokens."""
         ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
         attention = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
         size = self.args.per_device_train_batch_size

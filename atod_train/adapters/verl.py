@@ -229,7 +229,7 @@ class TeacherWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def init_model(self) -> None:
-        """Builds the models."""
+        """Build the models."""
         with open_dict(self.config.ref):
             teacher = self.config.ref.pop("atod_teacher", "")
         inner = self.ref_worker_cls

@@ -46,7 +46,7 @@ class EnvOptions:
     """chat (default): append-only dialogue; window: the last two turns in one message; window:4:
     the last four."""
     parse_profile: Unset[ParseProfile] = None
-    """How replies are written. plain: the action alone; tags (default): <action>..</action>; react:
+    """Format of replies. plain: the action alone; tags (default): <action>..</action>; react:
     Thought: and Action:; compat: as in published runs."""
     template: Unset[Path] = None
     """File with a prompt template."""
@@ -147,7 +147,7 @@ class EvalOptions:
     env_id: Annotated[Positional[str | None], arg(metavar="[ENV_ID]", help_behavior_hint="")] = None
     """Gymnasium id. Default: that of a trained model's run, else atod/ALFWorld-v0."""
     tasks: int = 0
-    """How many tasks are played, spread evenly over the split; 0: all."""
+    """Number of tasks, spread evenly over the split; 0: all."""
     task_ids: Annotated[tuple[str, ...], arg(metavar="ID [ID ...]", help_behavior_hint="")] = ()
     """Exactly these tasks."""
     concurrency: Unset[int] = None

@@ -82,7 +82,7 @@ class Args:
     show_admissible: bool = True
     """Whether prompts list the admissible actions."""
     parse_profile: Literal["tags", "react", "plain", "compat"] = "tags"
-    """How completions name their action; plain: the completion is the action."""
+    """Parsing of completions; plain: the completion is the action."""
     invalid_action_penalty: float = 0.01
     """Subtracted from the reward of a turn whose completion does not parse."""
 

@@ -211,7 +211,7 @@ def _paint_success(results: Results, split: str | None, modes: Sequence[str], fi
 
 
 def _paint_courses(axes: Any, results: Results, selection: Selection) -> None:
-    """Success over steps of every label, and start and teacher as lines."""
+    """Paint success over steps of every label, and start and teacher as lines."""
 
     def plot(steps: Sequence[float], shares: Sequence[float], **look: Any) -> None:
         axes.plot(steps, [100 * share for share in shares], **look)
@@ -237,7 +237,7 @@ def _paint_courses(axes: Any, results: Results, selection: Selection) -> None:
 
 
 def _paint_rates(axes: Any, results: Results, selection: Selection) -> None:
-    """Success of the last evaluation, a line with its interval for every model."""
+    """Paint success of the last evaluation, a line with its interval for every model."""
     looks = {**dict.fromkeys(REFERENCES, Style("black", "|")), **styles(results)}
     rows = [(m, look, f) for m, look in looks.items() if (f := rate(results, m, selection))]
     for place, (_, (colour, marker), found) in enumerate(rows):
@@ -274,7 +274,7 @@ def _paint_metrics(results: Results, panels: Sequence[Panel], figure: Any) -> No
 
 
 def _glyphs(label: str) -> str:
-    """A label as a figure can write it: short, with glyphs that every font has."""
+    """Return a label, shortened, with glyphs that every font has."""
     return "".join(c if 32 <= ord(c) < 127 else "?" for c in label[:24])
 
 

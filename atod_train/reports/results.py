@@ -83,7 +83,7 @@ class Results:
         return tuple(dict.fromkeys(key.rpartition("/")[2] for key in keys))
 
     def of(self, label: str) -> tuple[RunResult, ...]:
-        """The runs of a label."""
+        """Return the runs of a label."""
         return tuple(run for run in self.runs if run.label == label)
 
 

@@ -107,7 +107,7 @@ class Vocabulary(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """That the server is up, and what it serves."""
+    """State of the server: its model, device and limits."""
 
     model: str
     device: str
