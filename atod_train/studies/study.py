@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -284,7 +285,7 @@ def _workers(jobs: int) -> Iterator[CallAll]:
         def call_all(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
             # The first Ctrl-C reaches the workers, too, which then finish their steps.
             with interruptible(announce=False, on_sigterm=_terminate_workers) as interrupted:
-                futures = [executor.submit(function, *arguments) for arguments in calls]
+                futures = [executor.submit(_call, function, *arguments) for arguments in calls]
                 try:
                     return [future.result() for future in futures]
                 except BrokenProcessPool as error:
@@ -309,8 +310,18 @@ def _terminate_workers() -> None:
         worker.terminate()
 
 
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a worker, where Ctrl-C interrupts it but not a worker without work."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return function(*arguments)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _set_up_worker() -> None:
     """End the worker with its parent in any case; show lines, since bars would overlap."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -26,6 +26,7 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import MODEL_SHAPES, build_policy
 from atod_train.models.policy import Policy
 from atod_train.models.pretrained import (
+    SHIPPED,
     cache_folder,
     frozen_precision,
     is_mixed,
@@ -90,7 +91,7 @@ def choose_threads(config: RunConfig) -> None:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
-    is_tiny = {config.model.student, config.model.teacher} <= set(MODEL_SHAPES)
+    is_tiny = {config.model.student, config.model.teacher} <= {*MODEL_SHAPES, *SHIPPED}
     if is_tiny and not _threads_before:
         _threads_before.append(torch.get_num_threads())
         torch.set_num_threads(1)
@@ -147,7 +148,12 @@ def _identity(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
 
 
 def _newest_weights(name: str) -> str:
-    """Return a model's name and, for a folder, the time of its newest file of weights."""
+    """Return a model's name and, for a folder, the time of its newest file of weights.
+
+    For a shipped model, it is the hash of its weights.
+    """
+    if name in SHIPPED:
+        return SHIPPED[name]
     times = [file.stat().st_mtime_ns for file in Path(name).glob("*.safetensors")]
     return f"{Path(name).resolve() if times else name} {max(times, default=0)}"
 

@@ -18,9 +18,7 @@ from atod_train.cli import main
 from atod_train.config import RunConfig
 from atod_train.presets import PRESETS
 
-COMMANDS = (
-    "quickstart", *PRESETS, "study", "resume", "results", "doctor", "serve-teacher"
-)  # fmt: skip
+COMMANDS = (*PRESETS, "study", "resume", "results", "doctor", "serve-teacher")
 
 
 def _help(capsys: pytest.CaptureFixture[str], *words: str) -> str:

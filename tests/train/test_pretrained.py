@@ -32,7 +32,7 @@ from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
 from atod_train.models.generation import Generator
 from atod_train.models.policy import Policy
-from atod_train.models.pretrained import SMOLLM2, load_policy, pick_device
+from atod_train.models.pretrained import SHIPPED, SMOLLM2, load_policy, pick_device
 from atod_train.models.scores import score_completions, score_microbatches
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.records import TokenizedTurn, Trajectory, Turn
@@ -47,6 +47,30 @@ WORDS = ["take mug 1 from desk 1", "go to desk 2"]
 def saved(tmp_path: Path) -> Path:
     build_policy(SHAPE, build_word_tokenizer(WORDS), 0).save(tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_the_shipped_models_are_small_and_share_their_tokens() -> None:
+    student, teacher = (load_policy(name, device="cpu") for name in SHIPPED)
+    assert student.name == "quickstart-student"
+    assert student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
+    assert sum(weight.numel() for weight in student.model.parameters()) < 500_000
+    files = (Path(pretrained.__file__).parent / "shipped").rglob("*.*")
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 4e6
+
+
+def test_a_shipped_model_that_was_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(Path(pretrained.__file__).parent / "shipped", tmp_path / "shipped")
+    monkeypatch.setattr(pretrained, "_SHIPPED_FOLDER", tmp_path / "shipped")
+    weights = tmp_path / "shipped/quickstart-teacher/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    load_policy("quickstart-student", device="cpu")
+    with pytest.raises(AtodError, match="damaged or was changed"):
+        load_policy("quickstart-teacher", device="cpu")
+    weights.unlink()
+    with pytest.raises(AtodError, match="is missing: install"):
+        load_policy("quickstart-teacher", device="cpu")
 
 
 def _trajectory(policy: Policy, text: str = "go to desk 2") -> Trajectory:

@@ -118,5 +118,10 @@ def test_results_are_those_of_the_study_files(environment: Results, tmp_path: Pa
     for part in environment.parts:
         for name in ("student", "teacher"):
             assert part["model"][name] == getattr(parts[0].config.model, name)
-        recorded = (part["model"]["student_epochs"], part["model"]["teacher_epochs"])
-        assert recorded == parts[0].config.start.epochs
+        model = part["model"]
+        recorded = (
+            model["start"]["epochs"]
+            if "start" in model
+            else (model["student_epochs"], model["teacher_epochs"])
+        )
+        assert tuple(recorded) == parts[0].config.start.epochs

@@ -294,8 +294,9 @@ def test_the_quickstart_makes_the_runs_of_some_methods(
     assert [run.folder.name for run in study.runs] == ["atod-seed0", "opd-seed0"]
     assert [run.config.algorithm.method for run in study.runs] == ["atod", "opd"]
     assert {run.config.model.student for run in study.runs} == {"smollm2"}
-    # The loaded model stays as it is; the teacher is made from scratch as in the preset.
-    assert {run.config.start.epochs for run in study.runs} == {(0.0, 2.6)}
+    # Models of the package, like others that are loaded, have no supervised start.
+    assert {run.config.model.teacher for run in study.runs} == {"quickstart-teacher"}
+    assert {run.config.start.epochs for run in study.runs} == {(0.0, 0.0)}
     assert study.jobs == 2
     assert [run.folder for run in other.runs] == [tmp_path / "grpo-seed2", tmp_path / "grpo-seed1"]
     for option in (("--jobs", "0"), ("--seeds", "1", "1")):
@@ -304,8 +305,8 @@ def test_the_quickstart_makes_the_runs_of_some_methods(
 
 def test_what_the_quickstarts_runs_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for setting, told in (
-        (("--algorithm.method", "grpo"), "--algorithm.method grpo --train.seed 0"),
-        (("--train.seed", "3"), "--algorithm.method atod --train.seed 3"),
+        (("--algorithm.method", "grpo"), "--runs grpo --seeds 0"),
+        (("--train.seed", "3"), "--runs atod --seeds 3"),
     ):
         assert main(["quickstart", *setting]) == 2
-        assert f"run: atod-train houses-tiny {told}\n" in capsys.readouterr().err
+        assert f": atod-train quickstart {told}\n" in capsys.readouterr().err

@@ -419,7 +419,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
             sys.executable,
             "-m",
             "atod_train.cli",
-            "quickstart",
+            "houses-tiny",
             "--out",
             str(blocked / "x"),
             "--start.demonstrations",
