@@ -108,7 +108,7 @@ def _remarks(
     if gap and gap.low <= 0:
         remarks.append(
             f"The teacher is not significantly better than the start ({difference_text(gap)} "
-            "points): expect little from its signal."
+            "points): its signal alone can add little."
         )
     invalid = _mean_of_last(results, first, last.mode, "invalid_share")
     if invalid >= _MANY_INVALID:

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,9 @@ def _loaded(
         yield student, teacher, pools
 
 
+_stopped: Event | None = None
+"""In a worker: set when the study has been stopped."""
+
 CallAll = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
 """Call a function with each of the argument lists, some of them concurrently."""
 
@@ -280,11 +284,19 @@ def _workers(jobs: int) -> Iterator[CallAll]:
         yield lambda function, calls: [function(*arguments) for arguments in calls]
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_set_up_worker) as executor:
+    stopped = context.Event()
+
+    def stop(number: int) -> None:
+        # Workers finish their steps. They receive Ctrl-C, too, but not SIGTERM.
+        stopped.set()
+        if number == signal.SIGTERM:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+
+    with ProcessPoolExecutor(jobs, context, _set_up_worker, (stopped,)) as executor:
 
         def call_all(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-            # The first Ctrl-C reaches the workers, too, which then finish their steps.
-            with interruptible(announce=False, on_sigterm=_terminate_workers) as interrupted:
+            with interruptible(announce=False, on_signal=stop) as interrupted:
                 futures = [executor.submit(_call, function, *arguments) for arguments in calls]
                 try:
                     return [future.result() for future in futures]
@@ -304,14 +316,13 @@ def _workers(jobs: int) -> Iterator[CallAll]:
             raise
 
 
-def _terminate_workers() -> None:
-    """Send SIGTERM to the workers, which then finish their steps."""
-    for worker in multiprocessing.active_children():
-        worker.terminate()
-
-
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a worker, where Ctrl-C interrupts it but not a worker without work."""
+    """Call a function in a worker, where Ctrl-C interrupts it but not a worker without work.
+
+    The executor hands calls to its workers in advance: those of a stopped study are refused.
+    """
+    if _stopped is None or _stopped.is_set():
+        raise StoppedByUser("stopped before this run began")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return function(*arguments)
@@ -319,8 +330,10 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _set_up_worker() -> None:
+def _set_up_worker(stopped: Event) -> None:
     """End the worker with its parent in any case; show lines, since bars would overlap."""
+    global _stopped
+    _stopped = stopped
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

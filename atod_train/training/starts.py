@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,7 @@ from atod_train.models.pretrained import (
     pick_device,
 )
 from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Trajectory
 from atod_train.reports.evaluations import (
     EvaluatedModel,
     Evaluation,
@@ -52,8 +54,11 @@ from atod_train.training.supervised import (
 _RECIPE = 6
 """Raise it when the generation of demonstrations or starts changes, so that caches expire."""
 
-_NOISE = 0.2
+NOISE = 0.2
 """Probability of a random action instead of the expert's."""
+
+_TINY_BYTES = 20_000_000
+"""Size of the weights from which on one thread computes slower than several."""
 
 _threads_before: list[int] = []
 """Number of threads before `choose_threads` lowered it; empty if it did not."""
@@ -91,12 +96,20 @@ def choose_threads(config: RunConfig) -> None:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
-    is_tiny = {config.model.student, config.model.teacher} <= {*MODEL_SHAPES, *SHIPPED}
+    is_tiny = all(map(_is_tiny, (config.model.student, config.model.teacher)))
     if is_tiny and not _threads_before:
         _threads_before.append(torch.get_num_threads())
         torch.set_num_threads(1)
     elif not is_tiny and _threads_before:
         torch.set_num_threads(_threads_before.pop())
+
+
+def _is_tiny(name: str) -> bool:
+    """Whether a model, by its name or the size of its files, is as small as those made here."""
+    if name in MODEL_SHAPES or name in SHIPPED:
+        return True
+    sizes = [file.stat().st_size for file in Path(name).glob("*.safetensors")]
+    return 0 < sum(sizes) <= _TINY_BYTES
 
 
 def _origin(config: RunConfig, role: EvaluatedModel) -> tuple[str, float, int]:
@@ -134,7 +147,7 @@ def _identity(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
         "env": [env.id, sorted(env.options.items()), env.max_turns, style],
         "prompt": [window, env.show_admissible, env.parse_profile],
         "data": pool.content_hash,
-        "demonstrations": [start.demonstrations, _NOISE],
+        "demonstrations": [start.demonstrations, NOISE],
         "model": [name, epochs, start.lr, start.observation_weight, seed],
     }
     if name in MODEL_SHAPES:
@@ -161,8 +174,7 @@ def _newest_weights(name: str) -> str:
 def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -> Policy:
     """Train a model on demonstrations."""
     name, epochs, seed = _origin(config, role)
-    env, start = config.env, config.start
-    episodes = demonstrate(pool, start.demonstrations, _NOISE, seed=0)
+    episodes = demonstrate(pool, config.start.demonstrations, NOISE, seed=0)
     if name in MODEL_SHAPES:
         tokenizer = build_word_tokenizer(demonstration_texts(episodes))
         policy = build_policy(name, tokenizer, seed, name=label)
@@ -170,6 +182,15 @@ def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -
         # In both cases the trained weights are float32.
         dtype: Precision = "mixed" if config.model.dtype == "mixed" else "auto"
         policy = load_policy(name, device=config.model.devices[0], dtype=dtype, name=label)
+    imitate(policy, episodes, config, epochs, seed)
+    return policy
+
+
+def imitate(
+    policy: Policy, episodes: Sequence[Trajectory], config: RunConfig, epochs: float, seed: int
+) -> None:
+    """Train a model on demonstrations, with the prompts and learning rates of a run."""
+    env, start = config.env, config.start
     dialogue = DialogueEncoder(policy.tokenizer, env.prompt_style, env.template_options)
     train_on_demonstrations(
         policy,
@@ -180,7 +201,6 @@ def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -
         observation_weight=start.observation_weight,
         tokens_per_microbatch=config.train.tokens_per_microbatch,
     )
-    return policy
 
 
 # -- evaluations -----------------------------------------------------------------------------------

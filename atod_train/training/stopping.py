@@ -18,13 +18,13 @@ class StoppedByUser(Exception):
 
 @contextmanager
 def interruptible(
-    announce: bool = True, on_sigterm: Callable[[], None] | None = None
+    announce: bool = True, on_signal: Callable[[int], None] | None = None
 ) -> Iterator[list[float]]:
     """Catch the first SIGINT or SIGTERM, to stop after the step; a second one stops at once.
 
     Args:
         announce: print that the run will stop.
-        on_sigterm: called at the first SIGTERM. Unlike Ctrl-C it does not reach child processes.
+        on_signal: called with the number of the first signal.
 
     Yields:
         A list that is empty until a signal has arrived.
@@ -38,8 +38,8 @@ def interruptible(
                 raise KeyboardInterrupt
             return
         noted.append(now)
-        if number == signal.SIGTERM and on_sigterm is not None:
-            on_sigterm()
+        if on_signal is not None:
+            on_signal(number)
         if announce:
             print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
 

@@ -18,24 +18,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import build_policy
 from atod_train.models.pretrained import SHIPPED
 from atod_train.models.word_tokenizer import build_word_tokenizer
 from atod_train.presets import PRESETS
 from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
-from atod_train.training.supervised import (
-    demonstrate,
-    demonstration_texts,
-    tokenize,
-    train_on_demonstrations,
-)
+from atod_train.training.starts import NOISE, imitate
+from atod_train.training.supervised import demonstrate, demonstration_texts
 
 EPISODES = 3000
 """Episodes whose words are the vocabulary."""
-NOISE = 0.2
-"""Probability of a random action instead of the expert's."""
 
 
 def make(
@@ -46,18 +39,8 @@ def make(
     seed: int,
 ) -> str:
     """Train a model on episodes, save it, and return the SHA-256 of its weights."""
-    config = PRESETS["quickstart"].config
     policy = build_policy("mini", tokenizer, seed, name=folder.name)
-    dialogue = DialogueEncoder(tokenizer, config.env.prompt_style, config.env.template_options)
-    train_on_demonstrations(
-        policy,
-        [tokenize(episode, dialogue) for episode in episodes],
-        epochs=epochs,
-        lr=config.start.lr,
-        seed=seed,
-        observation_weight=config.start.observation_weight,
-        tokens_per_microbatch=config.train.tokens_per_microbatch,
-    )
+    imitate(policy, episodes, PRESETS["quickstart"].config, epochs, seed)
     policy.save(folder)
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 

@@ -180,15 +180,18 @@ def test_short_episodes_share_an_update(tokens: float, episodes: int) -> None:
 
 
 def test_tiny_models_compute_with_one_thread_and_later_ones_with_all(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = [5]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(starts, "_threads_before", [])
     tiny = replace(config, model=replace(config.model, student="mini", teacher="tiny"))
+    saved = replace(tiny, model=replace(tiny.model, teacher=str(tmp_path)))
+    (tmp_path / "model.safetensors").write_bytes(bytes(starts._TINY_BYTES))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for settings in (config, tiny, tiny, config, config):
+    larger = replace(tiny, model=replace(tiny.model, student="smollm2"))
+    for settings in (larger, tiny, saved, config, larger, larger):
         starts.choose_threads(settings)
     assert threads == [5, 1, 5]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

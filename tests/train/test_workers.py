@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
 from atod_gym.errors import AtodError
 from atod_train.studies.study import _workers
+from atod_train.training.stopping import StoppedByUser, interruptible
 
 
 @pytest.mark.slow
@@ -36,3 +41,36 @@ def test_ctrl_c_interrupts_a_call_but_no_worker_without_work() -> None:
         assert call_all(pow, [(2, 3)]) == [8]
         with pytest.raises(KeyboardInterrupt):
             call_all(signal.raise_signal, [(signal.SIGINT,)])
+
+
+def _work_until_stopped(begun: Path) -> None:
+    begun.touch()
+    with interruptible(announce=False) as interrupted:
+        while not interrupted:
+            time.sleep(0.01)
+    raise StoppedByUser("stopped")
+
+
+def _both_processes(number: int) -> None:
+    """Send a signal as a terminal does, or as `kill`."""
+    os.kill(os.getpid(), number)
+    if number == signal.SIGINT:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid or 0, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_no_call_begins_after_a_signal(number: int, tmp_path: Path) -> None:
+    begun = [tmp_path / str(i) for i in range(6)]
+
+    def send() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        time.sleep(0.5)  # until the handlers of the calls are there
+        _both_processes(number)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(StoppedByUser), _workers(2) as call_all:
+        call_all(_work_until_stopped, [(path,) for path in begun])
+    assert len(list(tmp_path.iterdir())) == 2
