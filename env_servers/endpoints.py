@@ -7,6 +7,7 @@ define the schemas of `GET /openapi.json`, so that the description matches the s
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ from env_servers.service import (
     read_body,
     union_members,
 )
+
+SERVED_HEADER = "atod-served"
+"""Header of answers: a hash of what is served, see `build_application`."""
+_INCIDENTAL = {"version", "pid", "sessions", "capacity", "max_topk"}
+"""Fields of `/health` that may change while the answers to all requests stay the same."""
 
 JSON, TEXT, HTML = "application/json", "text/plain", "text/html"
 _REASONS = {
@@ -139,6 +145,7 @@ def build_application(
     about: About,
     endpoints: Sequence[Endpoint],
     *,
+    health: Callable[[], msgspec.Struct],
     errors: ErrorResponder,
     metrics: Callable[[], Iterable[Metric]],
     max_body: int,
@@ -147,11 +154,14 @@ def build_application(
     pages: Sequence[BaseRoute] = (),
     lifespan: Lifespan[Starlette] | None = None,
 ) -> Starlette:
-    """Make an application; `/`, `/openapi.json` and `/metrics` are added to its endpoints.
+    """Make an application; adds `/`, `/health`, `/openapi.json` and `/metrics` to its endpoints.
+
+    Answers have `SERVED_HEADER`: clients notice a server that was restarted with other settings.
 
     Args:
         about: name and description of the server.
         endpoints: the endpoints for programs.
+        health: returns the answer of `/health`.
         errors: answers and counts errors, 404 and 405 included.
         metrics: returns the current metrics of the service.
         max_body: maximum size of a request, in bytes.
@@ -161,6 +171,9 @@ def build_application(
         lifespan: runs around the life of the application.
     """
     collected = Metrics(lambda: [*metrics(), errors.metric(f"{about.name}_errors_total")])
+
+    async def answer_health(request: Request) -> object:
+        return health()
 
     async def answer_metrics(request: Request) -> Response:
         return collected.response()
@@ -178,17 +191,21 @@ def build_application(
     async def answer_openapi(request: Request) -> dict[str, Any]:
         return document()
 
+    fields = msgspec.structs.asdict(health())
+    lasting = {name: value for name, value in fields.items() if name not in _INCIDENTAL}
+    served = hashlib.sha256(msgspec.json.encode(lasting, order="sorted")).hexdigest()
     counters = "Return counters in the text format of Prometheus."
     itself = "Describe this server: JSON, or a page for browsers."
     every = "Describe all endpoints as OpenAPI 3.1."
     table = [
         *endpoints,
+        Endpoint("GET", "/health", answer_health, "Describe what is served.", type(health())),
         Endpoint("GET", "/metrics", answer_metrics, counters, media=TEXT),
         Endpoint("GET", "/", answer_home, itself, Home),
         Endpoint("GET", "/openapi.json", answer_openapi, every, dict[str, Any]),
     ]
     app = Starlette(
-        routes=[*(_route(row, max_body) for row in table), *pages],
+        routes=[*(_route(row, max_body, served) for row in table), *pages],
         middleware=[Middleware(Guard, token=token, allowed_hosts=allowed_hosts, errors=errors)],
         exception_handlers=dict.fromkeys((ServiceError, HTTPException, Exception), errors.on_error),
         lifespan=lifespan,
@@ -197,7 +214,7 @@ def build_application(
     return app
 
 
-def _route(row: Endpoint, max_body: int) -> Route:
+def _route(row: Endpoint, max_body: int, served: str) -> Route:
     """Make the route of one row: decode the body, call the handler, encode its answer."""
     decode = None if row.request is None else _decoder(row.request)
 
@@ -208,7 +225,9 @@ def _route(row: Endpoint, max_body: int) -> Route:
         except asyncio.CancelledError:
             # The server is shutting down, and has waited for this request up to its limit.
             raise ServiceError(503, "stopping", "The server is shutting down.") from None
-        return found if isinstance(found, Response) else JsonResponse(found, row.status)
+        response = found if isinstance(found, Response) else JsonResponse(found, row.status)
+        response.headers[SERVED_HEADER] = served
+        return response
 
     return Route(row.path, answer, methods=[row.method])
 

@@ -1,7 +1,6 @@
 """Connect to the server of an environment, given by the user or started by this package.
 
-An environment requests its connection when it is made, and again at each reset, which replaces a
-lost one:
+An environment requests its connection when it is made, and a new one when that is lost:
 
     settings = ServerSettings("webshop", arguments, advice="..")           # to be started
     settings = ServerSettings("webshop", server_url=url, advice="..")      # a running one
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import requests
 from gymnasium.utils import EzPickle
 
 from atod_gym.errors import InvalidSettingError, ServerError
@@ -25,7 +25,10 @@ from atod_gym.serving.http import TOKEN_VARIABLE, JsonClient
 from atod_gym.serving.process import RunningServer, remember, shared_server
 
 ENDED_CODE = "ended"
-"""`ServerError.code` of a server that this package started and that has ended."""
+"""`ServerError.code` where the server of a connection has ended, or serves something else now."""
+
+SERVED_HEADER = "atod-served"
+"""Header of our servers' answers: a hash of what is served."""
 
 _T = TypeVar("_T")
 
@@ -57,7 +60,8 @@ _connections: dict[tuple[str, str | None], ServedConnection] = {}
 def connect(settings: ServerSettings) -> ServedConnection:
     """Return the connection for these settings; all environments of a process share it.
 
-    A lost connection is replaced; a server that this package started is started again.
+    A lost connection is replaced; a server that this package started is started again. One at
+    `server_url` is asked whether it still serves the same.
 
     Raises:
         InvalidSettingError: `server_url`, `token` or `timeout` cannot be used.
@@ -69,7 +73,7 @@ def connect(settings: ServerSettings) -> ServedConnection:
     # As text, since settings of a wrong type need not be hashable.
     key = (repr(settings), settings.token)
     connection = _connections.get(key)
-    if connection is None or connection.is_lost:
+    if connection is None or not connection.is_current():
         connection = _connections[key] = ServedConnection(settings)
     return connection
 
@@ -93,8 +97,41 @@ class ServedConnection(JsonClient):
             url, token = self.running.url, None
             advice = f"It was started with: {shlex.join(self.running.command)}"
         super().__init__(url, advice=advice, token=token, timeout=settings.timeout)
+        self._served: str | None = ""
+        """`SERVED_HEADER` of all answers; None: they have none; empty: before the first."""
         self.health: Mapping[str, Any] = self._health()
         """The answer of `/health`; empty for a server without it."""
+        self._served = self._served or None
+
+    def is_current(self) -> bool:
+        """Return whether the connection can be used; a request checks a server at `server_url`."""
+        if self.running is None and not self.is_lost:
+            try:
+                self.health = self._health()
+            except ServerError:
+                self.is_lost = True
+        return not self.is_lost
+
+    def replacement(self) -> ServedConnection:
+        """Return a new connection if this one is lost, else this one.
+
+        Raises:
+            ServerError: The server does not start or answer, or serves something else now.
+        """
+        if not self.is_lost:
+            return self
+        new = connect(self.settings)
+        if new._served != self._served:
+            changed = [
+                f"{name}={value!r} instead of {self.health.get(name)!r}"
+                for name, value in new.health.items()
+                if name not in ("pid", "sessions") and self.health.get(name) != value
+            ]
+            raise ServerError(
+                f"The server at {new.url} has been restarted with {', '.join(changed)}. Make a new "
+                "environment for it, or restart it with the earlier settings and data."
+            )
+        return new
 
     def request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         """Send a request; see `JsonClient.request`.
@@ -115,6 +152,18 @@ class ServedConnection(JsonClient):
                     code, output = ENDED_CODE, f": {output}" if output else ""
                     more = f" That process has ended{output}. reset() starts a new one."
             raise ServerError(f"{error}{more}", status=error.status, code=code) from error
+
+    def _read(self, where: str, response: requests.Response, answer: bytes) -> dict[str, Any]:
+        data = super()._read(where, response, answer)
+        served = response.headers.get(SERVED_HEADER)
+        if self._served not in ("", served):
+            raise ServerError(
+                f"{where}: the server has been restarted with other settings or data. Call reset() "
+                "to see which.",
+                code=ENDED_CODE,
+            )
+        self._served = served
+        return data
 
     def malformed(self, path: str, what: object) -> ServerError:
         """Return the error for an answer to `path`; `what` is an exception or a description."""
@@ -172,6 +221,10 @@ class ServedEnv(EzPickle):
     """
 
     _connection: ServedConnection
+
+    def _renew(self) -> None:
+        """Replace a lost connection, see `ServedConnection.replacement`."""
+        self._connection = self._connection.replacement()
 
     @property
     def server_url(self) -> str:

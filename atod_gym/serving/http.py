@@ -7,7 +7,6 @@ and the user's proxies and `.netrc`; `tests/benchmarks/http_client.py` measures 
 from __future__ import annotations
 
 import json
-import math
 import os
 import ssl
 from collections.abc import Iterator, Sequence
@@ -45,6 +44,7 @@ TOKEN_VARIABLE = "ATOD_SERVER_TOKEN"
 """Environment variable with the token of servers that require one."""
 
 CONNECT_TIMEOUT = 5.0
+MAX_TIMEOUT = 1_000_000
 MAX_ANSWER_BYTES = 1_000_000_000
 
 # More threads than this per process open a new connection for each request.
@@ -88,8 +88,10 @@ class JsonClient:
         self.url = check_server_url(url)
         self.advice = advice
         is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-        if not is_number or not 0 < timeout < math.inf:
-            raise InvalidSettingError(f"timeout must be a number of seconds > 0, not {timeout!r}.")
+        if not is_number or not 0 < timeout <= MAX_TIMEOUT:
+            raise InvalidSettingError(
+                f"timeout must be a number of seconds, > 0 and <= {MAX_TIMEOUT:,}, not {timeout!r}."
+            )
         if token and not (token.isascii() and token.isprintable()):
             raise InvalidSettingError("A token must be printable ASCII.")
         self._timeout = (CONNECT_TIMEOUT, timeout)

@@ -65,6 +65,7 @@ def create_app(
     return build_application(
         _ABOUT,
         api.endpoints(),
+        health=api.health,
         errors=ErrorResponder(),
         metrics=api.metrics,
         max_body=max_body,
@@ -92,7 +93,6 @@ class RetrievalApi:
                 "POST", "/retrieve", self.retrieve, "Find passages for queries.",
                 ScoredDocuments | Documents, request_type(self._limits),
             ),
-            Endpoint("GET", "/health", self.health, "Describe what is served.", Health),
             Endpoint(
                 "GET", "/questions/{split}", self.questions,
                 "List the questions of the generated world.", QuestionList, errors=(404,),
@@ -156,8 +156,8 @@ class RetrievalApi:
                 pace = _NEWEST_SHARE * pace + (1 - _NEWEST_SHARE) * self._seconds_per_character
             self._seconds_per_character = max(pace, 1e-12)
 
-    async def health(self, request: Request) -> Health:
-        """Answer GET /health."""
+    def health(self) -> Health:
+        """Return the answer of `/health`."""
         collection = self._collection
         world = collection.world
         return Health(
@@ -170,6 +170,7 @@ class RetrievalApi:
             passages=len(collection.corpus),
             left_out=dict(collection.left_out.counts),
             retriever=collection.retriever.name,
+            max_topk=self._limits.max_topk,
             settings=dict(collection.retriever.settings),
             world_seed=None if world is None else collection.settings.world_seed,
             entities=None if world is None else collection.settings.entities,

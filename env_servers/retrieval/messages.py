@@ -79,6 +79,7 @@ class Health(msgspec.Struct):
     left_out: dict[str, int]
     """Rows of the corpus file that are not used, by reason."""
     retriever: str
+    max_topk: int
     settings: dict[str, Any]
     """The settings that the retriever's results depend on."""
     world_seed: int | None

@@ -165,6 +165,7 @@ def create_app(
     return build_application(
         _ABOUT,
         api.endpoints(),
+        health=api.health,
         errors=errors,
         metrics=api.metrics,
         max_body=max_body,
@@ -216,7 +217,6 @@ class ShopApi:
                 "GET", "/tasks/{split}", self._answer_tasks, "List the tasks of a split.",
                 Manifest, errors=(404,),
             ),
-            Endpoint("GET", "/health", self._answer_health, "Describe the served shop.", Health),
         ]  # fmt: skip
 
     def metrics(self) -> list[Metric]:
@@ -231,7 +231,8 @@ class ShopApi:
             counter("webshop_step_seconds_total", "Seconds of steps.", store.step_seconds),
         ]
 
-    async def _answer_health(self, request: Request) -> Health:
+    def health(self) -> Health:
+        """Return the answer of `/health`."""
         shop = self._store.shop
         return Health(
             status="ok",

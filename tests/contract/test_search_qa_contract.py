@@ -28,7 +28,7 @@ from atod_gym.serving.connection import ServedConnection
 from env_servers.retrieval.world import SPLITS, World
 
 HEALTH = {"status", "service", "version", "pid", "data", "corpus_hash", "passages", "retriever",
-          "settings", "world_seed", "entities", "splits", "left_out"}  # fmt: skip
+          "max_topk", "settings", "world_seed", "entities", "splits", "left_out"}  # fmt: skip
 ENTITIES, SEED = 80, 5
 PASSAGES = [
     {"id": "m", "contents": '"Halden Mill"\nHalden Mill was built\nin 1821.'},
@@ -40,10 +40,10 @@ PASSAGES = [
 class Server:
     """A server in a process of its own, started as a user would."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, port: int = 0) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "env_servers.cli", "retrieval", *arguments,
-             "--port", "0", "--parent", str(os.getpid())],
+             "--port", str(port), "--parent", str(os.getpid())],
             stdout=subprocess.PIPE,
         )  # fmt: skip
         assert self.process.stdout is not None
@@ -65,8 +65,8 @@ class Server:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     started: list[Server] = []
 
-    def start_one(*arguments: str) -> Server:
-        started.append(Server(*arguments))
+    def start_one(*arguments: str, port: int = 0) -> Server:
+        started.append(Server(*arguments, port=port))
         return started[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -158,6 +158,16 @@ def test_batches_keep_their_order(corpus: Server) -> None:
 
 
 @pytest.mark.parametrize("topk", [101, 10_000])
+def test_an_environment_with_more_passages_than_the_server_returns_is_refused(
+    world: Server, topk: int
+) -> None:
+    settings: dict[str, Any] = {"server_url": world.url, "entities": ENTITIES, "world_seed": SEED}
+    with pytest.raises(InvalidSettingError, match=rf"topk={topk} is more .*\(100\).*--max-topk"):
+        SearchQAEnv(topk=topk, **settings)
+    assert SearchQAEnv(topk=100, **settings).topk == 100
+
+
+@pytest.mark.parametrize("topk", [101, 10_000])
 def test_a_refused_request_is_reported_once(corpus: Server, topk: int) -> None:
     before = corpus.http.get(f"{corpus.url}/metrics", timeout=30).text
     with pytest.raises(ServerError, match=r"/retrieve: .*topk.* \(HTTP 422\)") as caught:
@@ -194,6 +204,44 @@ def test_other_worlds_and_data_are_refused(world: Server, corpus: Server, folder
     with pytest.raises(DataNotFoundError, match="no generated questions"):
         SearchQAEnv(data="generated", server_url=corpus.url)
     assert corpus.call("GET", "/questions/train")[1]["error"]["code"] == "no_questions"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("now", "refusal"),
+    [
+        ("--k1 0.9 --max-queries 9 --max-topk 50", ""),
+        ("--k1 1.5", "settings={.*1.5.*} instead of {"),
+        ("--entities 60", "entities=60 instead of 50"),
+        ("--world-seed 7", "world_seed=7 instead of 0"),
+    ],
+)
+def test_a_server_that_is_restarted_serves_the_same_or_is_refused(
+    start: Callable[..., Server], now: str, refusal: str
+) -> None:
+    first = start("--entities", "50")
+    settings: dict[str, Any] = {"server_url": first.url, "entities": 50}
+    old, idle = SearchQAEnv(**settings), SearchQAEnv(**settings)
+    old.reset(seed=0)
+    before = old.step("search[mill]")[0]["text"]
+    first.end()
+    port = int(first.url.rpartition(":")[2])
+    start("--entities", "50", *now.split(), port=port)
+    idle.reset(seed=0)
+    for env in (old, idle):
+        if refusal:
+            with pytest.raises(ServerError, match=f"restarted with .*{refusal}"):
+                env.step("search[mill]")
+        else:
+            assert env.step("search[mill]")[0]["text"] == before
+    name, _, value = refusal.partition(" ")[0].partition("=")
+    if name in ("entities", "world_seed"):
+        with pytest.raises(InvalidSettingError, match=f"has {name}={value}, but"):
+            SearchQAEnv(**settings)
+        settings[name] = int(value)
+    new = SearchQAEnv(**settings)
+    new.reset(seed=0)
+    assert new.step("search[mill]")[4]["searches"] == 1
 
 
 def test_tokens(start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,10 +35,10 @@ HEALTH = {"status", "service", "version", "data", "products", "goals", "splits",
 class Server:
     """A server in a process of its own, started as a user would."""
 
-    def __init__(self, *arguments: str, **variables: str) -> None:
+    def __init__(self, *arguments: str, port: int = 0, **variables: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "env_servers.cli", "webshop", *arguments,
-             "--port", "0", "--parent", str(os.getpid())],
+             "--port", str(port), "--parent", str(os.getpid())],
             stdout=subprocess.PIPE, env={**os.environ, **variables},
         )  # fmt: skip
         assert self.process.stdout is not None
@@ -86,8 +86,8 @@ def start() -> Iterator[Callable[..., Server]]:
     """Starts servers, and ends them after the test."""
     started: list[Server] = []
 
-    def start_one(*arguments: str, **variables: str) -> Server:
-        started.append(Server(*arguments, **variables))
+    def start_one(*arguments: str, port: int = 0, **variables: str) -> Server:
+        started.append(Server(*arguments, port=port, **variables))
         return started[-1]
 
     yield start_one
@@ -276,6 +276,42 @@ def test_settings_that_the_server_does_not_have_are_refused(server: Server) -> N
     for settings in cases:
         with pytest.raises(InvalidSettingError, match=f"has {next(iter(settings))}="):
             WebShopEnv(server_url=server.url, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("now", "refusal"),
+    [
+        ("--capacity 9", ""),
+        ("--products 60", "content_hash=.*products=60 instead of 50"),
+        ("--goal-seed 5", "goal_seed=5 instead of 233"),
+        ("--text-style text_rich", "text_style='text_rich' instead of 'text'"),
+        ("--splits verl-agent", "splits=.*split_rule='verl-agent' instead"),
+    ],
+)
+def test_a_server_that_is_restarted_serves_the_same_or_is_refused(
+    start: Callable[..., Server], now: str, refusal: str
+) -> None:
+    shop = ("--data", "generated", "--products", "50")
+    first = start(*shop)
+    settings: dict[str, Any] = {"server_url": first.url, "products": 50}
+    old, idle = WebShopEnv(**settings), WebShopEnv(**settings)
+    before = old.reset(seed=0)
+    first.end()
+    start(*shop, *now.split(), port=int(first.url.rpartition(":")[2]))
+    with pytest.raises(ServerError, match=r"(?i)restarted.*Call reset\(\)"):
+        old.step("search[shoes]")
+    for env in (old, idle):
+        if refusal:
+            with pytest.raises(ServerError, match=f"restarted with .*{refusal}"):
+                env.reset(seed=0)
+        else:
+            assert env.reset(seed=0) == before
+    if refusal:
+        with pytest.raises(InvalidSettingError, match="was requested"):
+            WebShopEnv(**settings)
+    else:
+        assert WebShopEnv(**settings).reset(seed=0) == before
 
 
 def test_files_in_the_official_format_are_not_the_official_ones(

@@ -26,6 +26,8 @@ class FakeServer:
         self.requests: list[tuple[str, str]] = []
         """Method and path of all requests."""
         self.bodies: list[Any] = []
+        self.headers: dict[str, str] = {}
+        """Sent with each answer."""
         self.tokens: list[str | None] = []
         lock = threading.Lock()
         fake = self
@@ -45,6 +47,8 @@ class FakeServer:
                         content = json.dumps(content).encode()
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(content)))
+                    for item in fake.headers.items():
+                        self.send_header(*item)
                     self.end_headers()
                     self.wfile.write(content)
 

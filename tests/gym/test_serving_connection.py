@@ -11,7 +11,14 @@ from fake_server import FakeServer
 from atod_gym.errors import InvalidSettingError, ServerError
 from atod_gym.serving import connection as serving
 from atod_gym.serving import http
-from atod_gym.serving.connection import ServedConnection, ServerSettings, connect, read_field
+from atod_gym.serving.connection import (
+    ENDED_CODE,
+    SERVED_HEADER,
+    ServedConnection,
+    ServerSettings,
+    connect,
+    read_field,
+)
 
 
 class Fake(FakeServer):
@@ -39,13 +46,36 @@ def to(fake: Fake, **settings: Any) -> ServedConnection:
     )
 
 
-def test_equal_settings_share_a_connection_that_asked_for_health_once(fake: Fake) -> None:
+def test_equal_settings_share_a_connection(fake: Fake) -> None:
     first = to(fake)
     assert to(fake) is first
     assert connect(first.settings) is first
     assert (first.url, first.health["service"]) == (fake.url, "shop")
     assert to(fake, timeout=5.0) is not first
-    assert fake.requests == [("GET", "/health")] * 2
+
+
+@pytest.mark.parametrize("was", ["other", None])
+@pytest.mark.parametrize("now", ["other", "same", None])
+def test_a_server_that_serves_something_else_is_noticed(
+    fake: Fake, was: str | None, now: str | None
+) -> None:
+    fake.headers = {SERVED_HEADER: "same"} if was else {}
+    fake.answers["/health"][1]["seed"] = 1
+    fake.answers["/x"] = (200, {})
+    old = to(fake)
+    old.get("/x")
+    fake.headers = {SERVED_HEADER: now} if now else {}
+    fake.answers["/health"][1]["seed"] = 2
+    if fake.headers.get(SERVED_HEADER) == (was and "same"):
+        assert old.get("/x") == {}
+        assert old.replacement() is to(fake) is old
+        return
+    with pytest.raises(ServerError, match="/x: the server has been restarted with other") as caught:
+        old.get("/x")
+    assert (caught.value.code, old.is_lost) == (ENDED_CODE, True)
+    with pytest.raises(ServerError, match=r"restarted with seed=2 instead of 1\. Make a new"):
+        old.replacement()
+    assert to(fake).health["seed"] == 2
 
 
 def test_a_connection_that_failed_is_renewed(fake: Fake) -> None:

@@ -38,6 +38,7 @@ class FakeShop(FakeServer):
         """Part of a path -> answer in place of the right one."""
         self.capacity = 1000
         super().__init__(self.answer, port)
+        self.headers = {"atod-served": str(tasks)}
 
     def answer(self, method: str, path: str, body: Any) -> Answer:
         right = self.right_answer(path, body)
@@ -189,7 +190,8 @@ def reset_many(envs: list[WebShopEnv], tasks: list[str]) -> None:
 @pytest.mark.parametrize("count", [1, 5])
 def test_a_turn_of_all_is_one_request_and_a_later_reset_two(shop: FakeShop, count: int) -> None:
     envs = [make(shop) for _ in range(count)]
-    assert shop.take_requests() == [("GET", "/health"), ("GET", "/tasks/train")]
+    health = ("GET", "/health")
+    assert shop.take_requests() == [health, ("GET", "/tasks/train"), *[health] * (count - 1)]
     tasks = [f"fake/{number:04d}" for number in range(count)]
     reset_many(envs, tasks)
     results = WebShopEnv._play_many(envs, [f"action {number}" for number in range(count)])
@@ -199,7 +201,7 @@ def test_a_turn_of_all_is_one_request_and_a_later_reset_two(shop: FakeShop, coun
     assert len(shop.sessions) == count
     for env in (*envs, *envs, make(shop)):
         env.close()
-    assert shop.take_requests() == [CLOSE] * count
+    assert shop.take_requests() == [health, *[CLOSE] * count]
     assert shop.sessions == {}
     assert WebShopEnv._open_many([], []) == WebShopEnv._play_many([], []) == []
 
@@ -298,7 +300,7 @@ def test_a_restarted_server_serves_a_fresh_reset() -> None:
     third = FakeShop(first.port, tasks=7)
     with pytest.raises(ServerError):
         env.step("x")
-    with pytest.raises(ServerError, match="other tasks than before"):
+    with pytest.raises(ServerError, match=r"restarted with splits=.* instead of"):
         env.reset()
     third.end()
     env.close()

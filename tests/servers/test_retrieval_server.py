@@ -40,7 +40,7 @@ LINES = [
 ]
 HEALTH = {
     "status", "service", "version", "pid", "data", "corpus_hash", "passages", "retriever",
-    "settings", "world_seed", "entities", "splits", "left_out",
+    "max_topk", "settings", "world_seed", "entities", "splits", "left_out",
 }  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def test_health_describes_the_service(
     assert {name: health[name] for name in HEALTH - {"corpus_hash", "version"}} == {
         "status": "ok", "service": "retrieval", "pid": os.getpid(), "data": str(corpus_file),
         "passages": 4, "retriever": "bm25", "settings": {"k1": 0.9, "b": 0.4},
-        "world_seed": None, "entities": None, "splits": [], "left_out": {},
+        "max_topk": 5, "world_seed": None, "entities": None, "splits": [], "left_out": {},
     }  # fmt: skip
     health = generated.get("/health").json()
     assert health.keys() == HEALTH

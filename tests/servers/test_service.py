@@ -67,7 +67,8 @@ def application(
     ]
     app = build_application(
         About("test", "A <test>.", links=(("/echo", "Echo & more"),)), endpoints,
-        errors=ErrorResponder(), metrics=lambda: [gauge("test_live", "Live.", 3)],
+        health=lambda: Other(1), errors=ErrorResponder(),
+        metrics=lambda: [gauge("test_live", "Live.", 3)],
         max_body=max_body, token=token, allowed_hosts=allowed_hosts,
     )  # fmt: skip
     return AppCaller(app)

@@ -21,7 +21,7 @@ from atod_gym.envs.search_qa.settings import (
 from atod_gym.envs.turn_env import TurnEnv, TurnResult
 from atod_gym.errors import InvalidSettingError, ServerError
 from atod_gym.scoring import exact_match, f1_score
-from atod_gym.serving.connection import ENDED_CODE, ServedConnection, ServedEnv, connect
+from atod_gym.serving.connection import ENDED_CODE, ServedConnection, ServedEnv
 from atod_gym.types import SearchQAInfo
 
 Verb = Literal["search", "answer", ""]
@@ -191,8 +191,7 @@ class SearchQAEnv(TurnEnv, ServedEnv):
         together: dict[tuple[ServedConnection, int], dict[int, str]] = {}
         for row, (env, (verb, query)) in enumerate(zip(envs, parsed, strict=True)):
             if verb == "search":
-                if env._connection.is_lost:
-                    env._connection = connect(env._connection.settings)
+                env._renew()
                 together.setdefault((env._connection, env.topk), {})[row] = query
         found: dict[int, Passages] = {}
         for (connection, topk), queries in together.items():
@@ -203,8 +202,8 @@ class SearchQAEnv(TurnEnv, ServedEnv):
                     raise
                 # A server that this package starts again can repeat searches.
                 for row in queries:
-                    envs[row]._connection = connect(connection.settings)
-                results = search(connect(connection.settings), [*queries.values()], topk)
+                    envs[row]._renew()
+                results = search(connection.replacement(), [*queries.values()], topk)
             found.update(zip(queries, results, strict=True))
         return [
             env._turn(verb, argument, found.get(row, ()))

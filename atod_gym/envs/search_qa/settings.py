@@ -214,6 +214,12 @@ def connect_retriever(settings: SearchQASettings) -> ServedConnection:
     if not connection.health and "probe" not in connection.cache:
         # A server without our /health: a wrong path is reported now, not in the first episode.
         connection.cache["probe"] = search(connection, ["first man on the moon"], 1)
+    if settings.topk > connection.health.get("max_topk", settings.topk):
+        raise InvalidSettingError(
+            f"topk={settings.topk} is more than the server at {connection.url} returns "
+            f"({connection.health['max_topk']}). Lower topk, or start a server with a larger "
+            "--max-topk and give its URL as server_url."
+        )
     if left_out := connection.health.get("left_out"):
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         corpus = connection.health.get("data")

@@ -18,7 +18,6 @@ from atod_gym.serving.connection import (
     ENDED_CODE,
     ServedConnection,
     ServedEnv,
-    connect,
     read_field,
 )
 from atod_gym.serving.http import in_batches
@@ -228,19 +227,6 @@ class WebShopEnv(TurnEnv, ServedEnv):
         if self._session_id and self._session_owner == os.getpid():
             self._connection.cache.setdefault("left", []).append(self._session_id)
         self._session_id = ""
-
-    def _renew(self) -> None:
-        """Replace a lost connection, unless the server now has other tasks."""
-        if not self._connection.is_lost:
-            return
-        connection = connect(self._connection.settings)
-        self._settings.check(connection)
-        if _tasks(connection, self.split)[0].content_hash != self.manifest.content_hash:
-            raise ServerError(
-                f"The server at {connection.url} has other tasks than before. Make a new "
-                "environment to play them."
-            )
-        self._connection = connection
 
     def _own_info(self) -> dict[str, Any]:
         info: WebShopInfo = {"noun_tagger": str(self._connection.health.get("noun_tagger"))}

@@ -90,7 +90,7 @@ class ShopSettings:
             folder = locate(self.data, SOURCE, lambda found: self._served(found) == "official")
         connection = connect(self._server(folder))
         self.check(connection)
-        served = self._served(folder)
+        served = str(connection.health.get("data"))
         if self.server_url is not None:
             return connection, served
         return connection, data_label(self.data, folder, is_official=served == "official")
