@@ -99,7 +99,10 @@ class WebShopInfo(StepInfo, total=False):
 
 
 class SearchQAInfo(StepInfo, total=False):
-    """The `info` of Search-QA; has `golden_answers` on the last turn only."""
+    """The `info` of Search-QA; has `golden_answers` on the last turn only.
+
+    A truncation by `gym.make` alone (`max_episode_steps`) is no last turn to the environment.
+    """
 
     f1: float
     """Token F1 of the answer with the best gold answer, 0 to 1; 0.0 before the answer."""

@@ -44,7 +44,7 @@ class TurnResult(NamedTuple):
     """Why the action had no effect, for `info["message"]`; usually empty."""
 
 
-def check_max_turns(max_turns: object) -> None:
+def check_max_turns(max_turns: object, name: str = "max_turns") -> None:
     """Check a turn limit; None means no limit.
 
     Raises:
@@ -53,7 +53,18 @@ def check_max_turns(max_turns: object) -> None:
     if max_turns is not None and (
         isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1
     ):
-        raise InvalidSettingError(f"max_turns must be an integer >= 1, not {max_turns!r}.")
+        raise InvalidSettingError(f"{name} must be an integer >= 1, not {max_turns!r}.")
+
+
+def check_registered_limit(env_id: str, max_turns: int | None) -> None:
+    """Raise InvalidSettingError for a `max_turns` above the limit that an id is registered with."""
+    registered = gymnasium.registry.get(env_id)
+    limit = None if registered is None else registered.max_episode_steps
+    if max_turns is not None and limit is not None and max_turns > limit:
+        raise InvalidSettingError(
+            f"max_turns={max_turns} is above the registered limit of {env_id}, {limit} turns, and "
+            f"only max_episode_steps raises that. Give max_episode_steps={max_turns} instead."
+        )
 
 
 class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
@@ -93,8 +104,8 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
 
         Args:
             split: name of a split.
-            max_turns: episodes are truncated after this many turns; None: only by `gym.make`,
-                after `max_episode_steps` turns (`default_max_turns` where it is not given).
+            max_turns: episodes are truncated after this many turns; None: no limit here. The limit
+                of `gym.make`, `max_episode_steps`, is unknown here until `limit_turns`.
             render_mode: None or `ansi`.
 
         Raises:
@@ -109,8 +120,7 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
             )
         self.split = split
         self.max_turns = self.default_max_turns if max_turns is None else max_turns
-        """The number of turns that experts plan with. Code that limits episodes from outside, as
-        `TimeLimit` does, may set it to its limit."""
+        """The number of turns that experts plan with."""
         self.render_mode = render_mode
         self.observation_space = cast(
             "gymnasium.Space[TurnObservation]", turn_observation_space(max_turns)
@@ -133,14 +143,13 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
 
     @spec.setter
     def spec(self, spec: EnvSpec | None) -> None:
-        registered = gymnasium.registry.get(spec.id) if spec is not None else None
-        limit = None if registered is None else registered.max_episode_steps
-        if self.turn_limit is not None and limit is not None and self.turn_limit > limit:
-            raise InvalidSettingError(
-                f"max_turns={self.turn_limit} has no effect: gym.make ends an episode after "
-                f"{limit} turns. Give max_episode_steps={self.turn_limit} instead."
-            )
+        if spec is not None:
+            check_registered_limit(spec.id, self.turn_limit)
         self._spec = spec
+
+    def limit_turns(self, limit: int) -> None:
+        """Set a limit from outside, such as that of `TimeLimit`, unless `max_turns` is smaller."""
+        self.turn_limit = self.max_turns = min(limit, self.turn_limit or limit)
 
     @staticmethod
     def is_placeholder(action: str) -> bool:
@@ -209,6 +218,12 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
             "admissible_actions": result.admissible_actions,
             "turn_index": self._turn_index,
         }
+
+    @property
+    def ended(self) -> tuple[bool, bool]:
+        """Whether the episode is terminated, and whether it is truncated."""
+        is_terminated = self._result is not None and self._result.terminated
+        return is_terminated, self._over and not is_terminated
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -6,18 +6,24 @@ turn of all episodes in one request, ALFWorld plays them in one loop. No extra p
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
-from gymnasium.envs.registration import load_env_creator
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from atod_gym.envs.turn_env import Turn, TurnEnv
+from atod_gym.envs.turn_env import (
+    Turn,
+    TurnEnv,
+    check_max_turns,
+    check_registered_limit,
+)
 from atod_gym.errors import InvalidSettingError
 from atod_gym.types import TurnObservation
 
@@ -65,7 +71,7 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
         Args:
             num_envs: number of episodes that are played at the same time, at least 1.
             autoreset_mode: `NextStep`, `SameStep` or `Disabled`, see Gymnasium.
-            max_episode_steps: turn limit; None: that of `max_turns` in `settings`, else none.
+            max_episode_steps: turn limit; -1: none. A smaller `max_turns` in `settings` counts.
             **settings: of the environment class.
 
         Raises:
@@ -81,8 +87,12 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
             raise InvalidSettingError(
                 f"Unknown autoreset_mode {autoreset_mode!r}; known: {known}."
             ) from None
-        if max_episode_steps is not None:
-            settings.setdefault("max_turns", max_episode_steps)
+        if max_episode_steps not in (None, -1):
+            check_max_turns(max_episode_steps, "max_episode_steps")
+            check_max_turns(settings.get("max_turns"))
+            check_registered_limit(self.env_id, settings.get("max_turns"))
+            given = settings.get("max_turns") or max_episode_steps
+            settings["max_turns"] = min(given, max_episode_steps)
         creator: Any = load_env_creator(str(gymnasium.spec(self.env_id).entry_point))
         self.num_envs = num_envs
         self.envs: list[TurnEnv] = []
@@ -99,10 +109,19 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
         self.single_action_space = first.action_space
         self.observation_space = batch_space(first.observation_space, num_envs)
         self.action_space = batch_space(first.action_space, num_envs)
-        self._terminations = np.zeros(num_envs, np.bool_)
-        self._truncations = np.zeros(num_envs, np.bool_)
         self._played: tuple[NDArray[np.bool_], dict[int, Turn]] | None = None
         """Result of `_play_turn` in a `step` in which new episodes failed to start."""
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """The specification of `gymnasium.make_vec`, with the turn limit that is played."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = copy.copy(spec)
+        if self._spec is not None:
+            self._spec.max_episode_steps = self.envs[0].turn_limit
 
     @property
     def task_ids(self) -> tuple[str, ...]:
@@ -150,24 +169,25 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
         over, turns = self._played
         rewards = np.zeros(self.num_envs)
         infos: list[dict[str, Any] | None] = [None] * self.num_envs
-        for number, turn in turns.items():
-            _, rewards[number], _, _, infos[number] = turn
-        flags = self._terminations.copy(), self._truncations.copy()
-        final: dict[str, Any] = {}
         if self.autoreset_mode is AutoresetMode.NEXT_STEP:
             self._restart(over, infos)
-            flags = self._terminations.copy(), self._truncations.copy()
-        elif self.autoreset_mode is AutoresetMode.SAME_STEP and (flags[0] | flags[1]).any():
-            final = self._final(flags[0] | flags[1], turns)
-            self._restart(flags[0] | flags[1], infos)
+        terminations, truncations = np.array([env.ended for env in self.envs], np.bool_).T.copy()
+        for number, turn in turns.items():
+            _, rewards[number], terminations[number], truncations[number], infos[number] = turn
+        final: dict[str, Any] = {}
+        ended = terminations | truncations
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
+            final = self._final(ended, turns)
+            self._restart(ended, infos)
         self._played = None
-        return self._observations(), rewards, *flags, {**final, **_batched(infos)}
+        infos_by_key = {**final, **_batched(infos)}
+        return self._observations(), rewards, terminations, truncations, infos_by_key
 
     def _play_turn(
         self, actions: Sequence[str | None]
     ) -> tuple[NDArray[np.bool_], dict[int, Turn]]:
         """Play the actions; return which episodes were over before, and the turns by number."""
-        over = self._terminations | self._truncations
+        over = np.array([any(env.ended) for env in self.envs], np.bool_)
         resets = self.autoreset_mode is AutoresetMode.NEXT_STEP
         skips = self.autoreset_mode is AutoresetMode.DISABLED
         playing: list[tuple[int, str]] = []
@@ -215,14 +235,10 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
             for env, seed, option in zip(envs, seeds or [None] * len(envs), options, strict=True)
         ]
         opened = type(envs[0])._open_many(envs, chosen)
-        starts = [
+        return [
             env._begin(task_id, *start)
             for env, task_id, start in zip(envs, chosen, opened, strict=True)
         ]
-        for number, env in zip(numbers, envs, strict=True):
-            self._terminations[number] = env._over
-            self._truncations[number] = False
-        return starts
 
     def play(self, numbers: Sequence[int], actions: Sequence[str]) -> list[Turn]:
         """Play one turn in some environments, without batching what they return.
@@ -243,13 +259,10 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
         for env, action in zip(envs, actions, strict=True):
             env._check_step(action)
         results = type(envs[0])._play_many(envs, actions)
-        turns = [
+        return [
             env._record(action, result)
             for env, action, result in zip(envs, actions, results, strict=True)
         ]
-        for number, turn in zip(numbers, turns, strict=True):
-            self._terminations[number], self._truncations[number] = turn[2:4]
-        return turns
 
     def render(self) -> tuple[Any, ...]:
         """Return the rendering of each environment."""

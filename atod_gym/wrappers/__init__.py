@@ -155,6 +155,9 @@ def make_env(
 ) -> gymnasium.Env[Any, Any]:
     """Make an environment with a turn limit, of this or any other package.
 
+    Environments of this package are limited themselves, not only by the wrapper of
+    `gymnasium.make`: experts plan with the limit, and a further step is refused.
+
     Args:
         env_id: what `gymnasium.make` takes.
         max_turns: turn limit; None: the one that the id is registered with.
@@ -167,13 +170,15 @@ def make_env(
     check_max_turns(max_turns)
     try:
         # Gymnasium's checker breaks the first step after a refused first reset.
-        return gymnasium.make(env_id, max_turns, disable_env_checker=True, **settings)
+        env = gymnasium.make(env_id, max_turns, disable_env_checker=True, **settings)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         known = f" Environments here: {', '.join(atod_gym.ENV_IDS)}."
         advice = "" if env_id in gymnasium.registry else known
         raise InvalidSettingError(f"{env_id}: {error}{advice}") from error
     except TypeError as error:
         raise InvalidSettingError(f"{env_id} does not take these settings: {error}") from error
+    _share_limit(env)
+    return env
 
 
 def agent_env(
@@ -191,16 +196,20 @@ def agent_env(
     In the stack's `info`, `action` is the executed action, and `parse_error` is the reason why a
     completion did not parse.
     """
-    limit = None if env.spec is None else env.spec.max_episode_steps
-    if limit is not None and isinstance(env.unwrapped, TurnEnv):
-        # Experts plan with the limit that Gymnasium's TimeLimit sets.
-        env.unwrapped.max_turns = min(limit, env.unwrapped.turn_limit or limit)
+    _share_limit(env)
     if style == "window":
         env = History(env, window=history_window)
     env = ParseAction(env, profile=profile)
     return ChatPrompt(
         env, style=style, template=template, profile=profile, show_admissible=show_admissible
     )
+
+
+def _share_limit(env: gymnasium.Env[Any, Any]) -> None:
+    """Set the limit of Gymnasium's `TimeLimit` in an environment of this package, too."""
+    limit = None if env.spec is None else env.spec.max_episode_steps
+    if limit is not None and isinstance(env.unwrapped, TurnEnv):
+        env.unwrapped.limit_turns(limit)
 
 
 def _turn_space(env: gymnasium.Env[Any, str], wrapper: str) -> spaces.Dict:

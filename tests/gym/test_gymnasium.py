@@ -19,6 +19,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 import atod_gym
 from atod_gym.envs.vector import TurnVectorEnv
 from atod_gym.errors import InvalidSettingError, ServerError, TaskNotFoundError
+from atod_gym.wrappers import agent_env, make_env
 
 LIMITS = {"atod/ALFWorld-v0": 50, "atod/WebShop-v0": 15, "atod/SearchQA-v0": 4}
 RESERVED = {"episode", "_episode", "final_obs", "final_info", "final_observation"}
@@ -76,7 +77,7 @@ def test_the_registered_spec_names_the_turn_limit(env_id: str) -> None:
     again.close()
 
 
-@pytest.mark.parametrize("limit", [1, 3, 70])
+@pytest.mark.parametrize("limit", [1, 70])
 def test_max_episode_steps_shortens_and_lengthens(env_id: str, limit: int, vectors: Any) -> None:
     env = gymnasium.make(env_id, max_episode_steps=limit)
     assert run(env, IDLE[env_id])[0] == limit
@@ -91,13 +92,87 @@ def test_max_episode_steps_shortens_and_lengthens(env_id: str, limit: int, vecto
         assert truncations.tolist() == [turn == limit] * 2
 
 
-def test_a_limit_that_would_have_no_effect_is_refused(env_id: str) -> None:
-    more = LIMITS[env_id] + 1
-    with pytest.raises(InvalidSettingError, match=f"max_episode_steps={more}"):
-        gymnasium.make(env_id, max_turns=more)
-    env = gymnasium.make(env_id, max_turns=2)
-    assert run(env, IDLE[env_id])[0] == 2
+@pytest.mark.parametrize(
+    ("max_episode_steps", "max_turns", "played"),
+    [
+        (None, None, "usual"), (3, None, 3), (None, 3, 3), (2, 3, 2), (3, 2, 2), (60, 2, 2),
+        (60, None, 60), (None, 60, "refused"), (60, 60, "refused"), (100, 60, "refused"),
+        (-1, 3, 3), (-1, None, None),
+    ],
+)  # fmt: skip
+def test_of_two_limits_the_smaller_counts(
+    env_id: str, max_episode_steps: int | None, max_turns: int | None, played: Any, vectors: Any
+) -> None:
+    limits = {"max_episode_steps": max_episode_steps, "max_turns": max_turns}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    makers = {
+        "single": lambda: gymnasium.make(env_id, **limits),  # type: ignore[arg-type]
+        "native": lambda: vectors(env_id, 1, **limits),
+        "sync": lambda: vectors(env_id, 1, "sync", **limits),
+    }
+    played = LIMITS[env_id] if played == "usual" else played
+    for kind, make in makers.items():
+        if played == "refused":
+            with pytest.raises(InvalidSettingError, match="Give max_episode_steps=60 instead"):
+                make()
+            continue
+        env = make()
+        env.reset(seed=0)
+        action = IDLE[env_id] if kind == "single" else [IDLE[env_id]]
+        ends = [bool(np.all(env.step(action)[3])) for _ in range(played or 61)]
+        assert ends == [False] * (len(ends) - 1) + [played is not None], kind
+        if kind == "native":
+            assert env.spec.max_episode_steps == played
+        env.close()
+
+
+@pytest.mark.parametrize("limit", [0, -2, 2.5, "3", True])
+def test_a_vector_environment_names_a_wrong_limit(env_id: str, limit: Any) -> None:
+    for name in ("max_episode_steps", "max_turns"):
+        with pytest.raises(
+            InvalidSettingError, match=f"{name} must be an integer >= 1, not {limit!r}"
+        ):
+            gymnasium.make_vec(env_id, 1, **{name: limit})
+
+
+@pytest.mark.parametrize("limit", [2, 7])
+def test_the_limit_of_gymnasium_is_passed_to_the_environment(env_id: str, limit: int) -> None:
+    made = (
+        make_env(env_id, limit),
+        agent_env(gymnasium.make(env_id, max_episode_steps=limit), profile="plain"),
+    )
+    for env in made:
+        assert env.unwrapped.max_turns == limit  # type: ignore[attr-defined]
+        length, info = run(env, IDLE[env_id])
+        assert (length, "golden_answers" in info) == (limit, "SearchQA" in env_id)
+        with pytest.raises(ResetNeeded, match="over"):
+            env.step(IDLE[env_id])
+        env.close()
+    # The wrapper alone truncates: to the environment the episode is not over.
+    env = gymnasium.make(env_id, max_episode_steps=limit)
+    assert "golden_answers" not in run(env, IDLE[env_id])[1]
+    assert env.step(IDLE[env_id])[4]["turn_index"] == limit + 1
     env.close()
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
+def test_a_restored_episode_of_a_vector_environment_continues(mode: str, vectors: Any) -> None:
+    envs = vectors("atod/ALFWorld-v0", 2, autoreset_mode=mode, house_size="tiny")
+    envs.reset(seed=0)
+    first = envs.envs[0]
+    start = first.snapshot()
+    ended = [envs.step([action, "inventory"])[2][0] for action in first.walkthrough]
+    assert ended == [False] * (len(ended) - 1) + [True]
+    won = first.snapshot()
+    first.restore(start)
+    observations, _, terminations, *_ = envs.step([first.walkthrough[0], "inventory"])
+    assert observations["turn_index"].tolist() == [1, len(ended) + 1]
+    assert not terminations.any()
+    first.restore(won)
+    if mode == "Disabled":
+        assert envs.step([None, "inventory"])[2].tolist() == [True, False]
+    else:
+        assert envs.step(["inventory"] * 2)[0]["turn_index"].tolist() == [0, len(ended) + 2]
 
 
 def test_no_reserved_key_is_in_info(env_id: str) -> None:
@@ -159,9 +234,7 @@ def both(vectors: Any, env_id: str, mode: AutoresetMode, count: int, limit: int)
     """The native vector environment and Gymnasium's own over single environments."""
     native = vectors(env_id, count, autoreset_mode=mode.value, max_episode_steps=limit)
     assert isinstance(native, TurnVectorEnv)
-    sync = SyncVectorEnv(
-        [lambda: gymnasium.make(env_id, max_episode_steps=limit)] * count, autoreset_mode=mode
-    )
+    sync = SyncVectorEnv([lambda: make_env(env_id, limit)] * count, autoreset_mode=mode)
     return [native, sync]
 
 

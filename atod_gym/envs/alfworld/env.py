@@ -60,7 +60,8 @@ class ALFWorldEnv(TurnEnv):
 
     ## End of the episode
     `terminated` when the goal is reached; `truncated` after `max_turns` turns without that.
-    A further step raises `gymnasium.error.ResetNeeded`.
+    A further step raises `gymnasium.error.ResetNeeded`, except after a truncation by `gym.make`
+    alone.
 
     ## Start
     `reset(seed=...)` picks a task of the split; `reset(options={"task_id": ...})` plays that task.

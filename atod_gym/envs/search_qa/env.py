@@ -60,7 +60,7 @@ class SearchQAEnv(TurnEnv, ServedEnv):
 
     ## End of the episode
     `terminated` by an answer; `truncated` after `max_turns` turns without one. A further step
-    raises `gymnasium.error.ResetNeeded`.
+    raises `gymnasium.error.ResetNeeded`, except after a truncation by `gym.make` alone.
 
     ## Start
     `reset(seed=...)` picks a task of the split; `reset(options={"task_id": ...})` plays that task.
@@ -230,7 +230,7 @@ class SearchQAEnv(TurnEnv, ServedEnv):
     def _own_info(self) -> dict[str, Any]:
         info = dict(self._progress)
         info["retriever"] = str(self._connection.health.get("retriever", "unknown"))
-        if self._over or self._turn_index >= self.max_turns:
+        if self._over:
             info["golden_answers"] = self._question.golden_answers
         return info
 

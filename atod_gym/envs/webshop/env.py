@@ -63,7 +63,7 @@ class WebShopEnv(TurnEnv, ServedEnv):
 
     ## End of the episode
     `terminated` by a purchase; `truncated` after `max_turns` turns without one. A further step
-    raises `gymnasium.error.ResetNeeded`.
+    raises `gymnasium.error.ResetNeeded`, except after a truncation by `gym.make` alone.
 
     ## Start
     `reset(seed=...)` picks a task; `reset(options={"task_id": ...})` plays that task.
