@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -52,22 +52,6 @@ _LABEL = re.compile(
 )
 """Begins a part of a `react` completion, as ReAct, AgentGym, AgentBench and AgentBoard write it:
 `Action: look`, `Act 2: look`, `Action 1: Search[x]`."""
-
-
-def parse_completion(
-    text: str,
-    *,
-    profile: ParseProfile = "tags",
-    tags: Sequence[str] = ACTION_TAGS,
-    last_characters: int = LAST_CHARACTERS,
-) -> ParsedAction:
-    """Find the action in a completion; settings and errors are those of `CompletionFormat`."""
-    return CompletionFormat(profile, tuple(tags), last_characters).parse(text)
-
-
-def format_action(action: str, profile: ParseProfile, tags: Sequence[str] = ACTION_TAGS) -> str:
-    """Write the shortest completion of an action, see `CompletionFormat.format`."""
-    return CompletionFormat(profile, tuple(tags)).format(action)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +114,27 @@ class CompletionFormat:
         """Write the shortest completion that `parse` reads as this action.
 
         Raises:
-            InvalidSettingError: no tag, or no line of the profile `react`, can contain the
-                action.
+            InvalidSettingError: no completion is read as this action, such as one with a closing
+                tag or, in `react`, with two lines.
         """
         if self.profile == "plain":
             return action
-        if self.profile == "react":
-            if "\n" in action.strip():
-                raise InvalidSettingError(f"The action {action[:100]!r} has more than one line.")
-            return f"Action: {action}"
         tag, content = self._bracketed(action) or ("action", action)
-        if tag not in self.tags:
+        if self.profile == "react":
+            completion = f"Action: {action}"
+        elif tag in self.tags:
+            completion = f"<think></think><{tag}>{content}</{tag}>"
+        else:
             known = " nor ".join(f"{tag}[..]" for tag in self.tags)
             raise InvalidSettingError(f"The action {action[:100]!r} is neither {known}.")
-        return f"<think></think><{tag}>{content}</{tag}>"
+        parsed = self.parse(completion)
+        read, given = ("".join(text.split()).lower() for text in (parsed.action, action))
+        if read != given:
+            found = parsed.error or f"it is read as {parsed.action[:100]!r}"
+            raise InvalidSettingError(
+                f"The profile {self.profile} cannot write the action {action[:100]!r}: {found}."
+            )
+        return completion
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

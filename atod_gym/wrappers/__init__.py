@@ -67,7 +67,7 @@ class History(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
 class ParseAction(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
     """Execute the action in a completion; `info["parse_error"]` is the reason of a parse failure.
 
-    A completion that does not parse is not an error: the action that `parse_completion` returns,
+    A completion that does not parse is not an error: the action that `CompletionFormat` finds,
     possibly an empty one, is executed, and the turn is spent. Settings and errors are those
     of `CompletionFormat`; `last_characters=None` takes the number of published runs.
 

@@ -22,7 +22,7 @@ from atod_gym.envs.alfworld.env import ALFWorldEnv
 from atod_gym.envs.search_qa import SearchQAEnv
 from atod_gym.envs.webshop import WebShopEnv
 from atod_gym.errors import InvalidSettingError
-from atod_gym.parsing import action_tags, format_action
+from atod_gym.parsing import CompletionFormat, action_tags
 
 vf = pytest.importorskip(
     "verifiers.v1", reason="verifiers is not installed: pip install 'atod-gym[verifiers]'"
@@ -141,7 +141,7 @@ def test_right_actions_have_the_rewards_of_gymnasium(
     script, earned = {}, {}
     for task_id in task_ids:
         instruction, actions, earned[task_id] = expert_actions(env_id, task_id)
-        script[instruction] = [format_action(action, "tags", tags) for action in actions]
+        script[instruction] = [CompletionFormat("tags", tags).format(action) for action in actions]
     (tmp_path / "script.json").write_text(json.dumps(script))
     episodes = play(env, base_url, f"replay:{tmp_path / 'script.json'}", task_ids)
     assert {e.task.data.id: e.traces[0].reward for e in episodes} == earned

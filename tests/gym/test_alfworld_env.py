@@ -10,9 +10,9 @@ import pytest
 from gymnasium.error import ResetNeeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from written_games import write_games
 
 from atod_gym.envs.alfworld.env import ALFWorldEnv
-from atod_gym.envs.alfworld.generated.files import write_games
 from atod_gym.errors import (
     DataNotFoundError,
     InvalidGameError,

@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from written_games import write_games
 
 from atod_gym import tasks as tasks_module
 from atod_gym.envs.alfworld.engine import read_game
 from atod_gym.envs.alfworld.env import ALFWorldEnv
 from atod_gym.envs.alfworld.games import SOURCE, SPLITS, find_games, open_games, scan_games
-from atod_gym.envs.alfworld.generated.files import generate_game, write_games
+from atod_gym.envs.alfworld.generated.files import generate_game
 from atod_gym.envs.alfworld.generated.houses import TASK_TYPES
 from atod_gym.errors import DataNotFoundError, InvalidGameError, InvalidSettingError
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,6 @@ from atod_gym.envs.alfworld.generated.draws import Draws
 from atod_gym.envs.alfworld.generated.files import (
     generate_game,
     generated_content_hash,
-    write_games,
 )
 from atod_gym.envs.alfworld.generated.furniture import places
 from atod_gym.envs.alfworld.generated.houses import (
@@ -175,29 +173,11 @@ def test_official_engine_agrees_on_a_small_sample() -> None:
         theirs.close()
 
 
-def test_write_games_makes_a_tree_of_whole_files(tmp_path: Path) -> None:
-    files = write_games(tmp_path, {"train": 12, "valid_unseen": 3}, house_size="tiny", seed=3)
-    assert sorted(tmp_path.glob("*/*/*/game.tw-pddl")) == sorted(files)
-    assert len(files) == 15
-    types = Counter()
-    for path in files:
-        description = json.loads((path.parent / "traj_data.json").read_text())
-        assert json.loads(path.read_text()) == generate_game(description["task_id"])
-        assert path.relative_to(tmp_path).parts[0] in description["task_id"]
-        types[description["task_type"]] += path.parts[-4] == "train"
-    assert set(types.values()) == {2}
-    assert not list(tmp_path.rglob("*.partial"))
-    other = write_games(tmp_path / "other", {"train": 12}, house_size="tiny", seed=4)
-    assert {path.parent.name for path in other} != {path.parent.name for path in files[:12]}
-
-
 def test_unknown_names_are_refused_with_the_allowed_ones() -> None:
     with pytest.raises(DataNotFoundError, match="valid_seen"):
         generated_task_ids("test", "tiny")
     with pytest.raises(InvalidSettingError, match="medium"):
         generated_task_ids("train", "huge")
-    with pytest.raises(DataNotFoundError, match="200 games"):
-        write_games("unused", {"valid_seen": 201}, house_size="tiny")
     for task_id in (
         "",
         "tiny-train-3000-pick_and_place_simple",

@@ -27,6 +27,7 @@ from faulty_files import PAGE, FaultyFiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from urllib3.util import Retry
+from written_games import write_games
 
 import atod_gym
 import env_servers
@@ -34,7 +35,6 @@ from atod_gym import datasets
 from atod_gym.datasets import DataFile, DataSet, cli, data_set, verify
 from atod_gym.datasets import get as getting
 from atod_gym.envs.alfworld import games
-from atod_gym.envs.alfworld.generated.files import write_games
 from atod_gym.envs.search_qa import questions
 from atod_gym.envs.search_qa import settings as search_qa
 from atod_gym.envs.webshop import settings as webshop

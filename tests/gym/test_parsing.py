@@ -6,6 +6,7 @@ import json
 import lzma
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -17,11 +18,20 @@ from atod_gym.parsing import (
     PARSE_PROFILES,
     CompletionFormat,
     ParseProfile,
-    format_action,
-    parse_completion,
 )
+from atod_gym.types import ParsedAction
 
 SEARCH = ("search", "answer")
+
+
+def parse_completion(text: str, **settings: Any) -> ParsedAction:
+    return CompletionFormat(**settings).parse(text)
+
+
+def format_action(action: str, profile: ParseProfile, tags: tuple[str, ...] = ACTION_TAGS) -> str:
+    return CompletionFormat(profile, tags).format(action)
+
+
 BLOCKS = "<search>..</search> or <answer>..</answer> block"
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=200)
@@ -282,27 +292,43 @@ def test_requested_completions_parse_alike_in_both_tag_profiles(action: str, tho
     assert (tags.action, tags.thought) == (action.strip(), thought.strip())
 
 
-contents = st.text("abc [](){}?\n.é中", min_size=1, max_size=30).filter(
-    lambda c: c == c.strip() != ""
-)
+contents = st.text("abc [](){}?\n.é中", max_size=30) | tag_pieces | line_pieces
 searches = st.builds("{}[{}]".format, st.sampled_from(SEARCH), contents)
-plain_actions = st.text("abcdefgh 123[]", max_size=30)
+plain_actions = st.text("abcdefgh 123[]", max_size=30) | tag_pieces | line_pieces
 
 
 @given(
-    st.tuples(searches, st.just(SEARCH)) | st.tuples(plain_actions, st.just(ACTION_TAGS)), profiles
+    st.tuples(searches, st.just(SEARCH)) | st.tuples(plain_actions, st.just(ACTION_TAGS)),
+    profiles.filter("plain".__ne__),
 )
-def test_a_formatted_action_parses_to_itself(
+def test_a_formatted_action_parses_to_itself_or_is_refused(
     case: tuple[str, tuple[str, ...]], profile: ParseProfile
 ) -> None:
     action, tags = case
-    if profile == "react" and "\n" in action:
-        with pytest.raises(InvalidSettingError, match="more than one line"):
-            format_action(action, profile, tags)
+    try:
+        completion = format_action(action, profile, tags)
+    except InvalidSettingError:
+        assert set("<:\n") & set(action) or (tags == SEARCH and not action[7:-1].strip())
         return
-    parsed = parse_completion(format_action(action, profile, tags), profile=profile, tags=tags)
-    assert parsed.action == action.strip()
-    assert parsed.is_valid or not action.strip()
+    parsed = parse_completion(completion, profile=profile, tags=tags)
+    assert parsed.is_valid or not action.strip() or profile == "compat"
+    assert "".join(parsed.action.split()).lower() == "".join(action.split()).lower()
+
+
+@pytest.mark.parametrize(
+    ("action", "profile", "message"),
+    [
+        ("answer[x </answer> y]", "tags", "</answer> after the <answer> block"),
+        ("answer[x </answer> y]", "compat", r"it is read as 'answer\[x\]'"),
+        ("search[]", "tags", "the search is empty"),
+        ("search[look\nnow]", "react", r"it is read as 'search\[look'"),
+    ],
+)
+def test_an_action_that_no_completion_has_is_refused(
+    action: str, profile: ParseProfile, message: str
+) -> None:
+    with pytest.raises(InvalidSettingError, match=f"{profile} cannot write .*{message}"):
+        format_action(action, profile, SEARCH)
 
 
 def test_formats() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import gymnasium
 import pytest
+from written_games import write_games
 
 from atod_gym import tasks as tasks_module
-from atod_gym.envs.alfworld.generated.files import write_games
 from atod_gym.envs.search_qa.settings import SearchQASettings
 from atod_gym.errors import DataNotFoundError, InvalidSettingError
 from atod_gym.tasks import (

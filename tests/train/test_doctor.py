@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from transformers import BloomConfig, FalconConfig, GPT2Config, OPTConfig
+from written_games import write_games
 
-from atod_gym.envs.alfworld.generated.files import write_games
 from atod_gym.serving.process import shared_server
 from atod_train import doctor
 from atod_train.cli import main

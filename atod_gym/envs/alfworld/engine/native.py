@@ -167,11 +167,6 @@ def load_game(path: str | os.PathLike[str]) -> NativeGame:
     return _load_cached(str(path), status.st_mtime_ns, status.st_size)
 
 
-def forget_games() -> None:
-    """Clear the cache of compiled games."""
-    _load_cached.cache_clear()
-
-
 class NativeEngine:
     """Plays one game; implements `GameEngine`.
 

@@ -10,14 +10,10 @@ knowledge, wins on its last command.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Final
 
-from atod_gym.envs.alfworld.generated.draws import Draws
 from atod_gym.envs.alfworld.generated.furniture import (
     CLEANABLE,
     COOLABLE,
@@ -31,13 +27,11 @@ from atod_gym.envs.alfworld.generated.furniture import (
 from atod_gym.envs.alfworld.generated.houses import (
     GENERATOR_VERSION,
     KINDS,
-    TASK_TYPES,
     Entity,
     Problem,
     build_problem,
     generated_task_ids,
 )
-from atod_gym.errors import DataNotFoundError
 
 _ATTRIBUTES: Final = (
     ("cleanable", CLEANABLE),
@@ -218,73 +212,3 @@ def _walkthrough(problem: Problem) -> list[str]:
             destination = start
     walk.move(thing, destination)
     return walk.commands
-
-
-def write_games(
-    folder: str | Path,
-    split_counts: Mapping[str, int],
-    house_size: str = "official",
-    seed: int = 0,
-) -> tuple[Path, ...]:
-    """Write generated games as a tree that the official tools read.
-
-    Args:
-        folder: Where `<split>/<task>/<trial>/game.tw-pddl` and `traj_data.json` go; made if absent.
-        split_counts: Number of games per split, at most `SPLIT_SIZES[split]`.
-        house_size: One of `HOUSE_SIZES`.
-        seed: Chooses the games when a count is below the size of its split.
-
-    Returns:
-        The game files, in the order of splits and task ids.
-
-    Raises:
-        DataNotFoundError: For an unknown split, or a count above its size.
-        InvalidSettingError: For an unknown house size.
-    """
-    written = []
-    for split, count in split_counts.items():
-        task_ids = generated_task_ids(split, house_size)
-        if not 0 <= count <= len(task_ids):
-            raise DataNotFoundError(
-                f"The generated split {split!r} has {len(task_ids)} games; {count} were requested."
-            )
-        # Whole rounds of the six types in seeded order keep every selection balanced.
-        starts = range(0, len(task_ids), len(TASK_TYPES))
-        rounds = [task_ids[start : start + len(TASK_TYPES)] for start in starts]
-        shuffled = Draws(f"write {seed} {split}").shuffled(rounds[:-1]) + rounds[-1:]
-        chosen = [task_id for each in shuffled for task_id in each][:count]
-        written += [_write_game(Path(folder) / split, task_id) for task_id in sorted(chosen)]
-    return tuple(written)
-
-
-def _write_game(split_folder: Path, task_id: str) -> Path:
-    problem = build_problem(task_id)
-    looking = problem.task_type == "look_at_obj_in_light"
-    parameters = {
-        "object_target": problem.target,
-        "parent_target": "" if looking else problem.destination,
-        "toggle_target": problem.destination if looking else "",
-        "mrecep_target": "",
-        "object_sliced": False,
-    }
-    house = problem.house.key.replace("/", "_").replace(" ", "_")
-    task = f"{problem.task_type}-{problem.target}-None-{problem.destination}-{house}"
-    trial = split_folder / task / f"trial_{task_id}"
-    trial.mkdir(parents=True, exist_ok=True)
-    description = {
-        "task_id": task_id,
-        "task_type": problem.task_type,
-        "pddl_params": parameters,
-        "turk_annotations": {"anns": [{"task_desc": _sentence(problem)}]},
-    }
-    _write_whole(trial / "traj_data.json", json.dumps(description, indent=1))
-    game_file = trial / "game.tw-pddl"
-    _write_whole(game_file, json.dumps(_game(problem)))
-    return game_file
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is either complete or absent."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
