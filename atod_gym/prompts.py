@@ -52,36 +52,53 @@ class PromptTemplate:
     """The template of the first turn and that of later turns.
 
     Raises:
-        InvalidSettingError: an unknown placeholder or a stray brace.
+        InvalidSettingError: an unknown placeholder, a stray brace, or a part that cannot show the
+            turn: `later` needs `{text}`, `first` needs it or `{instruction}`.
     """
 
     first: str
     later: str
 
     def __post_init__(self) -> None:
-        for paragraph in (*self.first.split("\n\n"), *self.later.split("\n\n")):
-            try:
-                fields = list(string.Formatter().parse(paragraph))
-            except ValueError as error:
+        for part, needed in ((self.first, {"text", "instruction"}), (self.later, {"text"})):
+            if not needed & {
+                name for paragraph in part.split("\n\n") for name in _names(paragraph)
+            }:
                 raise InvalidSettingError(
-                    f"The prompt template has a stray brace ({error}). {_BRACES}"
-                ) from error
-            for _, name, spec, conv in fields:
-                shown = f"{name}{f'!{conv}' if conv else ''}{f':{spec}' if spec else ''}"
-                if name is not None and shown not in PLACEHOLDERS:
-                    raise InvalidSettingError(
-                        f"Unknown placeholder {{{shown}}} in a prompt template; known: "
-                        f"{', '.join(f'{{{known}}}' for known in PLACEHOLDERS)}. {_BRACES}"
-                    )
+                    "A prompt template needs {text} for later turns, and {text} or {instruction} "
+                    "for the first turn. A line of --- separates two parts; a single part serves "
+                    "both."
+                )
 
     def fill(self, values: Mapping[str, str], is_first: bool) -> str:
         """Fill in one of the two templates; leave out paragraphs whose values are all empty."""
         filled = []
         for paragraph in (self.first if is_first else self.later).split("\n\n"):
-            names = [name for _, name, _, _ in string.Formatter().parse(paragraph) if name]
+            names = _names(paragraph)
             if not names or any(values[name] for name in names):
                 filled.append(paragraph.format_map(values))
         return "\n\n".join(filled)
+
+
+def _names(paragraph: str) -> list[str]:
+    """Return the placeholders of a paragraph; raise `InvalidSettingError` for others."""
+    try:
+        fields = list(string.Formatter().parse(paragraph))
+    except ValueError as error:
+        raise InvalidSettingError(
+            f"The prompt template has a stray brace ({error}). {_BRACES}"
+        ) from error
+    names = []
+    for _, name, spec, conv in fields:
+        shown = f"{name}{f'!{conv}' if conv else ''}{f':{spec}' if spec else ''}"
+        if name is not None and shown not in PLACEHOLDERS:
+            raise InvalidSettingError(
+                f"Unknown placeholder {{{shown}}} in a prompt template; known: "
+                f"{', '.join(f'{{{known}}}' for known in PLACEHOLDERS)}. {_BRACES}"
+            )
+        if name is not None:
+            names.append(name)
+    return names
 
 
 _HEAD = "Your task: {instruction}\n\n"
@@ -108,8 +125,8 @@ def load_template(path: str | os.PathLike[str]) -> PromptTemplate:
     """Read a template file; without a line `---` the one template serves all turns.
 
     Raises:
-        InvalidSettingError: the file cannot be read, has an unknown placeholder or a stray brace,
-            or has more than two parts.
+        InvalidSettingError: the file cannot be read or has more than two parts; see also
+            `PromptTemplate`.
     """
     name = os.fspath(path)
     try:

@@ -19,6 +19,9 @@ else:
 
 from atod_gym.errors import InvalidSettingError
 
+RECORD_FILE = "atod-data.json"
+"""Next to the data: {data set: {file: {sha256, url}}} of each download."""
+
 
 @dataclass(frozen=True, slots=True)
 class DataFile:

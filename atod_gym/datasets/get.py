@@ -23,7 +23,7 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.util import Retry
 
-from atod_gym.datasets import DataFile, DataSet, verify
+from atod_gym.datasets import RECORD_FILE, DataFile, DataSet, verify
 from atod_gym.errors import DownloadError
 from atod_gym.tasks import expanded
 
@@ -99,9 +99,9 @@ def _get_file(data: DataSet, file: DataFile, folder: Path, url: str, accept_othe
     known[file.name] = {"sha256": found, "url": url}
     if target.is_file() and data.unpacks_to:
         known[target.name] = {"sha256": pooch.file_hash(str(target))}
-    part = folder / f"{verify.RECORD_FILE}.part"
+    part = folder / f"{RECORD_FILE}.part"
     part.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(part, folder / verify.RECORD_FILE)
+    os.replace(part, folder / RECORD_FILE)
     how = "as expected" if found == sha256 else f"recorded; expected: {sha256 or 'unknown'}"
     print(f"  {file.name}: {content}, from {url}, SHA-256 {found} ({how})", flush=True)
 
@@ -128,7 +128,11 @@ def _resume(url: str, output_file: str, file: DataFile, part: Path) -> None:
     `<part>.json`), or if the SHA-256 of the whole file is known.
     """
     if "://" not in url:
-        shutil.copyfile(url, output_file)
+        try:
+            shutil.copyfile(url, part)
+        except FileNotFoundError as error:
+            raise DownloadError(f"The mirror has no file {url}. Give another --mirror.") from error
+        os.replace(part, output_file)  # The temporary file of pooch can be read by its owner only.
         return
     state, validator = part.with_name(f"{part.name}.json"), ""
     with contextlib.suppress(OSError, ValueError):

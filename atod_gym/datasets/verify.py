@@ -18,11 +18,9 @@ from typing import Any
 import pooch
 from tqdm import tqdm
 
-from atod_gym.datasets import DataFile, DataSet
+from atod_gym.datasets import RECORD_FILE, DataFile, DataSet
 from atod_gym.errors import AtodError, DataNotFoundError, DownloadError
 
-RECORD_FILE = "atod-data.json"
-"""Next to the data: {data set: {file: {sha256, url}}} of each download."""
 BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error,
           EOFError, ValueError, RuntimeError, StopIteration)  # fmt: skip
 """Errors that a damaged file raises when it is unpacked or parsed."""
@@ -60,10 +58,11 @@ def _verify(data: DataSet, folder: Path, file: DataFile, name: str, known: Any) 
 
 def verify_questions(data: Path) -> list[Finding]:
     """Report the rows that Search-QA reads from a path; raise DataNotFoundError if it has none."""
-    from atod_gym.envs.search_qa.questions import describe_questions
+    from atod_gym.envs.search_qa.questions import describe_questions, list_files
 
+    described = describe_questions(data)
     findings: list[Finding] = []
-    for file in describe_questions(data):
+    for file in described:
         left_out = ", ".join(f"{count} ({reason})" for reason, count in file.left_out.items())
         read = f"{file.rows - sum(file.left_out.values())} of {file.rows} rows are read"
         kinds = {"questions": ("ok", read), "corpus": ("ok", "a corpus"), "ignored": ("note", "")}
@@ -71,9 +70,11 @@ def verify_questions(data: Path) -> list[Finding]:
         text += f"; left out: {left_out}" * bool(left_out) + f"; {file.note}" * bool(file.note)
         name = file.path.relative_to(data if data.is_dir() else data.parent).as_posix()
         findings.append((name, kind, text.removeprefix("; ")))
-    if all(kind == "note" for _, kind, _ in findings):
+    if all(kind != "ok" for _, kind, _ in findings):
+        there = list_files(described, data)
         raise DataNotFoundError(f"No question files and no corpus in {data}. To verify a data set "
-                                f"there, name it: atod-data verify NAME --in {data}.")  # fmt: skip
+                                f"there, name it: atod-data verify NAME --in {data}."
+                                f"{f' There: {there}.' if there else ''}")  # fmt: skip
     return findings
 
 

@@ -32,7 +32,7 @@ from written_games import write_games
 import atod_gym
 import env_servers
 from atod_gym import datasets
-from atod_gym.datasets import DataFile, DataSet, cli, data_set, verify
+from atod_gym.datasets import RECORD_FILE, DataFile, DataSet, cli, data_set, verify
 from atod_gym.datasets import get as getting
 from atod_gym.envs.alfworld import games
 from atod_gym.envs.search_qa import questions
@@ -307,20 +307,30 @@ def test_all_data_comes_from_a_mirror_and_is_found(
     monkeypatch.setenv("ATOD_DATA", str(to))
     found = [source.found() for source in (games.SOURCE, webshop.SOURCE, search_qa.SOURCE)]
     assert found == [to / "json_2.1.1", to, to]
+    status, out, _ = run("verify", to)
+    assert (status, out.count("  ok ") - out.count("a corpus"), "atod-data" in out) == (0, 9, False)
     assert f"{to} (9 of 9 present; 702MB to download)" in run("list")[1]
 
 
-def test_a_folder_is_a_mirror(run: Run, mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_a_mirror(
+    run: Run, mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ATOD_DATA_MIRROR", str(mirror))
     assert "The environments find it with" not in run("get", "searchqa")[1]
     assert "The environments find it with WEBSHOP_DATA=" in run("get", "webshop-full")[1]
     folder = Path.home() / ".cache/searchqa"
+    assert "No question files" in run("verify", Path.home() / ".cache/webshop-full")[2]
+    modes = {path.stat().st_mode for path in (Path.home() / ".cache").rglob("*.json*")}
+    (tmp_path / "usual").touch()
+    assert modes == {(tmp_path / "usual").stat().st_mode}
+    status, out, _ = run("verify", folder)
+    assert (status, out.count("  ok "), out.count("\n")) == (0, 9, 10)
     assert questions.missing_official(folder) == ""
     status, out, _ = run("verify")
     assert (status, out.count("3 rows, SHA-256 as expected"), "alfworld" in out) == (0, 9, False)
     # Where no hash is published, the first download decides.
-    (folder / verify.RECORD_FILE).write_text(
-        (folder / verify.RECORD_FILE).read_text().replace('"sha256": "', '"sha256": "0')
+    (folder / RECORD_FILE).write_text(
+        (folder / RECORD_FILE).read_text().replace('"sha256": "', '"sha256": "0')
     )
     (folder / "nq/test.jsonl").unlink()
     assert "nq/train.jsonl is damaged or differs (its SHA-256 is" in run("get", "searchqa")[2]
@@ -354,7 +364,7 @@ def test_every_damaged_or_missing_file_is_named_and_replaced_on_request(
     force = ("--force", "--to", tmp_path, "--mirror", mirror)
     assert run("get", "alfworld", "searchqa", *force)[0] == 0
     # Without a record, data is compared with what is published.
-    (tmp_path / verify.RECORD_FILE).write_text("[oops")
+    (tmp_path / RECORD_FILE).write_text("[oops")
     plain = tmp_path / "nq/test.jsonl"
     (tmp_path / "nq/test.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     plain.unlink()
@@ -448,7 +458,7 @@ def test_mistakes_are_named_in_one_line(
     get = f"get webshop --to {tmp_path} --mirror {mirror}"
     check("get webshp", 2, "Unknown data set 'webshp'; known: alfworld, webshop,")
     check("get webshop --mirror ftp://x/y", 1, "No connection adapters were found for")
-    check("get webshop --mirror /nowhere", 1, "Cannot use /nowhere/webshop/items_shuffle_1000")
+    check("get webshop --mirror /nowhere", 1, "The mirror has no file /nowhere/webshop/items")
     check("get webshop --to /dev/null/x", 1, "Cannot use /dev/null")
     check("verify", 1, "No data set was found to verify")
     check(f"verify {tmp_path}", 2, "No question files and no corpus in")

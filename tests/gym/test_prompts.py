@@ -124,6 +124,12 @@ def test_a_file_may_hold_one_or_two_templates(tmp_path: Path) -> None:
         ("text}", "brace"),
         ("{te\n\nxt}", "brace"),
         ("a\n---\nb\n---\nc", "3 parts"),
+        ("", r"needs \{text\}"),
+        ("Hello", r"needs \{text\}"),
+        ("{instruction}", r"needs \{text\} for later"),
+        ("{text}\n---\n", r"needs \{text\} for later"),
+        ("---\n{text}", r"\{text\} or \{instruction\} for the first"),
+        ("{text}\n---\n{{text}}", r"needs \{text\} for later"),
     ],
 )
 def test_unusable_templates_are_named(tmp_path: Path, content: str, message: str) -> None:

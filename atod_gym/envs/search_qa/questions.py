@@ -41,7 +41,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any, Final, Literal
 
-from atod_gym.datasets import data_set
+from atod_gym.datasets import RECORD_FILE, data_set
 from atod_gym.envs.search_qa.files import (
     NotJson,
     UnreadableError,
@@ -155,7 +155,7 @@ def scan(data: Path, corpus: Path | None = None) -> tuple[DataFile, ...]:
             status = path.stat() if stem else None
         except OSError:
             continue
-        if status is None or not S_ISREG(status.st_mode):
+        if status is None or not S_ISREG(status.st_mode) or path.name == RECORD_FILE:
             continue
         version = (status.st_mtime_ns, status.st_size)
         # One file is named as it would be in the folder of its set: nq/test, or nq_test.
