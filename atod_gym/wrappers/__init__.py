@@ -73,6 +73,9 @@ class ParseAction(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
 
     Attributes:
         completion_format: reads and writes completions.
+
+    Raises:
+        InvalidSettingError: a setting is wrong, or `env` contains a `ParseAction` already.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class ParseAction(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
     ) -> None:
         RecordConstructorArgs.__init__(self, profile=profile, last_characters=last_characters)
         gymnasium.Wrapper.__init__(self, env)
+        if env.has_wrapper_attr("completion_format"):
+            raise InvalidSettingError("A ParseAction is inside already: it would get actions.")
         self.completion_format = CompletionFormat.of(
             env.unwrapped.metadata, profile, last_characters
         )
@@ -105,12 +110,16 @@ class ChatPrompt(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
 
     In window style it is one user message, rebuilt every turn. In chat style it is the dialogue so
     far: the messages of the last turn, the completion as the assistant's message, and one new user
-    message, so that every prompt extends the previous one. Apply it outside `ParseAction`: the
-    dialogue keeps unchanged completions, while the environment receives the parsed actions. Past
-    turns of the window style come from `History`; settings and errors are those of `AgentDialogue`.
+    message, so that every prompt extends the previous one. It needs `ParseAction` inside, whose
+    profile the prompts describe: the dialogue keeps unchanged completions, while the environment
+    receives the parsed actions. Past turns of the window style come from `History`; settings and
+    errors are those of `AgentDialogue`.
 
     Attributes:
         dialogue: renders the prompts, and shortened ones if they are too long.
+
+    Raises:
+        InvalidSettingError: there is no `ParseAction` inside, or a setting is wrong.
     """
 
     def __init__(
@@ -118,17 +127,21 @@ class ChatPrompt(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
         env: gymnasium.Env[Any, str],
         style: PromptStyle = "window",
         template: str | os.PathLike[str] | None = None,
-        profile: ParseProfile = "tags",
         show_admissible: bool = True,
     ) -> None:
         path = None if template is None else os.fspath(template)
         RecordConstructorArgs.__init__(
-            self, style=style, template=path, profile=profile, show_admissible=show_admissible
+            self, style=style, template=path, show_admissible=show_admissible
         )
         gymnasium.Wrapper.__init__(self, env)
         _turn_space(env, "ChatPrompt")
+        if not env.has_wrapper_attr("completion_format"):
+            raise InvalidSettingError(
+                "ChatPrompt needs ParseAction inside."
+            )
         self.dialogue = AgentDialogue(
-            env.unwrapped.metadata, style=style, history_window=0, template=path, profile=profile,
+            env.unwrapped.metadata, style=style, history_window=0, template=path,
+            profile=env.get_wrapper_attr("completion_format").profile,
             show_admissible=show_admissible,
         )  # fmt: skip
         message = spaces.Dict({"role": UnicodeText(), "content": UnicodeText()})
@@ -200,9 +213,7 @@ def agent_env(
     if style == "window":
         env = History(env, window=history_window)
     env = ParseAction(env, profile=profile)
-    return ChatPrompt(
-        env, style=style, template=template, profile=profile, show_admissible=show_admissible
-    )
+    return ChatPrompt(env, style=style, template=template, show_admissible=show_admissible)
 
 
 def _share_limit(env: gymnasium.Env[Any, Any]) -> None:

@@ -29,12 +29,12 @@ class InvalidActionPenalty(gymnasium.Wrapper[Any, str, Any, str], RecordConstruc
     """Subtract a penalty from the reward of invalid turns; `info` stays as it is.
 
     Args:
-        env: with `ParseAction`, which reports whether the completion parsed.
+        env: for `format` and `either` with `ParseAction`, which reports whether completions parse.
         penalty: subtracted from the turn's reward, >= 0.
         validity: which turns are invalid, see `is_penalized`.
 
     Raises:
-        InvalidSettingError: a negative penalty or an unknown validity.
+        InvalidSettingError: a negative penalty, an unknown validity, or no `ParseAction` for it.
     """
 
     def __init__(
@@ -47,6 +47,11 @@ class InvalidActionPenalty(gymnasium.Wrapper[Any, str, Any, str], RecordConstruc
         if validity not in get_args(Validity):
             raise InvalidSettingError(
                 f"Unknown validity {validity!r}; known: {', '.join(get_args(Validity))}."
+            )
+        if validity != "strict" and not env.has_wrapper_attr("completion_format"):
+            raise InvalidSettingError(
+                f"validity={validity!r} needs ParseAction inside; apply the penalty outside it, or "
+                "outside agent_env."
             )
         self.penalty = penalty
         self.validity = validity

@@ -12,6 +12,8 @@ from gymnasium.utils.env_checker import check_env
 
 from atod_gym.dialogue import AgentDialogue
 from atod_gym.errors import InvalidSettingError
+from atod_gym.parsing import PARSE_PROFILES, ParseProfile
+from atod_gym.prompts import reply_format
 from atod_gym.wrappers import (
     ChatPrompt,
     History,
@@ -36,9 +38,8 @@ def full_stack(env: Env) -> Env:
 STACKS: list[Callable[[Env], Env]] = [
     History,
     ParseAction,
-    ChatPrompt,
     lambda env: InvalidActionPenalty(env, 0.5),
-    lambda env: ChatPrompt(env, style="chat"),
+    lambda env: ChatPrompt(ParseAction(env), style="chat"),
     agent_env,
     lambda env: agent_env(env, profile="plain", style="window", history_window=4),
     full_stack,
@@ -208,8 +209,20 @@ def test_penalties_follow_the_notion_of_validity(validity: Any, rewards: list[fl
     assert [env.step(completion)[1] for completion in completions] == rewards
 
 
+@pytest.mark.parametrize("profile", PARSE_PROFILES)
+def test_prompts_describe_the_profile_that_parses(profile: ParseProfile) -> None:
+    env = ChatPrompt(ParseAction(make(), profile))
+    [message] = env.reset(seed=0)[0]
+    assert reply_format(profile) in message["content"]
+    assert env.dialogue.completion_format.profile == profile
+    penalized = InvalidActionPenalty(agent_env(make(), profile=profile), 0.5, "format")
+    penalized.reset(seed=0)
+    assert penalized.step("")[1] == -0.5
+
+
 def test_wrong_settings_are_named() -> None:
     env = make()
+    parsing = ParseAction(env)
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: ParseAction(env, profile="xml"), "plain, tags, react, compat"),  # type: ignore[arg-type]
         (lambda: ParseAction(env, last_characters=-1), "last_characters"),
@@ -217,11 +230,15 @@ def test_wrong_settings_are_named() -> None:
         (lambda: InvalidActionPenalty(env, -0.1), "penalty"),
         (lambda: InvalidActionPenalty(env, float("nan")), "penalty"),
         (lambda: InvalidActionPenalty(env, 0.1, "loose"), "strict, format, either"),  # type: ignore[arg-type]
-        (lambda: ChatPrompt(env, style="mail"), "window, chat"),  # type: ignore[arg-type]
-        (lambda: ChatPrompt(env, template="nowhere.txt"), "nowhere.txt"),
-        (lambda: ChatPrompt(env, profile="xml"), "plain, tags, react, compat"),  # type: ignore[arg-type]
-        (lambda: History(ChatPrompt(env)), "inside ChatPrompt"),
-        (lambda: ChatPrompt(ChatPrompt(env)), "inside ChatPrompt"),
+        (lambda: ChatPrompt(parsing, style="mail"), "window, chat"),  # type: ignore[arg-type]
+        (lambda: ChatPrompt(parsing, template="nowhere.txt"), "nowhere.txt"),
+        (lambda: ChatPrompt(env), "needs ParseAction inside"),
+        (lambda: ParseAction(parsing), "inside already"),
+        (lambda: agent_env(parsing), "inside already"),
+        (lambda: History(ChatPrompt(parsing)), "inside ChatPrompt"),
+        (lambda: ChatPrompt(ChatPrompt(parsing)), "inside ChatPrompt"),
+        (lambda: InvalidActionPenalty(env, 0.1, "format"), "'format' needs ParseAction inside"),
+        (lambda: InvalidActionPenalty(env, 0.1, "either"), "'either' needs ParseAction inside"),
     ]
     for call, message in cases:
         with pytest.raises(InvalidSettingError, match=message):
