@@ -139,14 +139,25 @@ class DataSource:
         return next(filter(is_official, every), first)
 
 
+def check_data(data: object) -> None:
+    """Raise InvalidSettingError if the setting `data` is neither a word nor a possible path."""
+    name = os.fspath(data) if isinstance(data, str | os.PathLike) else ""
+    if not name or "\0" in name:
+        raise InvalidSettingError(
+            f"data must be auto, official, generated or a path, not {data!r}."
+        )
+
+
 def locate(
-    data: object, source: DataSource, is_official: Callable[[Path], bool] | None = None
+    data: str | os.PathLike[str],
+    source: DataSource,
+    is_official: Callable[[Path], bool] | None = None,
 ) -> Path | None:
     """Resolve the setting `data`, by the same rule in every environment.
 
     Args:
         data: `official`, `generated`, `auto` (the data in the usual folders, else generated)
-            or a path.
+            or a path; a `Path` is never one of the three words.
         source: the environment's data.
         is_official: returns whether found data is the official one; for `official`, which
             skips other data in the usual folders.
@@ -159,10 +170,7 @@ def locate(
         InvalidSettingError: if `data` is neither a text nor a path, or empty.
         DataNotFoundError: if the data is missing; the message names the command that gets it.
     """
-    if not isinstance(data, str | os.PathLike) or not os.fspath(data):
-        raise InvalidSettingError(
-            f"data must be auto, official, generated or a path, not {data!r}."
-        )
+    check_data(data)
     if data == "generated":
         return None
     if data not in ("auto", "official"):
@@ -188,7 +196,9 @@ def locate(
     return found
 
 
-def data_label(data: str, folder: Path | None, *, is_official: bool, how_to_get: str = "") -> str:
+def data_label(
+    data: str | os.PathLike[str], folder: Path | None, *, is_official: bool, how_to_get: str = ""
+) -> str:
     """Return the value of `info["data"]`.
 
     Args:
@@ -212,7 +222,7 @@ def data_label(data: str, folder: Path | None, *, is_official: bool, how_to_get:
             f"The data in {folder} is not the official data: its content differs. To play it, give "
             f"that folder as data.{f' For the official data: {how_to_get}.' if how_to_get else ''}"
         )
-    return str(folder) if data == "auto" else data
+    return str(folder) if data == "auto" else os.fspath(data)
 
 
 def cache_folder() -> Path:

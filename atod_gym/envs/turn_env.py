@@ -22,6 +22,7 @@ from atod_gym.tasks import DataSource, TaskManifest, choose_task_types, task_not
 from atod_gym.types import StepInfo, TurnObservation
 
 RENDER_MODES = ("ansi",)
+MAX_TURNS = 1_000_000_000
 
 Turn = tuple[TurnObservation, float, bool, bool, dict[str, Any]]
 """The result of `step`: observation, reward, terminated, truncated, info."""
@@ -48,12 +49,16 @@ def check_max_turns(max_turns: object, name: str = "max_turns") -> None:
     """Check a turn limit; None means no limit.
 
     Raises:
-        InvalidSettingError: if it is neither None nor an integer >= 1.
+        InvalidSettingError: if it is neither None nor an integer from 1 to `MAX_TURNS`.
     """
     if max_turns is not None and (
-        isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1
+        isinstance(max_turns, bool)
+        or not isinstance(max_turns, int)
+        or not 1 <= max_turns <= MAX_TURNS
     ):
-        raise InvalidSettingError(f"{name} must be an integer >= 1, not {max_turns!r}.")
+        raise InvalidSettingError(
+            f"{name} must be an integer from 1 to {MAX_TURNS:,}, not {max_turns!r}."
+        )
 
 
 def check_registered_limit(env_id: str, max_turns: int | None) -> None:

@@ -136,9 +136,7 @@ class ChatPrompt(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
         gymnasium.Wrapper.__init__(self, env)
         _turn_space(env, "ChatPrompt")
         if not env.has_wrapper_attr("completion_format"):
-            raise InvalidSettingError(
-                "ChatPrompt needs ParseAction inside."
-            )
+            raise InvalidSettingError("ChatPrompt needs ParseAction inside.")
         self.dialogue = AgentDialogue(
             env.unwrapped.metadata, style=style, history_window=0, template=path,
             profile=env.get_wrapper_attr("completion_format").profile,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -14,7 +17,12 @@ from gymnasium.utils.env_checker import check_env
 
 import atod_gym
 from atod_gym.envs.turn_env import TurnEnv
-from atod_gym.errors import InvalidSettingError, TaskNotFoundError
+from atod_gym.errors import (
+    AtodError,
+    DataNotFoundError,
+    InvalidSettingError,
+    TaskNotFoundError,
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,50 @@ def test_wrong_settings_are_named(case: Case, changes: dict[str, Any], message: 
     kind = type(case.make())
     with pytest.raises(InvalidSettingError, match=message):
         kind(**{**case.settings, **changes})
+
+
+ODD = [None, 5, -1, 2.5, float("nan"), 2**70, True, "", "x", "\0", b"x", ["a"], [[1]], {}, object()]
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:12])
+@pytest.mark.usefixtures("no_user_data")
+def test_a_setting_of_a_wrong_type_raises_no_other_error(case: Case, value: Any) -> None:
+    kind = type(case.make())
+    # Where these are valid, other servers start.
+    for name in inspect.signature(kind).parameters.keys() - {
+        "products", "entities", "goal_seed", "world_seed", "human_goals",
+    }:  # fmt: skip
+        settings = {**case.settings, name: value}
+        if name in ("corpus", "server_url"):
+            settings["data"] = "auto"
+        with contextlib.suppress(AtodError):
+            env = kind(**settings)
+            env.reset(seed=0)
+            env.close()
+
+
+@pytest.mark.parametrize("value", [10**6, 10**9])
+def test_large_numbers_are_refused_or_work(case: Case, value: int) -> None:
+    for name in inspect.signature(type(case.make())).parameters.keys() & {
+        "max_turns", "expert_turns", "topk", "passage_characters", "observation_characters",
+        "timeout",
+    }:  # fmt: skip
+        with contextlib.suppress(InvalidSettingError):
+            limit = {"max_episode_steps": value} if name == "max_turns" else {name: value}
+            env = case.make(**limit)
+            env.reset(seed=0)
+            assert env.step(case.action)[4]["is_action_valid"]
+            env.close()
+
+
+def test_a_path_is_never_a_word(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_user_data: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word in ("auto", "official", "generated"):
+        (tmp_path / word).mkdir()
+        with pytest.raises(DataNotFoundError, match=f"data in '{word}'"):
+            case.make(data=Path(word))
 
 
 def test_observations_and_infos_are_new_objects(case: Case) -> None:

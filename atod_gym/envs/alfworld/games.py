@@ -84,7 +84,7 @@ class Games:
         return self.folder and self.folder.joinpath(*task_id.split("/"), GAME_FILE)
 
 
-def open_games(data: str, split: str, house_size: str) -> Games:
+def open_games(data: str | os.PathLike[str], split: str, house_size: str) -> Games:
     """Resolve the settings `data` and `split`.
 
     Args:

@@ -132,9 +132,9 @@ class SearchQAEnv(TurnEnv, ServedEnv):
             ServerError: if the server does not start or answer; names the URL and the command.
         """
         settings = SearchQASettings(
-            data=os.fspath(data) if isinstance(data, os.PathLike) else data,
+            data=data,
             server_url=server_url,
-            corpus=None if corpus is None else os.fspath(corpus),
+            corpus=corpus,
             topk=topk,
             passage_characters=passage_characters,
             observation_characters=observation_characters,

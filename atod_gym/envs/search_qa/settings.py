@@ -8,6 +8,7 @@ fit the server, and `ServerError` if the server does not start, fails or sends m
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from atod_gym.envs.search_qa.questions import (
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
 from atod_gym.serving.connection import ServedConnection, ServerSettings, connect
 from atod_gym.serving.http import RETRY_STATUSES, in_batches
-from atod_gym.tasks import DataSource, announce_once, expanded, locate
+from atod_gym.tasks import DataSource, announce_once, check_data, expanded, locate
 
 BATCH_LIMIT = 1024
 """Maximum number of queries of one request."""
@@ -59,9 +60,9 @@ _CORPUS_FORMAT = "JSON lines or a JSON array with id and contents (or text and t
 class SearchQASettings:
     """The arguments of `SearchQAEnv` that decide what is played, searched and shown; checked."""
 
-    data: str = "auto"
+    data: str | os.PathLike[str] = "auto"
     server_url: str | None = None
-    corpus: str | None = None
+    corpus: str | os.PathLike[str] | None = None
     topk: int = 3
     passage_characters: int = 1000
     observation_characters: int = 4000
@@ -71,10 +72,9 @@ class SearchQASettings:
     token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.data, str) or not self.data:
-            raise InvalidSettingError(
-                f"data must be auto, official, generated or a path, not {self.data!r}."
-            )
+        check_data(self.data)
+        if self.corpus is not None and not isinstance(self.corpus, str | os.PathLike):
+            raise InvalidSettingError(f"corpus must be a path or None, not {self.corpus!r}.")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -116,7 +116,7 @@ class SearchQASettings:
         if questions is None:
             return ("--entities", str(self.entities), "--world-seed", str(self.world_seed))
         if given is not None and not given.is_file():
-            raise DataNotFoundError(f"No corpus {self.corpus!r}: expected {_CORPUS_FORMAT}.")
+            raise DataNotFoundError(f"No corpus {str(given)!r}: expected {_CORPUS_FORMAT}.")
         # One file may be in the folder of its set: nq/test.jsonl next to corpus.jsonl.
         places = [questions.parent, questions.parent.parent] if questions.is_file() else [questions]
         files = [] if given else [file for place in places for file in scan(place)]
@@ -290,7 +290,7 @@ def open_questions(
             "--corpus <file>."
         )
     # No published hash of the official questions is known, so their folder names them.
-    label = str(found) if settings.data in ("auto", "official") else settings.data
+    label = str(found) if settings.data in ("auto", "official") else os.fspath(settings.data)
     return open_question_files(found, split, settings.corpus_path), label
 
 

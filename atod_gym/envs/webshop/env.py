@@ -144,7 +144,7 @@ class WebShopEnv(TurnEnv, ServedEnv):
             )
         self._expert_turns = expert_turns
         self._settings = ShopSettings(
-            data=os.fspath(data) if isinstance(data, os.PathLike) else data,
+            data=data,
             server_url=server_url,
             split_rule=split_rule,
             products=products,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from atod_gym.errors import InvalidSettingError
 from atod_gym.serving.connection import ServedConnection, ServerSettings, connect
-from atod_gym.tasks import DataSource, data_label, expanded, locate
+from atod_gym.tasks import DataSource, check_data, data_label, expanded, locate
 
 CHOICES = {"split_rule": ("original", "verl-agent"), "text_style": ("text", "text_rich")}
 
@@ -47,7 +48,7 @@ SOURCE = DataSource(
 class ShopSettings:
     """Arguments of `WebShopEnv` that decide which server it uses; checked on creation."""
 
-    data: str
+    data: str | os.PathLike[str]
     server_url: str | None
     split_rule: str
     products: int
@@ -63,10 +64,7 @@ class ShopSettings:
                 raise InvalidSettingError(
                     f"Unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}."
                 )
-        if not isinstance(self.data, str) or not self.data:
-            raise InvalidSettingError(
-                f"data must be auto, official, generated or a path, not {self.data!r}."
-            )
+        check_data(self.data)
         for name in ("goal_seed", "products"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
