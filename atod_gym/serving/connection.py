@@ -22,7 +22,7 @@ from gymnasium.utils import EzPickle
 
 from atod_gym.errors import InvalidSettingError, ServerError
 from atod_gym.serving.http import TOKEN_VARIABLE, JsonClient
-from atod_gym.serving.process import RunningServer, remember, shared_server
+from atod_gym.serving.process import RunningServer, remember, server_key, shared_server
 
 ENDED_CODE = "ended"
 """`ServerError.code` where the server of a connection has ended, or serves something else now."""
@@ -41,6 +41,8 @@ class ServerSettings:
     """Name of the service in `atod-serve`."""
     arguments: tuple[str, ...] = ()
     """Command line of a server to start, without the program."""
+    files: tuple[str, ...] = ()
+    """Files that the server to start reads."""
     server_url: str | None = None
     """A running server; None: start one if none is running."""
     token: str | None = field(default=None, repr=False)
@@ -60,8 +62,8 @@ _connections: dict[tuple[str, str | None], ServedConnection] = {}
 def connect(settings: ServerSettings) -> ServedConnection:
     """Return the connection for these settings; all environments of a process share it.
 
-    A lost connection is replaced; a server that this package started is started again. One at
-    `server_url` is asked whether it still serves the same.
+    A connection that is not current is replaced; a server that this package starts is started again
+    if its files have changed.
 
     Raises:
         InvalidSettingError: `server_url`, `token` or `timeout` cannot be used.
@@ -93,7 +95,7 @@ class ServedConnection(JsonClient):
         url, advice = settings.server_url, settings.advice
         token = settings.token or os.environ.get(TOKEN_VARIABLE)
         if url is None:
-            self.running = shared_server(settings.service, settings.arguments)
+            self.running = shared_server(settings.service, settings.arguments, settings.files)
             url, token = self.running.url, None
             advice = f"It was started with: {shlex.join(self.running.command)}"
         super().__init__(url, advice=advice, token=token, timeout=settings.timeout)
@@ -104,8 +106,15 @@ class ServedConnection(JsonClient):
         self._served = self._served or None
 
     def is_current(self) -> bool:
-        """Return whether the connection can be used; a request checks a server at `server_url`."""
-        if self.running is None and not self.is_lost:
+        """Return whether new environments can use the connection.
+
+        Checks the files of a server that this package started; requests `/health` of another.
+        """
+        if self.running is not None:
+            settings = self.settings
+            key = server_key(settings.service, settings.arguments, settings.files)
+            return not self.is_lost and self.running.key == key
+        if not self.is_lost:
             try:
                 self.health = self._health()
             except ServerError:

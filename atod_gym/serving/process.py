@@ -52,7 +52,7 @@ class RunningServer:
         """Describe a server of another process, or one to be started.
 
         Args:
-            key: Service and command line, as JSON.
+            key: See `server_key`.
             url: URL that it listens at.
             pid: Its process id.
         """
@@ -67,7 +67,7 @@ class RunningServer:
     @property
     def command(self) -> list[str]:
         """The command line that starts the server."""
-        service, arguments = json.loads(self.key)
+        service, arguments, _ = json.loads(self.key)
         return [sys.executable, "-m", SERVER_MODULE, service, *arguments]
 
     def is_alive(self) -> bool:
@@ -150,18 +150,27 @@ class RunningServer:
             self._errors = None
 
 
-def shared_server(service: str, arguments: Sequence[str]) -> RunningServer:
+def server_key(service: str, arguments: Sequence[str], files: Sequence[str] = ()) -> str:
+    """Return service, command line, and modification time and size of files, as JSON."""
+    states = [os.stat(file) for file in files if os.path.exists(file)]
+    return json.dumps([service, [*arguments], [(one.st_mtime_ns, one.st_size) for one in states]])
+
+
+def shared_server(
+    service: str, arguments: Sequence[str], files: Sequence[str] = ()
+) -> RunningServer:
     """Return the server for a service and its settings; start it if none is running.
 
     Args:
         service: Name of the service in `atod-serve`, such as `webshop`.
         arguments: Its settings on the command line; other settings mean another server.
+        files: Files that it reads; changed ones mean another server.
 
     Raises:
         MissingExtraError: The servers' packages are not installed.
         ServerError: The server does not start; the message has its output and the command.
     """
-    key = json.dumps([service, [*arguments]])
+    key = server_key(service, arguments, files)
     with _locks.setdefault(key, threading.Lock()):
         server = _servers.get(key)
         if server is None and (note := _notes().get(key)):

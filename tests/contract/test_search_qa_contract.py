@@ -282,6 +282,12 @@ def test_question_files_bring_their_own_corpus(
     observation, *_, info = env.step("search[mill]")
     assert "Doc 1 (Title: ) this mill" in observation["text"]
     assert info["retrieved"] == ("M-7",)
+    # A changed corpus is read by a new server; environments of the old one continue.
+    untitled.write_text('{"_id": "M-8", "text": "that mill"}\n', encoding="utf-8")
+    new = SearchQAEnv(split="test", data=folder, corpus=untitled)
+    new.reset(seed=0)
+    assert new.step("search[mill]")[4]["retrieved"] == ("M-8",)
+    assert env.step("search[mill]")[4]["retrieved"] == ("M-7",)
     (tmp_path / "broken.jsonl").write_text('{"title": "x"}\n{', encoding="utf-8")
     with pytest.raises(ServerError, match=r"(?s)did not start.*broken.jsonl.*line 1"):
         SearchQAEnv(split="test", data=folder, corpus=tmp_path / "broken.jsonl")

@@ -314,6 +314,7 @@ def test_a_server_that_is_restarted_serves_the_same_or_is_refused(
         assert WebShopEnv(**settings).reset(seed=0) == before
 
 
+@pytest.mark.slow
 def test_files_in_the_official_format_are_not_the_official_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +324,12 @@ def test_files_in_the_official_format_are_not_the_official_ones(
     monkeypatch.setenv("ATOD_DATA", str(tmp_path))
     env = WebShopEnv(data="auto")
     assert env.data == env.reset()[1]["data"] == str(tmp_path)
+    assert WebShopEnv(data="auto").server_url == env.server_url
+    fewer = generate_shop(seed=3, products=50)
+    (tmp_path / "items_shuffle_1000.json").write_text(json.dumps(fewer.items))
+    (tmp_path / "notes.txt").touch()
+    assert WebShopEnv(data="auto").task_ids != env.task_ids
+    (tmp_path / "items_shuffle_1000.json").write_text(json.dumps(shop.items))
     with pytest.raises(DataNotFoundError, match=f"The data in {tmp_path} is not the official data"):
         WebShopEnv(data="official")
 

@@ -11,6 +11,7 @@ import pytest
 from written_games import write_games
 
 from atod_gym import tasks as tasks_module
+from atod_gym.envs.alfworld import games
 from atod_gym.envs.alfworld.engine import read_game
 from atod_gym.envs.alfworld.env import ALFWorldEnv
 from atod_gym.envs.alfworld.games import SOURCE, SPLITS, find_games, open_games, scan_games
@@ -50,6 +51,25 @@ def test_a_copy_in_another_place_has_the_same_manifest(tmp_path: Path) -> None:
     hashes = {open_games(str(root), "valid_seen", "").manifest.content_hash
               for root in (first, second)}  # fmt: skip
     assert len(hashes) == 2
+
+
+@pytest.mark.parametrize("data", ["", "train", f"train/{DESK}"])
+def test_changed_games_are_read_again(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(games, "_VERSION_SECONDS", 1e-9)
+    trial = write_game(tmp_path / "train" / DESK / "trial_1", solvable=False)
+    with pytest.raises(DataNotFoundError, match="No game"):
+        ALFWorldEnv(data=tmp_path / data)
+    shutil.rmtree(trial)
+    write_game(trial)
+    assert ALFWorldEnv(data=tmp_path / data).task_ids == (f"{DESK}/trial_1",)
+    game = (trial / "game.tw-pddl").read_bytes()
+    (trial / "game.tw-pddl").write_bytes(game.replace(b'"solvable": true', b'"solvable": false'))
+    write_game(trial.with_name("trial_2"))
+    env = ALFWorldEnv(data=tmp_path / data)
+    assert env.task_ids == (f"{DESK}/trial_2",)
+    assert env.reset(seed=0)[1]["task_id"] == f"{DESK}/trial_2"
 
 
 def test_games_that_cannot_be_played_are_left_out_and_counted(

@@ -125,6 +125,22 @@ def test_one_server_for_each_service_and_settings(tiny_server: Callable[[], list
     assert os.getsid(first.pid) == first.pid
 
 
+def test_a_server_whose_files_have_changed_is_not_used_again(
+    tiny_server: Callable[[], list[int]], tmp_path: Path
+) -> None:
+    file = tmp_path / "data"
+    servers = []
+    for content in (None, "a", "a", "bb"):
+        if content:
+            file.write_text(content, encoding="utf-8")
+            os.utime(file, (1, 1))
+        servers.append(shared_server("shop", ["fine"], [str(file)]))
+        assert servers[-1].command[1:] == ["-m", "tiny_server", "shop", "fine"]
+    assert servers[1] is servers[2]
+    assert len({server.url for server in servers}) == len(tiny_server()) == 3
+    assert all(server.is_alive() for server in servers)
+
+
 def test_threads_that_ask_at_once_get_one_server(tiny_server: Callable[[], list[int]]) -> None:
     with ThreadPoolExecutor(8) as pool:
         urls = {

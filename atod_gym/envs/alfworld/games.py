@@ -8,9 +8,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from time import monotonic
 
 from atod_gym.datasets import data_set
 from atod_gym.envs.alfworld.generated.files import generate_game, generated_content_hash
@@ -44,6 +46,7 @@ _CONFIG_NAMES = {
 }
 """Split names of ALFWorld's own configuration files."""
 
+_VERSION_SECONDS = 1.0
 _SOLVABLE = re.compile(rb'"solvable"\s*:\s*true')
 # Task kinds that the official package leaves out, too.
 _UNSUPPORTED = ("movable", "Sliced")
@@ -233,22 +236,17 @@ def _read_split(folder: Path, part: str = "") -> tuple[Games, Mapping[str, int]]
     """
     digests: dict[str, str] = {}
     left_out: Counter[str] = Counter()
-    only_task, _, only_trial = part.partition("/")
     try:
-        for task in [folder / only_task] if only_task else _folders(folder):
-            is_known = task.name.partition("-")[0] in TASK_TYPES
-            for trial in [task / only_trial] if only_trial else _folders(task):
-                path = trial / GAME_FILE
-                if not path.is_file():
-                    continue  # Official data has trials without a game.
-                if any(word in task.name for word in _UNSUPPORTED):
-                    left_out[_NOT_IN_TEXT] += 1
-                elif not is_known:
-                    left_out[_OTHER_TYPE] += 1
-                elif _SOLVABLE.search(content := path.read_bytes()) or _is_damaged(content):
-                    digests[f"{task.name}/{trial.name}"] = hashlib.sha256(content).hexdigest()
-                else:
-                    left_out[_UNSOLVABLE] += 1
+        for path, *_ in _game_files(folder, part):
+            task, trial = path.split(os.sep)[-3:-1]
+            if any(word in task for word in _UNSUPPORTED):
+                left_out[_NOT_IN_TEXT] += 1
+            elif task.partition("-")[0] not in TASK_TYPES:
+                left_out[_OTHER_TYPE] += 1
+            elif _SOLVABLE.search(content := Path(path).read_bytes()) or _is_damaged(content):
+                digests[f"{task}/{trial}"] = hashlib.sha256(content).hexdigest()
+            else:
+                left_out[_UNSOLVABLE] += 1
     except OSError as error:
         raise InvalidGameError(f"Cannot read {error.filename}: {error.strerror}.") from error
     task_ids, digest = tuple(sorted(digests)), content_hash(digests)
@@ -262,8 +260,38 @@ def _read_split(folder: Path, part: str = "") -> tuple[Games, Mapping[str, int]]
     return Games(manifest, types, folder=folder), left_out
 
 
-# The result is cached for the life of the process, so that many environments start fast.
-_read_split_once = lru_cache(maxsize=64)(_read_split)
+def _game_files(folder: Path, part: str) -> Iterator[tuple[str, int, int]]:
+    """Yield the path, modification time and size of each game file of a split or its part."""
+    only_task, _, only_trial = part.partition("/")
+    for task in [folder / only_task] if only_task else _folders(folder):
+        for trial in [task / only_trial] if only_trial else _folders(task):
+            path = os.path.join(trial, GAME_FILE)
+            with suppress(FileNotFoundError):  # Official data has trials without a game.
+                status = os.stat(path)
+                yield path, status.st_mtime_ns, status.st_size
+
+
+def _read_split_once(folder: Path, part: str) -> tuple[Games, Mapping[str, int]]:
+    """Read a split, or return what was read before if no game file has changed since then."""
+    return _read_version(folder, part, _version(folder, part, int(monotonic() / _VERSION_SECONDS)))
+
+
+@lru_cache(maxsize=64)
+def _version(folder: Path, part: str, period: int) -> int:
+    """Return a hash of the state of the game files; within a period they are looked at once.
+
+    A look at a large split takes a tenth of a second, too long for each of many environments.
+    """
+    del period
+    with suppress(OSError):  # `_read_split` reports it.
+        return hash(frozenset(_game_files(folder, part)))
+    return 0
+
+
+@lru_cache(maxsize=64)
+def _read_version(folder: Path, part: str, version: int) -> tuple[Games, Mapping[str, int]]:
+    del version
+    return _read_split(folder, part)
 
 
 def _is_damaged(content: bytes) -> bool:

@@ -198,10 +198,12 @@ def make_passage(passage_id: str, contents: str, title: str = "") -> Passage:
 def connect_retriever(settings: SearchQASettings) -> ServedConnection:
     """Return the connection to the server of these settings, shared by a process's environments."""
     url = settings.server_url
+    # The result of `auto` may change while a process runs.
+    arguments = settings.server_arguments() if url is None else ()
     server = ServerSettings(
         "retrieval",
-        # The result of `auto` may change while a process runs.
-        settings.server_arguments() if url is None else (),
+        arguments,
+        arguments[1:] if arguments[:1] == ("--corpus",) else (),
         # Settings of other programs have the path at the end.
         server_url=url.rstrip("/").removesuffix("/retrieve") if isinstance(url, str) else url,
         token=settings.token,

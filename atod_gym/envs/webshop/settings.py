@@ -107,6 +107,7 @@ class ShopSettings:
         return ServerSettings(
             "webshop",
             arguments if self.server_url is None else (),
+            () if folder is None else tuple(sorted(map(str, folder.glob("items_*")))),
             server_url=self.server_url,
             token=self.token,
             timeout=self.timeout,
