@@ -89,7 +89,7 @@ class ServedConnection(JsonClient):
         self.running: RunningServer | None = None
         """The server if this package started it."""
         self.is_lost = False
-        """Whether the server failed to answer, or its tasks must be requested again."""
+        """Whether the server failed to answer, or serves something else."""
         self.cache: dict[str, Any] = {}
         """Data that users of the connection read once, such as the tasks of a split."""
         url, advice = settings.server_url, settings.advice

@@ -13,7 +13,6 @@ from atod_gym.envs.alfworld.engine import EngineState, GameEngine
 from atod_gym.envs.alfworld.engine.native import NativeEngine
 from atod_gym.envs.alfworld.expert import ScriptedExpert
 from atod_gym.envs.alfworld.games import SOURCE, open_games
-from atod_gym.envs.alfworld.generated.houses import HOUSE_SIZES
 from atod_gym.envs.turn_env import TurnEnv, TurnResult
 from atod_gym.errors import (
     InvalidGameError,
@@ -115,10 +114,6 @@ class ALFWorldEnv(TurnEnv):
         TurnEnv.__init__(self, split, max_turns, render_mode)
         if backend not in BACKENDS:
             raise InvalidSettingError(f"Unknown backend {backend!r}; known: {', '.join(BACKENDS)}.")
-        if house_size not in HOUSE_SIZES:
-            raise InvalidSettingError(
-                f"Unknown house_size {house_size!r}; known: {', '.join(HOUSE_SIZES)}."
-            )
         self.backend = backend
         self._games = open_games(data, split, house_size)
         self._set_tasks(self._games.manifest, self._games.types, task_types, self._games.label)

@@ -17,12 +17,13 @@ from time import monotonic
 from atod_gym.datasets import data_set
 from atod_gym.envs.alfworld.generated.files import generate_game, generated_content_hash
 from atod_gym.envs.alfworld.generated.houses import (
+    HOUSE_SIZES,
     SPLIT_SIZES,
     TASK_TYPES,
     generated_task_ids,
     read_task_id,
 )
-from atod_gym.errors import DataNotFoundError, InvalidGameError
+from atod_gym.errors import DataNotFoundError, InvalidGameError, InvalidSettingError
 from atod_gym.tasks import (
     DataSource,
     TaskManifest,
@@ -46,7 +47,7 @@ _CONFIG_NAMES = {
 }
 """Split names of ALFWorld's own configuration files."""
 
-_VERSION_SECONDS = 1.0
+_STATE_SECONDS = 1.0
 _SOLVABLE = re.compile(rb'"solvable"\s*:\s*true')
 # Task kinds that the official package leaves out, too.
 _UNSUPPORTED = ("movable", "Sliced")
@@ -105,11 +106,15 @@ def open_games(data: str | os.PathLike[str], split: str, house_size: str) -> Gam
     if found is None:
         if split not in SPLITS:
             raise _no_split(split, "the generated games", SPLITS)
+        if house_size not in HOUSE_SIZES:
+            raise InvalidSettingError(
+                f"Unknown house_size {house_size!r}; known: {', '.join(HOUSE_SIZES)}."
+            )
         return _generated(split, house_size)
     folders, part = _splits(found)
     if split not in folders:
         raise _no_split(split, str(found), folders)
-    games, left_out = _read_split_once(folders[split], part)
+    games, left_out = _read_recent(folders[split], part)
     reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
     if not games.types:
         raise DataNotFoundError(f"No game in {folders[split]} can be played. Left out: {reasons}.")
@@ -121,7 +126,7 @@ def open_games(data: str | os.PathLike[str], split: str, house_size: str) -> Gam
 
 def _is_official(place: Path, split: str) -> bool:
     folders, part = _splits(place)
-    return split in folders and _read_split_once(folders[split], part)[0].is_official
+    return split in folders and _read_recent(folders[split], part)[0].is_official
 
 
 def _no_split(split: str, where: str, known: Iterable[str]) -> DataNotFoundError:
@@ -218,15 +223,17 @@ def scan_games(root: Path, split: str) -> TaskManifest:
     Raises:
         InvalidGameError: if a game file cannot be read.
     """
-    return _read_split(root / split)[0].manifest
+    return _read_split(root / split, "", _state(root / split))[0].manifest
 
 
-def _read_split(folder: Path, part: str = "") -> tuple[Games, Mapping[str, int]]:
+@lru_cache(maxsize=64)
+def _read_split(folder: Path, part: str, state: int) -> tuple[Games, Mapping[str, int]]:
     """Read every game file of a split, as bytes: parsing them all would take a minute.
 
     Args:
         folder: the folder of the split.
         part: read only `<task>` or `<task>/<trial>`; empty: all.
+        state: from `_state`; while it is the same, the files are read once.
 
     Returns:
         The games, and how many are left out by reason.
@@ -234,6 +241,7 @@ def _read_split(folder: Path, part: str = "") -> tuple[Games, Mapping[str, int]]
     Raises:
         InvalidGameError: if a file or folder cannot be read.
     """
+    del state
     digests: dict[str, str] = {}
     left_out: Counter[str] = Counter()
     try:
@@ -271,27 +279,23 @@ def _game_files(folder: Path, part: str) -> Iterator[tuple[str, int, int]]:
                 yield path, status.st_mtime_ns, status.st_size
 
 
-def _read_split_once(folder: Path, part: str) -> tuple[Games, Mapping[str, int]]:
-    """Read a split, or return what was read before if no game file has changed since then."""
-    return _read_version(folder, part, _version(folder, part, int(monotonic() / _VERSION_SECONDS)))
-
-
-@lru_cache(maxsize=64)
-def _version(folder: Path, part: str, period: int) -> int:
-    """Return a hash of the state of the game files; within a period they are looked at once.
-
-    A look at a large split takes a tenth of a second, too long for each of many environments.
-    """
-    del period
+def _state(folder: Path, part: str = "") -> int:
+    """Return a hash of the state of the game files; a large split takes a tenth of a second."""
     with suppress(OSError):  # `_read_split` reports it.
         return hash(frozenset(_game_files(folder, part)))
     return 0
 
 
 @lru_cache(maxsize=64)
-def _read_version(folder: Path, part: str, version: int) -> tuple[Games, Mapping[str, int]]:
-    del version
-    return _read_split(folder, part)
+def _state_in(period: int, folder: Path, part: str) -> int:
+    """Return the state at the first call in a period: many environments are made at once."""
+    del period
+    return _state(folder, part)
+
+
+def _read_recent(folder: Path, part: str) -> tuple[Games, Mapping[str, int]]:
+    state = _state_in(int(monotonic() / _STATE_SECONDS), folder, part)
+    return _read_split(folder, part, state)
 
 
 def _is_damaged(content: bytes) -> bool:

@@ -343,9 +343,6 @@ def _raise_errors(
             if status in (404, 409):
                 # The server's answer will not change: this episode is over.
                 env._result = None
-            if code == "unknown_session":
-                # A server that has been restarted may serve something else.
-                env._connection.is_lost = True
             message = f"POST {env.server_url}/batch/{what}: {error.get('message')} (HTTP {status})"
             message = f"{message} {_EXPLANATIONS.get(code, '')}".rstrip()
             status = status if isinstance(status, int) else 0

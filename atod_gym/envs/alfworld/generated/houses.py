@@ -28,7 +28,7 @@ from atod_gym.envs.alfworld.generated.furniture import (
     ROOMS,
     places,
 )
-from atod_gym.errors import DataNotFoundError, InvalidSettingError, TaskNotFoundError
+from atod_gym.errors import DataNotFoundError, TaskNotFoundError
 
 GENERATOR_VERSION: Final = 1
 """Raise it when the game of any task id changes."""
@@ -179,15 +179,10 @@ def generated_task_ids(split: str, house_size: str) -> tuple[str, ...]:
 
     Raises:
         DataNotFoundError: For an unknown split.
-        InvalidSettingError: For an unknown house size.
     """
     if split not in SPLIT_SIZES:
         raise DataNotFoundError(
             f"Generated data has no split {split!r}; known: {', '.join(SPLIT_SIZES)}."
-        )
-    if house_size not in _SIZES:
-        raise InvalidSettingError(
-            f"Unknown house size {house_size!r}; choose one of {', '.join(_SIZES)}."
         )
     return tuple(
         f"{house_size}-{split}-{index:04d}-{TASK_TYPES[index % len(TASK_TYPES)]}"
