@@ -57,7 +57,7 @@ def test_a_copy_in_another_place_has_the_same_manifest(tmp_path: Path) -> None:
 def test_changed_games_are_read_again(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(games, "_STATE_SECONDS", 1e-9)
+    monkeypatch.setattr(games, "_PAUSE", 0.0)
     trial = write_game(tmp_path / "train" / DESK / "trial_1", solvable=False)
     with pytest.raises(DataNotFoundError, match="No game"):
         ALFWorldEnv(data=tmp_path / data)

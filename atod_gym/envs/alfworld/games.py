@@ -47,7 +47,10 @@ _CONFIG_NAMES = {
 }
 """Split names of ALFWorld's own configuration files."""
 
-_STATE_SECONDS = 1.0
+_PAUSE = 10.0
+"""Pause between two looks at the files of a split, relative to the time of a look."""
+_known_states: dict[tuple[Path, str], tuple[float, int]] = {}
+"""Folder and part of a split -> time of the next look, and the state."""
 _SOLVABLE = re.compile(rb'"solvable"\s*:\s*true')
 # Task kinds that the official package leaves out, too.
 _UNSUPPORTED = ("movable", "Sliced")
@@ -286,15 +289,14 @@ def _state(folder: Path, part: str = "") -> int:
     return 0
 
 
-@lru_cache(maxsize=64)
-def _state_in(period: int, folder: Path, part: str) -> int:
-    """Return the state at the first call in a period: many environments are made at once."""
-    del period
-    return _state(folder, part)
-
-
 def _read_recent(folder: Path, part: str) -> tuple[Games, Mapping[str, int]]:
-    state = _state_in(int(monotonic() / _STATE_SECONDS), folder, part)
+    """Return the games of a split; many environments that are made at once share a state."""
+    begun = monotonic()
+    until, state = _known_states.get((folder, part), (begun, 0))
+    if begun >= until:
+        state = _state(folder, part)
+        ended = monotonic()
+        _known_states[folder, part] = ended + _PAUSE * (ended - begun), state
     return _read_split(folder, part, state)
 
 
