@@ -175,7 +175,7 @@ def _synthetic_goals(stock: Stock, seed: int) -> Goals:
         return Goals(stock.catalogue, draw_synthetic(columns, seed))
     folder = stock.folder / f"goals-{seed}"
     with stored_in(stock.folder):
-        if not folder.is_dir():
-            with new_folder(folder) as partial:
+        with new_folder(folder) as partial:
+            if partial is not None:
                 save_arrays(draw_synthetic(columns, seed), partial)
         return Goals(stock.catalogue, open_arrays(GoalTable, folder))

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +60,9 @@ def write(tmp_path: Path) -> Write:
 
 def indexes(cache: Path) -> list[Path]:
     """Return the folders of indexes in the cache, and anything next to them."""
-    return sorted(path for path in cache.iterdir() if path.name != "hashes")
+    return sorted(
+        path for path in cache.iterdir() if path.name != "hashes" and path.suffix != ".lock"
+    )
 
 
 def everything(indexed: IndexedCorpus) -> list[Passage]:
@@ -412,6 +415,18 @@ def test_a_saved_corpus_is_the_one_in_memory(write: Write, cache: Path) -> None:
     assert len(indexes(cache)) == 1
 
 
+def test_starts_at_the_same_time_build_one_index(
+    write: Write, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, path = count_builds(monkeypatch), write()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: everything(index_file(path, 0.9, 0.4)), range(4)))
+    assert found == [PASSAGES] * 4
+    assert seen.count("build") == 1
+    assert os.listdir(cache / indexes(cache)[0].name)
+    assert not list(cache.glob(".*"))
+
+
 def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that grows by one name for each index that is built and each file that is hashed."""
     seen: list[str] = []
@@ -532,12 +547,11 @@ def test_a_killed_build_is_no_index(write: Write, tmp_path: Path) -> None:
     folder = tmp_path / "index" / "mine"
     command = serving("--corpus", str(path), "--index", str(folder))
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not list(folder.parent.glob(".mine-partial-*/*")):
+        while process.poll() is None and not list(folder.parent.glob(".mine-partial/*")):
             time.sleep(0.01)
         process.kill()
     left = list(folder.parent.iterdir())
-    assert left
-    assert all(path.name.startswith(".mine-partial-") for path in left)
+    assert {path.name for path in left} == {".mine-partial", ".mine.lock"}
     assert everything(index_file(write(), 0.9, 0.4, folder)) == PASSAGES
     assert list(folder.parent.iterdir()) == [folder]
 

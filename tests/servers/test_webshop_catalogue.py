@@ -9,6 +9,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,23 @@ def test_a_failed_start_leaves_nothing_behind(write: Write, cache: Path) -> None
     broken = [*SHOP.items[:30], {**SHOP.items[30], "pricing": "free"}]
     with pytest.raises(ShopDataError, match="entry 30"):
         open_shop(write(broken))
-    assert os.listdir(cache) == []
+    assert {path.suffix for path in cache.iterdir()} == {".lock"}
+
+
+def test_starts_at_the_same_time_store_one_catalogue(
+    write: Write, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, store, folder = [], loading._store, write()
+
+    def counted(*arguments: Any) -> None:
+        stored.append(arguments)
+        store(*arguments)
+
+    monkeypatch.setattr(loading, "_store", counted)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: walk(open_shop(folder)), range(3)))
+    assert found[0] == found[1] == found[2]
+    assert (len(stored), len(os.listdir(cache))) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +185,7 @@ def test_a_full_disk_is_explained(
     monkeypatch.setattr(sqlite3, "connect", full)
     with pytest.raises(ShopDataError, match=r"disk is full.*ATOD_CACHE"):
         open_shop(write())
-    assert os.listdir(cache) == []
+    assert {path.suffix for path in cache.iterdir()} == {".lock"}
 
 
 @pytest.mark.usefixtures("cache")
