@@ -22,7 +22,7 @@ from gymnasium.utils import EzPickle
 
 from atod_gym.errors import InvalidSettingError, ServerError
 from atod_gym.serving.http import TOKEN_VARIABLE, JsonClient
-from atod_gym.serving.process import RunningServer, remember, shared_server
+from atod_gym.serving.process import START_SECONDS, RunningServer, remember, shared_server
 
 ENDED_CODE = "ended"
 """`ServerError.code` of a server that this package started and that has ended."""
@@ -96,25 +96,39 @@ class ServedConnection(JsonClient):
         self.health: Mapping[str, Any] = self._health()
         """The answer of `/health`; empty for a server without it."""
 
-    def request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+    def request(
+        self, method: str, path: str, body: object = None, timeout: float | None = None
+    ) -> dict[str, Any]:
         """Send a request; see `JsonClient.request`.
 
         Raises:
             ServerError: The message says whether the server has ended and what to do.
         """
         try:
-            return super().request(method, path, body)
+            return super().request(method, path, body, timeout)
         except ServerError as error:
-            code, more = error.code, ""
-            if error.status == 401:
-                more = f" Give the token as token=... or in the variable {TOKEN_VARIABLE}."
-            elif error.status == 0:
-                self.is_lost = True
-                output = self.running and self.running.output_if_ended()
-                if output is not None:
-                    code, output = ENDED_CODE, f": {output}" if output else ""
-                    more = f" That process has ended{output}. reset() starts a new one."
-            raise ServerError(f"{error}{more}", status=error.status, code=code) from error
+            if more := self._explanation(error):
+                error.args = (f"{error} {more}",)
+            raise
+
+    def read_list(self, path: str) -> dict[str, Any]:
+        """Send a GET request for a list that takes as long as a start; see `request`."""
+        return self.request("GET", path, timeout=None if self.running is None else START_SECONDS)
+
+    def _explanation(self, error: ServerError) -> str:
+        """Return what else is known about an error, and note that the server is lost or ended."""
+        if error.status == 401:
+            return f"Give the token as token=... or in the variable {TOKEN_VARIABLE}."
+        if error.status == 500 and self.running is not None:
+            return self.running.last_errors()
+        if error.status != 0:
+            return ""
+        self.is_lost = True
+        output = None if self.running is None else self.running.output_if_ended()
+        if output is None:
+            return ""
+        error.code = ENDED_CODE
+        return f"That process has ended{output and f': {output}'}. reset() starts a new one."
 
     def malformed(self, path: str, what: object) -> ServerError:
         """Return the error for an answer to `path`; `what` is an exception or a description."""

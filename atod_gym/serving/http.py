@@ -92,7 +92,7 @@ class JsonClient:
             raise InvalidSettingError(f"timeout must be a number of seconds > 0, not {timeout!r}.")
         if token and not (token.isascii() and token.isprintable()):
             raise InvalidSettingError("A token must be printable ASCII.")
-        self._timeout = (CONNECT_TIMEOUT, timeout)
+        self._timeout = timeout
         self._attempts = attempts
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if token:
@@ -108,7 +108,9 @@ class JsonClient:
         """Send a POST request; see `request`."""
         return self.request("POST", path, body)
 
-    def request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+    def request(
+        self, method: str, path: str, body: object = None, timeout: float | None = None
+    ) -> dict[str, Any]:
         """Send a request and read the answer.
 
         Args:
@@ -116,6 +118,7 @@ class JsonClient:
             path: Begins with `/`; characters that are not safe in a URL must be quoted.
             body: Any value that `json.dumps` accepts; None: no body. A lone surrogate, which UTF-8
                 cannot encode, is sent as `?`.
+            timeout: Replaces that of the client.
 
         Returns:
             The JSON object of an answer with a status from 200 to 299.
@@ -136,11 +139,12 @@ class JsonClient:
             # After a fork the open connections belong to the parent: two processes that write to
             # one connection would receive each other's answers.
             self._adapter, self._pid = _adapter(self.url, self._attempts), os.getpid()
+        seconds = self._timeout if timeout is None else timeout
         try:
-            response = self._adapter.send(request, stream=True, timeout=self._timeout)
+            response = self._adapter.send(request, stream=True, timeout=(CONNECT_TIMEOUT, seconds))
             answer = response.raw.read(MAX_ANSWER_BYTES + 1, decode_content=True)
         except (requests.RequestException, HTTPError) as error:
-            raise self._failed(where, error) from error
+            raise self._failed(where, error, seconds) from error
         if len(answer) > MAX_ANSWER_BYTES:
             response.close()
             raise ServerError(
@@ -166,24 +170,24 @@ class JsonClient:
                 f"{where}: {message or code} (HTTP {status})",
                 status=status,
                 code=code,
-                retry_after=_retry_after(response),
+                retry_after=retry_after(response),
             )
         shown = answer[:_SHOWN].decode("utf-8", "replace")
         raise ServerError(
             f"{where}: HTTP {status} without the expected JSON object: {shown!r}. Is this the "
             f"right URL? {self.advice}",
             status=status,
-            retry_after=_retry_after(response),
+            retry_after=retry_after(response),
         )
 
-    def _failed(self, where: str, error: Exception) -> ServerError:
+    def _failed(self, where: str, error: Exception, seconds: float) -> ServerError:
         """Return the error for a request without an answer; `error` is of requests or urllib3."""
         cause = error.args[0] if error.args and isinstance(error.args[0], HTTPError) else error
         if isinstance(cause, MaxRetryError) and cause.reason is not None:
             cause = cause.reason
         if isinstance(cause, ReadTimeoutError):
             return ServerError(
-                f"{where}: no answer within {self._timeout[1]:g} s; raise timeout=... if the "
+                f"{where}: no answer within {seconds:g} s; raise timeout=... if the "
                 f"server needs longer. {self.advice}",
                 code=TIMEOUT_CODE,
             )
@@ -199,10 +203,10 @@ class JsonClient:
         )
 
 
-def _retry_after(response: requests.Response) -> float:
-    """Return the seconds that a server asks to wait, 0 if it does not."""
+def retry_after(response: Any) -> float:
+    """Return the seconds that an answer of any HTTP client asks to wait, 0 if it does not."""
     try:
-        return Retry().get_retry_after(response.raw) or 0.0
+        return Retry().get_retry_after(response) or 0.0
     except (InvalidHeader, ValueError, OverflowError):
         return 0.0
 

@@ -313,7 +313,7 @@ def _world_questions(
                 f"No split {split!r} in the generated world; known: {', '.join(known)}."
             )
         path = f"/questions/{quote(split, safe='')}"
-        rows = connection.request("GET", path).get("questions")
+        rows = connection.read_list(path).get("questions")
         made = []
         for row in rows if isinstance(rows, list) else [rows]:
             match row:

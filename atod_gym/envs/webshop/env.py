@@ -272,7 +272,7 @@ def _tasks(connection: ServedConnection, split: str) -> tuple[TaskManifest, Mapp
         )
     path = f"/tasks/{quote(split, safe='')}"
     if path not in connection.cache:
-        answer = connection.get(path)
+        answer = connection.read_list(path)
         with connection.reading(path):
             ids = tuple(map(str, answer["task_ids"]))
             manifest = TaskManifest(str(answer["name"]), split, ids, str(answer["content_hash"]))
