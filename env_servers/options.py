@@ -49,7 +49,8 @@ class ServiceOptions:
     allowed_host: tuple[str, ...] = option(
         (),
         "further host name that the server accepts without a token (IP addresses,"
-        " localhost and the machine's own name always work); *: every name; may be repeated",
+        " localhost and the machine's own name always work; *: every name), or name of the site"
+        " whose proxy passes requests on; may be repeated",
         metavar="NAME",
     )
     parent: int | None = option(None, "exit when this process has ended", metavar="PID", least=1)

@@ -35,11 +35,12 @@ ATTEMPTS = 5
 BACKOFF_SECONDS = 0.1
 """Backoff before retries: none before the first, then 2, 4 and 8 times this."""
 
-RETRY_STATUSES = frozenset({502, 503, 504})
+RETRY_STATUSES = frozenset({502, 503})
 """Statuses of a server, or of a proxy in front of it, that is temporarily unavailable."""
 
 TIMEOUT_CODE = "timeout"
-"""`ServerError.code` of a server that accepts connections but does not answer in time."""
+"""`ServerError.code` of a server that accepts connections but does not answer in time; with status
+504 a proxy in front of it did not wait longer."""
 
 TOKEN_VARIABLE = "ATOD_SERVER_TOKEN"
 """Environment variable with the token of servers that require one."""
@@ -58,7 +59,7 @@ class JsonClient:
     """Sends JSON to one server; threads may share it, and it may be used on both sides of a fork.
 
     A request is retried when the connection fails or is closed before an answer begins, and when
-    the status is 502, 503 or 504. It is not retried when the answer is late: a slow server would
+    the status is 502 or 503. It is not retried when the answer is late: a slow server would
     get the same work again. The server may receive a request twice, so requests must be safe to
     retry: reading, a step with its number, or opening a session that expires by itself.
     """
@@ -172,6 +173,9 @@ class JsonClient:
                 code=code,
                 retry_after=retry_after(response),
             )
+        if status == 504:
+            message = f"{where}: no answer within the time limit of a proxy; raise it (HTTP 504)"
+            raise ServerError(message, status=status, code=TIMEOUT_CODE)
         shown = answer[:_SHOWN].decode("utf-8", "replace")
         raise ServerError(
             f"{where}: HTTP {status} without the expected JSON object: {shown!r}. Is this the "

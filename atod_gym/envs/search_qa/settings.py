@@ -28,7 +28,7 @@ from atod_gym.envs.search_qa.questions import (
 )
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
 from atod_gym.serving.connection import ServedConnection, ServerSettings, connect
-from atod_gym.serving.http import RETRY_STATUSES, in_batches
+from atod_gym.serving.http import in_batches
 from atod_gym.tasks import DataSource, announce_once, expanded, locate
 
 BATCH_LIMIT = 1024
@@ -240,9 +240,8 @@ def _retrieve(connection: ServedConnection, queries: list[str], topk: int) -> li
                 raise connection.malformed("/retrieve", what)
             return [tuple([_passage(connection, hit) for hit in hits[:topk]]) for hits in lists]
         except ServerError as error:
-            # The client has retried those itself, or retrying is useless.
-            is_final = error.status in {0, *RETRY_STATUSES} or 400 <= error.status < 500
-            if is_final or delay is None:
+            # The client has retried others itself, or retrying is useless.
+            if error.status not in (200, 500) or delay is None:
                 raise
             time.sleep(delay)
     raise AssertionError("the last attempt returns or raises")
