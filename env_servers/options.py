@@ -39,7 +39,7 @@ class ServiceOptions:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(0, "port to listen on; 0 picks a free one", least=0, most=65535)
-    max_body: int = option(1_000_000, "maximum size of a request", metavar="BYTES", least=1)
+    max_body: int = option(1_000_000, "maximum size of a request", metavar="BYTES", least=1_000_000)
     token_env: str | None = option(
         None,
         "environment variable with a token that every request must carry (Authorization: Bearer,"

@@ -24,6 +24,9 @@ from atod_gym.errors import InvalidSettingError, ServerError
 from atod_gym.serving.http import TOKEN_VARIABLE, JsonClient
 from atod_gym.serving.process import START_SECONDS, RunningServer, remember, shared_server
 
+SERVICES = ("retrieval", "webshop")
+"""Names of the services of `atod-serve`."""
+
 ENDED_CODE = "ended"
 """`ServerError.code` of a server that this package started and that has ended."""
 
@@ -48,7 +51,7 @@ class ServerSettings:
     """Command that starts a server manually, for errors of one at `server_url`."""
     is_health_required: bool = True
     """Whether a server at `server_url` must have our `/health`. If not required, `health` is empty
-    for a server that answers with an error or is another program."""
+    for a server that answers with an error or is none of `SERVICES`."""
 
 
 _connections: dict[tuple[str, str | None], ServedConnection] = {}
@@ -70,16 +73,19 @@ def connect(settings: ServerSettings) -> ServedConnection:
     key = (repr(settings), settings.token)
     connection = _connections.get(key)
     if connection is None or connection.is_lost:
-        connection = _connections[key] = ServedConnection(settings)
+        left = [] if connection is None else connection.left
+        connection = _connections[key] = ServedConnection(settings, left)
     return connection
 
 
 class ServedConnection(JsonClient):
     """A connection to one server; `connect` makes it."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, left: list[str]) -> None:
         """Start the server unless it is given, and request its health."""
         self.settings = settings
+        self.left = left
+        """Sessions to close, in a list that a lost connection shares with its replacement."""
         self.running: RunningServer | None = None
         """The server if this package started it."""
         self.is_lost = False
@@ -152,11 +158,11 @@ class ServedConnection(JsonClient):
         try:
             health = self.get("/health")
         except ServerError as error:
-            if is_foreign_fine and 200 <= error.status < 500 and error.status != 401:
+            if is_foreign_fine and error.status not in (0, 401):
                 return {}
             raise
         found = health.get("service")
-        if is_foreign_fine and found is None:
+        if is_foreign_fine and found not in SERVICES:
             return {}
         if found != self.settings.service:
             raise ServerError(

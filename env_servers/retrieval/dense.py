@@ -29,7 +29,7 @@ from env_servers.text import well_formed
 CONSTANT = 60
 """The k of reciprocal rank fusion, as in the paper."""
 DEPTH = 10
-"""Number of best passages of each list that are fused."""
+"""Least number of best passages of each list that are fused."""
 BLOCK = 2048
 """Number of passages that are encoded and written before the next ones are read."""
 _FORMAT = 1
@@ -98,8 +98,8 @@ class HybridRetriever:
 
     The score of a passage is the sum of 1 / (60 + rank) over the lists that have it, ranks from 1
     (Cormack, Clarke and Buettcher, SIGIR 2009). Equal scores, which are frequent, keep the order of
-    the first list, then that of the second. The best 10 of each are fused, for any `topk`: an
-    answer is the beginning of every longer one, and there are at most 20 results.
+    the first list, then that of the second. The best 10 of each are fused, or the best `topk` if
+    that is more: up to 10, an answer is the beginning of every longer one.
     """
 
     name = "hybrid"
@@ -116,7 +116,8 @@ class HybridRetriever:
 
     def search_many(self, queries: Sequence[str], topk: int) -> list[list[Found]]:
         """Return the best `topk` passages for each query, best first; scores are fused ones."""
-        lists = [retriever.search_many(queries, DEPTH) for retriever in self._retrievers]
+        depth = max(DEPTH, topk)
+        lists = [retriever.search_many(queries, depth) for retriever in self._retrievers]
         return [_fused(pair)[:topk] for pair in zip(*lists, strict=True)]
 
 

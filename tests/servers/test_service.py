@@ -330,7 +330,9 @@ def test_a_host_that_is_none_is_refused() -> None:
         [], ["nothing"], ["webshop", "--port", "x"], ["webshop", "--port", "65536"],
         ["webshop", "--port", "-1"], ["webshop", "--capacity", "0"],
         ["webshop", "--idle-minutes", "0"], ["webshop", "--idle-minutes", "nan"],
-        ["webshop", "--max-body", "0"], ["webshop", "--nothing"], ["webshop", "--parent", "0"],
+        ["webshop", "--max-body", "999999"], ["retrieval", "--max-query", "9999"],
+        ["retrieval", "--max-queries", "1023"], ["webshop", "--nothing"],
+        ["webshop", "--parent", "0"],
         ["retrieval", "--corpus", "~no-such-user/x"],
         *(["retrieval", f"--max-{name}", "1" + 20 * "0"]
           for name in ("topk", "queries", "query", "length")),

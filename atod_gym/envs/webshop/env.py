@@ -187,7 +187,6 @@ class WebShopEnv(TurnEnv, ServedEnv):
     def _open_many(
         cls, envs: Sequence[WebShopEnv], task_ids: Sequence[str]
     ) -> list[tuple[str, TurnResult]]:
-        _leave_all(envs)
         try:
             return _opened(envs, task_ids)
         except ServerError as error:
@@ -226,7 +225,7 @@ class WebShopEnv(TurnEnv, ServedEnv):
         """Leave the session, for `_leave_all` to close it."""
         # After a fork, the parent continues to play in its sessions.
         if self._session_id and self._session_owner == os.getpid():
-            self._connection.cache.setdefault("left", []).append(self._session_id)
+            self._connection.left.append(self._session_id)
         self._session_id = ""
 
     def _renew(self) -> None:
@@ -287,7 +286,9 @@ def _tasks(connection: ServedConnection, split: str) -> tuple[TaskManifest, Mapp
 def _opened(envs: Sequence[WebShopEnv], task_ids: Sequence[str]) -> list[tuple[str, TurnResult]]:
     """Open a session for each environment: all of them or none."""
     for env in envs:
+        env._leave()
         env._renew()
+    _leave_all(envs)
     answers: list[dict[str, Any]] = [{} for _ in envs]
     sessions = [{"task_id": task_id} for task_id in task_ids]
     opened = []
@@ -311,15 +312,21 @@ def _opened(envs: Sequence[WebShopEnv], task_ids: Sequence[str]) -> list[tuple[s
 def _leave_all(envs: Sequence[WebShopEnv]) -> None:
     """Close the sessions of environments, and all sessions left earlier.
 
-    A failure is ignored, as the server expires them.
+    Those of a lost connection are closed through its replacement, or expire.
     """
     for env in envs:
         env._leave()
     for connection in dict.fromkeys(env._connection for env in envs):
+        left: list[str] = []
+        # Threads may share the connection, so each session is taken by one of them.
+        with suppress(IndexError):
+            while True:
+                left.append(connection.left.pop())
         with suppress(ServerError):
-            for part in in_batches(connection.cache.pop("left", []), BATCH_LIMIT):
-                if not connection.is_lost:
-                    connection.post("/batch/close", {"session_ids": part})
+            for part in in_batches([] if connection.is_lost else left, BATCH_LIMIT):
+                connection.post("/batch/close", {"session_ids": part})
+        if connection.is_lost:
+            connection.left.extend(left)
 
 
 def _batch(
