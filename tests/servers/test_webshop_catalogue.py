@@ -74,7 +74,7 @@ def test_a_stored_catalogue_is_the_same_shop(
     assert list(stored.goals) == list(in_memory.goals)
     assert stored.label == in_memory.label == str(folder)
     assert stored.content_hash == in_memory.content_hash
-    assert stored.name == "webshop/custom-40"
+    assert stored.name == f"webshop/custom-40-{stored.content_hash[:8]}"
     for split in stored.splits:
         assert stored.manifest(split) == in_memory.manifest(split)
     for keywords in ("steel", "<c> garden", "<q> x", f"<q> {stored.goals[0].query}"):
@@ -212,6 +212,27 @@ def test_compressed_files(
     assert list(open_shop(folder).goals) == expected
 
 
+@pytest.mark.parametrize(
+    "name", ["items_shuffle_1000 (1)", "items_shuffle_1000_old", "items_shuffle (1)"]
+)
+def test_files_with_other_names_are_not_played(write: Write, name: str) -> None:
+    folder = write()
+    expected = open_shop(folder)
+    (folder / f"{name}.json").write_text(json.dumps(SHOP.items[:5]))
+    (folder / name.replace("shuffle", "ins_v2")).with_suffix(".json").write_text("{}")
+    shop = open_shop(folder)
+    assert (shop.name, shop.content_hash) == (expected.name, expected.content_hash)
+    (folder / "items_shuffle.json").unlink()
+    with pytest.raises(ShopDataError, match="has no items_shuffle_1000"):
+        open_shop(folder)
+
+
+def test_tasks_of_two_folders_have_different_ids(write: Write) -> None:
+    first = open_shop(write(SHOP.items[:20])).task_ids("train")
+    second = open_shop(write(SHOP.items[20:])).task_ids("train")
+    assert not {*first} & {*second}
+
+
 def test_entries_that_the_original_leaves_out(write: Write) -> None:
     first, second, *_ = SHOP.items
     extra = [{**second, "asin": "nan"}, {**second, "asin": "B0123456789"}, {**first, "name": "x"}]
@@ -342,7 +363,7 @@ def test_a_folder_called_official_is_not_the_official_data(
     folder = write()
     monkeypatch.chdir(folder.rename(folder.parent / "official").parent)
     shop = open_shop(Path("official"))
-    assert (shop.label, shop.name) == ("./official", "webshop/custom-40")
+    assert (shop.label, shop.name) == ("./official", f"webshop/custom-40-{shop.content_hash[:8]}")
     assert 0 < len(shop.splits["test"]) == len(shop.goals) // 10
 
 
