@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_REPORT_SECONDS = 60.0
+_REPORT_SECONDS = 10.0
 
 _LOG = logging.getLogger("env_servers")
 
@@ -57,13 +57,11 @@ def locked(target: Path) -> Iterator[None]:
     lock = FileLock(path)
     # Some file systems have no locks; then two concurrent processes do the same work twice.
     with suppress(NotImplementedError):
-        timeout = 0.0
         while not lock.is_locked:
             try:
-                lock.acquire(timeout)
+                lock.acquire(_REPORT_SECONDS)
             except Timeout:
                 _LOG.warning("Waiting for another process that is making %s.", target)
-                timeout = _REPORT_SECONDS
     try:
         yield
     finally:

@@ -24,9 +24,6 @@ from atod_gym.errors import InvalidSettingError, ServerError
 from atod_gym.serving.http import TOKEN_VARIABLE, JsonClient
 from atod_gym.serving.process import START_SECONDS, RunningServer, remember, shared_server
 
-SERVICES = ("retrieval", "webshop")
-"""Names of the services of `atod-serve`."""
-
 ENDED_CODE = "ended"
 """`ServerError.code` of a server that this package started and that has ended."""
 
@@ -51,7 +48,7 @@ class ServerSettings:
     """Command that starts a server manually, for errors of one at `server_url`."""
     is_health_required: bool = True
     """Whether a server at `server_url` must have our `/health`. If not required, `health` is empty
-    for a server that answers with an error or is none of `SERVICES`."""
+    for a server that answers with an error or is none of `atod-serve`."""
 
 
 _connections: dict[tuple[str, str | None], ServedConnection] = {}
@@ -162,7 +159,7 @@ class ServedConnection(JsonClient):
                 return {}
             raise
         found = health.get("service")
-        if is_foreign_fine and found not in SERVICES:
+        if is_foreign_fine and found not in ("retrieval", "webshop"):
             return {}
         if found != self.settings.service:
             raise ServerError(

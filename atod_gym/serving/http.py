@@ -174,8 +174,8 @@ class JsonClient:
                 retry_after=retry_after(response),
             )
         if status == 504:
-            message = f"{where}: no answer within the time limit of a proxy; raise it (HTTP 504)"
-            raise ServerError(message, status=status, code=TIMEOUT_CODE)
+            late = f"{where}: no answer within the time limit of a proxy; raise it (HTTP 504)"
+            raise ServerError(late, status=status, code=TIMEOUT_CODE)
         shown = answer[:_SHOWN].decode("utf-8", "replace")
         raise ServerError(
             f"{where}: HTTP {status} without the expected JSON object: {shown!r}. Is this the "

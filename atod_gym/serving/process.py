@@ -38,12 +38,6 @@ _ENDING_SECONDS = 1.0
 _LOG_SECONDS = 0.2
 _SHOWN_LINES = 8
 _NOTES = "atod_running_servers"
-# `python -m` would import modules from the working folder, such as a user's `queue.py`. The folder
-# of this package comes last, for a checkout that is not installed.
-_PROGRAM = (
-    "import runpy, sys; sys.path[:] = [*filter(None, sys.path), {folder!r}]; "
-    "runpy.run_module({module!r}, run_name='__main__')"
-)
 
 _locks: dict[str, threading.Lock] = {}
 """By `RunningServer.key`; held while that server starts. The lock of "" guards the notes."""
@@ -117,8 +111,13 @@ class RunningServer:
 
     def start(self) -> str | None:
         """Start the server; return its first line, empty if it ended; None if it stays silent."""
+        # `python -m` would import a user's files from the working folder, such as `queue.py`. The
+        # folder of this package comes last, for a checkout that is not installed.
         folder = str(Path(__file__).resolve().parents[2])
-        program = _PROGRAM.format(folder=folder, module=SERVER_MODULE)
+        program = (
+            f"import runpy, sys; sys.path[:] = [*filter(None, sys.path), {folder!r}]; "
+            f"runpy.run_module({SERVER_MODULE!r}, run_name='__main__')"
+        )
         arguments = [*self.command[1:], "--port", "0", "--parent", str(os.getpid())]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process ends
         # An own session, so that Ctrl-C in the terminal reaches the clients and not the server.
@@ -256,8 +255,7 @@ def _started(key: str, service: str) -> RunningServer:
         )
     if line is None:
         what = (
-            f"it was not ready and wrote nothing for {START_SECONDS:.0f} seconds. The command "
-            "below has no such limit; give the server's URL as server_url=..."
+            f"it wrote nothing for {START_SECONDS:.0f} seconds; start it yourself (server_url=..)"
         )
     elif line:
         what = f"instead of its start-up line it printed {line[:200]!r}"

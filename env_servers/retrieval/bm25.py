@@ -31,7 +31,7 @@ from env_servers.search.bm25 import BM25Index
 from env_servers.search.builder import DuplicateIdError
 from env_servers.search.storage import SearchIndexError, StringTable
 
-_FORMAT = 2
+_FORMAT = 3
 """Raise it when the files change, so that old folders are not opened."""
 _DESCRIPTION, _CONTENTS, _OFFSETS, _BM25 = "corpus.json", "contents.bin", "offsets.npy", "bm25"
 _REPORT_EVERY = 200_000

@@ -180,32 +180,6 @@ def test_ids_have_several_names(tmp_path: Path, row: dict[str, object], passage_
         assert [found.id for found in read_bytes(tmp_path, content)] == ["first", passage_id]
 
 
-def test_tables_of_dpr_are_read(tmp_path: Path) -> None:
-    rows = (
-        "id\ttext\ttitle\r\n"
-        '1\t"Aaron ( or ; ""Ah\u00e4r\u00f4n"") is a prophet."\tAaron\r\n'
-        "2\tplain\t\r\n\r\n"
-        '3\t"two\nlines"\tT\r\n'
-    )
-    expected = [
-        Passage("1", '"Aaron"\nAaron ( or ; "Ah\u00e4r\u00f4n") is a prophet.'),
-        Passage("2", '""\nplain'),
-        Passage("3", '"T"\ntwo\nlines'),
-    ]
-    assert read_bytes(tmp_path, rows.encode()) == expected
-    assert read_bytes(tmp_path, gzip.compress(b"\xef\xbb\xbf" + rows.encode())) == expected
-    assert read_bytes(tmp_path, b'\n"text"\tdocid\nx\t8\n') == [Passage("8", '""\nx')]
-    path = tmp_path / "table"
-    path.write_bytes(b"id\ttext\n1\t\xc3\xa9\n2\n3\t\xff\n4\tb\n5\t" + b"x" * 200_000 + b"\n6\tc\n")
-    passages, left_out = read(path)
-    assert [passage.id for passage in passages] == ["1", "4", "6"]
-    assert left_out.counts == {
-        "with another number of columns than the header": 1, "not in UTF-8": 1,
-        "not tab-separated": 1,
-    }  # fmt: skip
-    assert left_out.first == "line 3"
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -317,11 +317,8 @@ def _leave_all(envs: Sequence[WebShopEnv]) -> None:
     for env in envs:
         env._leave()
     for connection in dict.fromkeys(env._connection for env in envs):
-        left: list[str] = []
-        # Threads may share the connection, so each session is taken by one of them.
-        with suppress(IndexError):
-            while True:
-                left.append(connection.left.pop())
+        left = connection.left.copy()
+        del connection.left[: len(left)]
         with suppress(ServerError):
             for part in in_batches([] if connection.is_lost else left, BATCH_LIMIT):
                 connection.post("/batch/close", {"session_ids": part})
