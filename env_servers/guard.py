@@ -80,7 +80,7 @@ class Guard:
             )
             return ServiceError(403, "unknown_host", message)
         if method not in _SAFE_METHODS and self._is_cross_site(host, headers):
-            message = "Requests from pages of another web site are refused."
+            message = "Pages of another web site are refused, except that of --allowed-host NAME."
             return ServiceError(403, "cross_site", message)
         return None
 

@@ -39,7 +39,7 @@ class ServiceOptions:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(0, "port to listen on; 0 picks a free one", least=0, most=65535)
-    max_body: int = option(1_000_000, "maximum size of a request", metavar="BYTES", least=1)
+    max_body: int = option(1_000_000, "maximum size of a request", metavar="BYTES", least=1_000_000)
     token_env: str | None = option(
         None,
         "environment variable with a token that every request must carry (Authorization: Bearer,"
@@ -49,7 +49,8 @@ class ServiceOptions:
     allowed_host: tuple[str, ...] = option(
         (),
         "further host name that the server accepts without a token (IP addresses,"
-        " localhost and the machine's own name always work); *: every name; may be repeated",
+        " localhost and the machine's own name always work; *: every name), or name of the site"
+        " whose proxy passes requests on; may be repeated",
         metavar="NAME",
     )
     parent: int | None = option(None, "exit when this process has ended", metavar="PID", least=1)

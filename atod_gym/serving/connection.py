@@ -22,7 +22,13 @@ from gymnasium.utils import EzPickle
 
 from atod_gym.errors import InvalidSettingError, ServerError
 from atod_gym.serving.http import TOKEN_VARIABLE, JsonClient
-from atod_gym.serving.process import RunningServer, remember, server_key, shared_server
+from atod_gym.serving.process import (
+    START_SECONDS,
+    RunningServer,
+    remember,
+    server_key,
+    shared_server,
+)
 
 ENDED_CODE = "ended"
 """`ServerError.code` where the server of a connection has ended, or serves something else now."""
@@ -53,7 +59,7 @@ class ServerSettings:
     """Command that starts a server manually, for errors of one at `server_url`."""
     is_health_required: bool = True
     """Whether a server at `server_url` must have our `/health`. If not required, `health` is empty
-    for a server that answers with an error or is another program."""
+    for a server that answers with an error or is none of `atod-serve`."""
 
 
 _connections: dict[tuple[str, str | None], ServedConnection] = {}
@@ -76,16 +82,19 @@ def connect(settings: ServerSettings) -> ServedConnection:
     key = (repr(settings), settings.token)
     connection = _connections.get(key)
     if connection is None or not connection.is_current():
-        connection = _connections[key] = ServedConnection(settings)
+        left = [] if connection is None else connection.left
+        connection = _connections[key] = ServedConnection(settings, left)
     return connection
 
 
 class ServedConnection(JsonClient):
     """A connection to one server; `connect` makes it."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, left: list[str]) -> None:
         """Start the server unless it is given, and request its health."""
         self.settings = settings
+        self.left = left
+        """Sessions to close, in a list that a lost connection shares with its replacement."""
         self.running: RunningServer | None = None
         """The server if this package started it."""
         self.is_lost = False
@@ -142,25 +151,39 @@ class ServedConnection(JsonClient):
             )
         return new
 
-    def request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+    def request(
+        self, method: str, path: str, body: object = None, timeout: float | None = None
+    ) -> dict[str, Any]:
         """Send a request; see `JsonClient.request`.
 
         Raises:
             ServerError: The message says whether the server has ended and what to do.
         """
         try:
-            return super().request(method, path, body)
+            return super().request(method, path, body, timeout)
         except ServerError as error:
-            code, more = error.code, ""
-            if error.status == 401:
-                more = f" Give the token as token=... or in the variable {TOKEN_VARIABLE}."
-            elif error.status == 0:
-                self.is_lost = True
-                output = self.running and self.running.output_if_ended()
-                if output is not None:
-                    code, output = ENDED_CODE, f": {output}" if output else ""
-                    more = f" That process has ended{output}. reset() starts a new one."
-            raise ServerError(f"{error}{more}", status=error.status, code=code) from error
+            if more := self._explanation(error):
+                error.args = (f"{error} {more}",)
+            raise
+
+    def read_list(self, path: str) -> dict[str, Any]:
+        """Send a GET request for a list that takes as long as a start; see `request`."""
+        return self.request("GET", path, timeout=None if self.running is None else START_SECONDS)
+
+    def _explanation(self, error: ServerError) -> str:
+        """Return what else is known about an error, and note that the server is lost or ended."""
+        if error.status == 401:
+            return f"Give the token as token=... or in the variable {TOKEN_VARIABLE}."
+        if error.status == 500 and self.running is not None:
+            return self.running.last_errors()
+        if error.status != 0:
+            return ""
+        self.is_lost = True
+        output = None if self.running is None else self.running.output_if_ended()
+        if output is None:
+            return ""
+        error.code = ENDED_CODE
+        return f"That process has ended{output and f': {output}'}. reset() starts a new one."
 
     def _read(self, where: str, response: requests.Response, answer: bytes) -> dict[str, Any]:
         data = super()._read(where, response, answer)
@@ -196,11 +219,11 @@ class ServedConnection(JsonClient):
         try:
             health = self.get("/health")
         except ServerError as error:
-            if is_foreign_fine and 200 <= error.status < 500 and error.status != 401:
+            if is_foreign_fine and error.status not in (0, 401):
                 return {}
             raise
         found = health.get("service")
-        if is_foreign_fine and found is None:
+        if is_foreign_fine and found not in ("retrieval", "webshop"):
             return {}
         if found != self.settings.service:
             raise ServerError(

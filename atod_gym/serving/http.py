@@ -34,11 +34,12 @@ ATTEMPTS = 5
 BACKOFF_SECONDS = 0.1
 """Backoff before retries: none before the first, then 2, 4 and 8 times this."""
 
-RETRY_STATUSES = frozenset({502, 503, 504})
+RETRY_STATUSES = frozenset({502, 503})
 """Statuses of a server, or of a proxy in front of it, that is temporarily unavailable."""
 
 TIMEOUT_CODE = "timeout"
-"""`ServerError.code` of a server that accepts connections but does not answer in time."""
+"""`ServerError.code` of a server that accepts connections but does not answer in time; with status
+504 a proxy in front of it did not wait longer."""
 
 TOKEN_VARIABLE = "ATOD_SERVER_TOKEN"
 """Environment variable with the token of servers that require one."""
@@ -58,7 +59,7 @@ class JsonClient:
     """Sends JSON to one server; threads may share it, and it may be used on both sides of a fork.
 
     A request is retried when the connection fails or is closed before an answer begins, and when
-    the status is 502, 503 or 504. It is not retried when the answer is late: a slow server would
+    the status is 502 or 503. It is not retried when the answer is late: a slow server would
     get the same work again. The server may receive a request twice, so requests must be safe to
     retry: reading, a step with its number, or opening a session that expires by itself.
     """
@@ -94,7 +95,7 @@ class JsonClient:
             )
         if token and not (token.isascii() and token.isprintable()):
             raise InvalidSettingError("A token must be printable ASCII.")
-        self._timeout = (CONNECT_TIMEOUT, timeout)
+        self._timeout = timeout
         self._attempts = attempts
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if token:
@@ -110,7 +111,9 @@ class JsonClient:
         """Send a POST request; see `request`."""
         return self.request("POST", path, body)
 
-    def request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+    def request(
+        self, method: str, path: str, body: object = None, timeout: float | None = None
+    ) -> dict[str, Any]:
         """Send a request and read the answer.
 
         Args:
@@ -118,6 +121,7 @@ class JsonClient:
             path: Begins with `/`; characters that are not safe in a URL must be quoted.
             body: Any value that `json.dumps` accepts; None: no body. A lone surrogate, which UTF-8
                 cannot encode, is sent as `?`.
+            timeout: Replaces that of the client.
 
         Returns:
             The JSON object of an answer with a status from 200 to 299.
@@ -138,11 +142,12 @@ class JsonClient:
             # After a fork the open connections belong to the parent: two processes that write to
             # one connection would receive each other's answers.
             self._adapter, self._pid = _adapter(self.url, self._attempts), os.getpid()
+        seconds = self._timeout if timeout is None else timeout
         try:
-            response = self._adapter.send(request, stream=True, timeout=self._timeout)
+            response = self._adapter.send(request, stream=True, timeout=(CONNECT_TIMEOUT, seconds))
             answer = response.raw.read(MAX_ANSWER_BYTES + 1, decode_content=True)
         except (requests.RequestException, HTTPError) as error:
-            raise self._failed(where, error) from error
+            raise self._failed(where, error, seconds) from error
         if len(answer) > MAX_ANSWER_BYTES:
             response.close()
             raise ServerError(
@@ -168,24 +173,27 @@ class JsonClient:
                 f"{where}: {message or code} (HTTP {status})",
                 status=status,
                 code=code,
-                retry_after=_retry_after(response),
+                retry_after=retry_after(response),
             )
+        if status == 504:
+            late = f"{where}: no answer within the time limit of a proxy; raise it (HTTP 504)"
+            raise ServerError(late, status=status, code=TIMEOUT_CODE)
         shown = answer[:_SHOWN].decode("utf-8", "replace")
         raise ServerError(
             f"{where}: HTTP {status} without the expected JSON object: {shown!r}. Is this the "
             f"right URL? {self.advice}",
             status=status,
-            retry_after=_retry_after(response),
+            retry_after=retry_after(response),
         )
 
-    def _failed(self, where: str, error: Exception) -> ServerError:
+    def _failed(self, where: str, error: Exception, seconds: float) -> ServerError:
         """Return the error for a request without an answer; `error` is of requests or urllib3."""
         cause = error.args[0] if error.args and isinstance(error.args[0], HTTPError) else error
         if isinstance(cause, MaxRetryError) and cause.reason is not None:
             cause = cause.reason
         if isinstance(cause, ReadTimeoutError):
             return ServerError(
-                f"{where}: no answer within {self._timeout[1]:g} s; raise timeout=... if the "
+                f"{where}: no answer within {seconds:g} s; raise timeout=... if the "
                 f"server needs longer. {self.advice}",
                 code=TIMEOUT_CODE,
             )
@@ -201,10 +209,10 @@ class JsonClient:
         )
 
 
-def _retry_after(response: requests.Response) -> float:
-    """Return the seconds that a server asks to wait, 0 if it does not."""
+def retry_after(response: Any) -> float:
+    """Return the seconds that an answer of any HTTP client asks to wait, 0 if it does not."""
     try:
-        return Retry().get_retry_after(response.raw) or 0.0
+        return Retry().get_retry_after(response) or 0.0
     except (InvalidHeader, ValueError, OverflowError):
         return 0.0
 

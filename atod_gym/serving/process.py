@@ -18,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from atod_gym.errors import MissingExtraError, ServerError
@@ -27,12 +29,13 @@ from atod_gym.tasks import announce_once
 
 SERVER_MODULE = "env_servers.cli"
 START_SECONDS = 900.0
-"""Time limit for the start of a server; indexing a million products takes minutes."""
+"""A server that is starting is stopped if it writes nothing for this time."""
 
 _ANNOUNCE_SECONDS = 10.0
 _STOP_SECONDS = 3.0
 _HEALTH_SECONDS = 10.0
 _ENDING_SECONDS = 1.0
+_LOG_SECONDS = 0.2
 _SHOWN_LINES = 8
 _NOTES = "atod_running_servers"
 
@@ -66,9 +69,9 @@ class RunningServer:
 
     @property
     def command(self) -> list[str]:
-        """The command line that starts the server."""
+        """The command line that starts such a server manually."""
         service, arguments, _ = json.loads(self.key)
-        return [sys.executable, "-m", SERVER_MODULE, service, *arguments]
+        return ["atod-serve", service, *arguments]
 
     def is_alive(self) -> bool:
         """Return whether the server is running.
@@ -94,12 +97,32 @@ class RunningServer:
                 self._process.wait(_ENDING_SECONDS)
         return None if self.is_alive() else self.end()
 
-    def start(self, command: Sequence[str]) -> str | None:
-        """Start the server; return its first line, empty if it ended; None after START_SECONDS."""
+    def last_errors(self) -> str:
+        """Return the end of a running server's standard error; empty where it cannot be read.
+
+        Waits a moment: a server logs an error after it has answered.
+        """
+        if self._errors is None or not hasattr(os, "pread"):
+            return ""
+        time.sleep(_LOG_SECONDS)
+        # Both processes share the position in the file, which this leaves.
+        number = self._errors.fileno()
+        return _last_lines(os.pread(number, os.fstat(number).st_size, 0))
+
+    def start(self) -> str | None:
+        """Start the server; return its first line, empty if it ended; None if it stays silent."""
+        # `python -m` would import a user's files from the working folder, such as `queue.py`. The
+        # folder of this package comes last, for a checkout that is not installed.
+        folder = str(Path(__file__).resolve().parents[2])
+        program = (
+            f"import runpy, sys; sys.path[:] = [*filter(None, sys.path), {folder!r}]; "
+            f"runpy.run_module({SERVER_MODULE!r}, run_name='__main__')"
+        )
+        arguments = [*self.command[1:], "--port", "0", "--parent", str(os.getpid())]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process ends
         # An own session, so that Ctrl-C in the terminal reaches the clients and not the server.
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-c", program, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -115,8 +138,11 @@ class RunningServer:
         reader.start()
         reader.join(min(_ANNOUNCE_SECONDS, START_SECONDS))
         if reader.is_alive():
-            announce_once(f"Waiting for the server: {shlex.join(command)}")
+            announce_once(f"Waiting for the server: {shlex.join(self.command)}")
+        written, before = 0, -1
+        while reader.is_alive() and written > before:
             reader.join(START_SECONDS)
+            written, before = os.fstat(self._errors.fileno()).st_size, written
         return lines[0].decode("utf-8", "replace") if lines else None
 
     def end(self) -> str:
@@ -130,8 +156,7 @@ class RunningServer:
                 self._process.wait()
             # Both processes share the position in the file, so it is read after the end.
             self._errors.seek(0)
-            lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
-            self._output = "\n".join(lines[-_SHOWN_LINES:])
+            self._output = _last_lines(self._errors.read())
             self._close_files()
         return self._output
 
@@ -148,6 +173,10 @@ class RunningServer:
         if self._errors is not None:
             self._errors.close()
             self._errors = None
+
+
+def _last_lines(output: bytes) -> str:
+    return "\n".join(output.decode("utf-8", "replace").strip().splitlines()[-_SHOWN_LINES:])
 
 
 def server_key(service: str, arguments: Sequence[str], files: Sequence[str] = ()) -> str:
@@ -216,9 +245,8 @@ def _worker_config() -> dict[str, Any]:
 
 def _started(key: str, service: str) -> RunningServer:
     server = RunningServer(key)
-    command = [*server.command, "--port", "0", "--parent", str(os.getpid())]
     try:
-        line = server.start(command)
+        line = server.start()
         with contextlib.suppress(ValueError, KeyError, TypeError):
             ready = json.loads(line or "")
             if ready["service"] == service:
@@ -235,7 +263,9 @@ def _started(key: str, service: str) -> RunningServer:
             f"pip install 'atod-gym[servers]'. Its message: {output}"
         )
     if line is None:
-        what = f"it was not ready after {START_SECONDS:.0f} seconds"
+        what = (
+            f"it wrote nothing for {START_SECONDS:.0f} seconds; start it yourself (server_url=..)"
+        )
     elif line:
         what = f"instead of its start-up line it printed {line[:200]!r}"
     else:
@@ -243,7 +273,7 @@ def _started(key: str, service: str) -> RunningServer:
     message = f" Its message:\n{output}\n" if output else " "
     raise ServerError(
         f"The {service} server did not start: {what}.{message}The command was: "
-        f"{shlex.join(command)}"
+        f"{shlex.join(server.command)}"
     )
 
 

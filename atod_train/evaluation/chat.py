@@ -19,12 +19,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
-from urllib3.exceptions import InvalidHeader
-from urllib3.util import Retry
 
 from atod_gym.dialogue import Prompt
 from atod_gym.errors import InvalidSettingError, MissingExtraError, ServerError
 from atod_gym.parsing import CompletionFormat
+from atod_gym.serving.http import retry_after
 from atod_gym.types import TurnObservation
 from atod_train.evaluation.agents import Completion, EpisodeStopped, Info
 from atod_train.evaluation.rate_limiter import RateLimiter
@@ -262,7 +261,7 @@ class ChatEndpoint:
         if codes & _SPENT_CODES or status == 402:
             return ServerError(f"{where} Add credit, or use another key.")
         if status in _TRANSIENT or status >= 500:
-            wait = _retry_after(error.response)
+            wait = retry_after(error.response)
             return _Transient(where, status=status, retry_after=wait)
         advice = ""
         if status in (400, 413, 422):
@@ -381,14 +380,6 @@ def _instead_of_text(message: Mapping[str, Any], finish_reason: Any) -> str:
         return "refusal"
     reasons = {"content_filter": "content filter", "length": "cut at the limit of tokens"}
     return reasons.get(finish_reason, "")
-
-
-def _retry_after(response: Any) -> float:
-    """Return the seconds of `retry-after`, which is a number or a date; 0: none."""
-    try:
-        return Retry().get_retry_after(response) or 0.0
-    except (InvalidHeader, ValueError, OverflowError):
-        return 0.0
 
 
 def _line(value: object) -> str:

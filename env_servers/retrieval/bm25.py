@@ -31,7 +31,7 @@ from env_servers.search.bm25 import BM25Index
 from env_servers.search.builder import DuplicateIdError
 from env_servers.search.storage import SearchIndexError, StringTable
 
-_FORMAT = 2
+_FORMAT = 3
 """Raise it when the files change, so that old folders are not opened."""
 _DESCRIPTION, _CONTENTS, _OFFSETS, _BM25 = "corpus.json", "contents.bin", "offsets.npy", "bm25"
 _REPORT_EVERY = 200_000
@@ -108,8 +108,9 @@ def index_file(path: Path, k1: float, b: float, folder: Path | None = None) -> I
     if folder.exists() and not folder.is_dir():
         raise CorpusError(f"{folder} is a file; give a folder as --index.")
     try:
-        if not (folder.is_dir() and any(folder.iterdir())):
-            _build(path, description, folder)
+        with new_folder(folder) as partial:
+            if partial is not None:
+                _build(path, description, partial)
         opened = _opened(folder, description)
     except (OSError, SearchIndexError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -162,32 +163,32 @@ def file_hash(path: Path, notes: Path) -> str:
 
 
 def _build(path: Path, description: Mapping[str, Any], folder: Path) -> None:
+    """Fill an empty folder."""
     left_out = LeftOut()
     if next(read_corpus(path, left_out), None) is None:
         raise no_passage(path, left_out)
-    with new_folder(folder) as partial:
-        _LOG.warning("First use of %s: building its index in %s.", path, folder)
+    _LOG.warning("First use of %s: building its index in %s.", path, folder.parent)
 
-        def write(repeated: Collection[int] = ()) -> LeftOut:
-            left_out = LeftOut()
-            with (partial / _CONTENTS).open("wb") as file:
-                passages = read_corpus(path, left_out, repeated)
-                k1, b = description["k1"], description["b"]
-                _, offsets = _index(passages, file, k1, b, partial / _BM25)
-            np.save(partial / _OFFSETS, offsets, allow_pickle=False)
-            return left_out
+    def write(repeated: Collection[int] = ()) -> LeftOut:
+        left_out = LeftOut()
+        with (folder / _CONTENTS).open("wb") as file:
+            passages = read_corpus(path, left_out, repeated)
+            k1, b = description["k1"], description["b"]
+            _, offsets = _index(passages, file, k1, b, folder / _BM25)
+        np.save(folder / _OFFSETS, offsets, allow_pickle=False)
+        return left_out
 
-        try:
-            left_out = write()
-        except DuplicateIdError as error:
-            # Rare, so the file is read again instead of keeping all ids in memory.
-            left_out = write(frozenset(error.repeated))
-        content = {
-            "description": description,
-            "left_out": left_out.counts,
-            "first_left_out": left_out.first,
-        }
-        (partial / _DESCRIPTION).write_text(json.dumps(content), encoding="utf-8")
+    try:
+        left_out = write()
+    except DuplicateIdError as error:
+        # Rare, so the file is read again instead of keeping all ids in memory.
+        left_out = write(frozenset(error.repeated))
+    content = {
+        "description": description,
+        "left_out": left_out.counts,
+        "first_left_out": left_out.first,
+    }
+    (folder / _DESCRIPTION).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _index(

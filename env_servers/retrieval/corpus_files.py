@@ -20,10 +20,12 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
+from itertools import chain, islice, tee
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -257,29 +259,43 @@ def _json_values(path: Path, values: Iterator[object]) -> Iterator[tuple[str, ob
 
 
 def _table_rows(file: IO[bytes], columns: list[str]) -> Iterator[tuple[str, object]]:
-    above = 1
+    number = 1
     while not file.readline().strip():
-        above += 1
-    with io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="") as text:
-        reader = csv.reader(text, delimiter="\t")
-        while True:
+        number += 1
+    with io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="\n") as text:
+        for lines, cells in _records(text, len(columns) - 1):
+            number += lines
             value: object
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                value = _RowError("not tab-separated", f" ({error})")
+            if cells == [""]:
+                continue
+            if len(cells) != len(columns):
+                value = _RowError("with another number of columns than the header")
+            elif any(map(_NO_UTF8.search, cells)):
+                value = _RowError("not in UTF-8")
             else:
-                if cells is None:
-                    return
-                if not cells:
-                    continue
-                if len(cells) != len(columns):
-                    value = _RowError("with another number of columns than the header")
-                elif any(map(_NO_UTF8.search, cells)):
-                    value = _RowError("not in UTF-8")
-                else:
-                    value = dict(zip(columns, cells, strict=True))
-            yield f"line {above + reader.line_num}", value
+                value = dict(zip(columns, cells, strict=True))
+            yield f"line {number}", value
+
+
+def _records(text: Iterator[str], tabs: int) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of lines and the cells of each row: a line, or several in quotation marks.
+
+    A quotation mark that is never closed must not swallow the rows after it. So a line is taken as
+    it stands unless the csv module reads it, or it and the next ones with as many tabs together.
+    """
+    lines = tee(text, 1)[0]
+    for line in lines:
+        number, cells = 1, line.rstrip("\r\n").split("\t")
+        if any(cell.startswith('"') for cell in cells):
+            reader = csv.reader(chain([line], copy(lines)), delimiter="\t", strict=True)
+            with suppress(csv.Error):
+                quoted = next(reader)
+                more = "".join(islice(copy(lines), reader.line_num - 1)).count("\t")
+                if len(quoted) == tabs + 1 and (not more or line.count("\t") + more == tabs):
+                    number, cells = reader.line_num, quoted
+        yield number, cells
+        for _ in range(number - 1):
+            next(lines)
 
 
 def _passage(fields: object, row: int) -> Passage:

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from env_servers.new_folder import locked
 from env_servers.retrieval.corpus import Corpus, Found, Retriever
 from env_servers.retrieval.encoder import Encoder, EncoderError
 from env_servers.retrieval.nearest import QUERIES_AT_ONCE, Matrix, NearestRows
@@ -31,7 +29,7 @@ from env_servers.text import well_formed
 CONSTANT = 60
 """The k of reciprocal rank fusion, as in the paper."""
 DEPTH = 10
-"""Number of best passages of each list that are fused."""
+"""Least number of best passages of each list that are fused."""
 BLOCK = 2048
 """Number of passages that are encoded and written before the next ones are read."""
 _FORMAT = 1
@@ -40,8 +38,6 @@ _CHECKED_ROWS = 8
 _LARGEST_DISTANCE = 0.05
 """Far above the effect of number formats and batches, about 0.01 for bfloat16."""
 _DTYPE = np.dtype("<f2")
-
-_LOG = logging.getLogger("env_servers")
 
 
 class DenseRetriever:
@@ -102,8 +98,8 @@ class HybridRetriever:
 
     The score of a passage is the sum of 1 / (60 + rank) over the lists that have it, ranks from 1
     (Cormack, Clarke and Buettcher, SIGIR 2009). Equal scores, which are frequent, keep the order of
-    the first list, then that of the second. The best 10 of each are fused, for any `topk`: an
-    answer is the beginning of every longer one, and there are at most 20 results.
+    the first list, then that of the second. The best 10 of each are fused, or the best `topk` if
+    that is more: up to 10, an answer is the beginning of every longer one.
     """
 
     name = "hybrid"
@@ -120,7 +116,8 @@ class HybridRetriever:
 
     def search_many(self, queries: Sequence[str], topk: int) -> list[list[Found]]:
         """Return the best `topk` passages for each query, best first; scores are fused ones."""
-        lists = [retriever.search_many(queries, DEPTH) for retriever in self._retrievers]
+        depth = max(DEPTH, topk)
+        lists = [retriever.search_many(queries, depth) for retriever in self._retrievers]
         return [_fused(pair)[:topk] for pair in zip(*lists, strict=True)]
 
 
@@ -144,7 +141,7 @@ def stored_vectors(corpus: Corpus, encoder: Encoder, folder: Path) -> Matrix:
     path = folder / f"vectors-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path):
             # Another process may have made them during the wait.
             if not path.exists():
                 partial = path.with_suffix(".partial")
@@ -232,25 +229,6 @@ def _continue(file: IO[bytes], corpus: Corpus, encoder: Encoder) -> None:
             file.write(vectors.astype(_DTYPE).data)
             file.flush()
             os.fsync(file.fileno())
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait for a lock; its file is deleted after a block without error."""
-    lock = FileLock(path)
-    # Some file systems have no locks; then two concurrent processes do the same work twice.
-    with suppress(NotImplementedError):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            _LOG.warning("Waiting for another process that is encoding this corpus.")
-            lock.acquire()
-    try:
-        yield
-        with suppress(OSError):
-            path.unlink()
-    finally:
-        lock.release()
 
 
 def _mapped(path: Path) -> Matrix:

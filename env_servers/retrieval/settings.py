@@ -78,15 +78,15 @@ class EncoderSettings:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of a request."""
+    """The limits of a request; the command line takes none below what Search-QA may send."""
 
     topk: int = option(3, "passages for each query if the request has no topk or 0", least=1)
     max_topk: int = option(100, "maximum topk of a request", least=1, most=_LARGEST_LIMIT)
     max_queries: int = option(
-        1024, "maximum number of queries of a request", least=1, most=_LARGEST_LIMIT
+        1024, "maximum number of queries of a request", least=1024, most=_LARGEST_LIMIT
     )
     max_query: int = option(
-        10_000, "maximum length of a query", metavar="CHARACTERS", least=1, most=_LARGEST_LIMIT
+        10_000, "maximum length of a query", metavar="CHARACTERS", least=10_000, most=_LARGEST_LIMIT
     )
 
     def __post_init__(self) -> None:

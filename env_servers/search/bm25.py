@@ -113,18 +113,16 @@ class BM25Index:
             raise ValueError(f"b must be between 0 and 1, not {b!r}")
         if folder is None:
             return cls(*_built(documents, k1, b, None))
-        advice = "open it, or delete it and build again"
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise SearchIndexError(f"{folder} exists already: {advice}")
         with new_folder(folder) as partial:
+            if partial is None:
+                raise SearchIndexError(
+                    f"{folder} exists already: open it, or delete it and build again"
+                )
             description, arrays = _built(documents, k1, b, partial)
             write_description(partial, description, arrays)
             # The arrays are mapped under the name that is about to change.
             del arrays
-        index = cls.open(folder)
-        if index.description != description:
-            raise SearchIndexError(f"{folder} appeared while its index was built: {advice}")
-        return index
+        return cls.open(folder)
 
     @classmethod
     def open(cls, folder: Path) -> BM25Index:

@@ -16,7 +16,6 @@ from typing import Any, TextIO, cast
 
 from env_servers.webshop.products import Instruction, ShopDataError, parse_human_instruction
 
-_ENDING = r"\.json(\.gz|\.xz)?$"
 _FORMAT = "2"
 """Raise it when the stored catalogue changes, so that old ones are not opened."""
 
@@ -53,21 +52,19 @@ class DataFiles:
                 "items_shuffle_1000.json and items_ins_v2_1000.json (or items_shuffle.json and "
                 'items_ins_v2.json), or use data="generated".'
             )
-        try:
-            names = sorted(entry.name for entry in path.iterdir())
-        except OSError as error:
-            raise ShopDataError(f"Cannot list {path}: {error.strerror or error}.") from error
         # The small set is preferred, as by the original.
-        items = _first(path, names, "items_shuffle_1000", "items_shuffle")
+        items = _first(path, "items_shuffle_1000", "items_shuffle")
         number = "_1000" if items is not None and "items_shuffle_1000" in items.name else ""
-        attributes = _first(path, names, f"items_ins_v2{number}", "items_ins_v2")
+        attributes = _first(path, f"items_ins_v2{number}", "items_ins_v2")
         if items is None or attributes is None:
             missing = "items_shuffle_1000" if items is None else f"items_ins_v2{number}"
             raise ShopDataError(
                 f"{folder} has no {missing}.json (.gz and .xz are fine too). The original's "
                 'setup.sh downloads it; data="generated" needs no files.'
             )
-        return cls(items, attributes, _first(path, names, "items_human_ins"))
+        # The subset has the instructions for products of the small set.
+        human = _first(path, "items_human_ins", "items_human_ins_subset13")
+        return cls(items, attributes, human)
 
     def read_items(self) -> Iterator[Mapping[str, Any]]:
         """Read the entries of the product file.
@@ -131,12 +128,9 @@ def folder_of(data: str) -> Path:
     return Path(os.path.expanduser(data))
 
 
-def _first(folder: Path, names: list[str], *starts: str) -> Path | None:
-    for start in starts:
-        for name in names:
-            if re.match(f"{start}.*{_ENDING}", name) and (folder / name).is_file():
-                return folder / name
-    return None
+def _first(folder: Path, *names: str) -> Path | None:
+    paths = (folder / f"{name}.json{suffix}" for name in names for suffix in ("", ".gz", ".xz"))
+    return next(filter(Path.is_file, paths), None)
 
 
 def content_sha256(path: Path) -> str:

@@ -113,8 +113,10 @@ def stock_from_files(files: DataFiles) -> Stock:
         return stock_in_memory(files.read_items(), find_entry, str(files.items), files.hashes())
     folder = cache_folder() / "webshop" / files.cache_key()
     with stored_in(folder):
-        if not folder.is_dir():
-            _store(files, folder)
+        with new_folder(folder) as partial:
+            if partial is not None:
+                _LOG.warning("First use of %s: storing its catalogue in %s.", files.items, folder)
+                _store(files, partial)
         return _open_stored(folder)
 
 
@@ -183,27 +185,25 @@ def _take_in(
 
 
 def _store(files: DataFiles, folder: Path) -> None:
-    """Write the catalogue of a large product file: lines, index, columns and hashes."""
-    _LOG.warning("First use of %s: storing its catalogue in %s.", files.items, folder)
+    """Fill a folder with the catalogue of a large product file: lines, index, columns, hashes."""
     starts = array("q", [0])
-    with new_folder(folder) as partial:
-        with (
-            _stored_entries(files, partial / "attributes.db") as find_entry,
-            (partial / _RECORDS).open("wb") as file,
-        ):
+    with (
+        _stored_entries(files, folder / "attributes.db") as find_entry,
+        (folder / _RECORDS).open("wb") as file,
+    ):
 
-            def keep(record: Record, line: bytes) -> None:
-                starts.append(starts[-1] + file.write(line))
-                if len(starts) % _REPORT_EVERY == 1:
-                    _LOG.warning("%d products stored.", len(starts) - 1)
+        def keep(record: Record, line: bytes) -> None:
+            starts.append(starts[-1] + file.write(line))
+            if len(starts) % _REPORT_EVERY == 1:
+                _LOG.warning("%d products stored.", len(starts) - 1)
 
-            _, columns, content_hash = _take_in(
-                files.read_items(), find_entry, str(files.items), keep, partial / _INDEX
-            )
-        np.save(partial / _STARTS, np.array(starts))
-        save_arrays(columns, partial)
-        hashes = {"content": content_hash, "files": files.hashes()}
-        (partial / _HASHES).write_text(json.dumps(hashes), encoding="utf-8")
+        _, columns, content_hash = _take_in(
+            files.read_items(), find_entry, str(files.items), keep, folder / _INDEX
+        )
+    np.save(folder / _STARTS, np.array(starts))
+    save_arrays(columns, folder)
+    hashes = {"content": content_hash, "files": files.hashes()}
+    (folder / _HASHES).write_text(json.dumps(hashes), encoding="utf-8")
 
 
 @contextmanager

@@ -15,15 +15,11 @@ import threading
 from functools import lru_cache
 from typing import Any
 
+from env_servers.search.lucene import STOP_WORDS
 from env_servers.webshop.products import ShopDataError
 
 _MODEL = "en_core_web_sm"
 _WORD = re.compile(r"[A-Za-z]+")
-_STOP_WORD_LIST = (
-    "a an and are as at be but by for if in into is it no not of on or such that the their then "
-    "there these they this to was will with"
-)
-_STOP_WORDS = frozenset(_STOP_WORD_LIST.split())
 _CACHED_TITLES = 8192
 
 
@@ -35,7 +31,7 @@ class WordTagger:
     def nouns(self, title: str) -> tuple[str, ...]:
         """Return the words in order, in lower case, with repeats."""
         words = (word.lower() for word in _WORD.findall(title))
-        return tuple(word for word in words if word not in _STOP_WORDS)
+        return tuple(word for word in words if word not in STOP_WORDS)
 
 
 class SpacyTagger:

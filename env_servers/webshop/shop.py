@@ -62,7 +62,7 @@ class Shop:
         self.goals = goals
         """In the original's order."""
         self.tagger = tagger
-        self.name = _name(settings, self.label, len(stock.catalogue))
+        self.name = _name(settings, self.label, len(stock.catalogue), self.content_hash)
         """Prefix of task ids, such as `webshop/official-1000`."""
         self.search_rows = Searcher(stock.catalogue, stock.index).rows
         """See `Searcher.rows`."""
@@ -146,12 +146,14 @@ class Shop:
         return ResultLine(self.catalogue[row])
 
 
-def _name(settings: ShopSettings, label: str, products: int) -> str:
+def _name(settings: ShopSettings, label: str, products: int, content_hash: str) -> str:
     """Return a name of everything that the tasks depend on, so that task ids are unique."""
     kind = label if label in ("generated", "official") else "custom"
     parts = ["webshop/" + kind]
     if kind != "generated" or products != ShopSettings().products:
         parts.append(str(products))
+    if kind == "custom":
+        parts.append(content_hash[:8])
     if settings.human_goals:
         parts.append("human")
     if settings.goal_seed != _OFFICIAL_SEED:
@@ -175,7 +177,7 @@ def _synthetic_goals(stock: Stock, seed: int) -> Goals:
         return Goals(stock.catalogue, draw_synthetic(columns, seed))
     folder = stock.folder / f"goals-{seed}"
     with stored_in(stock.folder):
-        if not folder.is_dir():
-            with new_folder(folder) as partial:
+        with new_folder(folder) as partial:
+            if partial is not None:
                 save_arrays(draw_synthetic(columns, seed), partial)
         return Goals(stock.catalogue, open_arrays(GoalTable, folder))

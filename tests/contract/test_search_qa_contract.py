@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 import requests
 
 from atod_gym.envs.search_qa import SearchQAEnv
+from atod_gym.envs.search_qa.env import MAX_QUERY_LENGTH
 from atod_gym.envs.search_qa.settings import (
+    BATCH_LIMIT,
     RETRY_DELAYS,
     SearchQASettings,
     connect_retriever,
@@ -25,6 +28,9 @@ from atod_gym.envs.search_qa.settings import (
 )
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
 from atod_gym.serving.connection import ServedConnection
+from atod_gym.serving.http import _BATCH_BYTES
+from env_servers.options import ServiceOptions
+from env_servers.retrieval.settings import Limits
 from env_servers.retrieval.world import SPLITS, World
 
 HEALTH = {"status", "service", "version", "pid", "data", "corpus_hash", "passages", "retriever",
@@ -35,6 +41,16 @@ PASSAGES = [
     {"id": 7, "title": "Corley", "text": "A town with a mill."},
     {"contents": "Mills\nA mill grinds 中文 grain."},
 ]
+
+
+def test_no_server_has_lower_limits_than_environments_send() -> None:
+    for kind, name, sent in (
+        (Limits, "max_query", MAX_QUERY_LENGTH),
+        (Limits, "max_queries", BATCH_LIMIT),
+        (ServiceOptions, "max_body", 1.1 * _BATCH_BYTES),
+    ):
+        (option,) = [one for one in fields(kind) if one.name == name]
+        assert option.default >= option.metadata["least"] >= sent
 
 
 class Server:

@@ -98,12 +98,15 @@ def test_an_answered_error_loses_nothing(fake: Fake) -> None:
 @pytest.mark.parametrize(
     ("status", "answer", "is_foreign_fine"),
     [
-        (200, {"service": "library"}, False),
+        (200, {"service": "webshop"}, False),
+        (200, {"status": "healthy", "service": "wiki18-retriever"}, True),
         (200, {"status": "fine"}, True),
         (404, {}, True),
         (405, {"detail": "Method Not Allowed"}, True),
         (401, {}, False),
-        (500, {}, False),
+        (500, {}, True),
+        (501, {}, True),
+        (503, {}, True),
     ],
 )
 def test_other_servers(

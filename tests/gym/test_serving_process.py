@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from atod_gym.errors import MissingExtraError, ServerError
+from atod_gym.serving import connection as serving
 from atod_gym.serving import process as server_process
+from atod_gym.serving.connection import ServerSettings, connect
 from atod_gym.serving.process import RunningServer, shared_server
 
 REPOSITORY = Path(server_process.__file__).resolve().parents[2]
@@ -38,11 +40,16 @@ class Handler(BaseHTTPRequestHandler):
         Handler.asked += 1
         if mode == "hangs" and Handler.asked == 2:
             time.sleep(1)
+        if self.path == "/slow":
+            time.sleep(0.3)
         body = json.dumps({"service": service, "pid": os.getpid()}).encode()
-        self.send_response(200)
+        self.send_response(500 if self.path == "/defect" else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+        if self.path == "/defect":
+            time.sleep(0.05)
+            print("RuntimeError: the reason", file=sys.stderr, flush=True)
 
     def log_message(self, *arguments):
         pass
@@ -58,6 +65,10 @@ if mode == "chatty":
     print("Welcome!", flush=True)
 if mode == "silent":
     time.sleep(100)
+if mode == "busy":
+    for number in range(5):
+        time.sleep(0.3)
+        print(number, "passages indexed", file=sys.stderr, flush=True)
 if mode == "late":
     time.sleep(1.5)
 if mode == "stubborn":
@@ -87,13 +98,14 @@ def tiny_server(
     monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{REPOSITORY}")
     monkeypatch.setattr(server_process, "_NOTES", f"servers of {tmp_path}")
     monkeypatch.setattr(server_process, "_servers", {})
+    monkeypatch.setattr(serving, "_connections", {})
     monkeypatch.setattr(server_process, "SERVER_MODULE", "tiny_server")
     started: list[RunningServer] = []
     start = RunningServer.start
 
-    def noted(server: RunningServer, command: list[str]) -> str | None:
+    def noted(server: RunningServer) -> str | None:
         started.append(server)
-        return start(server, command)
+        return start(server)
 
     monkeypatch.setattr(RunningServer, "start", noted)
     yield lambda: [server.pid for server in started]
@@ -116,7 +128,7 @@ def test_one_server_for_each_service_and_settings(tiny_server: Callable[[], list
     first = shared_server("shop", ["fine", "--size", "3"])
     assert first.is_alive()
     assert first.pid in tiny_server()
-    assert first.command[1:] == ["-m", "tiny_server", "shop", "fine", "--size", "3"]
+    assert first.command == ["atod-serve", "shop", "fine", "--size", "3"]
     assert shared_server("shop", ("fine", "--size", "3")) is first
     others = [shared_server("shop", ["fine"]), shared_server("library", ["fine", "--size", "3"])]
     assert len({first.url, *(other.url for other in others)}) == 3
@@ -178,11 +190,11 @@ def test_a_server_that_is_just_ending_gets_a_moment_to_be_gone(
 @pytest.mark.parametrize(
     ("mode", "error", "message"),
     [
-        ("broken", ServerError, "it ended at once.*no products in this folder.*tiny_server shop"),
+        ("broken", ServerError, "it ended at once.*no products in this folder.*atod-serve shop"),
         ("missing", MissingExtraError, r"pip install 'atod-gym\[servers\]'.*no_such_package"),
         ("advice", MissingExtraError, r"pip install 'atod-gym\[servers\]'.*something is missing"),
         ("chatty", ServerError, "instead of its start-up line it printed 'Welcome!"),
-        ("silent", ServerError, r"not ready after 2 seconds.*a warning before the start"),
+        ("silent", ServerError, r"nothing for 1 seconds.*server_url.*a warning before the start"),
     ],
 )
 def test_a_server_that_does_not_start_reports_why_and_is_gone(
@@ -193,7 +205,7 @@ def test_a_server_that_does_not_start_reports_why_and_is_gone(
     tiny_server: Callable[[], list[int]],
 ) -> None:
     if mode == "silent":
-        monkeypatch.setattr(server_process, "START_SECONDS", 2.0)
+        monkeypatch.setattr(server_process, "START_SECONDS", 1.0)
     with pytest.raises(error, match=f"(?s){message}"):
         shared_server("shop", [mode])
     assert len(tiny_server()) == 1
@@ -207,7 +219,38 @@ def test_a_long_start_is_announced(
     with caplog.at_level(logging.WARNING, logger="atod_gym"):
         shared_server("shop", ["fine"])
     assert caplog.text.count("Waiting for the server") == 1
-    assert "tiny_server shop fine" in caplog.text
+    assert "atod-serve shop fine" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_start_may_take_long_while_the_server_reports_progress(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server_process, "START_SECONDS", 0.5)
+    assert shared_server("shop", ["busy"]).is_alive()
+
+
+def test_modules_of_the_working_folder_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("queue", "http", "json", "runpy", "tiny_server", "env_servers"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('a file of the user')")
+    monkeypatch.chdir(tmp_path)
+    assert shared_server("shop", ["fine"]).is_alive()
+
+
+def test_an_internal_error_is_reported_with_the_end_of_the_log() -> None:
+    connection = connect(ServerSettings("shop", ("fine",)))
+    with pytest.raises(ServerError, match=r"HTTP 500(?s:.*)start\nRuntimeError: the reason$"):
+        connection.get("/defect")
+    assert not connection.is_lost
+
+
+def test_lists_may_take_as_long_as_a_start() -> None:
+    connection = connect(ServerSettings("shop", ("fine",), timeout=0.15))
+    assert connection.read_list("/slow")["service"] == "shop"
+    with pytest.raises(ServerError, match=r"no answer within 0\.15 s"):
+        connection.get("/slow")
 
 
 @pytest.mark.slow

@@ -314,6 +314,25 @@ def test_a_failing_close_is_quiet(shop: FakeShop) -> None:
         env.close()
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_sessions_whose_answer_was_late_are_closed_after_the_reset(
+    shop: FakeShop, count: int
+) -> None:
+    envs = [make(shop) for _ in range(count)]
+    reset_many(envs, [TASK] * count)
+    for _ in range(3):
+        shop.fail = {"step": None}
+        with pytest.raises(ServerError):
+            WebShopEnv._play_many(envs, ["x"] * count)
+        shop.fail = {}
+        for env in envs:
+            env.reset()
+        assert len(shop.sessions) == count
+    for env in envs:
+        env.close()
+    assert not shop.sessions
+
+
 @pytest.mark.slow
 def test_environments_that_are_just_dropped_leave_no_sessions(shop: FakeShop) -> None:
     envs = [make(shop) for _ in range(3)]

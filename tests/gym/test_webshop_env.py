@@ -439,7 +439,7 @@ def test_a_server_that_dies_is_named_and_a_reset_starts_another() -> None:
         kill_server(env)
         if at == "step":
             with pytest.raises(
-                ServerError, match=r"env_servers.cli webshop.*reset\(\) starts"
+                ServerError, match=r"atod-serve webshop.*reset\(\) starts"
             ) as caught:
                 env.step("search[x]")
             assert url in str(caught.value)

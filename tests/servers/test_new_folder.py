@@ -1,55 +1,74 @@
-"""Check that new folders are complete or absent."""
+"""Check that new folders are complete or absent, and made once."""
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from env_servers import new_folder as module
 from env_servers.new_folder import new_folder
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b" / "[x]*"
     with new_folder(folder) as partial:
+        assert partial is not None
         (partial / "deep").mkdir()
         (partial / "deep" / "file").write_text("content")
         assert not folder.exists()
     assert (folder / "deep" / "file").read_text() == "content"
     assert os.listdir(folder.parent) == ["[x]*"]
     assert folder.stat().st_mode & 0o777 == 0o755
+    with new_folder(folder) as second:
+        assert second is None
 
 
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+def test_an_error_leaves_only_the_lock(tmp_path: Path) -> None:
     def fill() -> None:
         with new_folder(tmp_path / "x") as partial:
+            assert partial is not None
             (partial / "file").write_text("half")
             raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
         fill()
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [".x.lock"]
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"), new_folder(tmp_path / "file"):
         pass
     with pytest.raises(OSError, match="file"), new_folder(tmp_path / "file" / "below"):
         pass
-    assert os.listdir(tmp_path) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == [".x.lock", "file"]
 
 
-def test_the_first_of_two_stays(tmp_path: Path) -> None:
-    folder = tmp_path / "x"
-    with new_folder(folder) as slow:
-        (slow / "file").write_text("slow")
-        with new_folder(folder) as fast:
-            assert (slow / "file").exists()
-            (fast / "file").write_text("fast")
-        assert (folder / "file").read_text() == "fast"
-    assert (folder / "file").read_text() == "fast"
+def test_of_several_at_once_one_fills_it_and_the_others_report_their_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_REPORT_SECONDS", 0.05)
+    caplog.set_level(logging.WARNING, logger="env_servers")
+    is_filling, filled = threading.Event(), []
+
+    def make(_: int) -> None:
+        with new_folder(tmp_path / "x") as partial:
+            if partial is not None:
+                is_filling.set()
+                threading.Event().wait(0.15)
+                (partial / "file").write_text("whole")
+                filled.append(partial)
+        assert (tmp_path / "x" / "file").read_text() == "whole"
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(make, range(3)))
+    assert len(filled) == 1
     assert os.listdir(tmp_path) == ["x"]
+    assert caplog.text.count(f"Waiting for another process that is making {tmp_path / 'x'}") >= 2
 
 
 def test_files_left_by_a_killed_process_are_deleted(tmp_path: Path) -> None:
@@ -62,22 +81,18 @@ def test_files_left_by_a_killed_process_are_deleted(tmp_path: Path) -> None:
     makers = [
         subprocess.Popen([sys.executable, "-c", code, str(path)], text=True,
                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for path in (folder, folder, other)
+        for path in (folder, other)
     ]  # fmt: skip
     for maker in makers:
         assert maker.stdout is not None
         maker.stdout.readline()
-    assert len(list(tmp_path.glob("*/file"))) == 3
-    for maker in makers[1:]:
+    assert len(list(tmp_path.glob("*/file"))) == 2
+    for maker in makers:
         maker.kill()
-        maker.wait()
-    with new_folder(folder) as partial:
-        (partial / "file").write_text("whole")
-    # Left are the one that is still being filled, and what belongs to another folder.
-    assert len(list(tmp_path.glob(".[[]x]-partial-*/file"))) == 1
-    assert len(list(tmp_path.glob(".x-partial-*/file"))) == 1
-    makers[0].communicate("")
-    assert (folder / "file").read_text() == "whole"
-    assert not list(tmp_path.glob(".[[]x]-partial-*"))
-    for maker in makers[1:]:
         maker.communicate()
+    with new_folder(folder) as partial:
+        assert partial is not None
+        assert os.listdir(partial) == []
+        (partial / "file").write_text("whole")
+    # What belongs to another folder is left.
+    assert sorted(os.listdir(tmp_path)) == [".x-partial", ".x.lock", "[x]"]

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +60,9 @@ def write(tmp_path: Path) -> Write:
 
 def indexes(cache: Path) -> list[Path]:
     """Return the folders of indexes in the cache, and anything next to them."""
-    return sorted(path for path in cache.iterdir() if path.name != "hashes")
+    return sorted(
+        path for path in cache.iterdir() if path.name != "hashes" and path.suffix != ".lock"
+    )
 
 
 def everything(indexed: IndexedCorpus) -> list[Passage]:
@@ -175,32 +178,6 @@ def test_ids_have_several_names(tmp_path: Path, row: dict[str, object], passage_
     for content in (lines(first, {**row, "text": ""}), json.dumps([first, {**row, "text": ""}])):
         content = content if isinstance(content, bytes) else content.encode()
         assert [found.id for found in read_bytes(tmp_path, content)] == ["first", passage_id]
-
-
-def test_tables_of_dpr_are_read(tmp_path: Path) -> None:
-    rows = (
-        "id\ttext\ttitle\r\n"
-        '1\t"Aaron ( or ; ""Ah\u00e4r\u00f4n"") is a prophet."\tAaron\r\n'
-        "2\tplain\t\r\n\r\n"
-        '3\t"two\nlines"\tT\r\n'
-    )
-    expected = [
-        Passage("1", '"Aaron"\nAaron ( or ; "Ah\u00e4r\u00f4n") is a prophet.'),
-        Passage("2", '""\nplain'),
-        Passage("3", '"T"\ntwo\nlines'),
-    ]
-    assert read_bytes(tmp_path, rows.encode()) == expected
-    assert read_bytes(tmp_path, gzip.compress(b"\xef\xbb\xbf" + rows.encode())) == expected
-    assert read_bytes(tmp_path, b'\n"text"\tdocid\nx\t8\n') == [Passage("8", '""\nx')]
-    path = tmp_path / "table"
-    path.write_bytes(b"id\ttext\n1\t\xc3\xa9\n2\n3\t\xff\n4\tb\n5\t" + b"x" * 200_000 + b"\n6\tc\n")
-    passages, left_out = read(path)
-    assert [passage.id for passage in passages] == ["1", "4", "6"]
-    assert left_out.counts == {
-        "with another number of columns than the header": 1, "not in UTF-8": 1,
-        "not tab-separated": 1,
-    }  # fmt: skip
-    assert left_out.first == "line 3"
 
 
 @pytest.mark.parametrize(
@@ -412,6 +389,18 @@ def test_a_saved_corpus_is_the_one_in_memory(write: Write, cache: Path) -> None:
     assert len(indexes(cache)) == 1
 
 
+def test_starts_at_the_same_time_build_one_index(
+    write: Write, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, path = count_builds(monkeypatch), write()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: everything(index_file(path, 0.9, 0.4)), range(4)))
+    assert found == [PASSAGES] * 4
+    assert seen.count("build") == 1
+    assert os.listdir(cache / indexes(cache)[0].name)
+    assert not list(cache.glob(".*"))
+
+
 def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that grows by one name for each index that is built and each file that is hashed."""
     seen: list[str] = []
@@ -532,12 +521,11 @@ def test_a_killed_build_is_no_index(write: Write, tmp_path: Path) -> None:
     folder = tmp_path / "index" / "mine"
     command = serving("--corpus", str(path), "--index", str(folder))
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not list(folder.parent.glob(".mine-partial-*/*")):
+        while process.poll() is None and not list(folder.parent.glob(".mine-partial/*")):
             time.sleep(0.01)
         process.kill()
     left = list(folder.parent.iterdir())
-    assert left
-    assert all(path.name.startswith(".mine-partial-") for path in left)
+    assert {path.name for path in left} == {".mine-partial", ".mine.lock"}
     assert everything(index_file(write(), 0.9, 0.4, folder)) == PASSAGES
     assert list(folder.parent.iterdir()) == [folder]
 

@@ -243,6 +243,7 @@ def test_pages_of_other_sites_cannot_change_anything(
         answer = call.request("POST", "/echo", [b'{"text": ""}'], sent)
         assert (answer.status == 200) is is_allowed
         assert is_allowed or (answer.status, answer.code) == (403, "cross_site")
+        assert is_allowed or "--allowed-host" in answer.json()["error"]["message"]
         # Reading changes nothing, and what it gives stays hidden from the page.
         assert call.request("GET", "/", headers=sent).status == 200
         call.close()
@@ -330,7 +331,9 @@ def test_a_host_that_is_none_is_refused() -> None:
         [], ["nothing"], ["webshop", "--port", "x"], ["webshop", "--port", "65536"],
         ["webshop", "--port", "-1"], ["webshop", "--capacity", "0"],
         ["webshop", "--idle-minutes", "0"], ["webshop", "--idle-minutes", "nan"],
-        ["webshop", "--max-body", "0"], ["webshop", "--nothing"], ["webshop", "--parent", "0"],
+        ["webshop", "--max-body", "999999"], ["retrieval", "--max-query", "9999"],
+        ["retrieval", "--max-queries", "1023"], ["webshop", "--nothing"],
+        ["webshop", "--parent", "0"],
         ["retrieval", "--corpus", "~no-such-user/x"],
         *(["retrieval", f"--max-{name}", "1" + 20 * "0"]
           for name in ("topk", "queries", "query", "length")),

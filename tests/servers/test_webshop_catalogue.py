@@ -9,6 +9,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_a_stored_catalogue_is_the_same_shop(
     assert list(stored.goals) == list(in_memory.goals)
     assert stored.label == in_memory.label == str(folder)
     assert stored.content_hash == in_memory.content_hash
-    assert stored.name == "webshop/custom-40"
+    assert stored.name == f"webshop/custom-40-{stored.content_hash[:8]}"
     for split in stored.splits:
         assert stored.manifest(split) == in_memory.manifest(split)
     for keywords in ("steel", "<c> garden", "<q> x", f"<q> {stored.goals[0].query}"):
@@ -135,7 +136,23 @@ def test_a_failed_start_leaves_nothing_behind(write: Write, cache: Path) -> None
     broken = [*SHOP.items[:30], {**SHOP.items[30], "pricing": "free"}]
     with pytest.raises(ShopDataError, match="entry 30"):
         open_shop(write(broken))
-    assert os.listdir(cache) == []
+    assert {path.suffix for path in cache.iterdir()} == {".lock"}
+
+
+def test_starts_at_the_same_time_store_one_catalogue(
+    write: Write, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, store, folder = [], loading._store, write()
+
+    def counted(*arguments: Any) -> None:
+        stored.append(arguments)
+        store(*arguments)
+
+    monkeypatch.setattr(loading, "_store", counted)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: walk(open_shop(folder)), range(3)))
+    assert found[0] == found[1] == found[2]
+    assert (len(stored), len(os.listdir(cache))) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +185,7 @@ def test_a_full_disk_is_explained(
     monkeypatch.setattr(sqlite3, "connect", full)
     with pytest.raises(ShopDataError, match=r"disk is full.*ATOD_CACHE"):
         open_shop(write())
-    assert os.listdir(cache) == []
+    assert {path.suffix for path in cache.iterdir()} == {".lock"}
 
 
 @pytest.mark.usefixtures("cache")
@@ -193,6 +210,27 @@ def test_compressed_files(
         (folder / f"{name}{number}.json{suffix}").write_bytes(pack(plain.read_bytes()))
         plain.unlink()
     assert list(open_shop(folder).goals) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["items_shuffle_1000 (1)", "items_shuffle_1000_old", "items_shuffle (1)"]
+)
+def test_files_with_other_names_are_not_played(write: Write, name: str) -> None:
+    folder = write()
+    expected = open_shop(folder)
+    (folder / f"{name}.json").write_text(json.dumps(SHOP.items[:5]))
+    (folder / name.replace("shuffle", "ins_v2")).with_suffix(".json").write_text("{}")
+    shop = open_shop(folder)
+    assert (shop.name, shop.content_hash) == (expected.name, expected.content_hash)
+    (folder / "items_shuffle.json").unlink()
+    with pytest.raises(ShopDataError, match="has no items_shuffle_1000"):
+        open_shop(folder)
+
+
+def test_tasks_of_two_folders_have_different_ids(write: Write) -> None:
+    first = open_shop(write(SHOP.items[:20])).task_ids("train")
+    second = open_shop(write(SHOP.items[20:])).task_ids("train")
+    assert not {*first} & {*second}
 
 
 def test_entries_that_the_original_leaves_out(write: Write) -> None:
@@ -325,7 +363,7 @@ def test_a_folder_called_official_is_not_the_official_data(
     folder = write()
     monkeypatch.chdir(folder.rename(folder.parent / "official").parent)
     shop = open_shop(Path("official"))
-    assert (shop.label, shop.name) == ("./official", "webshop/custom-40")
+    assert (shop.label, shop.name) == ("./official", f"webshop/custom-40-{shop.content_hash[:8]}")
     assert 0 < len(shop.splits["test"]) == len(shop.goals) // 10
 
 

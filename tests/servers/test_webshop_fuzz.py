@@ -247,8 +247,8 @@ def check_bystanders(fuzzer: Fuzzer, answers: dict[str, Any]) -> None:
         assert fuzzer.post(path, {"turn_index": 0, "action": action}) == answer
 
 
-def fuzz(fuzzer: Fuzzer, examples: int) -> None:
-    """Sends examples x OPERATIONS requests."""
+def fuzz(fuzzer: Fuzzer, examples: int, rare: set[int]) -> None:
+    """Sends examples x OPERATIONS requests; `rare` are statuses that need not be answered."""
     answers = bystanders(fuzzer)
 
     @settings(
@@ -266,7 +266,7 @@ def fuzz(fuzzer: Fuzzer, examples: int) -> None:
 
     send()
     # The fuzzing got somewhere: every kind of answer came.
-    assert STATUSES - {503} <= fuzzer.seen, STATUSES - fuzzer.seen
+    assert STATUSES - rare <= fuzzer.seen, STATUSES - fuzzer.seen
     health = json.loads(fuzzer.call.request("GET", "/health", [b""]).body)
     assert health["sessions"] == 2
 
@@ -282,7 +282,7 @@ def caller(small_shop: Shop) -> Iterator[AppCaller]:
 @pytest.mark.slow
 def test_ten_thousand_requests_in_process(caller: AppCaller, small_shop: Shop) -> None:
     fuzzer = Fuzzer(caller, small_shop.task_ids("train")[0])
-    fuzz(fuzzer, IN_PROCESS)
+    fuzz(fuzzer, IN_PROCESS, {503})
     assert fuzzer.sent >= 10_000
 
 
@@ -291,12 +291,12 @@ def test_thousands_of_requests_over_http(
     start_server: StartServer, shop_folder: Any, small_shop: Shop
 ) -> None:
     server = start_server(
-        "webshop", "--port", "0", "--data", str(shop_folder), "--max-body", "8000",
+        "webshop", "--port", "0", "--data", str(shop_folder),
         "--capacity", str(CAPACITY), "--noun-tagger", "words",
     )  # fmt: skip
     call = HttpCaller(server.url)
     fuzzer = Fuzzer(call, small_shop.task_ids("train")[0])
-    fuzz(fuzzer, OVER_HTTP)
+    fuzz(fuzzer, OVER_HTTP, {413, 503})
     assert fuzzer.sent >= 3_000
     call.close()
     assert server.stop() == (0, "")

@@ -29,7 +29,7 @@ from atod_gym.envs.search_qa.questions import (
 )
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
 from atod_gym.serving.connection import ServedConnection, ServerSettings, connect
-from atod_gym.serving.http import RETRY_STATUSES, in_batches
+from atod_gym.serving.http import in_batches
 from atod_gym.tasks import DataSource, announce_once, check_data, expanded, locate
 
 BATCH_LIMIT = 1024
@@ -248,9 +248,8 @@ def _retrieve(connection: ServedConnection, queries: list[str], topk: int) -> li
                 raise connection.malformed("/retrieve", what)
             return [tuple([_passage(connection, hit) for hit in hits[:topk]]) for hits in lists]
         except ServerError as error:
-            # The client has retried those itself, or retrying is useless.
-            is_final = error.status in {0, *RETRY_STATUSES} or 400 <= error.status < 500
-            if is_final or delay is None:
+            # The client has retried others itself, or retrying is useless.
+            if error.status not in (200, 500) or delay is None:
                 raise
             time.sleep(delay)
     raise AssertionError("the last attempt returns or raises")
@@ -321,7 +320,7 @@ def _world_questions(
                 f"No split {split!r} in the generated world; known: {', '.join(known)}."
             )
         path = f"/questions/{quote(split, safe='')}"
-        rows = connection.request("GET", path).get("questions")
+        rows = connection.read_list(path).get("questions")
         made = []
         for row in rows if isinstance(rows, list) else [rows]:
             match row:

@@ -186,7 +186,6 @@ class WebShopEnv(TurnEnv, ServedEnv):
     def _open_many(
         cls, envs: Sequence[WebShopEnv], task_ids: Sequence[str]
     ) -> list[tuple[str, TurnResult]]:
-        _leave_all(envs)
         try:
             return _opened(envs, task_ids)
         except ServerError as error:
@@ -225,7 +224,7 @@ class WebShopEnv(TurnEnv, ServedEnv):
         """Leave the session, for `_leave_all` to close it."""
         # After a fork, the parent continues to play in its sessions.
         if self._session_id and self._session_owner == os.getpid():
-            self._connection.cache.setdefault("left", []).append(self._session_id)
+            self._connection.left.append(self._session_id)
         self._session_id = ""
 
     def _own_info(self) -> dict[str, Any]:
@@ -258,7 +257,7 @@ def _tasks(connection: ServedConnection, split: str) -> tuple[TaskManifest, Mapp
         )
     path = f"/tasks/{quote(split, safe='')}"
     if path not in connection.cache:
-        answer = connection.get(path)
+        answer = connection.read_list(path)
         with connection.reading(path):
             ids = tuple(map(str, answer["task_ids"]))
             manifest = TaskManifest(str(answer["name"]), split, ids, str(answer["content_hash"]))
@@ -273,7 +272,9 @@ def _tasks(connection: ServedConnection, split: str) -> tuple[TaskManifest, Mapp
 def _opened(envs: Sequence[WebShopEnv], task_ids: Sequence[str]) -> list[tuple[str, TurnResult]]:
     """Open a session for each environment: all of them or none."""
     for env in envs:
+        env._leave()
         env._renew()
+    _leave_all(envs)
     answers: list[dict[str, Any]] = [{} for _ in envs]
     sessions = [{"task_id": task_id} for task_id in task_ids]
     opened = []
@@ -297,15 +298,18 @@ def _opened(envs: Sequence[WebShopEnv], task_ids: Sequence[str]) -> list[tuple[s
 def _leave_all(envs: Sequence[WebShopEnv]) -> None:
     """Close the sessions of environments, and all sessions left earlier.
 
-    A failure is ignored, as the server expires them.
+    Those of a lost connection are closed through its replacement, or expire.
     """
     for env in envs:
         env._leave()
     for connection in dict.fromkeys(env._connection for env in envs):
+        left = connection.left.copy()
+        del connection.left[: len(left)]
         with suppress(ServerError):
-            for part in in_batches(connection.cache.pop("left", []), BATCH_LIMIT):
-                if not connection.is_lost:
-                    connection.post("/batch/close", {"session_ids": part})
+            for part in in_batches([] if connection.is_lost else left, BATCH_LIMIT):
+                connection.post("/batch/close", {"session_ids": part})
+        if connection.is_lost:
+            connection.left.extend(left)
 
 
 def _batch(

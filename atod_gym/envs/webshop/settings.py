@@ -18,7 +18,7 @@ SEARCH_PLACEHOLDER = "search[<query>]"
 PRODUCT_FILES = ("items_shuffle_1000.json", "items_shuffle.json")
 
 # Sessions of a server that this package started end with it; no other user needs their capacity.
-_OWN_IDLE_MINUTES = 24 * 60
+_OWN_LIMITS = ("--idle-minutes", str(24 * 60), "--capacity", str(10**6))
 
 
 def _find(path: Path) -> Path | None:
@@ -101,7 +101,7 @@ class ShopSettings:
             *("--data", "generated" if folder is None else str(folder)),
             *("--splits", self.split_rule, "--goal-seed", str(self.goal_seed)),
             *("--text-style", self.text_style, "--products", str(self.products)),
-            *("--idle-minutes", str(_OWN_IDLE_MINUTES)),
+            *_OWN_LIMITS,
             *(["--human-goals"] if self.human_goals else []),
         )
         return ServerSettings(
