@@ -226,7 +226,7 @@ def test_other_worlds_and_data_are_refused(world: Server, corpus: Server, folder
 @pytest.mark.parametrize(
     ("now", "refusal"),
     [
-        ("--k1 0.9 --max-queries 9 --max-topk 50", ""),
+        ("--k1 0.9 --max-queries 2048 --max-topk 50", ""),
         ("--k1 1.5", "settings={.*1.5.*} instead of {"),
         ("--entities 60", "entities=60 instead of 50"),
         ("--world-seed 7", "world_seed=7 instead of 0"),

@@ -147,7 +147,7 @@ def test_a_server_whose_files_have_changed_is_not_used_again(
             file.write_text(content, encoding="utf-8")
             os.utime(file, (1, 1))
         servers.append(shared_server("shop", ["fine"], [str(file)]))
-        assert servers[-1].command[1:] == ["-m", "tiny_server", "shop", "fine"]
+        assert servers[-1].command[1:] == ["shop", "fine"]
     assert servers[1] is servers[2]
     assert len({server.url for server in servers}) == len(tiny_server()) == 3
     assert all(server.is_alive() for server in servers)
