@@ -152,7 +152,7 @@ def _setup(results: Results) -> str:
     data = (part.get("data") or {}).get("name")
     sizes = {split: len(tasks) for split, tasks in results.tasks.items()}
     seeds = sorted({run.seed for run in results.runs})
-    steps = [int((run.record.get("train") or {}).get("steps") or 0) for run in results.runs]
+    steps = {int((run.record.get("train") or {}).get("steps") or 0) for run in results.runs} - {0}
     model = part.get("model") or {}
     roles = [f"{r} {Path(str(model[r])).name}" for r in ("student", "teacher") if model.get(r)]
     minutes = [cost(results, label).minutes for label in labels]
@@ -163,7 +163,7 @@ def _setup(results: Results) -> str:
         else "",
         f"{len(results.runs)} run{'s' * (len(results.runs) > 1)}: {', '.join(labels)}; "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-        + (f"; {max(steps):,} steps" if max(steps) else ""),
+        + (f"; {' or '.join(f'{count:,}' for count in sorted(steps))} steps" if steps else ""),
         "; ".join(roles).capitalize(),
         f"{max(minutes):.0f} minutes a run at most" if max(minutes) >= 1 else "",
         _day(part.get("time")),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
@@ -51,6 +52,27 @@ from atod_train.training.stopping import StoppedByUser, interruptible
 from atod_train.training.trainer import Trainer
 
 
+class _Failures:
+    """The runs of a study that have failed."""
+
+    def __init__(self, out: Path) -> None:
+        self._again = f"try them again: {shlex.join(['atod-train', 'resume', str(out)])}"
+        self._names: list[str] = []
+        self._last = ""
+
+    def add(self, failure: tuple[str, str] | None) -> None:
+        """Add a run's name and error, or None for a finished run; two alike in a row raise it."""
+        before, self._last = self._last, failure[1] if failure else ""
+        self._names += failure[:1] if failure else ()
+        if failure and before == self._last:
+            self.check("Two runs in a row failed alike, and no others were begun. ")
+
+    def check(self, why: str = "") -> None:
+        """Raise an AtodError if a run has failed."""
+        if self._names:
+            raise AtodError(f"{why}Failed runs: {'; '.join(self._names)}. To {self._again}")
+
+
 def train_one(config: RunConfig, out: Path, resume: bool = False) -> Path:
     """Make one run; see `run_study`."""
     return run_study(study_of(config, out), out, resume)
@@ -58,6 +80,9 @@ def train_one(config: RunConfig, out: Path, resume: bool = False) -> Path:
 
 def run_study(study: Study, out: Path, resume: bool = False) -> Path:
     """Make the start and the teacher of each environment, then the runs, and write the report.
+
+    A run that fails does not stop the others, unless two in a row fail with the same error: the
+    others would, too. Errors of shared models and of the system stop the study at once.
 
     Args:
         study: the runs.
@@ -68,7 +93,8 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
         Path of report.html.
 
     Raises:
-        AtodError: a setting, file or environment that cannot be used; the message says what to do.
+        AtodError: a setting, file or environment that cannot be used, or a run has failed. Where
+            runs have finished, their report is written first.
         StoppedByUser: after Ctrl-C or SIGTERM; the last finished steps are saved.
     """
     for run in study.runs:
@@ -92,19 +118,26 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
         # Barrier: every rank must have read the folder before rank 0 writes to it.
         processes.wait()
         whole = keep_study(study, out) if processes.is_main else study
+        failures, failure = _Failures(out), None
         try:
             # Processes that train together make one run after the other.
             with _workers(study.jobs if processes.count == 1 else 1) as call_all:
                 # Models that cannot be used are refused before the first run begins.
-                for make in (_make_models, partial(_make_runs, log=LogTo(study.log, out))):
+                make_runs = partial(_make_runs, log=LogTo(study.log, out), failures=failures)
+                for make in (_make_models, make_runs):
                     for part, left in all_left:
                         if left:
                             make(part, left, processes, call_all)
+            failures.check()
+        except AtodError as error:
+            failure = error
         finally:
             if processes.is_main:
                 environments = _write_results(whole, out)
-        if processes.is_main:
+        if processes.is_main and (environments or not failure):
             _report(environments, out)
+        if failure:
+            raise failure
         processes.wait()
     return out / REPORT_FILE
 
@@ -117,7 +150,7 @@ def report_study(study: Study, out: Path) -> None:
     """
     environments = _write_results(study, out)
     if not environments:
-        raise AtodError(f"No run of this study has finished in {out}: there are no results.")
+        raise AtodError(f"No run of this study has all its steps in {out}: there are no results.")
     _report(environments, out)
 
 
@@ -184,7 +217,12 @@ def _make_models(
 
 
 def _make_runs(
-    part: StudyPart, left: Sequence[Run], processes: Processes, call_all: CallAll, log: LogTo
+    part: StudyPart,
+    left: Sequence[Run],
+    processes: Processes,
+    call_all: CallAll,
+    log: LogTo,
+    failures: _Failures,
 ) -> None:
     """Evaluate start and teacher of an environment, then make the runs."""
     splits = part.config.env.eval_splits
@@ -192,7 +230,11 @@ def _make_runs(
         (part.config, r, split, part.folder, processes) for r in _roles(part) for split in splits
     ]
     known = [evaluation for found in call_all(evaluate_start, wanted) for evaluation in found]
-    call_all(_train, [(run, known, processes, log) for run in left])
+    calls = [(run, known, processes, log) for run in left]
+    if processes.count > 1 or len(left) == 1:  # other ranks wait; a run alone ends the study
+        call_all(_train, calls)
+    else:
+        call_all(_try_to_train, calls, failures.add)
 
 
 def _roles(part: StudyPart) -> list[EvaluatedModel]:
@@ -246,6 +288,17 @@ def _train(run: Run, known: Sequence[Evaluation], processes: Processes, log: Log
         ).run()  # runs that must not be continued are refused before any work
 
 
+def _try_to_train(run: Run, *arguments: Any) -> tuple[str, str] | None:
+    """Make one run; if it fails, print the error and return it after the run's name."""
+    try:
+        _train(run, *arguments)
+    except AtodError as error:
+        name = f"{run.label}, seed {run.config.train.seed}"
+        print(f"atod-train: {name}: {error}", file=sys.stderr, flush=True)
+        return name, str(error).replace(str(run.folder), "")
+    return None
+
+
 @contextmanager
 def _loaded(
     config: RunConfig, has_teacher: bool
@@ -273,15 +326,28 @@ def _loaded(
 _stopped: Event | None = None
 """In a worker: set when the study has been stopped."""
 
-CallAll = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
-"""Call a function with each of the argument lists, some of them concurrently."""
+CallAll = Callable[..., list[Any]]
+"""Call a function with each of the argument lists, some of them concurrently. A third argument is
+called with each result at once."""
 
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[CallAll]:
     """Yield a function that calls in this process if `jobs` is 1, else in that many processes."""
     if jobs == 1:
-        yield lambda function, calls: [function(*arguments) for arguments in calls]
+
+        def call_each(
+            function: Callable[..., Any],
+            calls: Sequence[tuple[Any, ...]],
+            on_result: Callable[[Any], None] = lambda _: None,
+        ) -> list[Any]:
+            results = []
+            for arguments in calls:
+                results.append(function(*arguments))
+                on_result(results[-1])
+            return results
+
+        yield call_each
         return
     context = multiprocessing.get_context("spawn")
     stopped = context.Event()
@@ -295,10 +361,16 @@ def _workers(jobs: int) -> Iterator[CallAll]:
 
     with ProcessPoolExecutor(jobs, context, _set_up_worker, (stopped,)) as executor:
 
-        def call_all(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        def call_all(
+            function: Callable[..., Any],
+            calls: Sequence[tuple[Any, ...]],
+            on_result: Callable[[Any], None] = lambda _: None,
+        ) -> list[Any]:
             with interruptible(announce=False, on_signal=stop) as interrupted:
                 futures = [executor.submit(_call, function, *arguments) for arguments in calls]
                 try:
+                    for future in as_completed(futures):
+                        on_result(future.result())
                     return [future.result() for future in futures]
                 except BrokenProcessPool as error:
                     if interrupted:
@@ -312,6 +384,7 @@ def _workers(jobs: int) -> Iterator[CallAll]:
         try:
             yield call_all
         except BaseException:
+            stopped.set()  # of the calls that workers have been given in advance
             executor.shutdown(wait=True, cancel_futures=True)
             raise
 

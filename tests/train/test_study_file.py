@@ -241,9 +241,11 @@ def test_a_killed_study_resumes_and_writes_its_results(
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
     assert main(looks[:-1]) == 2
     assert "atod-seed0 already contains a run; continue it (--resume)" in capsys.readouterr().err
-    # A run that has not finished is left out.
+    # A run that has not finished, or lacks steps, is left out, and named.
     (out / "atod-seed1" / "summary.json").unlink()
+    capsys.readouterr()
     assert main(looks) == 0
+    assert f"not in the results: {out / 'atod-seed1'} is not finished" in capsys.readouterr().err
     houses["runs"].pop(2)
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
 
