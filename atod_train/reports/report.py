@@ -8,6 +8,7 @@ content policy in its head forbids it as well.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -202,7 +203,7 @@ def _next_steps(results: Results, found: Answer | None) -> list[tuple[str, str]]
         ),
         (
             "Load it with transformers",
-            f'folder = "{model}"\n'
+            f"folder = {json.dumps(str(model))}\n"
             "model = AutoModelForCausalLM.from_pretrained(folder)\n"
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
         ),
@@ -217,9 +218,10 @@ def _next_steps(results: Results, found: Answer | None) -> list[tuple[str, str]]
 
 def _continued(run: RunSummary) -> str:
     """Return the command that continues a finished run, or how to find it."""
-    words = [str(word) for word in run.manifest.get("command", ())][1:]
+    program, *words = map(str, run.manifest.get("command") or [""])
     steps = run.config.get("train", {}).get("steps", 0)
-    if not words or words[0] in ("study", "resume"):
+    is_ours = Path(program).name in ("atod-train", "cli.py")
+    if not is_ours or not words or words[0] in ("study", "resume"):
         return "the command of the run, with --resume and a larger train.steps"
     if "--train.steps" in words[:-1]:
         place = words.index("--train.steps")

@@ -334,7 +334,8 @@ def read_kept_study(folder: Path) -> tuple[Study, Path]:
     Raises:
         FileError: there is no study, or study.json is damaged.
     """
-    out = next((f for f in (folder, *folder.parents[:2]) if (f / STUDY_FILE).is_file()), None)
+    folders = (folder, *folder.absolute().parents[:2])
+    out = next((found for found in folders if (found / STUDY_FILE).is_file()), None)
     if out is None:
         raise FileError(f"{folder} is not the folder of a study: it has no {STUDY_FILE}.")
     record = read_json(out / STUDY_FILE)

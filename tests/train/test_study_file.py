@@ -257,7 +257,9 @@ def test_several_environments_have_folders_of_their_own(study: Path, tmp_path: P
     assert folders == {tmp_path / "houses", tmp_path / "more"}
 
 
-def test_the_settings_of_all_runs_are_kept(study: Path, tmp_path: Path) -> None:
+def test_the_settings_of_all_runs_are_kept(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = STUDY.replace("[0.8, 0.2]", '[0.8, 0.2]\n"algorithm.clip" = [0.2, 0.3, "inf"]') + OTHER
     study.write_text(text, encoding="utf-8")
     out = tmp_path / "out"
@@ -265,7 +267,13 @@ def test_the_settings_of_all_runs_are_kept(study: Path, tmp_path: Path) -> None:
     keep_study(first, out)
     second = read_study(study, out, Selection(seeds=(1,), jobs=3))
     keep_study(second, out)
-    for folder in (out, out / "houses" / "atod-seed1"):
+    monkeypatch.chdir(out)
+    (out / "houses" / "atod-seed1").mkdir(parents=True)
+    for folder in (out, out / "houses" / "atod-seed1", Path()):
+        kept, found = read_kept_study(folder)
+        assert (found.absolute(), kept.jobs) == (out, 3)
+    monkeypatch.chdir(out / "houses" / "atod-seed1")
+    for folder in (out, out / "houses" / "atod-seed1", Path()):
         kept, found = read_kept_study(folder)
         assert (found, kept.jobs) == (out, 3)
         assert sorted(kept.runs, key=str) == sorted([*first.runs, *second.runs], key=str)

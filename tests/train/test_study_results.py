@@ -208,7 +208,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
 def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, out = tmp_path / "small.toml", tmp_path / "out"
+    path, out = tmp_path / "small.toml", tmp_path / "my out"
     path.write_text(STUDY, encoding="utf-8")
     asked = []
 
@@ -234,7 +234,7 @@ def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     assert {name: [run["label"] for run in results[name]["runs"]] for name in results} == {
         "houses": ["grpo"], "more": ["atod"]
     }  # fmt: skip
-    told = f"atod-train: stopped. Continue with: atod-train resume {out}\n"
+    told = f"atod-train: stopped. Continue with: atod-train resume '{out}'\n"
     assert capsys.readouterr().err.count(told) == 2
 
 
