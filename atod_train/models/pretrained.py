@@ -193,6 +193,15 @@ def read_shape(name: str, max_context: int = 0) -> PretrainedConfig:
     return config
 
 
+def read_vocabulary(name: str) -> dict[str, int]:
+    """Return the ids of a language model's tokens without reading its weights.
+
+    Raises:
+        AtodError: it has no tokenizer.
+    """
+    return _read_tokenizer(_source(name), name).get_vocab()
+
+
 def has_word_vocabulary(name: str) -> bool:
     """Return whether a language model has a word-level tokenizer, as models from scratch have.
 
