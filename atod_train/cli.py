@@ -28,7 +28,7 @@ from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.terminal import flush_output
 from atod_train.config import SECTIONS, Method, RunConfig
 from atod_train.presets import PRESETS, completed, without_tables
-from atod_train.studies.file import Selection, Study, read_kept_study, read_study, study_of
+from atod_train.studies.file import Study, StudySelection, read_kept_study, read_study, study_of
 from atod_train.training.loggers import LoggerName, LogTo
 from atod_train.training.stopping import StoppedByUser
 
@@ -110,7 +110,7 @@ class Quickstart(Train):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyCommand(Selection):
+class StudyCommand(StudySelection):
     """Make the runs of a study file: several methods, seeds and environments."""
 
     file: Positional[Path]
