@@ -52,27 +52,6 @@ from atod_train.training.stopping import StoppedByUser, interruptible
 from atod_train.training.trainer import Trainer
 
 
-class _Failures:
-    """The runs of a study that have failed."""
-
-    def __init__(self, out: Path) -> None:
-        self._again = f"try them again: {shlex.join(['atod-train', 'resume', str(out)])}"
-        self._names: list[str] = []
-        self._last = ""
-
-    def add(self, failure: tuple[str, str] | None) -> None:
-        """Add a run's name and error, or None for a finished run; two alike in a row raise it."""
-        before, self._last = self._last, failure[1] if failure else ""
-        self._names += failure[:1] if failure else ()
-        if failure and before == self._last:
-            self.check("Two runs in a row failed alike, and no others were begun. ")
-
-    def check(self, why: str = "") -> None:
-        """Raise an AtodError if a run has failed."""
-        if self._names:
-            raise AtodError(f"{why}Failed runs: {'; '.join(self._names)}. To {self._again}")
-
-
 def train_one(config: RunConfig, out: Path, resume: bool = False) -> Path:
     """Make one run; see `run_study`."""
     return run_study(study_of(config, out), out, resume)
@@ -81,8 +60,8 @@ def train_one(config: RunConfig, out: Path, resume: bool = False) -> Path:
 def run_study(study: Study, out: Path, resume: bool = False) -> Path:
     """Make the start and the teacher of each environment, then the runs, and write the report.
 
-    A run that fails does not stop the others, unless two in a row fail with the same error: the
-    others would, too. Errors of shared models and of the system stop the study at once.
+    A run that fails does not stop the others, unless two in a row of one process fail with the same
+    error: the others would, too. Errors of shared models and of the system stop the study at once.
 
     Args:
         study: the runs.
@@ -118,17 +97,19 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
         # Barrier: every rank must have read the folder before rank 0 writes to it.
         processes.wait()
         whole = keep_study(study, out) if processes.is_main else study
-        failures, failure = _Failures(out), None
+        failed: list[str] = []
+        failure: AtodError | None = None
         try:
             # Processes that train together make one run after the other.
             with _workers(study.jobs if processes.count == 1 else 1) as call_all:
                 # Models that cannot be used are refused before the first run begins.
-                make_runs = partial(_make_runs, log=LogTo(study.log, out), failures=failures)
-                for make in (_make_models, make_runs):
+                for make in (_make_models, partial(_make_runs, log=LogTo(study.log, out))):
                     for part, left in all_left:
                         if left:
-                            make(part, left, processes, call_all)
-            failures.check()
+                            failed += make(part, left, processes, call_all)
+            if failed:
+                again = shlex.join(["atod-train", "resume", str(out)])
+                raise AtodError(f"Failed runs: {'; '.join(failed)}. To try them again: {again}")
         except AtodError as error:
             failure = error
         finally:
@@ -200,7 +181,7 @@ def _left(part: StudyPart, resume: bool) -> list[Run]:
 
 def _make_models(
     part: StudyPart, left: Sequence[Run], processes: Processes, call_all: CallAll
-) -> None:
+) -> list[str]:
     """Make start and teacher of an environment, and check that the runs can use them."""
     config, model = part.config, part.config.model
     if processes.is_main:
@@ -214,27 +195,22 @@ def _make_models(
     are_made = {model.teacher, model.student} <= MODEL_SHAPES.keys()
     if begun or (is_taught(part) and not are_made):
         call_all(_check_models, [(config, is_taught(part), begun)])
+    return []
 
 
 def _make_runs(
-    part: StudyPart,
-    left: Sequence[Run],
-    processes: Processes,
-    call_all: CallAll,
-    log: LogTo,
-    failures: _Failures,
-) -> None:
-    """Evaluate start and teacher of an environment, then make the runs."""
+    part: StudyPart, left: Sequence[Run], processes: Processes, call_all: CallAll, log: LogTo
+) -> list[str]:
+    """Evaluate start and teacher of an environment, make the runs, and return the failed ones."""
     splits = part.config.env.eval_splits
     wanted = [
         (part.config, r, split, part.folder, processes) for r in _roles(part) for split in splits
     ]
     known = [evaluation for found in call_all(evaluate_start, wanted) for evaluation in found]
-    calls = [(run, known, processes, log) for run in left]
-    if processes.count > 1 or len(left) == 1:  # other ranks wait; a run alone ends the study
-        call_all(_train, calls)
-    else:
-        call_all(_try_to_train, calls, failures.add)
+    # A run alone, or one of several processes, which wait for each other, ends the study.
+    train = _try_to_train if len(left) > 1 == processes.count else _train
+    failed = call_all(train, [(run, known, processes, log) for run in left])
+    return list(filter(None, failed))
 
 
 def _roles(part: StudyPart) -> list[EvaluatedModel]:
@@ -288,15 +264,29 @@ def _train(run: Run, known: Sequence[Evaluation], processes: Processes, log: Log
         ).run()  # runs that must not be continued are refused before any work
 
 
-def _try_to_train(run: Run, *arguments: Any) -> tuple[str, str] | None:
-    """Make one run; if it fails, print the error and return it after the run's name."""
+_last_error = ""
+"""Of the last run of this process, without its folder; empty if it has not failed."""
+
+
+def _try_to_train(run: Run, *arguments: Any) -> str:
+    """Make one run; if it fails, print the error and return the run's name.
+
+    Raises:
+        AtodError: it failed as the last run of this process.
+    """
+    global _last_error
+    before, _last_error = _last_error, ""
     try:
         _train(run, *arguments)
     except AtodError as error:
         name = f"{run.label}, seed {run.config.train.seed}"
+        _last_error = str(error).replace(str(run.folder), "")
+        if _last_error == before:
+            message = f"{name} failed like the run before it, so no others were begun: {error}"
+            raise AtodError(message) from error
         print(f"atod-train: {name}: {error}", file=sys.stderr, flush=True)
-        return name, str(error).replace(str(run.folder), "")
-    return None
+        return name
+    return ""
 
 
 @contextmanager
@@ -326,28 +316,15 @@ def _loaded(
 _stopped: Event | None = None
 """In a worker: set when the study has been stopped."""
 
-CallAll = Callable[..., list[Any]]
-"""Call a function with each of the argument lists, some of them concurrently. A third argument is
-called with each result at once."""
+CallAll = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
+"""Call a function with each of the argument lists, some of them concurrently."""
 
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[CallAll]:
     """Yield a function that calls in this process if `jobs` is 1, else in that many processes."""
     if jobs == 1:
-
-        def call_each(
-            function: Callable[..., Any],
-            calls: Sequence[tuple[Any, ...]],
-            on_result: Callable[[Any], None] = lambda _: None,
-        ) -> list[Any]:
-            results = []
-            for arguments in calls:
-                results.append(function(*arguments))
-                on_result(results[-1])
-            return results
-
-        yield call_each
+        yield lambda function, calls: [function(*arguments) for arguments in calls]
         return
     context = multiprocessing.get_context("spawn")
     stopped = context.Event()
@@ -361,16 +338,12 @@ def _workers(jobs: int) -> Iterator[CallAll]:
 
     with ProcessPoolExecutor(jobs, context, _set_up_worker, (stopped,)) as executor:
 
-        def call_all(
-            function: Callable[..., Any],
-            calls: Sequence[tuple[Any, ...]],
-            on_result: Callable[[Any], None] = lambda _: None,
-        ) -> list[Any]:
+        def call_all(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
             with interruptible(announce=False, on_signal=stop) as interrupted:
                 futures = [executor.submit(_call, function, *arguments) for arguments in calls]
                 try:
                     for future in as_completed(futures):
-                        on_result(future.result())
+                        future.result()  # raises an error at once
                     return [future.result() for future in futures]
                 except BrokenProcessPool as error:
                     if interrupted:
