@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import gymnasium
-import numpy as np
 import torch
 from gymnasium.envs.registration import load_env_creator
 from packaging.requirements import Requirement
@@ -54,7 +53,7 @@ def machine() -> Iterator[Finding]:
     yield Finding(
         "ok",
         f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} "
-        f"processors, {_memory():.0f} GB of memory",
+        f"processors, {_memory() / 1e9:.0f} GB of memory",
     )
     for index in range(count := torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -74,9 +73,9 @@ def machine() -> Iterator[Finding]:
         )
 
 
-def _memory() -> float:
-    """Return the memory of the machine in GB."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+def _memory() -> int:
+    """Return the bytes of memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def packages() -> Iterator[Finding]:
@@ -158,14 +157,11 @@ def models(student: str, teacher: str, max_context: int) -> Iterator[Finding]:
     except AtodError as error:
         yield Finding("problem", str(error))
     gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-    room = sum(gpu.total_memory for gpu in gpus) / 1e9 or _memory()
+    room = sum(gpu.total_memory for gpu in gpus) or _memory()
     # Student: weights, gradients and two moments in float32; at least the weights in bfloat16.
-    usual, least = (np.dot(counts, size) / 1e9 for size in ([16, 2 if gpus else 4], [2, 2]))
-    text = f"weights, gradients and moments take {usual:.1f} GB of {room:.0f} GB"
-    if least > room:
-        text = f"the weights alone take {least:.1f} GB of {room:.0f} GB"
-        yield Finding("problem", f"memory: {text}; use smaller models, or a teacher's server")
-    elif usual > room:
-        yield Finding("note", f"memory: {text}; use adapters (--model.lora-rank 16)")
-    else:
-        yield Finding("ok", f"memory: {text}, besides activations")
+    usual, least = 16 * counts[0] + (2 if gpus else 4) * counts[1], 2 * sum(counts)
+    yield Finding(
+        "problem" if least > room else "note" if usual > room else "ok",
+        f"memory: {room / 1e9:.1f} GB; weights, gradients and moments take {usual / 1e9:.1f} GB, "
+        f"with adapters (--model.lora-rank 16) {least / 1e9:.1f} GB; activations are added",
+    )

@@ -145,10 +145,10 @@ class EvaluationFolder:
 
     def _read(self) -> None:
         """Read the settings and episodes of earlier sessions."""
-        path, resume = self.path, self._is_resumed
-        self._before = read_json(path / SETTINGS_FILE) if resume else {}
+        path = self.path
+        self._before = read_json(path / SETTINGS_FILE) if self._is_resumed else {}
         lines = list(read_json_lines(path / EPISODES_FILE))
-        if lines and not resume:
+        if lines and not self._is_resumed:
             raise InvalidSettingError(
                 f"{path} holds {len(lines)} episodes already: continue with --resume, or choose "
                 "another folder with --out."
@@ -180,15 +180,7 @@ class EvaluationFolder:
             InvalidSettingError: the episodes of the folder were played with other settings.
             FileError: the folder cannot be written to, or another process writes to it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.enter_context(locked(self.path, "choose another folder with --out"))
-        except OSError as error:
-            raise RunFolderError(f"Cannot write to {self.path}: {error}") from error
-        self._read()
         self._settings: dict[str, Any] = without_infinities(settings)
-        if self.records:
-            _check_same(self._before.get("settings", {}), self._settings, self.path)
         session = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "python": platform.python_version(),
@@ -196,8 +188,13 @@ class EvaluationFolder:
             "packages": package_versions((*PACKAGES, "openai")),
             "arguments": without_passwords(arguments),
         }
-        self._sessions = [*self._before.get("sessions", ()), session]
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(locked(self.path, "choose another folder with --out"))
+            self._read()
+            if self.records:
+                _check_same(self._before.get("settings", {}), self._settings, self.path)
+            self._sessions = [*self._before.get("sessions", ()), session]
             write_json(
                 self.path / SETTINGS_FILE, {"settings": self._settings, "sessions": self._sessions}
             )

@@ -116,7 +116,7 @@ def make_text_env(config: EnvConfig, split: str) -> gymnasium.Env[Any, str]:
         del settings[name]
     env = make_env(config.id, limit, **settings)
     try:
-        return TextEnv(env, config.id, split, config.options)
+        return TextEnv(env, config, split)
     except Exception:
         env.close()
         raise
@@ -127,20 +127,17 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
 
     Args:
         env: the environment.
-        env_id: for messages.
+        config: its id, and its options, on which the content of tasks may depend.
         split: of the tasks.
-        options: of the environment, on which the content of its tasks may depend.
 
     Raises:
         InvalidSettingError: its spaces are not of text, or it has no turn limit.
     """
 
-    def __init__(
-        self, env: gymnasium.Env[Any, str], env_id: str, split: str, options: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, env: gymnasium.Env[Any, str], config: EnvConfig, split: str) -> None:
         super().__init__(env)
-        self._id, self._split = env_id, split
-        self._options = json.dumps(options, sort_keys=True, default=str) if options else ""
+        env_id = self._id = config.id
+        self._split, self._options = split, config.options
         if not isinstance(env.action_space, spaces.Text):
             raise InvalidSettingError(
                 f"{env_id} has actions {env.action_space}, and a language model writes text. Give "
@@ -171,7 +168,8 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
     @property
     def manifest(self) -> TaskManifest:
         """The tasks of the split; the hash covers ids and options, as the content is unknown."""
-        known = f"{self._id} {self._split} {self._options}".strip()
+        options = json.dumps(self._options, sort_keys=True, default=str) if self._options else ""
+        known = f"{self._id} {self._split} {options}".strip()
         digests = {
             task_id: hashlib.sha256(f"{known} {task_id}".encode()).hexdigest()
             for task_id in self.task_ids

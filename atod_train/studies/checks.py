@@ -6,8 +6,10 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from atod_gym.errors import AtodError, InvalidSettingError
@@ -16,7 +18,7 @@ from atod_train.algorithm.methods import needs_teacher
 from atod_train.config import RunConfig, is_url
 from atod_train.models.checks import check_config
 from atod_train.models.from_scratch import MODEL_SHAPES, llama_config
-from atod_train.models.pretrained import has_word_vocabulary, is_mixed, read_shape, read_vocabulary
+from atod_train.models.pretrained import is_mixed, read_shape, read_tokenizer
 from atod_train.reports.run_folder import ANOTHER_FOLDER
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.own_env import check_env
@@ -100,14 +102,16 @@ def check_vocabularies(names: Sequence[str]) -> None:
     """
     made = [name for name in names if name in MODEL_SHAPES]
     others = [name for name in dict.fromkeys(names) if name not in made and not is_url(name)]
-    if made and others and not has_word_vocabulary(others[0]):
+    tokenizers: list[Any] = [read_tokenizer(name) for name in others]
+    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in tokenizers]
+    if made and others and not isinstance(getattr(backends[0], "model", None), WordLevel):
         raise AtodError(
             f"{made[0]} is made with the words of demonstrations as tokens, {others[0]} has other "
             "tokens, and student and teacher must share theirs. Give --model.student and "
             "--model.teacher models of one family, or train without a teacher (method grpo)."
         )
     if len(others) == 2:
-        ours, theirs = map(read_vocabulary, others)
+        ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
         require_same_vocabulary(ours, theirs, *others)
 
 

@@ -76,9 +76,9 @@ def test_models_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_path
 @pytest.mark.parametrize(
     ("memory", "kind", "told"),
     [
-        (0.001, "problem", "the weights alone take 0.1 GB of 0 GB; use smaller models"),
-        (0.2, "note", "take 0.6 GB of 0 GB; use adapters"),
-        (2, "ok", "take 0.6 GB of 2 GB, besides"),
+        (1e6, "problem", "memory: 0.0 GB; "),
+        (2e8, "note", "memory: 0.2 GB; weights, gradients and moments take 0.6 GB, with adapters"),
+        (2e9, "ok", "(--model.lora-rank 16) 0.1 GB; "),
     ],
 )
 def test_models_that_do_not_fit(
