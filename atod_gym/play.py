@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is named in one line on standard error.
     """
     terminal.accept_any_text()
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         env = _make(options)
         try:
             return _play(env, options)
@@ -60,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print()
         return 0
     except BrokenPipeError:
-        terminal.discard_output()
         return 0
+    finally:
+        terminal.flush_output()
 
 
 def _parser() -> argparse.ArgumentParser:

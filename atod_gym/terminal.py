@@ -19,9 +19,13 @@ def accept_any_text() -> None:
             reconfigure(errors=errors)
 
 
-def discard_output() -> None:
-    """Discard further output, after a BrokenPipeError: the reader has gone, as `head` does.
+def flush_output() -> None:
+    """Flush standard output; discard it if its reader has gone, as `head` does.
 
-    Otherwise the interpreter would report an error at exit.
+    Otherwise the interpreter would report an error at exit. A command calls it last, in any case,
+    and ends with status 0 where a BrokenPipeError ended it before.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ except ImportError as error:
     raise SystemExit(2) from None
 
 from atod_gym.errors import AtodError, InvalidSettingError
-from atod_gym.terminal import discard_output
+from atod_gym.terminal import flush_output
 from atod_train.config import SECTIONS, Method, RunConfig
 from atod_train.presets import PRESETS, completed, without_tables
-from atod_train.studies.file import Selection, Study, read_kept_study, read_study, study_of
+from atod_train.studies.file import Study, StudySelection, read_kept_study, read_study, study_of
 from atod_train.training.loggers import LoggerName, LogTo
 from atod_train.training.stopping import StoppedByUser
 
@@ -109,7 +110,7 @@ class Quickstart(Train):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyCommand(Selection):
+class StudyCommand(StudySelection):
     """Make the runs of a study file: several methods, seeds and environments."""
 
     file: Positional[Path]
@@ -165,14 +166,6 @@ class ResultsCommand:
 
     def run(self, words: Sequence[str]) -> int:
         """Print the tables."""
-        try:
-            self._print()
-            sys.stdout.flush()
-        except BrokenPipeError:
-            discard_output()
-        return 0
-
-    def _print(self) -> None:
         from atod_train.reports.answer import answer
         from atod_train.reports.report import write_report
         from atod_train.reports.results import REFERENCES, read_results
@@ -198,6 +191,7 @@ class ResultsCommand:
             print(f"## All environments\n\n{claims.title}:\n\n{claims.markdown}")
         if self.out:
             print(f"report: {report}")
+        return 0
 
 
 @dataclass(frozen=True)
@@ -273,10 +267,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in each worker
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would break up the lines
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] in (["--version"], ["-V"]):
-        print(f"atod-train {metadata.version('atod-gym')}")
-        return 0
-    return _guarded(lambda: _parsed(words).run(words))
+
+    def work() -> int:
+        if words[:1] in (["--version"], ["-V"]):
+            print(f"atod-train {metadata.version('atod-gym')}")
+            return 0
+        return _parsed(words).run(words)
+
+    return _guarded(work)
 
 
 def _parsed(words: Sequence[str]) -> Command:
@@ -322,7 +320,8 @@ def _train(study: Study, out: Path, resume: bool) -> int:
         run_study(study, out, resume)
         return 0
 
-    return end_process(_guarded(work, f"Continue with: atod-train resume {out}"))
+    again = shlex.join(["atod-train", "resume", str(out)])
+    return end_process(_guarded(work, f"Continue with: {again}"))
 
 
 def _guarded(work: Callable[[], int], again: str = "") -> int:
@@ -335,10 +334,14 @@ def _guarded(work: Callable[[], int], again: str = "") -> int:
         text, code = f"{package} is not installed: pip install 'atod-gym[{extra}]'", 2
     except AtodError as error:
         text, code = f"error: {error}", 2
+    except BrokenPipeError:
+        return 0
     except OSError as error:
         text, code = f"error: {error}. {_advice(error)} {again}", 2
     except (KeyboardInterrupt, StoppedByUser) as stop:
         text, code = f"{str(stop) or 'stopped at once'}. {again}", 130
+    finally:
+        flush_output()
     print(f"atod-train: {text.rstrip()}", file=sys.stderr)
     return code
 

@@ -1,6 +1,7 @@
 """`atod-train doctor`: report what this machine can run, and which models can be used.
 
-It downloads, starts and changes nothing; of a model's folder it reads only the configuration.
+It starts and changes nothing, and reads no weights. Tokenizers of models that are not on this
+machine are not compared.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import gymnasium
@@ -19,8 +21,9 @@ from packaging.requirements import Requirement
 from atod_gym import ENV_IDS
 from atod_gym.errors import AtodError
 from atod_gym.serving.http import TOKEN_VARIABLE, JsonClient
-from atod_train.models.pretrained import computes_bfloat16
-from atod_train.studies.checks import describe_model
+from atod_train.models.from_scratch import MODEL_SHAPES
+from atod_train.models.pretrained import SHIPPED, SMOLLM2, computes_bfloat16
+from atod_train.studies.checks import check_vocabularies, describe_model
 
 
 class Finding(NamedTuple):
@@ -38,8 +41,7 @@ def examine(student: str, teacher: str, max_context: int, servers: Sequence[str]
         sampler(),
         *data_sets(),
         *(reach(url) for url in servers),
-        model_finding("student", student, max_context),
-        model_finding("teacher", teacher, max_context),
+        *models(student, teacher, max_context),
     ]
     for finding in findings:
         print(f"{finding.kind:8} {finding.text}")
@@ -48,11 +50,10 @@ def examine(student: str, teacher: str, max_context: int, servers: Sequence[str]
 
 def machine() -> Iterator[Finding]:
     """Describe Python, torch, processors, memory and devices."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     yield Finding(
         "ok",
         f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} "
-        f"processors, {memory:.0f} GB of memory",
+        f"processors, {_memory() / 1e9:.0f} GB of memory",
     )
     for index in range(count := torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -70,6 +71,11 @@ def machine() -> Iterator[Finding]:
             "no GPU: models run on the processor in float32 (--model.dtype mixed: this one "
             f"{units} units for bfloat16)",
         )
+
+
+def _memory() -> int:
+    """Return the bytes of memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def packages() -> Iterator[Finding]:
@@ -132,9 +138,30 @@ def reach(url: str) -> Finding:
     return Finding("ok", f"{url}: {health['service']}")
 
 
-def model_finding(role: str, name: str, max_context: int) -> Finding:
-    """Return whether a model can be used, by its configuration only."""
+def models(student: str, teacher: str, max_context: int) -> Iterator[Finding]:
+    """Report whether models can be used, share their tokens, and fit into memory."""
+    counts = []
+    for role, name in (("student", student), ("teacher", teacher)):
+        try:
+            text, count = describe_model(name, max_context)
+            yield Finding("ok", f"{role} {text}")
+            counts.append(count)
+        except AtodError as error:
+            yield Finding("problem", f"{role}: {error}")
+    if len(counts) < 2:
+        return
+    local = (*MODEL_SHAPES, *SHIPPED, SMOLLM2)
     try:
-        return Finding("ok", f"{role} {describe_model(name, max_context)}")
+        if all(name in local or Path(name).is_dir() for name in (student, teacher)):
+            check_vocabularies([student, teacher])
     except AtodError as error:
-        return Finding("problem", f"{role}: {error}")
+        yield Finding("problem", str(error))
+    gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    room = sum(gpu.total_memory for gpu in gpus) or _memory()
+    # Student: weights, gradients and two moments in float32; at least the weights in bfloat16.
+    usual, least = 16 * counts[0] + (2 if gpus else 4) * counts[1], 2 * sum(counts)
+    yield Finding(
+        "problem" if least > room else "note" if usual > room else "ok",
+        f"memory: {room / 1e9:.1f} GB; weights, gradients and moments take {usual / 1e9:.1f} GB, "
+        f"with adapters (--model.lora-rank 16) {least / 1e9:.1f} GB; activations are added",
+    )

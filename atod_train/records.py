@@ -25,6 +25,9 @@ StopReason = Literal["terminated", "turn_limit", "context_limit", "refused"]
 """Why an episode ended: by the task, by the turn limit, because a prompt without earlier
 turns exceeds the context, or because an endpoint refuses the prompt."""
 
+USUAL_ENDS: tuple[StopReason, ...] = ("terminated", "turn_limit")
+"""Other episodes were cut off and count as failed, whatever the environment reports."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedTurn:
@@ -83,6 +86,7 @@ class Trajectory:
     truncated: bool
     stop_reason: StopReason
     success: bool
+    """Whether the environment reports it at one of the `USUAL_ENDS`."""
     score: float
 
     @property

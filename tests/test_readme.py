@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 FOLDERS = ("atod_gym", "atod_train", "env_servers", "tests")
 GUIDES = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("README.md"))
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *GUIDES]
-ELSEWHERE = ("from trl import", "adapters.openenv import")
+ELSEWHERE = ("from trl import", "adapters.openenv import") + ("to_dataset",) * (
+    find_spec("datasets") is None
+)
 """Snippets that need a package or a server: tests/adapters runs them."""
 NO_SETTINGS = {"env.step", "train.parquet", "--env.taskset"}
 """Names that look like settings; the last are flags of verifiers."""

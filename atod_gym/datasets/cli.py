@@ -15,7 +15,7 @@ from atod_gym.datasets import DataSet, catalogue, data_set, verify
 from atod_gym.datasets.get import DOWNLOADS, get
 from atod_gym.errors import AtodError, DownloadError
 from atod_gym.tasks import data_folders, expanded
-from atod_gym.terminal import discard_output
+from atod_gym.terminal import flush_output
 
 _EPILOG = f"""\
 Data sets: {", ".join(catalogue())}.
@@ -27,13 +27,10 @@ the command, 130 interrupted."""
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, by default with the arguments of the process; return its exit status."""
-    options = _parser().parse_args(arguments)
     try:
-        status = int(options.run(options))
-        sys.stdout.flush()
-        return status
+        options = _parser().parse_args(arguments)
+        return int(options.run(options))
     except BrokenPipeError:
-        discard_output()
         return 0
     except (AtodError, OSError) as error:
         print(f"atod-data: {' '.join(_explain(error).split())}", file=sys.stderr)
@@ -41,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\natod-data: interrupted; the same command continues.", file=sys.stderr)
         return 130
+    finally:
+        flush_output()
 
 
 def _explain(error: Exception) -> str:

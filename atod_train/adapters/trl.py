@@ -29,7 +29,7 @@ from torch import Tensor
 
 from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
 from atod_train.adapters.objective import Variant, mixed_advantages
-from atod_train.adapters.rows import RowTokens, TokenPlayer, outcome, rows_of
+from atod_train.adapters.token_rows import RowTokens, TokenPlayer, outcome, rows_of
 from atod_train.algorithm.atod import Schedule
 from atod_train.config import EnvConfig, parse_prompt_style
 from atod_train.models.dialogue import DialogueEncoder

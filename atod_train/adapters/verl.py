@@ -33,7 +33,7 @@ import torch
 
 from atod_gym.errors import InvalidSettingError, MissingExtraError
 from atod_train.adapters.objective import Variant, mixed_advantages
-from atod_train.adapters.rows import TokenPlayer, outcome, rows_of
+from atod_train.adapters.token_rows import TokenPlayer, outcome, rows_of
 from atod_train.algorithm.atod import Schedule
 from atod_train.algorithm.schedules import has_state, schedule_of
 from atod_train.config import AlgorithmConfig, EnvConfig

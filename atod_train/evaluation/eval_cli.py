@@ -52,12 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(words)
         return 0
     except BrokenPipeError:
-        terminal.discard_output()
         return 0
     except KeyboardInterrupt as stop:
         status, message = 130, str(stop) or "Stopped."
     except (AtodError, gymnasium.error.Error, OSError) as error:
         status, message = 2, str(error)
+    finally:
+        terminal.flush_output()
     print(f"atod-eval: {' '.join(message.split())}", file=sys.stderr)
     return status
 

@@ -214,10 +214,7 @@ class EvalOptions:
         if self.env_id not in (None, config.id):
             config = replace(config, id=self.env_id, data="auto", options={}, max_turns=0)
         options = {**config.options, **dict(map(_key_and_value, self.env.option))}
-        given: dict[str, Any] = {
-            "max_turns": options.pop("max_turns", config.max_turns),
-            "options": options,
-        }
+        given: dict[str, Any] = {"options": options}
         names = ("data", "max_turns", "prompt_style", "parse_profile")
         given |= {name: value for name in names if (value := getattr(self.env, name)) is not None}
         if self.env.hide_admissible is not None:

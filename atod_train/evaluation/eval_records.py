@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -31,7 +31,12 @@ from atod_train.files import (
 )
 from atod_train.records import Trajectory, Turn
 from atod_train.reports.evaluations import EvaluationMode, EvaluationResult, TaskResult
-from atod_train.reports.run_folder import PACKAGES, RunFolderError, package_versions
+from atod_train.reports.run_folder import (
+    PACKAGES,
+    RunFolderError,
+    package_versions,
+    without_passwords,
+)
 
 SETTINGS_FILE = "settings.json"
 EPISODES_FILE = "episodes.jsonl"
@@ -72,7 +77,7 @@ class EpisodeRecord(TaskResult):
         return cls(
             task_id=episode.task_id,
             task_type=episode.task_type,
-            success=episode.success and episode.stop_reason in ("terminated", "turn_limit"),
+            success=episode.success,
             score=episode.score,
             turns=len(episode.turns),
             invalid_turns=reasons.total(),
@@ -104,10 +109,16 @@ class Evaluated:
     """Wall time while episodes were played, over all sessions."""
     cut_completions: int
     stop_reasons: dict[str, int]
+    settings: dict[str, Any]
+    """What results depend on, as JSON values."""
     invalid_reasons: dict[str, int] = field(default_factory=dict)
     """Why turns were not valid, and how many, the most frequent reason first."""
-    token_limit: int | None = None
-    """Of a completion; None: the agent has none, or the endpoint's own."""
+
+    @property
+    def token_limit(self) -> int | None:
+        """Limit of a completion; None: the agent has none, or the endpoint's own."""
+        agent = self.settings["agent"]
+        return agent.get("max_tokens") or agent.get("max_completion_tokens")
 
 
 class EvaluationFolder:
@@ -123,16 +134,21 @@ class EvaluationFolder:
 
     Raises:
         InvalidSettingError: the folder holds episodes and `resume` is off.
-        RunFolderError: a file cannot be read.
+        FileError: a file cannot be read.
     """
 
     def __init__(self, path: Path, *, resume: bool, transcripts: bool = False) -> None:
         self.path = path
         self._lock = ExitStack()
-        self._keeps_transcripts = transcripts
-        self._before = read_json(path / SETTINGS_FILE) if resume else {}
+        self._is_resumed, self._keeps_transcripts = resume, transcripts
+        self._read()  # a folder that cannot be used is refused before models are loaded
+
+    def _read(self) -> None:
+        """Read the settings and episodes of earlier sessions."""
+        path = self.path
+        self._before = read_json(path / SETTINGS_FILE) if self._is_resumed else {}
         lines = list(read_json_lines(path / EPISODES_FILE))
-        if lines and not resume:
+        if lines and not self._is_resumed:
             raise InvalidSettingError(
                 f"{path} holds {len(lines)} episodes already: continue with --resume, or choose "
                 "another folder with --out."
@@ -154,7 +170,7 @@ class EvaluationFolder:
             ) from error
 
     def begin(self, settings: Mapping[str, Any], arguments: Sequence[str]) -> None:
-        """Begin a session.
+        """Lock the folder until `close`, and begin a session after those that it holds by then.
 
         Args:
             settings: what results depend on, as JSON values.
@@ -165,19 +181,20 @@ class EvaluationFolder:
             FileError: the folder cannot be written to, or another process writes to it.
         """
         self._settings: dict[str, Any] = without_infinities(settings)
-        if self.records:
-            _check_same(self._before.get("settings", {}), self._settings, self.path)
         session = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "python": platform.python_version(),
             "platform": platform.platform(),
             "packages": package_versions((*PACKAGES, "openai")),
-            "arguments": list(arguments),
+            "arguments": without_passwords(arguments),
         }
-        self._sessions = [*self._before.get("sessions", ()), session]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(locked(self.path, "choose another folder with --out"))
+            self._read()
+            if self.records:
+                _check_same(self._before.get("settings", {}), self._settings, self.path)
+            self._sessions = [*self._before.get("sessions", ()), session]
             write_json(
                 self.path / SETTINGS_FILE, {"settings": self._settings, "sessions": self._sessions}
             )
@@ -231,22 +248,21 @@ class EvaluationFolder:
         result = EvaluationResult.from_json(
             {**settings, "mode": mode, "tasks": [asdict(record) for record in records]}
         )
-        totals = _totals(records, self._seconds, prices)
-        names = {"env_id": settings["env_id"], "agent": agent, "data_hash": settings["data_hash"]}
         value = {
-            **names,
+            "env_id": settings["env_id"],
+            "agent": agent,
+            "data_hash": settings["data_hash"],
             "mean_score": result.mean_score,
             "mean_turns": result.mean_turns,
             "invalid_share": result.invalid_share,
-            "totals": totals,
+            "totals": _totals(records, self._seconds, prices),
             "prices": prices,
             "settings": settings,
             "sessions": self._sessions,
             **result.to_json(),
         }
         write_json(self.path / RESULT_FILE, value)
-        limit = _token_limit(settings)
-        return Evaluated(**names, result=result, **totals, token_limit=limit)
+        return read_evaluated(self.path)
 
     def close(self) -> None:
         """Let other processes continue the evaluation."""
@@ -268,9 +284,8 @@ def read_evaluated(path: Path) -> Evaluated:
         )
     result = EvaluationResult.from_json(value)
     try:
-        names = {name: value[name] for name in ("env_id", "agent", "data_hash")}
-        limit = _token_limit(value["settings"])
-        return Evaluated(**names, result=result, **value["totals"], token_limit=limit)
+        names = {name: value[name] for name in ("env_id", "agent", "data_hash", "settings")}
+        return Evaluated(**names, result=result, **value["totals"])
     except (KeyError, TypeError) as error:
         raise RunFolderError(f"{path / RESULT_FILE} is not of this version: {error}") from error
 
@@ -292,12 +307,6 @@ def _totals(
         "stop_reasons": dict(sorted(Counter(record.stop_reason for record in records).items())),
         "invalid_reasons": dict(reasons.most_common()),
     }
-
-
-def _token_limit(settings: Mapping[str, Any]) -> int | None:
-    """Return the limit of a completion of a chat model or a local model."""
-    agent = settings["agent"]
-    return agent.get("max_tokens") or agent.get("max_completion_tokens")
 
 
 def _token_sums(parts: Sequence[Completion | EpisodeRecord]) -> dict[str, int | None]:
@@ -330,17 +339,25 @@ def _transcribed(turn: Turn, completion: Completion) -> dict[str, Any]:
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """Refuse to mix episodes of different settings."""
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            _check_same(old, new, path)
-        elif old != new:
-            raise InvalidSettingError(
-                f"{path} was played with {name} {_short(old)}, not {_short(new)}; give the same "
-                "settings to continue, or choose another folder with --out."
-            )
+    for name, old, new in differing_settings(before, now):
+        raise InvalidSettingError(
+            f"{path} was played with {name} {old}, not {new}; give the same settings to continue, "
+            "or choose another folder with --out."
+        )
+
+
+def differing_settings(
+    first: Mapping[str, Any], second: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield the name and both values of each setting that differs, as short JSON."""
+    for name in sorted({*first, *second}):
+        a, b = first.get(name), second.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from differing_settings(a, b)
+        elif a != b:
+            yield name, _short(a), _short(b)
 
 
 def _short(value: object) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 60 else f"{text[:57]}..."

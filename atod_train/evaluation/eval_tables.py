@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from atod_train.evaluation.eval_records import Evaluated
+from atod_train.evaluation.eval_records import Evaluated, differing_settings
+from atod_train.records import USUAL_ENDS
 from atod_train.reports.evaluations import EvaluationResult, difference_by_task
 from atod_train.reports.statistics import unpaired_difference
 from atod_train.reports.tables import Table, difference_text, rate_text
 
 _UNKNOWN = "unknown"
 _FIGURES = ("tasks", "success [95 % interval]", "score", "turns", "invalid")
-_ENDS = ("terminated", "turn_limit")
-"""Reasons why an episode stops in the usual way."""
 
 
 def result_table(evaluated: Evaluated) -> str:
@@ -28,7 +27,7 @@ def result_table(evaluated: Evaluated) -> str:
         "",
         f"{_usage(evaluated)}{evaluated.seconds:.1f} s",
     ]
-    early = {name: n for name, n in evaluated.stop_reasons.items() if name not in _ENDS}
+    early = {name: n for name, n in evaluated.stop_reasons.items() if name not in USUAL_ENDS}
     if early:
         counts = ", ".join(f"{name} {count}" for name, count in early.items())
         lines.append(f"episodes that could not be continued and count as failed: {counts}")
@@ -44,7 +43,7 @@ def result_table(evaluated: Evaluated) -> str:
 
 
 def comparison(first: Evaluated, second: Evaluated, names: tuple[str, str]) -> str:
-    """Return both agents' figures, and the interval of the first's success minus the second's."""
+    """Return settings that differ, both agents' figures, and the difference with its interval."""
     rows = tuple(
         (
             f"{letter}: {name}",
@@ -55,8 +54,10 @@ def comparison(first: Evaluated, second: Evaluated, names: tuple[str, str]) -> s
         for letter, name, evaluated in zip("AB", names, (first, second), strict=True)
     )
     titles = [_title(first), _title(second)]
+    different = tuple(differing_settings(first.settings, second.settings))
     lines = [
         titles[0] if titles[0] == titles[1] else f"A: {titles[0]}\nB: {titles[1]}",
+        *(["", Table("", ("different setting", "A", "B"), different).text] if different else []),
         "",
         Table("", ("", *_FIGURES, "tokens in", "out", "cost", "seconds"), rows).text,
         "",

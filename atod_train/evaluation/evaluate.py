@@ -71,7 +71,7 @@ def play_tasks(
     task_ids: Sequence[str],
     *,
     temperature: float,
-    on_end: Callable[[Trajectory], None],
+    on_end: Callable[[Trajectory], None] | None = None,
     on_turn: Callable[[int], None] | None = None,
     stream: int = 0,
     at_once: int | None = None,

@@ -47,13 +47,17 @@ loop = {
 }
 (out / "loop.yaml").write_text(json.dumps([loop], indent=1))  # JSON is YAML
 rollout, actor, atod = "actor_rollout_ref.rollout", "actor_rollout_ref.actor", "trainer.v1.atod"
-overrides = f"""data.train_files={files[0]} data.val_files={files[1]}
+train_file, val_file, loop_file, checkpoints, student, teacher = (
+    shlex.quote(str(path))
+    for path in (*files, out / "loop.yaml", out / "checkpoints", options.student, options.teacher)
+)
+overrides = shlex.split(f"""data.train_files={train_file} data.val_files={val_file}
  data.train_batch_size={train.tasks_per_step} data.val_max_samples={env.eval_tasks}
  data.max_prompt_length={preset.model.max_context - train.max_completion_tokens}
  data.max_response_length={train.max_completion_tokens} data.seed={train.seed}
- actor_rollout_ref.model.path={options.student} {rollout}.name=vllm {rollout}.n={train.group_size}
+ actor_rollout_ref.model.path={student} {rollout}.name=vllm {rollout}.n={train.group_size}
  {rollout}.tensor_model_parallel_size=1
- {rollout}.agent.agent_loop_config_path={out}/loop.yaml {rollout}.temperature=1.0
+ {rollout}.agent.agent_loop_config_path={loop_file} {rollout}.temperature=1.0
  {rollout}.val_kwargs.do_sample={heat > 0} {rollout}.val_kwargs.temperature={heat}
  {actor}.ppo_mini_batch_size={mini_batch} {actor}.use_dynamic_bsz=True {actor}.optim.lr={train.lr}
  {actor}.optim.lr_warmup_steps_ratio={train.lr_warmup} {actor}.optim.weight_decay=0.01
@@ -63,10 +67,10 @@ overrides = f"""data.train_files={files[0]} data.val_files={files[1]}
  {actor}.kl_loss_coef=0.0 {actor}.loss_agg_mode={method.aggregation} algorithm.adv_estimator=grpo
  trainer.nnodes=1 trainer.n_gpus_per_node={options.gpus} trainer.total_training_steps={train.steps}
  trainer.save_freq={options.save_every} trainer.max_actor_ckpt_to_keep=2
- trainer.default_local_dir={out}/checkpoints trainer.resume_mode=auto
+ trainer.default_local_dir={checkpoints} trainer.resume_mode=auto
  trainer.test_freq={options.eval_every or train.eval_every} trainer.val_before_train=True
- trainer.logger=[console] trainer.v1.trainer_mode=atod +{atod}.teacher={options.teacher}
- +{atod}.schedule={method.schedule}""".split()
+ trainer.logger=[console] trainer.v1.trainer_mode=atod +{atod}.teacher={teacher}
+ +{atod}.schedule={method.schedule}""")
 print("VERL_USE_EXTERNAL_MODULES=atod_train.adapters.verl", end=" ")
 print("python -m verl.trainer.main_ppo", shlex.join(overrides))
 try:

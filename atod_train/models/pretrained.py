@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
-from tokenizers.models import WordLevel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -193,14 +192,13 @@ def read_shape(name: str, max_context: int = 0) -> PretrainedConfig:
     return config
 
 
-def has_word_vocabulary(name: str) -> bool:
-    """Return whether a language model has a word-level tokenizer, as models from scratch have.
+def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a language model without reading its weights.
 
     Raises:
         AtodError: it has no tokenizer.
     """
-    backend = getattr(_read_tokenizer(_source(name), name), "backend_tokenizer", None)
-    return backend is not None and isinstance(backend.model, WordLevel)
+    return _read_tokenizer(_source(name), name)
 
 
 def _read_model(source: str, name: str, dtype: torch.dtype, **extra: str) -> Any:

@@ -193,6 +193,13 @@ def mean_metric(results: Results, label: str, name: str) -> dict[int, float]:
     return {step: fmean(here) for step, here in sorted(values.items())}
 
 
+def budget(results: Results, label: str) -> str:
+    """Return steps x tasks per step x episodes per task of a label's runs."""
+    train = results.of(label)[0].record.get("train") or {}
+    names = ("steps", "tasks_per_step", "group_size")
+    return " x ".join(str(train.get(name, "?")) for name in names)
+
+
 def cost(results: Results, label: str) -> Cost:
     """Return the cost of a run of a label, mean over its replicates."""
     records = [run.record for run in results.of(label)]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from atod_train.reports.analysis import Selection, difference, rate
+from atod_train.reports.analysis import Selection, budget, difference, rate
 from atod_train.reports.results import REFERENCES, Results
 from atod_train.reports.statistics import Estimate
-from atod_train.reports.tables import Table, difference_text, rate_text
+from atod_train.reports.tables import BUDGET, Table, difference_text, rate_text
 
 _MANY_INVALID = 0.9
 """Share of invalid turns from which on the answer reports it. Tiny models that solve half of their
@@ -100,6 +100,10 @@ def _remarks(
     results: Results, first: str, last: Selection, comparisons: tuple[Comparison, ...]
 ) -> list[str]:
     remarks = []
+    budgets = {label: budget(results, label) for label in results.labels}
+    if len(set(budgets.values())) > 1:
+        texts = ", ".join(f"{label} {text}" for label, text in budgets.items())
+        remarks.append(f"The runs have different budgets ({BUDGET}): {texts}.")
     if any(found.replicates == 1 for found in comparisons):
         remarks.append(
             "Intervals of one seed are over tasks: they do not include the spread between seeds."

@@ -8,6 +8,7 @@ content policy in its head forbids it as well.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -152,7 +153,7 @@ def _setup(results: Results) -> str:
     data = (part.get("data") or {}).get("name")
     sizes = {split: len(tasks) for split, tasks in results.tasks.items()}
     seeds = sorted({run.seed for run in results.runs})
-    steps = [int((run.record.get("train") or {}).get("steps") or 0) for run in results.runs]
+    steps = {int((run.record.get("train") or {}).get("steps") or 0) for run in results.runs} - {0}
     model = part.get("model") or {}
     roles = [f"{r} {Path(str(model[r])).name}" for r in ("student", "teacher") if model.get(r)]
     minutes = [cost(results, label).minutes for label in labels]
@@ -163,7 +164,7 @@ def _setup(results: Results) -> str:
         else "",
         f"{len(results.runs)} run{'s' * (len(results.runs) > 1)}: {', '.join(labels)}; "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-        + (f"; {max(steps):,} steps" if max(steps) else ""),
+        + (f"; {' or '.join(f'{count:,}' for count in sorted(steps))} steps" if steps else ""),
         "; ".join(roles).capitalize(),
         f"{max(minutes):.0f} minutes a run at most" if max(minutes) >= 1 else "",
         _day(part.get("time")),
@@ -202,7 +203,7 @@ def _next_steps(results: Results, found: Answer | None) -> list[tuple[str, str]]
         ),
         (
             "Load it with transformers",
-            f'folder = "{model}"\n'
+            f"folder = {json.dumps(str(model))}\n"
             "model = AutoModelForCausalLM.from_pretrained(folder)\n"
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
         ),
@@ -217,9 +218,10 @@ def _next_steps(results: Results, found: Answer | None) -> list[tuple[str, str]]
 
 def _continued(run: RunSummary) -> str:
     """Return the command that continues a finished run, or how to find it."""
-    words = [str(word) for word in run.manifest.get("command", ())][1:]
+    program, *words = map(str, run.manifest.get("command") or [""])
     steps = run.config.get("train", {}).get("steps", 0)
-    if not words or words[0] in ("study", "resume"):
+    is_ours = Path(program).name in ("atod-train", "cli.py")
+    if not is_ours or not words or words[0] in ("study", "resume"):
         return "the command of the run, with --resume and a larger train.steps"
     if "--train.steps" in words[:-1]:
         place = words.index("--train.steps")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -153,6 +154,11 @@ def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
     return versions
 
 
+def without_passwords(words: Sequence[str]) -> list[str]:
+    """Return a command line without user names and passwords in its URLs."""
+    return [re.sub(r"(://)[^/\s\"']*@", r"\1", word) for word in words]
+
+
 def write_manifest(
     run_dir: Path, beginning: Mapping[str, Any], device: str = "cpu", processes: int = 1
 ) -> None:
@@ -172,7 +178,7 @@ def write_manifest(
     """
     now = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": without_passwords(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,

@@ -90,8 +90,8 @@ def finished_runs(
         settings: of the runs to find, by label, with any seed.
 
     Returns:
-        The runs, by seeds, then labels; and a line for each that was left out because it has
-        other settings, so that all runs of a table have the same start, teacher and budget.
+        The runs, by seeds, then labels; and a line for each begun one that was left out, because
+        it has other settings or lacks steps. So all runs of a label have the same budget.
 
     Raises:
         FileError: a file of a run is damaged.
@@ -100,11 +100,14 @@ def finished_runs(
     for label, config in settings.items():
         for path in sorted(folder.glob(f"{label}-seed*")):
             number = path.name.removeprefix(f"{label}-seed")
-            if not re.fullmatch(r"-?\d+", number):
+            if not re.fullmatch(r"-?\d+", number) or not (path / CONFIG_FILE).is_file():
                 continue
             try:
                 if is_finished(path, config.with_seed(int(number))):
                     runs.append(read_run(path, label, int(number)))
+                else:
+                    done = max((row["step"] for row in read_metrics(path)), default=0)
+                    left_out.append(f"{path} is not finished: step {done} of {config.train.steps}")
             except OtherSettingsError as error:
                 left_out.append(str(error))
     return sorted(runs, key=lambda run: run.seed), left_out

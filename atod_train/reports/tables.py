@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from atod_train.reports.analysis import Selection, cost, difference, mean_score, rate, verdict
+from atod_train.reports.analysis import (
+    Selection,
+    budget,
+    cost,
+    difference,
+    mean_score,
+    rate,
+    verdict,
+)
 from atod_train.reports.results import REFERENCES, Results
 from atod_train.reports.statistics import Estimate
 
@@ -18,6 +26,7 @@ NOTHING = "\u2013"
 """Text of a cell without a value."""
 
 ALL_SPLITS = "all splits together"
+BUDGET = "steps x tasks x episodes"
 _PHASES = ("environment", "generation", "teacher", "update")
 
 
@@ -54,7 +63,8 @@ def main_table(results: Results, split: str | None = None) -> Table:
     """Return success, gain and cost of start, teacher and every label, on a split or on all tasks.
 
     The best evaluation is that of the first mode; gains and scores are those of the last mode.
-    If scores differ from success, as in WebShop, there is a column for their mean.
+    If scores differ from success, as in WebShop, there is a column for their mean; if budgets
+    differ, one for them.
     """
     first, *others = results.modes
     final = results.modes[-1]
@@ -66,6 +76,8 @@ def main_table(results: Results, split: str | None = None) -> Table:
         found and not math.isclose(found.value, scores[model] or 0.0, abs_tol=1e-5)
         for model, found in solved.items()
     )
+    budgets = {label: budget(results, label) for label in results.labels}
+    are_unequal = len(set(budgets.values())) > 1
     rows = []
     for model in models:
         runs = results.of(model)
@@ -80,6 +92,7 @@ def main_table(results: Results, split: str | None = None) -> Table:
             (
                 model,
                 str(len(runs)) if runs else NOTHING,
+                *([budgets.get(model, NOTHING)] if are_unequal else []),
                 *map(rate_text, rates),
                 difference_text(gain),
                 *([NOTHING if score is None else f"{100 * score:.1f}"] if is_scored else []),
@@ -89,6 +102,7 @@ def main_table(results: Results, split: str | None = None) -> Table:
     head = (
         "model",
         "seeds",
+        *([BUDGET] if are_unequal else []),
         f"{first}, last",
         f"{first}, best",
         *(f"{mode}, last" for mode in others),

@@ -14,7 +14,7 @@ from atod_gym.errors import AtodError, InvalidSettingError, TaskNotFoundError
 from atod_gym.parsing import CompletionFormat
 from atod_train.config import EnvConfig, parse_prompt_style
 from atod_train.rollout.episode import Episode
-from atod_train.rollout.own_env import find_spec, is_turn_env, make_text_env
+from atod_train.rollout.own_env import find_spec, is_turn_env, keywords_of, make_text_env
 
 if TYPE_CHECKING:
     from atod_train.models.generation import Completion
@@ -44,7 +44,7 @@ class EnvPool:
         self.config = config
         self.split = split
         self.template = template
-        self.max_turns: int = config.options.get("max_turns", config.max_turns)  # type: ignore[assignment]
+        self.max_turns = config.max_turns
         self._envs = self._make(1)
         first: Any = self._envs.envs[0]
         self.max_turns = self.max_turns or first.get_wrapper_attr("max_turns")
@@ -107,8 +107,7 @@ class EnvPool:
         if spec.vector_entry_point is None or not is_turn_env(spec):
             return SingleEnvs([make_text_env(config, self.split) for _ in range(count)])
         limit = self.max_turns or spec.max_episode_steps
-        settings: dict[str, Any] = {"split": self.split, "data": config.data, **config.options}
-        settings.pop("max_turns", None)
+        settings = keywords_of(config, self.split)
         try:
             envs = gymnasium.make_vec(
                 config.id, count, max_episode_steps=limit, autoreset_mode="Disabled", **settings

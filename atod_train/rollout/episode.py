@@ -27,7 +27,7 @@ from atod_gym.parsing import invalid_reason
 from atod_gym.prompts import left_out_note
 from atod_gym.types import Message, ParsedAction, TurnObservation
 from atod_train.config import EnvConfig
-from atod_train.records import StopReason, TokenizedTurn, Trajectory, Turn
+from atod_train.records import USUAL_ENDS, StopReason, TokenizedTurn, Trajectory, Turn
 
 if TYPE_CHECKING:  # agents that play by text do not need torch
     from atod_train.models.dialogue import DialogueEncoder
@@ -236,7 +236,7 @@ class Episode:
             terminated=self.stop_reason == "terminated",
             truncated=self.stop_reason != "terminated",
             stop_reason=self.stop_reason,
-            success=bool(self.info["success"]),
+            success=bool(self.info["success"]) and self.stop_reason in USUAL_ENDS,
             score=float(self.info["score"]),
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -31,6 +32,15 @@ from atod_train.config import EnvConfig
 _TRAINING_SEEDS = 10_000
 _OTHER_SEEDS = 100
 """Number of tasks of the split train and of any other split, if tasks are seeds."""
+
+
+_FLAGS = {
+    "split": "--split (atod-eval) or --env.eval-splits",
+    "data": "--data (atod-eval) or --env.data",
+    "max_turns": "--max-turns (atod-eval) or --env.max-turns",
+}
+_FLAGS["max_episode_steps"] = _FLAGS["max_turns"]
+"""Keywords of environments that have settings of their own."""
 
 
 def find_spec(env_id: str) -> EnvSpec:
@@ -75,6 +85,20 @@ def is_turn_env(spec: EnvSpec) -> bool:
     return isinstance(creator, type) and issubclass(creator, TurnEnv)
 
 
+def keywords_of(config: EnvConfig, split: str) -> dict[str, Any]:
+    """Return the keywords of an environment, besides its turn limit.
+
+    Raises:
+        InvalidSettingError: an option has a setting of its own.
+    """
+    for name in _FLAGS.keys() & config.options.keys():
+        raise InvalidSettingError(
+            f"The option {name}={config.options[name]!r} of {config.id} has a setting of its own: "
+            f"use {_FLAGS[name]}."
+        )
+    return {"split": split, "data": config.data, **config.options}
+
+
 def make_text_env(config: EnvConfig, split: str) -> gymnasium.Env[Any, str]:
     """Make an environment with turn-structured observations, of this project or any other.
 
@@ -82,8 +106,7 @@ def make_text_env(config: EnvConfig, split: str) -> gymnasium.Env[Any, str]:
         AtodError: the environment lacks something, or refuses a setting.
     """
     spec = find_spec(config.id)
-    settings: dict[str, Any] = {**config.options, "split": split, "data": config.data}
-    limit = settings.pop("max_turns", config.max_turns) or None
+    settings, limit = keywords_of(config, split), config.max_turns or None
     if is_turn_env(spec):
         return make_env(config.id, limit, **settings)
     parameters = inspect.signature(_creator(spec)).parameters
@@ -93,7 +116,7 @@ def make_text_env(config: EnvConfig, split: str) -> gymnasium.Env[Any, str]:
         del settings[name]
     env = make_env(config.id, limit, **settings)
     try:
-        return TextEnv(env, config.id, split)
+        return TextEnv(env, config, split)
     except Exception:
         env.close()
         raise
@@ -104,16 +127,17 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
 
     Args:
         env: the environment.
-        env_id: for messages.
+        config: its id, and its options, on which the content of tasks may depend.
         split: of the tasks.
 
     Raises:
         InvalidSettingError: its spaces are not of text, or it has no turn limit.
     """
 
-    def __init__(self, env: gymnasium.Env[Any, str], env_id: str, split: str) -> None:
+    def __init__(self, env: gymnasium.Env[Any, str], config: EnvConfig, split: str) -> None:
         super().__init__(env)
-        self._id, self._split = env_id, split
+        env_id = self._id = config.id
+        self._split, self._options = split, config.options
         if not isinstance(env.action_space, spaces.Text):
             raise InvalidSettingError(
                 f"{env_id} has actions {env.action_space}, and a language model writes text. Give "
@@ -143,9 +167,11 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
 
     @property
     def manifest(self) -> TaskManifest:
-        """The tasks of the split; the hash covers only their ids, as their content is unknown."""
+        """The tasks of the split; the hash covers ids and options, as the content is unknown."""
+        options = json.dumps(self._options, sort_keys=True, default=str) if self._options else ""
+        known = f"{self._id} {self._split} {options}".strip()
         digests = {
-            task_id: hashlib.sha256(f"{self._id} {self._split} {task_id}".encode()).hexdigest()
+            task_id: hashlib.sha256(f"{known} {task_id}".encode()).hexdigest()
             for task_id in self.task_ids
         }
         return TaskManifest(self._id, self._split, tuple(sorted(digests)), content_hash(digests))

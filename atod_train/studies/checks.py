@@ -6,8 +6,10 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from atod_gym.errors import AtodError, InvalidSettingError
@@ -16,12 +18,13 @@ from atod_train.algorithm.methods import needs_teacher
 from atod_train.config import RunConfig, is_url
 from atod_train.models.checks import check_config
 from atod_train.models.from_scratch import MODEL_SHAPES, llama_config
-from atod_train.models.pretrained import has_word_vocabulary, is_mixed, read_shape
+from atod_train.models.pretrained import is_mixed, read_shape, read_tokenizer
 from atod_train.reports.run_folder import ANOTHER_FOLDER
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.own_env import check_env
 from atod_train.studies.file import Run, StudyPart
 from atod_train.teachers.remote import connect, describe
+from atod_train.teachers.vocabulary import require_same_vocabulary
 
 _SECONDS = 30.0
 """Timeout for a teacher's server."""
@@ -73,42 +76,60 @@ def is_taught(part: StudyPart) -> bool:
 
 def _models(config: RunConfig, names: dict[str, str]) -> dict[str, str]:
     """Return a description of each model, by its role."""
-    made = [name for name in names.values() if name in MODEL_SHAPES]
     lines = {}
     for (role, name), epochs in zip(names.items(), config.start.epochs, strict=False):
         if name in MODEL_SHAPES and not epochs:
             raise InvalidSettingError(
                 f"{name} is made from scratch: start.epochs must be above 0 for it."
             )
-        lines[role] = describe_model(name, config.model.max_context)
-        if is_url(name):
-            continue
-        if made and name not in MODEL_SHAPES and not has_word_vocabulary(name):
-            raise AtodError(
-                f"{made[0]} is made with the words of demonstrations as tokens, {name} has other "
-                "tokens, and student and teacher must share theirs. Give --model.student and "
-                "--model.teacher models of one family, or train without a teacher (method grpo)."
-            )
-        if epochs:
+        lines[role], _ = describe_model(name, config.model.max_context)
+        if epochs and not is_url(name):
             count = f"{config.start.demonstrations:,}"
             lines[role] += f"; trained on {count} demonstrations, epochs {epochs:g}"
     if config.model.lora_rank:
         lines["student"] += f", adapters of rank {config.model.lora_rank}"
+    check_vocabularies(list(names.values()))
     return lines
 
 
-def describe_model(name: str, max_context: int) -> str:
+def check_vocabularies(names: Sequence[str]) -> None:
+    """Refuse a student and a teacher that do not share their tokens, by their tokenizers.
+
+    Servers are checked when the teacher is loaded.
+
+    Raises:
+        AtodError: a token differs, or a model has no tokenizer.
+    """
+    made = [name for name in names if name in MODEL_SHAPES]
+    others = [name for name in dict.fromkeys(names) if name not in made and not is_url(name)]
+    tokenizers: list[Any] = [read_tokenizer(name) for name in others]
+    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in tokenizers]
+    if made and others and not isinstance(getattr(backends[0], "model", None), WordLevel):
+        raise AtodError(
+            f"{made[0]} is made with the words of demonstrations as tokens, {others[0]} has other "
+            "tokens, and student and teacher must share theirs. Give --model.student and "
+            "--model.teacher models of one family, or train without a teacher (method grpo)."
+        )
+    if len(others) == 2:
+        ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
+        require_same_vocabulary(ours, theirs, *others)
+
+
+def describe_model(name: str, max_context: int) -> tuple[str, int]:
     """Return the kind and size of a model by its configuration, or a server's description of it.
 
     Args:
         name: as `model.student` or `model.teacher`.
         max_context: longest sequence in tokens.
 
+    Returns:
+        A text, and the number of parameters in this process.
+
     Raises:
         AtodError: it cannot be used.
     """
     if is_url(name):
-        return f"{describe(connect(name, _SECONDS)).name} on the server {name}"
+        return f"{describe(connect(name, _SECONDS)).name} on the server {name}", 0
     kind, words = "", ""
     if name in MODEL_SHAPES:
         shape: PretrainedConfig = llama_config(MODEL_SHAPES[name], vocabulary=1)
@@ -119,9 +140,10 @@ def describe_model(name: str, max_context: int) -> str:
         kind = shape.model_type
     with torch.device("meta"):  # allocates no memory
         model = AutoModelForCausalLM.from_config(shape)
-    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    count = sum(weight.numel() for weight in model.parameters())
+    millions = count / 1e6
     size = f"{millions / 1e3:.2f} B" if millions >= 1e3 else f"{millions:.2f} M"
-    return f"{name} ({kind}), {size} parameters{words}"
+    return f"{name} ({kind}), {size} parameters{words}", count
 
 
 def _devices(config: RunConfig) -> str:

@@ -111,7 +111,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Selection:
+class StudySelection:
     """The part of a study to make, and how; None: as in the file."""
 
     seeds: tuple[int, ...] | None = None
@@ -169,7 +169,7 @@ def _part(
 # -- study files -----------------------------------------------------------------------------------
 
 
-def read_study(path: Path, out: Path, selection: Selection | None = None) -> Study:
+def read_study(path: Path, out: Path, selection: StudySelection | None = None) -> Study:
     """Read a study file.
 
     Args:
@@ -188,12 +188,12 @@ def read_study(path: Path, out: Path, selection: Selection | None = None) -> Stu
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidSettingError(f"Cannot read the study {path}: {error}.") from error
     try:
-        return _study(content, out, selection or Selection())
+        return _study(content, out, selection or StudySelection())
     except InvalidSettingError as error:
         raise InvalidSettingError(f"{path}: {error}") from error
 
 
-def _study(content: Mapping[str, Any], out: Path, selection: Selection) -> Study:
+def _study(content: Mapping[str, Any], out: Path, selection: StudySelection) -> Study:
     if unknown := sorted(set(content) - _KEYS):
         raise InvalidSettingError(f"unknown key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
     seeds = content.get("seeds", [0]) if selection.seeds is None else list(selection.seeds)
@@ -334,7 +334,8 @@ def read_kept_study(folder: Path) -> tuple[Study, Path]:
     Raises:
         FileError: there is no study, or study.json is damaged.
     """
-    out = next((f for f in (folder, *folder.parents[:2]) if (f / STUDY_FILE).is_file()), None)
+    folders = (folder, *folder.absolute().parents[:2])
+    out = next((found for found in folders if (found / STUDY_FILE).is_file()), None)
     if out is None:
         raise FileError(f"{folder} is not the folder of a study: it has no {STUDY_FILE}.")
     record = read_json(out / STUDY_FILE)

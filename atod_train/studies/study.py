@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
@@ -59,6 +60,9 @@ def train_one(config: RunConfig, out: Path, resume: bool = False) -> Path:
 def run_study(study: Study, out: Path, resume: bool = False) -> Path:
     """Make the start and the teacher of each environment, then the runs, and write the report.
 
+    A run that fails does not stop the others, unless two in a row of one process fail with the same
+    error: the others would, too. Errors of shared models and of the system stop the study at once.
+
     Args:
         study: the runs.
         out: folder of the study.
@@ -68,7 +72,8 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
         Path of report.html.
 
     Raises:
-        AtodError: a setting, file or environment that cannot be used; the message says what to do.
+        AtodError: a setting, file or environment that cannot be used, or a run has failed. Where
+            runs have finished, their report is written first.
         StoppedByUser: after Ctrl-C or SIGTERM; the last finished steps are saved.
     """
     for run in study.runs:
@@ -92,6 +97,8 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
         # Barrier: every rank must have read the folder before rank 0 writes to it.
         processes.wait()
         whole = keep_study(study, out) if processes.is_main else study
+        failed: list[str] = []
+        failure: AtodError | None = None
         try:
             # Processes that train together make one run after the other.
             with _workers(study.jobs if processes.count == 1 else 1) as call_all:
@@ -99,12 +106,19 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
                 for make in (_make_models, partial(_make_runs, log=LogTo(study.log, out))):
                     for part, left in all_left:
                         if left:
-                            make(part, left, processes, call_all)
+                            failed += make(part, left, processes, call_all)
+            if failed:
+                again = shlex.join(["atod-train", "resume", str(out)])
+                raise AtodError(f"Failed runs: {'; '.join(failed)}. To try them again: {again}")
+        except AtodError as error:
+            failure = error
         finally:
             if processes.is_main:
                 environments = _write_results(whole, out)
-        if processes.is_main:
+        if processes.is_main and (environments or not failure):
             _report(environments, out)
+        if failure:
+            raise failure
         processes.wait()
     return out / REPORT_FILE
 
@@ -117,7 +131,7 @@ def report_study(study: Study, out: Path) -> None:
     """
     environments = _write_results(study, out)
     if not environments:
-        raise AtodError(f"No run of this study has finished in {out}: there are no results.")
+        raise AtodError(f"No run of this study has all its steps in {out}: there are no results.")
     _report(environments, out)
 
 
@@ -167,7 +181,7 @@ def _left(part: StudyPart, resume: bool) -> list[Run]:
 
 def _make_models(
     part: StudyPart, left: Sequence[Run], processes: Processes, call_all: CallAll
-) -> None:
+) -> list[str]:
     """Make start and teacher of an environment, and check that the runs can use them."""
     config, model = part.config, part.config.model
     if processes.is_main:
@@ -181,18 +195,22 @@ def _make_models(
     are_made = {model.teacher, model.student} <= MODEL_SHAPES.keys()
     if begun or (is_taught(part) and not are_made):
         call_all(_check_models, [(config, is_taught(part), begun)])
+    return []
 
 
 def _make_runs(
     part: StudyPart, left: Sequence[Run], processes: Processes, call_all: CallAll, log: LogTo
-) -> None:
-    """Evaluate start and teacher of an environment, then make the runs."""
+) -> list[str]:
+    """Evaluate start and teacher of an environment, make the runs, and return the failed ones."""
     splits = part.config.env.eval_splits
     wanted = [
         (part.config, r, split, part.folder, processes) for r in _roles(part) for split in splits
     ]
     known = [evaluation for found in call_all(evaluate_start, wanted) for evaluation in found]
-    call_all(_train, [(run, known, processes, log) for run in left])
+    # A run alone, or one of several processes, which wait for each other, ends the study.
+    train = _try_to_train if len(left) > 1 == processes.count else _train
+    failed = call_all(train, [(run, known, processes, log) for run in left])
+    return list(filter(None, failed))
 
 
 def _roles(part: StudyPart) -> list[EvaluatedModel]:
@@ -244,6 +262,31 @@ def _train(run: Run, known: Sequence[Evaluation], processes: Processes, log: Log
             run.label,
             log,
         ).run()  # runs that must not be continued are refused before any work
+
+
+_last_error = ""
+"""Of the last run of this process, without its folder; empty if it has not failed."""
+
+
+def _try_to_train(run: Run, *arguments: Any) -> str:
+    """Make one run; if it fails, print the error and return the run's name.
+
+    Raises:
+        AtodError: it failed as the last run of this process.
+    """
+    global _last_error
+    before, _last_error = _last_error, ""
+    try:
+        _train(run, *arguments)
+    except AtodError as error:
+        name = f"{run.label}, seed {run.config.train.seed}"
+        _last_error = str(error).replace(str(run.folder), "")
+        if _last_error == before:
+            message = f"{name} failed like the run before it, so no others were begun: {error}"
+            raise AtodError(message) from error
+        print(f"atod-train: {name}: {error}", file=sys.stderr, flush=True)
+        return name
+    return ""
 
 
 @contextmanager
@@ -299,6 +342,8 @@ def _workers(jobs: int) -> Iterator[CallAll]:
             with interruptible(announce=False, on_signal=stop) as interrupted:
                 futures = [executor.submit(_call, function, *arguments) for arguments in calls]
                 try:
+                    for future in as_completed(futures):
+                        future.result()  # raises an error at once
                     return [future.result() for future in futures]
                 except BrokenProcessPool as error:
                     if interrupted:
@@ -312,6 +357,7 @@ def _workers(jobs: int) -> Iterator[CallAll]:
         try:
             yield call_all
         except BaseException:
+            stopped.set()  # of the calls that workers have been given in advance
             executor.shutdown(wait=True, cancel_futures=True)
             raise
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -18,6 +20,8 @@ from atod_train.cli import main
 from atod_train.config import RunConfig
 from atod_train.presets import PRESETS
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "tests/benchmarks/results/quickstart-1.json"
 COMMANDS = (*PRESETS, "study", "resume", "results", "doctor", "serve-teacher")
 
 
@@ -56,6 +60,38 @@ def test_the_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "atod_train.cli:main --help",
+        "atod_train.cli:main --version",
+        "atod_train.cli:main doctor",
+        f"atod_train.cli:main results {RESULTS}",
+        "atod_train.evaluation.eval_cli:main --help",
+        "atod_train.evaluation.eval_cli:main --agent random --split valid_seen --tasks 1",
+        "atod_gym.datasets.cli:main --help",
+        "atod_gym.datasets.cli:main list",
+        "atod_gym.play:main --help",
+        "atod_gym.play:main --data generated",
+    ],
+)
+def test_a_reader_that_leaves_is_no_error(command: str, tmp_path: Path) -> None:
+    main_function, *words = command.split()
+    module, function = main_function.split(":")
+    code = f"import sys; from {module} import {function}; sys.exit({function}())"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, stdin=subprocess.DEVNULL,
+        stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert not re.search("Errno|Exception|Traceback|server is running", done.stderr)
 
 
 def test_a_command_that_is_unknown_is_answered_with_those_there_are(

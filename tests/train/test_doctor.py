@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BloomConfig, FalconConfig, GPT2Config, OPTConfig
+from transformers import BloomConfig, FalconConfig, GPT2Config, LlamaConfig, OPTConfig
 from written_games import write_games
 
 from atod_gym.serving.process import shared_server
@@ -66,17 +66,54 @@ def test_models_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_path
     policy = build_policy("micro", build_word_tokenizer(["go to desk 1"]), 0)
     policy.save(tmp_path / "model")
     path = str(tmp_path / "model")
-    assert doctor.model_finding("student", path, 4096).kind == "ok"
-    found = doctor.model_finding("student", path, 5000)
+    assert [found.kind for found in doctor.models(path, "micro", 4096)] == ["ok"] * 3
+    found, _ = doctor.models(path, path, 5000)
     assert (found.kind, "4096 positions" in found.text) == ("problem", True)
     assert main(["doctor", "--student", str(tmp_path / "absent")]) == 1
     assert "Cannot load a causal language model" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("memory", "kind", "told"),
+    [
+        (1e6, "problem", "memory: 0.0 GB; "),
+        (2e8, "note", "memory: 0.2 GB; weights, gradients and moments take 0.6 GB, with adapters"),
+        (2e9, "ok", "(--model.lora-rank 16) 0.1 GB; "),
+    ],
+)
+def test_models_that_do_not_fit(
+    memory: float, kind: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = LlamaConfig(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=6, vocab_size=5000
+    )
+    shape.save_pretrained(tmp_path)
+    build_word_tokenizer(["go to desk 1"]).save_pretrained(tmp_path)
+    monkeypatch.setattr(doctor, "_memory", lambda: memory)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    _, _, found = doctor.models(str(tmp_path), str(tmp_path), 512)
+    assert (found.kind, told in found.text) == (kind, True), found.text
+
+
+@pytest.mark.parametrize(
+    ("student", "told"),
+    [
+        ("quickstart-student", "quickstart-student do not share a vocabulary"),
+        ("micro", "memory"),
+    ],
+)
+def test_vocabularies_that_differ(student: str, told: str, tmp_path: Path) -> None:
+    build_policy("micro", build_word_tokenizer(["go to desk 1"]), 0).save(tmp_path)
+    findings = list(doctor.models(student, str(tmp_path), 512))
+    assert any(told in found.text for found in findings)
+    assert any(found.kind == "problem" for found in findings) == (told != "memory")
+
+
 @pytest.mark.parametrize("kind", [GPT2Config, OPTConfig, FalconConfig])
 def test_configurations_with_names_of_their_own(kind: type[Any], tmp_path: Path) -> None:
     kind().save_pretrained(tmp_path)
-    assert doctor.model_finding("teacher", str(tmp_path), 512).kind == "ok"
+    _, found, *_ = doctor.models("micro", str(tmp_path), 512)
+    assert found.kind == "ok"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +125,6 @@ def test_settings_that_a_run_would_refuse_are_problems(
     config: Any, reason: str, tmp_path: Path
 ) -> None:
     config.save_pretrained(tmp_path)
-    found = doctor.model_finding("teacher", str(tmp_path), 512)
+    _, found = doctor.models("micro", str(tmp_path), 512)
     assert found.kind == "problem"
     assert reason in found.text

@@ -28,6 +28,8 @@ from atod_train.evaluation.eval_cli import main
 from atod_train.evaluation.eval_options import ChatSettings, Sampling
 from atod_train.evaluation.eval_records import EPISODES_FILE, read_evaluated
 from atod_train.evaluation.rate_limiter import RateLimiter
+from atod_train.files import read_json
+from atod_train.reports.run_folder import MANIFEST_FILE, write_manifest
 
 MESSAGES = [{"role": "user", "content": "You can do one of these now:\nlook\ngo"}]
 
@@ -296,6 +298,23 @@ def solved(messages: Any) -> str:
 
 def read(out: Path, name: str = "result.json") -> Any:
     return json.loads((out / name).read_text(encoding="utf-8"))
+
+
+def test_no_file_has_the_password_of_a_url(
+    chat: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat.answer = solved
+    url = chat.url.replace("://", "://me:S3@CRET@")
+    for words in (["--base-url", url], [f"--base-url={url}", "--resume"]):
+        words += ["--extra-body", '{"u": "http://host", "name": "a@b"}']
+        assert evaluate(chat, tmp_path / "e", "--tasks", "1", *words) == 0
+        monkeypatch.setattr(sys, "argv", ["atod-train", *words])
+        write_manifest(tmp_path, {})
+    assert read_json(tmp_path / MANIFEST_FILE)["command"] == [
+        "atod-train", "--base-url", chat.url, *words[2:]
+    ]  # fmt: skip
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert "CRET" not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.slow

@@ -17,8 +17,11 @@ import pytest
 from echo_env import ENV_ID, TASK_IDS
 from filelock import FileLock
 
+from atod_gym.errors import InvalidSettingError
 from atod_train.evaluation.eval_cli import chosen_agent, main, result_folder
 from atod_train.evaluation.eval_options import EvalOptions
+from atod_train.evaluation.eval_records import EpisodeRecord, EvaluationFolder
+from atod_train.files import FileError
 from atod_train.reports.statistics import paired_difference
 from atod_train.reports.tables import difference_text
 
@@ -122,6 +125,29 @@ def test_a_folder_in_which_another_process_plays(
     assert evaluate(tmp_path, "--tasks", "2") == 0
 
 
+@pytest.mark.parametrize("order", ["ABabxb", "ABaxb", "AaBxb", "AaxBb", "AaBbxb"])
+def test_two_evaluations_in_one_folder(tmp_path: Path, order: str) -> None:
+    """A and B: both are made; a and b: their sessions begin; x: the first one adds and closes."""
+    record = EpisodeRecord("t", "k", True, 1.0, 1, 0, (), "terminated", "", 0, 0, 0, 0, 0)
+    folders: dict[str, EvaluationFolder] = {}
+    for number, event in enumerate(order):
+        if event in "AB":
+            folders[event] = EvaluationFolder(tmp_path, resume=True)
+        elif event == "x":
+            folders["A"].add(record)
+            folders["A"].close()
+        elif event == "b" and "x" in order[number:]:
+            with pytest.raises(FileError, match="Another process writes to"):
+                folders["B"].begin({"tasks": 2}, [])
+        else:
+            folders[event.upper()].begin({"tasks": 2}, [])
+    assert [kept.task_id for kept in folders["B"].records] == ["t"]
+    assert len(read(tmp_path, "settings.json")["sessions"]) == 2
+    folders["B"].close()
+    with pytest.raises(InvalidSettingError, match="holds 1 episodes already"):
+        EvaluationFolder(tmp_path, resume=False)
+
+
 def test_without_episodes_settings_may_change(tmp_path: Path) -> None:
     assert evaluate(tmp_path, "--tasks", "2") == 0
     (tmp_path / "episodes.jsonl").unlink()
@@ -156,6 +182,7 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("--agent", "random", "--task-ids", "x", "--tasks", "1"), "not both"),
         (("--agent", "random", "--option", "a"), "--option takes KEY=VALUE, not 'a'."),
         (("--agent", "random", "--option", "a=1"), "does not take these settings"),
+        (("--agent", "random", "--option", "split=train"), "use --split"),
         (("--agent", "random", "--template", "/no/file"), "Cannot read the prompt template"),
         (("--agent", "random", "--prompt-style", "window:-1"), "not 'window:-1'"),
         (("--agent", "chat"), "Name the model with --model."),
@@ -291,8 +318,32 @@ def test_comparing_pairs_the_tasks(tmp_path: Path, capsys: pytest.CaptureFixture
     assert shown[-1] == (
         f"A - B, points [95 % interval]: {difference_text(found)}, paired over 30 tasks"
     )
-    assert shown[3].startswith("A: expert")
-    assert shown[4].startswith("B: random")
+    assert [line.split() for line in shown[2:5]] == [
+        ["different", "setting", "A", "B"], ["kind", '"expert"', '"random"'], ["seed", "null", "0"]
+    ]  # fmt: skip
+    assert shown[7].startswith("A: expert")
+    assert shown[8].startswith("B: random")
+
+
+def test_comparing_names_each_setting_that_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(tmp_path / "a", "--tasks", "5") == 0
+    assert evaluate(tmp_path / "b", "--tasks", "5") == 0
+    result = read(tmp_path / "b")
+    for name, value in result["settings"].items():
+        other = {"top": 6} if isinstance(value, dict) else "another"
+        changed = {**result, "settings": {**result["settings"], name: other}}
+        (tmp_path / "b" / "result.json").write_text(json.dumps(changed), encoding="utf-8")
+        capsys.readouterr()
+        assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+        shown = capsys.readouterr().out
+        assert re.search(
+            rf"^{'top' if isinstance(value, dict) else name} .*(6|another)", shown, re.M
+        )
+    (tmp_path / "b" / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "different" not in capsys.readouterr().out
 
 
 def test_comparing_other_tasks_pairs_nothing(

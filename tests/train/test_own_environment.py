@@ -8,16 +8,17 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gymnasium
 import pytest
 from gymnasium import spaces
 
-from atod_gym.errors import AtodError
+from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.config import EnvConfig
 from atod_train.examples import own_environment
 from atod_train.examples.own_environment import GuessEnv
+from atod_train.records import StopReason
 from atod_train.reports.metrics import read_metrics
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.own_env import check_env
@@ -65,6 +66,30 @@ gymnasium.register("my/Talking-v0", entry_point=f"{__name__}:Talking")
 
 def talking(**options: str) -> EnvConfig:
     return EnvConfig(id="my/Talking-v0", options=dict(options), max_turns=3, eval_splits=("test",))
+
+
+@pytest.mark.parametrize("name", ["split", "data", "max_turns", "max_episode_steps"])
+@pytest.mark.parametrize("env", [talking(), EnvConfig(data="generated")], ids=["own", "vector"])
+def test_an_option_with_a_setting_of_its_own_is_refused(env: EnvConfig, name: str) -> None:
+    wrong = replace(env, options={name: "valid_seen"})
+    with pytest.raises(InvalidSettingError, match=rf"{name}='valid_seen'.*use --.*--env\."):
+        EnvPool(wrong, "train")
+
+
+def test_tasks_of_other_options_have_another_hash() -> None:
+    hashes = set()
+    for config in (talking(), talking(lacks=""), talking(lacks="much")):
+        with closing(EnvPool(config, "train")) as pool:
+            hashes.add(pool.content_hash)
+    assert len(hashes) == 3
+
+
+def test_an_episode_that_is_cut_off_is_no_success() -> None:
+    with closing(EnvPool(replace(GUESS, options={}), "train")) as pool:
+        [episode] = pool.start(pool.task_ids[:1])
+        for reason in get_args(StopReason):
+            episode.info, episode.stop_reason = {**episode.info, "success": True}, reason
+            assert episode.trajectory().success == (reason in ("terminated", "turn_limit"))
 
 
 def train(folder: Path, env_id: str, *more: str) -> subprocess.CompletedProcess[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from atod_train.reports.analysis import Selection, difference, verdict
 from atod_train.reports.results import Results, read_results
 from atod_train.reports.tables import (
     Table,
@@ -20,6 +22,7 @@ from atod_train.studies.file import read_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "tests/benchmarks/results"
+README = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
 RECORD = (RESULTS / "README.md").read_text(encoding="utf-8")
 ENVIRONMENTS = read_results(sorted(RESULTS.glob("*.json")))
 AT_A_GLANCE = (
@@ -62,6 +65,34 @@ def test_the_record_contains_the_measurements(environment: Results) -> None:
 
 def test_the_record_shows_all_claims_at_a_glance() -> None:
     assert glance().markdown in RECORD
+
+
+@pytest.mark.slow
+def test_the_findings_count_what_holds() -> None:
+    """The README's counts are those of all studies besides the quickstart and one without seeds."""
+    others = ("quickstart", "alfworld-constrained")
+    studies = [found for found in ENVIRONMENTS if found.name not in others]
+
+    def verdicts(first: str, second: str, least: float = -100.0, most: float = 100.0) -> list[str]:
+        found = []
+        for study in studies:
+            last = Selection(study.modes[-1])
+            gap = difference(study, "teacher", "start", last)
+            compared = difference(study, first, second, last)
+            if compared and gap and least < round(100 * gap.value, 1) <= most:
+                found.append(verdict(compared))
+        return found
+
+    assert f"In {len(studies)} studies with tiny models besides the quickstart" in README
+    assert Counter(verdicts("atod", "opd")) == {"holds": 7, "undecided": 4}
+    assert "ATOD is above OPD in seven of eleven comparisons**, and below it in none" in README
+    close = Counter(verdicts("atod", "teacher", most=13))
+    assert close == {"holds": 1, "does not hold": 1, "undecided": 7}
+    assert (
+        "nine teachers at most 13 points above the start it passes one, stays below one" in README
+    )
+    assert set(verdicts("atod", "teacher", least=13)) == {"does not hold"}
+    assert "holds" not in verdicts("opd", "teacher")
 
 
 @pytest.mark.slow

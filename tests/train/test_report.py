@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import re
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,7 +16,9 @@ import pytest
 from html_page import Page
 
 from atod_gym.types import Message
+from atod_train.cli import _parsed
 from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
+from atod_train.evaluation.eval_options import EvalOptions, read_options
 from atod_train.files import FileError, read_json, write_json
 from atod_train.records import TokenizedTurn, Trajectory, Turn
 from atod_train.reports.answer import answer
@@ -24,7 +30,7 @@ from atod_train.reports.evaluations import (
 )
 from atod_train.reports.figures import smooth
 from atod_train.reports.metrics import MetricsWriter
-from atod_train.reports.report import LONGEST_TEXT, ReportError, write_report
+from atod_train.reports.report import LONGEST_TEXT, ReportError, _next_steps, write_report
 from atod_train.reports.results import results_of
 from atod_train.reports.rows import TurnStatistics, to_row
 from atod_train.reports.run_folder import write_config, write_manifest
@@ -236,6 +242,40 @@ def test_the_page_begins_with_the_answer_and_what_to_do_next(tmp_path: Path) -> 
         f"atod-eval --agent model:{folders[0] / 'models' / 'last'} --split valid_seen",
     ):
         assert words in first
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["a/atod-train", "quickstart", "--train.steps", "2", "--out", "my runs"], 200),
+        (["a/atod_train/cli.py", "houses-tiny", "--train.steps=2", "--resume"], 200),
+        (["atod-train", "study", "my file.toml"], 0),
+        (["my_script.py", "houses-tiny"], 0),
+    ],
+)
+def test_commands_to_copy_can_be_parsed(
+    words: list[str], steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", words)
+    run_dir = make_run(tmp_path / "my runs" / "atod-seed0")
+    model = run_dir / "models" / "last"
+    model.mkdir(parents=True)
+    results = results_of("houses", [read_run(run_dir, "atod", 0)])
+    (_, load, evaluate, train, curves) = [text for _, text in _next_steps(results, answer(results))]
+    assert ast.literal_eval(load.splitlines()[0].removeprefix("folder = ")) == str(model)
+    program, *given = shlex.split(evaluate)
+    options = read_options(given)
+    assert isinstance(options, EvalOptions)
+    assert (program, options.agent) == ("atod-eval", f"model:{model}")
+    assert shlex.split(curves)[-1] == str(tmp_path / "my runs")
+    if steps:
+        program, *given = shlex.split(train)
+        command: Any = _parsed(given)
+        assert (program, command.resume) == ("atod-train", True)
+        assert command.config(given).train.steps == steps
+        assert str(command.out) in ("my runs", "runs/houses-tiny")
+    else:
+        assert "--resume and a larger train.steps" in train
 
 
 @pytest.mark.parametrize(

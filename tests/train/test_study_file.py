@@ -17,7 +17,7 @@ from atod_train.files import FileError, read_json
 from atod_train.reports.metrics import read_evaluations, read_metrics
 from atod_train.reports.results import read_results
 from atod_train.reports.run_folder import OtherSettingsError, write_config
-from atod_train.studies.file import Selection, keep_study, read_kept_study, read_study
+from atod_train.studies.file import StudySelection, keep_study, read_kept_study, read_study
 
 STUDY = """
 seeds = [0, 1]
@@ -123,14 +123,14 @@ def test_invalid_study_files_are_refused(
 
 def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
     study.write_text(STUDY + OTHER, encoding="utf-8")
-    selection = Selection((3, 2), ("more",), ("adaptive",), jobs=7, log=("wandb",))
+    selection = StudySelection((3, 2), ("more",), ("adaptive",), jobs=7, log=("wandb",))
     chosen = read_study(study, tmp_path, selection)
     houses, more = chosen.parts
     assert [run.folder.name for run in more.runs] == ["adaptive-seed3", "adaptive-seed2"]
     assert houses.runs == ()
     assert list(houses.settings) == list(more.settings) == ["atod", "adaptive"]
     # What all runs share does not depend on which are chosen.
-    whole = read_study(study, tmp_path, Selection((3, 2))).parts
+    whole = read_study(study, tmp_path, StudySelection((3, 2))).parts
     assert more.config == whole[1].config
     assert (chosen.jobs, chosen.log) == (7, ("wandb",))
     keep_study(chosen, tmp_path)
@@ -142,17 +142,19 @@ def test_a_part_of_a_study_is_chosen(study: Path, tmp_path: Path) -> None:
     ("selection", "message"),
     [
         pytest.param(
-            Selection(environments=("house",)),
+            StudySelection(environments=("house",)),
             "unknown environment 'house'; known: houses, more",
             id="environment",
         ),
-        pytest.param(Selection(runs=("x",)), "unknown run 'x'; known: atod, adaptive", id="run"),
-        pytest.param(Selection(seeds=(1, 1)), "a number twice", id="seeds"),
-        pytest.param(Selection(jobs=0), "jobs must be", id="jobs"),
+        pytest.param(
+            StudySelection(runs=("x",)), "unknown run 'x'; known: atod, adaptive", id="run"
+        ),
+        pytest.param(StudySelection(seeds=(1, 1)), "a number twice", id="seeds"),
+        pytest.param(StudySelection(jobs=0), "jobs must be", id="jobs"),
     ],
 )
 def test_a_selection_of_missing_runs_is_refused(
-    selection: Selection, message: str, study: Path, tmp_path: Path
+    selection: StudySelection, message: str, study: Path, tmp_path: Path
 ) -> None:
     study.write_text(STUDY + OTHER, encoding="utf-8")
     with pytest.raises(InvalidSettingError, match=message):
@@ -241,9 +243,11 @@ def test_a_killed_study_resumes_and_writes_its_results(
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
     assert main(looks[:-1]) == 2
     assert "atod-seed0 already contains a run; continue it (--resume)" in capsys.readouterr().err
-    # A run that has not finished is left out.
+    # A run that has not finished, or lacks steps, is left out, and named.
     (out / "atod-seed1" / "summary.json").unlink()
+    capsys.readouterr()
     assert main(looks) == 0
+    assert f"not in the results: {out / 'atod-seed1'} is not finished" in capsys.readouterr().err
     houses["runs"].pop(2)
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
 
@@ -255,15 +259,23 @@ def test_several_environments_have_folders_of_their_own(study: Path, tmp_path: P
     assert folders == {tmp_path / "houses", tmp_path / "more"}
 
 
-def test_the_settings_of_all_runs_are_kept(study: Path, tmp_path: Path) -> None:
+def test_the_settings_of_all_runs_are_kept(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = STUDY.replace("[0.8, 0.2]", '[0.8, 0.2]\n"algorithm.clip" = [0.2, 0.3, "inf"]') + OTHER
     study.write_text(text, encoding="utf-8")
     out = tmp_path / "out"
-    first = read_study(study, out, Selection(seeds=(0,), environments=("houses",)))
+    first = read_study(study, out, StudySelection(seeds=(0,), environments=("houses",)))
     keep_study(first, out)
-    second = read_study(study, out, Selection(seeds=(1,), jobs=3))
+    second = read_study(study, out, StudySelection(seeds=(1,), jobs=3))
     keep_study(second, out)
-    for folder in (out, out / "houses" / "atod-seed1"):
+    monkeypatch.chdir(out)
+    (out / "houses" / "atod-seed1").mkdir(parents=True)
+    for folder in (out, out / "houses" / "atod-seed1", Path()):
+        kept, found = read_kept_study(folder)
+        assert (found.absolute(), kept.jobs) == (out, 3)
+    monkeypatch.chdir(out / "houses" / "atod-seed1")
+    for folder in (out, out / "houses" / "atod-seed1", Path()):
         kept, found = read_kept_study(folder)
         assert (found, kept.jobs) == (out, 3)
         assert sorted(kept.runs, key=str) == sorted([*first.runs, *second.runs], key=str)
@@ -275,7 +287,7 @@ def test_runs_of_a_folder_share_start_teacher_and_tasks(study: Path, tmp_path: P
     first = read_study(study, tmp_path)
     keep_study(first, tmp_path)
     study.write_text(STUDY.replace("= 12", "= 13"), encoding="utf-8")
-    other = read_study(study, tmp_path, Selection(seeds=(2,)))
+    other = read_study(study, tmp_path, StudySelection(seeds=(2,)))
     # Runs that have not begun are no reason to refuse others.
     assert keep_study(other, tmp_path).runs == other.runs
     write_config(other.runs[0].folder, other.runs[0].config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from atod_train.cli import main
 from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
 from atod_train.distributed import Processes
 from atod_train.files import write_json
+from atod_train.reports.answer import answer
 from atod_train.reports.evaluations import EvaluatedModel, Evaluation, EvaluationResult, TaskResult
 from atod_train.reports.metrics import MetricsWriter
+from atod_train.reports.report import write_report
 from atod_train.reports.results import RESULTS_FILE, results_of, write_results
 from atod_train.reports.run_folder import write_config, write_manifest
 from atod_train.reports.run_summary import finished_runs, record_of
+from atod_train.reports.tables import BUDGET, NOTHING, main_table
 from atod_train.studies import study
 from atod_train.studies.file import Run, StudyPart
 from atod_train.studies.study import CallAll
-from atod_train.training.loggers import LogTo
 from atod_train.training.stopping import StoppedByUser
 
 STUDY = """
@@ -119,7 +122,7 @@ def test_finished_runs_are_found_whatever_their_seed(tmp_path: Path) -> None:
     settings = {label: settings_of("atod") for label in ("b", "a", "c")}
     found, left_out = finished_runs(tmp_path, settings)
     assert [(run.label, run.seed) for run in found] == [("b", 2), ("a", 2), ("a", 10)]
-    assert left_out == []
+    assert left_out == [f"{tmp_path / 'c-seed0'} is not finished: step 4 of 4"]
     assert finished_runs(tmp_path / "none", settings) == ([], [])
 
 
@@ -132,28 +135,93 @@ def test_runs_of_other_settings_are_left_out(tmp_path: Path) -> None:
         "opd": settings_of("opd", steps=3),
         "mix": settings_of("mix", steps=5),
     }
-    found, [grpo, opd] = finished_runs(tmp_path, settings)
+    found, [grpo, opd, mix] = finished_runs(tmp_path, settings)
+    assert "mix-seed0 is not finished: step 4 of 5" in mix
     assert [run.label for run in found] == ["atod"]
     assert "grpo-seed0 was run with algorithm.method='grpo', not 'sod'" in grpo
     assert "opd-seed0 has 4 steps, more than train.steps=3" in opd
 
 
+def test_unequal_budgets_are_shown(tmp_path: Path) -> None:
+    for method, steps in (("atod", 4), ("opd", 3)):
+        make_run(tmp_path / f"{method}-seed0", method=method)
+        write_config(tmp_path / f"{method}-seed0", settings_of(method, steps=steps))
+        write_json(tmp_path / f"{method}-seed0/summary.json", {"steps": steps, "finished": True})
+    settings = {"atod": settings_of("atod"), "opd": settings_of("opd", steps=3)}
+    results = results_of("houses", finished_runs(tmp_path, settings)[0])
+    table, found = main_table(results), answer(results)
+    assert [dict(zip(table.head, row, strict=True)).get(BUDGET) for row in table.rows] == [
+        NOTHING, NOTHING, "4 x 16 x 8", "3 x 16 x 8"
+    ]  # fmt: skip
+    assert found
+    assert f"different budgets ({BUDGET}): atod 4 x 16 x 8, opd 3 x 16 x 8." in found.text
+    assert "3 or 4 steps" in write_report(tmp_path, [results]).read_text(encoding="utf-8")
+    equal = replace(results, runs=results.runs[:1])
+    assert BUDGET not in (*main_table(equal).head, answer(equal))
+
+
+@pytest.mark.parametrize(
+    ("fails", "made", "told"),
+    [
+        ({"grpo-seed2"}, 5, "error: Failed runs: grpo, seed 2. To try them again: "),
+        ({"atod-seed1", "opd-seed2"}, 4, "error: Failed runs: atod, seed 1; opd, seed 2. To "),
+        ({"atod-seed1", "grpo-seed1"}, 0, "error: grpo, seed 1 failed like the run before it, so "),
+    ],
+)
+def test_a_run_that_fails_does_not_stop_the_others(
+    fails: set[str], made: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path, out = tmp_path / "small.toml", tmp_path / "my runs"
+    one = STUDY.partition("[environments.more]")[0] + STUDY[STUDY.index("[runs.atod]") :]
+    path.write_text(one + '[runs.opd]\n"algorithm.method" = "opd"\n', encoding="utf-8")
+
+    def train(run: Run, *_: Any) -> None:
+        if run.folder.name in fails:
+            raise AtodError(f"{run.folder}/models cannot be written")
+        make_run(run.folder, method=run.label, seed=run.config.train.seed)
+        write_config(run.folder, run.config)
+
+    monkeypatch.setattr(study, "_make_models", lambda *_: [])
+    monkeypatch.setattr(study, "evaluate_start", lambda *_: [])
+    monkeypatch.setattr(study, "_train", train)
+    monkeypatch.setattr(study, "_last_error", "")
+    assert main(["study", str(path), "--out", str(out), "--seeds", "1", "2"]) == 2
+    shown = capsys.readouterr()
+    for name in fails if made else ("atod-seed1",):
+        label, _, seed = name.partition("-seed")
+        assert f"atod-train: {label}, seed {seed}: {out / name}/models cannot be" in shown.err
+    assert shown.err.splitlines()[-1].startswith(f"atod-train: {told}")
+    assert (f"atod-train resume '{out}'\n" in shown.err) == (made > 0)
+    assert (out / "report.html").is_file() == (made > 0)
+    assert len(read(out / RESULTS_FILE)["houses"]["runs"] if made else ()) == made
+    # A second attempt makes the others; a run that fails alone reports its own error.
+    failed, _ = fails.pop(), fails.clear()
+    if made == 5:
+        fails.add(failed)
+        assert main(["resume", str(out)]) == 2
+        assert capsys.readouterr().err.endswith(f"error: {out / failed}/models cannot be written\n")
+        fails.clear()
+    assert main(["resume", str(out)]) == 0
+    assert len(read(out / RESULTS_FILE)["houses"]["runs"]) == 6
+
+
 def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, out = tmp_path / "small.toml", tmp_path / "out"
+    path, out = tmp_path / "small.toml", tmp_path / "my out"
     path.write_text(STUDY, encoding="utf-8")
     asked = []
 
     def make_runs(
-        part: StudyPart, left: list[Run], processes: Processes, call_all: CallAll, log: LogTo
+        part: StudyPart, left: list[Run], processes: Processes, call_all: CallAll, **_: Any
     ) -> None:
         asked.append([run.folder.relative_to(out).as_posix() for run in left])
         make_run(left[0].folder, method=left[0].label, seed=7)
         write_config(left[0].folder, left[0].config)
         raise StoppedByUser("stopped")
 
-    monkeypatch.setattr(study, "_make_models", lambda *_: None)
+    monkeypatch.setattr(study, "_make_models", lambda *_: [])
     monkeypatch.setattr(study, "_make_runs", make_runs)
     command = ["study", str(path), "--out", str(out), "--seeds", "7"]
     assert main([*command, "--environments", "more"]) == 130
@@ -167,7 +235,7 @@ def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     assert {name: [run["label"] for run in results[name]["runs"]] for name in results} == {
         "houses": ["grpo"], "more": ["atod"]
     }  # fmt: skip
-    told = f"atod-train: stopped. Continue with: atod-train resume {out}\n"
+    told = f"atod-train: stopped. Continue with: atod-train resume '{out}'\n"
     assert capsys.readouterr().err.count(told) == 2
 
 
@@ -178,10 +246,11 @@ def test_models_of_all_environments_are_checked_before_the_first_run(
     path.write_text(STUDY, encoding="utf-8")
     asked = []
 
-    def make_models(part: StudyPart, *_: Any) -> None:
+    def make_models(part: StudyPart, *_: Any) -> list[str]:
         asked.append(part.name)
         if part.name == "more":
             raise AtodError("the vocabulary is another")
+        return []
 
     monkeypatch.setattr(study, "_make_models", make_models)
     monkeypatch.setattr(study, "_make_runs", lambda part, *_, **__: asked.append(part))

@@ -43,6 +43,21 @@ def test_ctrl_c_interrupts_a_call_but_no_worker_without_work() -> None:
             call_all(signal.raise_signal, [(signal.SIGINT,)])
 
 
+def _fail_unless_first(path: Path) -> None:
+    path.touch()
+    time.sleep(2 if path.name == "0" else 0.1)
+    if path.name != "0":
+        raise AtodError(path.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_error_ends_the_calls_at_once(jobs: int, tmp_path: Path) -> None:
+    with pytest.raises(AtodError, match="1"), _workers(jobs) as call_all:
+        call_all(_fail_unless_first, [(tmp_path / str(i),) for i in range(6)])
+    assert len(list(tmp_path.iterdir())) < 6
+
+
 def _work_until_stopped(begun: Path) -> None:
     begun.touch()
     with interruptible(announce=False) as interrupted:
