@@ -262,10 +262,12 @@ def test_a_turn_of_all_episodes_in_a_server_is_one_request(
     sizes: list[int] = []
     request = ServedConnection.request
 
-    def count(self: ServedConnection, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    def count(
+        self: ServedConnection, method: str, path: str, body: Any = None, **options: Any
+    ) -> dict[str, Any]:
         if path in ("/batch/create", "/batch/step"):
             sizes.extend(len(items) for items in body.values())
-        return request(self, method, path, body)
+        return request(self, method, path, body, **options)
 
     monkeypatch.setattr(ServedConnection, "request", count)
     config = EnvConfig(
