@@ -12,11 +12,12 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from atod_train.config import Precision, RunConfig, parse_prompt_style, parse_sampler
 from atod_train.distributed import Processes
@@ -139,7 +140,7 @@ def _identity(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
     """Return the identity of a model: its files, or its name in the cache if it is trained here."""
     name, epochs, seed = _origin(config, role)
     if not epochs:
-        return _newest_weights(name)
+        return _files(name)
     env, model, start = config.env, config.model, config.start
     style, window = parse_prompt_style(env.prompt_style)
     depends: dict[str, object] = {
@@ -148,27 +149,45 @@ def _identity(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
         "prompt": [window, env.show_admissible, env.parse_profile],
         "data": pool.content_hash,
         "demonstrations": [start.demonstrations, NOISE],
+        **_code(pool),
         "model": [name, epochs, start.lr, start.observation_weight, seed],
     }
     if name in MODEL_SHAPES:
         depends["shape"] = asdict(MODEL_SHAPES[name])
     else:
-        depends["start"] = [_newest_weights(name), sorted(env.template_options.items())]
+        depends["start"] = [_files(name), sorted(env.template_options.items())]
         if model.dtype == "mixed" and is_mixed(model.dtype, pick_device(model.devices[0])):
             depends["dtype"] = model.dtype
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     return f"{Path(name).name}-{digest[:20]}"
 
 
-def _newest_weights(name: str) -> str:
-    """Return a model's name and, for a folder, the time of its newest file of weights.
+def _code(pool: EnvPool) -> dict[str, str]:
+    """Return the hash of the code of an environment whose content hash has the names of tasks."""
+    return {"code": pool.code_hash} if pool.code_hash else {}
 
-    For a shipped model, it is the hash of its weights.
+
+def _files(name: str) -> str:
+    """Return a loaded model's name and a hash of its files; of the hub: its commit.
+
+    Large files, which are weights, count by size and time: reading gigabytes would take long.
     """
     if name in SHIPPED:
         return SHIPPED[name]
-    times = [file.stat().st_mtime_ns for file in Path(name).glob("*.safetensors")]
-    return f"{Path(name).resolve() if times else name} {max(times, default=0)}"
+    folder = Path(name)
+    if not folder.is_dir():
+        with suppress(ValueError):  # not a name of the hub
+            config = try_to_load_from_cache(name, "config.json")
+            return f"{name} {Path(config).parent.name if isinstance(config, str) else ''}"
+        return name
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix != ".md":
+            stat = file.stat()
+            is_small = stat.st_size <= _TINY_BYTES
+            digest.update(f"{file.name} {stat.st_size} {is_small or stat.st_mtime_ns}".encode())
+            digest.update(file.read_bytes() if is_small else b"")
+    return f"{folder.resolve()} {digest.hexdigest()}"
 
 
 def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -> Policy:
@@ -231,6 +250,7 @@ def evaluate_start(
             {
                 "made_from": _identity(config, role, train_pool),
                 "tasks": pool.content_hash,
+                **_code(pool),
                 "env": asdict(config.env),
                 "dtype": config.model.dtype,
                 "max_context": config.model.max_context,
