@@ -167,9 +167,7 @@ class RunRecord:
     def _describe(self, inputs: dict[str, Any], pool: EnvPool, teacher: Policy | None) -> None:
         """Write config and manifest, unless the run had other inputs."""
         student, config = self._learner.student, self._config
-        template = str(student.tokenizer.chat_template or "")
-        if warning := check_inputs(inputs, read_json(self.run_dir / MANIFEST_FILE), template):
-            print(warning, file=sys.stderr)
+        check_inputs(inputs, read_json(self.run_dir / MANIFEST_FILE))
         # A continued run is not finished until it ends again.
         (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
         write_config(self.run_dir, config)

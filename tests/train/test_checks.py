@@ -278,33 +278,28 @@ def test_a_server_of_another_teacher_is_found_by_its_log_probs() -> None:
         found = hidden_inputs(student, Served(), DialogueEncoder(student.tokenizer), [])
         inputs.append(found)
     manifest = {"inputs": inputs[0]}
-    assert check_inputs(inputs[1], manifest, "") == ""
+    check_inputs(inputs[1], manifest)
     with pytest.raises(RunFolderError, match="teacher is not the one"):
-        check_inputs(inputs[2], manifest, "")
+        check_inputs(inputs[2], manifest)
 
 
 @pytest.mark.slow
-def test_a_date_in_the_template_is_reported(
-    run: tuple[RunConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+@pytest.mark.parametrize("day", ["", "{{ strftime_now('%d') }}", "{{ date_string }}"])
+def test_an_edited_template_is_not_resumed_with(
+    day: str, run: tuple[RunConfig, Path], tmp_path: Path
+) -> None:
     config, _ = run
     policy = load_policy(config.model.student)
-    day = "{% if date_string is not defined %}{% set date_string = strftime_now('%d') %}{% endif %}"
-    plain = policy.tokenizer.chat_template
-    for template, name in ((f"{day}go {{{{ date_string }}}} {plain}", "dated"), (plain, "plain")):
-        policy.tokenizer.chat_template = template
-        policy.save(tmp_path / name)
-    folder = str(tmp_path / "dated")
-    dated = replace(config, model=replace(config.model, student=folder, teacher=folder))
-    train_one(dated, tmp_path / "runs")
-    manifest = tmp_path / "runs" / "atod-seed0" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"prompt": "', '"prompt": "of another day '))
-    train_one(_with(dated, steps=2), tmp_path / "runs", resume=True)
-    assert "writes the date into prompts, and this run began on 20" in capsys.readouterr().err
-    load_policy(tmp_path / "plain").save(tmp_path / "dated")
+    policy.tokenizer.chat_template = day + str(policy.tokenizer.chat_template)
+    policy.save(tmp_path / "model")
+    folder = str(tmp_path / "model")
+    config = replace(config, model=replace(config.model, student=folder, teacher=folder))
+    train_one(config, tmp_path / "runs")
+    train_one(_with(config, steps=2), tmp_path / "runs", resume=True)
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("go " + template.read_text())
     with pytest.raises(RunFolderError, match="the tokenizer was changed"):
-        train_one(_with(dated, steps=3), tmp_path / "runs", resume=True)
+        train_one(_with(config, steps=3), tmp_path / "runs", resume=True)
 
 
 @pytest.mark.parametrize(
