@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.tasks import spread
@@ -16,7 +16,7 @@ from atod_train.algorithm.methods import needs_teacher
 from atod_train.config import RunConfig, is_url
 from atod_train.models.checks import check_config
 from atod_train.models.from_scratch import MODEL_SHAPES, llama_config
-from atod_train.models.pretrained import has_word_vocabulary, is_mixed, read_shape
+from atod_train.models.pretrained import count_parameters, has_word_vocabulary, is_mixed, read_shape
 from atod_train.reports.run_folder import ANOTHER_FOLDER
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.own_env import check_env
@@ -117,9 +117,7 @@ def describe_model(name: str, max_context: int) -> str:
     else:
         shape = read_shape(name, max_context)
         kind = shape.model_type
-    with torch.device("meta"):  # allocates no memory
-        model = AutoModelForCausalLM.from_config(shape)
-    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    millions = count_parameters(shape, name) / 1e6
     size = f"{millions / 1e3:.2f} B" if millions >= 1e3 else f"{millions:.2f} M"
     return f"{name} ({kind}), {size} parameters{words}"
 
