@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from atod_gym.errors import AtodError
 from atod_train.config import Precision, RunConfig, parse_prompt_style, parse_sampler
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
@@ -48,6 +50,7 @@ from atod_train.rollout.env_pool import EnvPool
 from atod_train.training.supervised import (
     demonstrate,
     demonstration_texts,
+    shortened,
     tokenize,
     train_on_demonstrations,
 )
@@ -150,6 +153,7 @@ def _identity(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
         "data": pool.content_hash,
         "demonstrations": [start.demonstrations, NOISE],
         **_code(pool),
+        "max_context": model.max_context,
         "model": [name, epochs, start.lr, start.observation_weight, seed],
     }
     if name in MODEL_SHAPES:
@@ -208,12 +212,32 @@ def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -
 def imitate(
     policy: Policy, episodes: Sequence[Trajectory], config: RunConfig, epochs: float, seed: int
 ) -> None:
-    """Train a model on demonstrations, with the prompts and learning rates of a run."""
+    """Train a model on demonstrations, with the prompts and learning rates of a run.
+
+    Turns beyond `model.max_context` or the model's positions are left out.
+
+    Raises:
+        AtodError: no demonstration has a turn that fits.
+    """
     env, start = config.env, config.start
     dialogue = DialogueEncoder(policy.tokenizer, env.prompt_style, env.template_options)
+    limit = min(config.model.max_context, policy.max_positions)
+    fitting = [shortened(tokenize(episode, dialogue), limit) for episode in episodes]
+    cut = sum(len(a.turns) < len(b.turns) for a, b in zip(fitting, episodes, strict=True))
+    if not any(episode.turns for episode in fitting):
+        raise AtodError(
+            f"No demonstration fits the {limit} tokens that {policy.name} can have. Raise "
+            "model.max_context, or choose a model with more positions."
+        )
+    if cut:
+        print(
+            f"{cut:,} of {len(episodes):,} demonstrations are cut at {limit} tokens "
+            f"(model.max_context, or the positions of {policy.name})",
+            file=sys.stderr,
+        )
     train_on_demonstrations(
         policy,
-        [tokenize(episode, dialogue) for episode in episodes],
+        [episode for episode in fitting if episode.turns],
         epochs=epochs,
         lr=start.lr,
         seed=seed,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_trainer import CONFIG
 
-from atod_gym.errors import InvalidSettingError
+from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.batch import make_batch
 from atod_train.config import RunConfig, StartConfig
 from atod_train.models import pretrained
@@ -23,6 +23,7 @@ from atod_train.models.policy import Policy
 from atod_train.models.pretrained import cache_folder, load_policy
 from atod_train.models.scores import score_completions
 from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.study import train_one
 from atod_train.training import starts, supervised
@@ -186,6 +187,47 @@ def test_the_code_of_an_own_environment_counts(
     assert not pool.code_hash  # its content hash covers its tasks
     for name in ("own_env", "own_base", "own_expert"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_demonstrations_beyond_the_context_are_cut(
+    style: str, config: RunConfig, pool: EnvPool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    trained: list[Any] = []
+    monkeypatch.setattr(
+        starts, "train_on_demonstrations", lambda _, found, **__: trained.append(found)
+    )
+    policy = load_policy(config.model.student)
+    env = replace(pool.config, prompt_style=style)
+    episodes = demonstrate(EnvPool(env, "train"), 16, 0.0, 0)
+
+    def imitated(limit: int) -> list[Trajectory]:
+        model = replace(config.model, max_context=limit)
+        starts.imitate(policy, episodes, replace(config, env=env, model=model), 1.0, 0)
+        found: list[Trajectory] = trained.pop()
+        return found
+
+    def lengths(found: list[Trajectory]) -> list[int]:
+        rows = make_batch(found, policy.pad_id)
+        return sorted(rows.attention_mask.sum(dim=1).tolist())
+
+    dialogue = DialogueEncoder(policy.tokenizer, style)
+    whole = [tokenize(episode, dialogue) for episode in episodes]
+    longest = lengths(whole)[-1]
+    assert imitated(longest) == whole  # the same objects are trained on in the same order
+    assert "cut" not in capsys.readouterr().err
+    cut = imitated(longest - 1)
+    assert lengths(cut)[-1] < longest
+    assert cut != whole
+    assert f"of {len(episodes)} demonstrations are cut at {longest - 1} tokens" in (
+        capsys.readouterr().err
+    )
+    # A model with fewer positions counts as a smaller context.
+    monkeypatch.setattr(type(policy), "max_positions", longest - 1)
+    assert imitated(longest) == cut
+    with pytest.raises(AtodError, match="No demonstration fits the 3 tokens"):
+        imitated(3)
 
 
 def test_without_passes_nothing_is_trained(config: RunConfig, pool: EnvPool) -> None:
