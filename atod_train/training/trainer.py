@@ -313,11 +313,9 @@ class Trainer:
 
     def _rounding(self) -> float:
         """Return the disagreement, nats per token, that rounding can give two equal models."""
-        scored = [self.student]
-        if isinstance(self.teacher, LocalTeacher):
-            scored.append(self.teacher.policy)
-        is_low = any(policy.layer_dtype != torch.float32 for policy in scored)
-        return LOW_PRECISION_DISAGREEMENT if is_low else MIN_DISAGREEMENT
+        is_exact = self.teacher is None or self.teacher.is_float32
+        is_exact = is_exact and self.student.layer_dtype == torch.float32
+        return MIN_DISAGREEMENT if is_exact else LOW_PRECISION_DISAGREEMENT
 
     def _measure(self, teacher: Policy | None) -> None:
         """Let the teacher play the tasks of the first step, and keep its success for schedule gap.

@@ -9,7 +9,7 @@ import pickle
 from contextlib import closing
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from test_trainer import CONFIG, _with
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train import cli
-from atod_train.config import RunConfig
+from atod_train.config import AlgorithmConfig, Method, RunConfig
 from atod_train.files import read_json
 from atod_train.memory import OutOfMemory, memory_errors
 from atod_train.models.dialogue import DialogueEncoder
@@ -96,6 +96,18 @@ def test_settings_out_of_range_are_refused(name: str, value: Any) -> None:
     section, _, setting = name.partition(".")
     with pytest.raises(InvalidSettingError, match=rf"{section}|{setting}"):
         check_settings(_changed(CONFIG, name, value))
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("over", ["trajectories", "turns"])
+def test_a_group_of_one_needs_another_signal(method: Method, over: Any) -> None:
+    algorithm = AlgorithmConfig(method=method, advantage_over=over)
+    config = _with(replace(CONFIG, algorithm=algorithm), group_size=1)
+    if method == "grpo" and over == "trajectories":
+        with pytest.raises(InvalidSettingError, match="group_size=1 leaves method grpo without"):
+            check_settings(config)
+    else:
+        check_settings(config)
 
 
 def _floats() -> list[str]:
@@ -271,6 +283,8 @@ def test_a_server_of_another_teacher_is_found_by_its_log_probs() -> None:
     for teacher, error in ((make_policy(1), 0.0), (make_policy(1), 0.03), (another, 0.0)):
 
         class Served:
+            is_float32 = True
+
             def score(self, batch: Batch) -> torch.Tensor:
                 logprobs = score_completions(teacher, batch).logprobs  # noqa: B023
                 return logprobs + error  # noqa: B023
