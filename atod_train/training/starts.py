@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -150,9 +150,8 @@ def _identity(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
         "recipe": _RECIPE,
         "env": [env.id, sorted(env.options.items()), env.max_turns, style],
         "prompt": [window, env.show_admissible, env.parse_profile],
-        "data": pool.content_hash,
+        "data": pool.content_hash + pool.code_hash,
         "demonstrations": [start.demonstrations, NOISE],
-        **_code(pool),
         "max_context": model.max_context,
         "model": [name, epochs, start.lr, start.observation_weight, seed],
     }
@@ -166,11 +165,6 @@ def _identity(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
     return f"{Path(name).name}-{digest[:20]}"
 
 
-def _code(pool: EnvPool) -> dict[str, str]:
-    """Return the hash of the code of an environment whose content hash has the names of tasks."""
-    return {"code": pool.code_hash} if pool.code_hash else {}
-
-
 def _files(name: str) -> str:
     """Return a loaded model's name and a hash of its files; of the hub: its commit.
 
@@ -180,10 +174,8 @@ def _files(name: str) -> str:
         return SHIPPED[name]
     folder = Path(name)
     if not folder.is_dir():
-        with suppress(ValueError):  # not a name of the hub
-            config = try_to_load_from_cache(name, "config.json")
-            return f"{name} {Path(config).parent.name if isinstance(config, str) else ''}"
-        return name
+        config = try_to_load_from_cache(name, "config.json")
+        return f"{name} {Path(config).parent.name if isinstance(config, str) else ''}"
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix != ".md":
@@ -230,11 +222,8 @@ def imitate(
             "model.max_context, or choose a model with more positions."
         )
     if cut:
-        print(
-            f"{cut:,} of {len(episodes):,} demonstrations are cut at {limit} tokens "
-            f"(model.max_context, or the positions of {policy.name})",
-            file=sys.stderr,
-        )
+        shown = f"{cut:,} of {len(episodes):,} demonstrations are cut at {limit} tokens"
+        print(f"{shown} (model.max_context, or the model's positions)", file=sys.stderr)
     train_on_demonstrations(
         policy,
         [episode for episode in fitting if episode.turns],
@@ -273,8 +262,7 @@ def evaluate_start(
         settings = without_infinities(
             {
                 "made_from": _identity(config, role, train_pool),
-                "tasks": pool.content_hash,
-                **_code(pool),
+                "tasks": pool.content_hash + pool.code_hash,
                 "env": asdict(config.env),
                 "dtype": config.model.dtype,
                 "max_context": config.model.max_context,

@@ -4,8 +4,8 @@ The seed of the run and the number of the step determine all randomness of a ste
 resumed from a checkpoint continues bit for bit (same machine, same number of threads).
 
 A step is saved before it is evaluated. If a failure, Ctrl-C or SIGTERM comes before the next step
-changes weights, the last finished step is saved. Updates are finished first; so is all of the step
-where several processes train together. A resumed run first makes an evaluation that is missing.
+changes weights, the last finished step is saved. Updates are finished first, and rollouts and
+evaluations of several processes. A resumed run first makes an evaluation that is missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.accelerator import synchronize
@@ -171,44 +171,35 @@ class Trainer:
                 row = record.row
                 note = f"success {row['train_success']:.2f}, turns {row['turns']:.1f}"
                 advance(note=note, tokens=int(row["tokens"]))
-                self._stop_if_asked()
                 self._evaluate_if_due()
-                self._stop_if_asked()
         record.finish()
 
     def _save(self) -> None:
         with self._times.phase("checkpoint"):
             self._record.save()
 
-    def _stop_if_asked(self) -> None:
-        """Save and stop if a signal has arrived on any rank and steps are left."""
-        is_asked = self.processes.any(bool(self._interrupted))
-        if is_asked and self._record.done.step < self.config.train.steps:
-            self._save()
-            raise self._stopped()
-
-    def _stopped(self) -> StoppedByUser:
-        return StoppedByUser(
-            f"stopped after step {self._record.done.step} of {self.config.train.steps}"
-        )
-
     @contextmanager
     def _repeatable(self) -> Iterator[None]:
-        """Let a signal stop the run within the block, which a resumed run repeats.
+        """Let a signal stop the run in a block that changes nothing: a resumed run repeats it.
 
-        One of several processes would leave the others waiting.
+        Several processes stop before the block, all together: the others would wait for one.
         """
         self._can_stop = self.processes.count == 1
         try:
-            if self._interrupted:
-                self._on_signal()
+            if self.processes.any(bool(self._interrupted)):
+                self._save()
+                self._stop()
             yield
         finally:
             self._can_stop = False
 
-    def _on_signal(self, number: int = 0) -> None:
+    def _stop(self) -> NoReturn:
+        step, steps = self._record.done.step, self.config.train.steps
+        raise StoppedByUser(f"stopped after step {step} of {steps}")
+
+    def _on_signal(self, number: int) -> None:
         if self._can_stop:
-            raise self._stopped()
+            self._stop()
 
     def _is_evaluated_after(self, step: int) -> bool:
         settings = self.config.train
