@@ -12,6 +12,7 @@ from atod_gym.prompts import PROMPT_STYLES, PromptStyle
 Method = Literal["atod", "opd", "grpo", "mix", "sod", "tcod", "sdar"]
 Aggregation = Literal["token-mean", "trajectory-mean"]
 Precision = Literal["auto", "float32", "bfloat16", "mixed"]
+OptionValue = bool | int | float | str
 
 VLLM_SHARE = 0.3
 """Share of a device's memory that vLLM gets where the setting has none."""
@@ -69,7 +70,7 @@ class EnvConfig:
     data: str = "auto"
     """Data of the environment: auto (official where it is found, else generated), official,
     generated, or a path."""
-    options: dict[str, int | str] = field(default_factory=dict)
+    options: dict[str, OptionValue] = field(default_factory=dict)
     """Further keyword arguments of gym.make, such as house_size tiny or products 100. Those of a
     preset (houses-tiny: house_size tiny; webshop-tiny: products 300; webshop: split_rule
     verl-agent; searchqa-tiny: entities 10000, topk 1, task_types one_hop) stay where they are not
@@ -90,7 +91,7 @@ class EnvConfig:
     """chat: append-only dialogue, one sequence per trajectory; window: one row per turn, with the
     last two turns in one message; window:4: the last four. Use it where episodes outgrow the
     context."""
-    template_options: dict[str, bool | str] = field(default_factory=dict)
+    template_options: dict[str, OptionValue] = field(default_factory=dict)
     """Variables for the chat template of a language model, such as enable_thinking False, which the
     presets of published runs have."""
     show_admissible: bool = False
@@ -235,8 +236,8 @@ class TrainConfig:
     """Steps between evaluations of the student; 0: only after the last step. The best of them is
     saved as models/best."""
     save_every: int = 20
-    """Steps between checkpoints, of which two are kept. A run that is killed loses the steps since
-    the last; one that is stopped or fails loses none."""
+    """Steps between checkpoints, of which two are kept; evaluated steps are saved, too. A run that
+    is killed loses the steps since the last; one that is stopped or fails loses none."""
     seed: int = 0
     """Seed of tasks, sampling and minibatches. The start does not depend on it, so runs that differ
     in it alone are replicates."""

@@ -79,27 +79,32 @@ def replacing_folder(target: Path, identity: str, *, last: str) -> Iterator[Path
         The folder to write to, deleted if the block raises; `target` is then unchanged.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        old, new = target / identity, partial / identity
-        if not old.is_file() or old.read_bytes() != new.read_bytes():
-            previous = partial.with_name(f"{partial.name}-previous")
-            if target.exists():
-                target.rename(previous)
-            partial.rename(target)
-            shutil.rmtree(previous, ignore_errors=True)
-            return
-        files = sorted(partial.iterdir(), key=lambda file: file.match(last))
-        for file in files:
-            os.replace(file, target / file.name)
-        names = {file.name for file in files}
-        for file in target.iterdir():
-            if file.name not in names and file.is_file():
-                file.unlink()
-    finally:
+    partial = target.with_name(f".{target.name}{PARTIAL}")
+    previous = target.with_name(f".{target.name}.previous")
+    # Models of a cache are saved by several processes.
+    with locked(target.parent, wait=True):
+        if previous.exists() and not target.exists():  # killed between the two renames below
+            previous.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
+        try:
+            yield partial
+            old, new = target / identity, partial / identity
+            if not old.is_file() or old.read_bytes() != new.read_bytes():
+                if target.exists():
+                    target.rename(previous)
+                partial.rename(target)
+                shutil.rmtree(previous, ignore_errors=True)
+                return
+            files = sorted(partial.iterdir(), key=lambda file: file.match(last))
+            for file in files:
+                os.replace(file, target / file.name)
+            names = {file.name for file in files}
+            for file in target.iterdir():
+                if file.name not in names and file.is_file():
+                    file.unlink()
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -113,12 +118,13 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, otherwise: str) -> Iterator[None]:
+def locked(folder: Path, otherwise: str = "", *, wait: bool = False) -> Iterator[None]:
     """Lock a folder for this process; the lock ends with the process in any case.
 
     Args:
         folder: an existing folder.
         otherwise: the alternative to waiting, for the error.
+        wait: wait for another process instead of raising the error.
 
     Raises:
         FileError: another process has locked it.
@@ -126,7 +132,7 @@ def locked(folder: Path, otherwise: str) -> Iterator[None]:
     lock = FileLock(folder / ".lock")
     try:
         with suppress(NotImplementedError):  # a file system without locks
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise FileError(
             f"Another process writes to {folder}: wait for it, or {otherwise}."

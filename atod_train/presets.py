@@ -9,6 +9,7 @@ from atod_train.config import (
     AlgorithmConfig,
     EnvConfig,
     ModelConfig,
+    OptionValue,
     RunConfig,
     StartConfig,
     TrainConfig,
@@ -177,6 +178,9 @@ PRESETS = {
 }
 
 
+_BOOLEANS: dict[str, OptionValue] = {"true": True, "false": False}
+
+
 def without_tables(config: RunConfig) -> RunConfig:
     """Return settings with empty tables: tyro would accept only the keys of non-empty ones."""
     return replace(config, env=replace(config.env, options={}, template_options={}))
@@ -186,7 +190,8 @@ def completed(config: RunConfig, default: RunConfig, words: Sequence[str]) -> Ru
     """Return the settings of a command line, completed with defaults.
 
     Args:
-        config: as parsed, with the table keys of the command line.
+        config: as parsed, with the table keys of the command line. Their values true and false,
+            in any case, are booleans.
         default: its keys are added; those of the environment's options only for the same
             environment. Its passes over demonstrations are for models made from scratch: a loaded
             model instead of one has none, unless the command line gives them.
@@ -195,10 +200,14 @@ def completed(config: RunConfig, default: RunConfig, words: Sequence[str]) -> Ru
     from atod_train.models.from_scratch import MODEL_SHAPES
 
     env, start = config.env, config.start
-    template_options = default.env.template_options | env.template_options
-    env = replace(env, template_options=template_options)
+    options, template_options = (
+        {name: _BOOLEANS.get(str(value).lower(), value) for name, value in table.items()}
+        for table in (env.options, env.template_options)
+    )
     if env.id == default.env.id:
-        env = replace(env, options=default.env.options | env.options)
+        options = default.env.options | options
+    template_options = default.env.template_options | template_options
+    env = replace(env, options=options, template_options=template_options)
     if not any(word.startswith("--start.epochs") for word in words):
         before, after = default.model, config.model
         student, teacher = (

@@ -141,7 +141,7 @@ def advanced(
         teacher = state.teacher_success if number is None else number
         assert teacher is not None
         return replace(state, seen=seen, progress=min(1.0, fmean(seen) / teacher))
-    seen = (*state.seen, metrics["disagreement"])[-2 * HANDOFF_STEPS :]
+    seen = (*state.seen, metrics.get("disagreement", 0.0))[-2 * HANDOFF_STEPS :]
     before, last = sum(seen[:HANDOFF_STEPS]), sum(seen[HANDOFF_STEPS:])
     is_full = len(seen) == 2 * HANDOFF_STEPS
     has_stopped = is_full and before - last <= HANDOFF_REDUCTION * before

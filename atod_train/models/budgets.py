@@ -48,7 +48,8 @@ def episodes_at_once(policy: Policy, max_context: int, processes: int = 1) -> in
 def tokens_at_once(policy: Policy) -> int:
     """Return the tokens of a micro-batch without a setting: 2048 on a processor.
 
-    On a GPU it depends on the model and the size of the memory.
+    On a GPU it depends on the model and the size of the memory. Without trained weights there is
+    no backward pass, so one layer at a time needs memory.
     """
     if policy.device.type != "cuda":
         return _TOKENS_ON_PROCESSOR
@@ -58,11 +59,14 @@ def tokens_at_once(policy: Policy) -> int:
     per_token = _NUMBERS_PER_WIDTH * size * (width + mlp + queries + 2 * keys)
     if policy.gradient_checkpointing:
         per_token += 4 * width * layers  # one layer at a time, and the input of each
-    else:
+    elif any(weight.requires_grad for weight in policy.model.parameters()):
         per_token *= layers
-    weights = sum(weight.numel() for weight in policy.model.parameters())
+    weights = sum(
+        weight.numel() * (_TRAINED if weight.requires_grad else weight.itemsize)
+        for weight in policy.model.parameters()
+    )
     memory = torch.cuda.get_device_properties(policy.device).total_memory
-    fits = int(_DEVICE_SHARE * (memory - _TRAINED * weights)) // per_token
+    fits = int(_DEVICE_SHARE * (memory - weights)) // per_token
     return max(_FEWEST_TOKENS, min(_MOST_TOKENS, fits // 1024 * 1024))
 
 

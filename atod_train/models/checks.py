@@ -30,7 +30,8 @@ def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> N
     Raises:
         AtodError: layers without full attention, an attention window or positions shorter than
             `max_context`, positions as an attention bias, attention that transformers does not
-            compute with scaled_dot_product_attention, or a language model inside a larger one.
+            compute with scaled_dot_product_attention, quantised weights, a language model inside a
+            larger one, or none.
     """
     # A model with its own code is not in the mapping; loading checks it.
     architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
@@ -39,6 +40,7 @@ def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> N
         kinds = ["sliding_attention"] if getattr(config, "use_sliding_window", True) else []
     others = sorted({*kinds} - {"full_attention", "sliding_attention"})
     window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+    quantised = getattr(config, "quantization_config", None) or {}
     why = ""
     if config.get_text_config() is not config:
         why = "contains its language model inside a larger one, with images or sound"
@@ -46,6 +48,13 @@ def check_config(config: PretrainedConfig, name: str, max_context: int = 0) -> N
         why = f"has layers of type {', '.join(others)}; sampling here needs full attention in all"
     elif getattr(config, "is_encoder_decoder", False):
         why = "has an encoder; sampling here needs a decoder alone"
+    elif architecture is None and not hasattr(config, "auto_map"):
+        why = "is not a causal language model that transformers supports"
+    elif "quant_method" in quantised:
+        why = (
+            f"has quantised weights ({quantised['quant_method']}), which cannot be used here: give "
+            "the original model, or serve a teacher with vLLM (--model.teacher http://..)"
+        )
     elif getattr(config, "alibi", False):
         why = "has positions as an attention bias (ALiBi), which the masks used here would replace"
     elif not getattr(architecture, "_supports_sdpa", True):

@@ -35,6 +35,9 @@ _DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """Date for chat templates with a date; `template_options` can set another one."""
 
+_NO_THOUGHTS = ("enable_thinking", False)
+"""The option of the presets of published runs, which are for any model."""
+
 _REWRITES = (
     "The chat template of this tokenizer does not only append: it renders earlier turns "
     "differently once later ones follow ({}). Use prompt_style='window', or give the tokenizer an "
@@ -62,7 +65,8 @@ class DialogueEncoder:
 
     Raises:
         AtodError: No chat template; a template that closes assistant messages with no special
-            token; in chat style, a template that is not append-only.
+            token; an option that the template does not have; in chat style, a template that is not
+            append-only.
     """
 
     def __init__(
@@ -79,6 +83,15 @@ class DialogueEncoder:
         self.tokenizer = tokenizer
         self.style, _ = parse_prompt_style(style)
         self._options = dict(template_options or {})
+        for name, value in self._options.items():
+            is_met = (name, value) == _NO_THOUGHTS  # by a template without thoughts
+            if not is_met and not re.search(
+                rf"\b{re.escape(name)}\b", tokenizer.get_chat_template()
+            ):
+                raise AtodError(
+                    f"The chat template has no variable {name!r}, so env.template_options {name} "
+                    f"{value} would change nothing. Correct its name, or leave it out."
+                )
         self._template = _DATE.sub(
             lambda asked: repr(TEMPLATE_DATE.strftime(asked[2])), tokenizer.get_chat_template()
         )

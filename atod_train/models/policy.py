@@ -167,9 +167,23 @@ class Policy:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the longest sequence of a transformers configuration; None: it has no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return None if positions is None else int(positions)
+    """Return the longest sequence of a transformers configuration; None: it has no limit.
+
+    longrope has other frequencies beyond its original length, which all rows of a batch would get
+    with the longest: sequences end there.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]  # also of layers
+    name = "original_max_position_embeddings"
+    lengths = [
+        getattr(config, "max_position_embeddings", None),
+        *(
+            p.get(name, getattr(config, name, None))
+            for p in parts
+            if p.get("rope_type") == "longrope"
+        ),
+    ]
+    return min((int(length) for length in lengths if length is not None), default=None)
 
 
 @cache

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -46,6 +47,11 @@ SHIPPED = {
 makes them."""
 
 _SHIPPED_FOLDER = Path(__file__).parent / "shipped"
+
+_UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError
+)  # fmt: skip
+"""Errors of transformers for files that it cannot read."""
 
 _HUB_SECONDS = 5.0
 """Timeout for connecting to the hub."""
@@ -186,10 +192,24 @@ def read_shape(name: str, max_context: int = 0) -> PretrainedConfig:
     """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(_source(name))
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _not_loaded(name, error) from error
     check_config(config, name, max_context)
     return config
+
+
+def count_parameters(config: PretrainedConfig, name: str) -> int:
+    """Return the number of weights of a configuration; allocates no memory.
+
+    Raises:
+        AtodError: transformers cannot make the model.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (*_UNREADABLE, RuntimeError) as error:
+        raise _not_loaded(name, error) from error
+    return sum(weight.numel() for weight in model.parameters())
 
 
 def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -209,7 +229,7 @@ def _read_model(source: str, name: str, dtype: torch.dtype, **extra: str) -> Any
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **extra
         )
         model, found = loaded
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (*_UNREADABLE, RuntimeError, SafetensorError) as error:
         raise _not_loaded(name, error) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -229,7 +249,7 @@ def _read_model(source: str, name: str, dtype: torch.dtype, **extra: str) -> Any
 def _read_tokenizer(source: str, name: str, **extra: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **extra)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         raise AtodError(
             f"{name!r} contains a model but no tokenizer ({str(error).splitlines()[0]}). Put "
             "tokenizer.json and tokenizer_config.json next to the weights."

@@ -210,8 +210,10 @@ def cost(results: Results, label: str) -> Cost:
         fmean(record[key] or 0 for record in records) for key in ("minutes", "episodes", "tokens")
     )
     shares = {phase: 100 * value / total for phase, value in seconds.items()}
-    # Without a teacher's scores the disagreement is exactly 0.
-    found = [value for record in records for value in record["metrics"].get("disagreement", ())]
-    saved = [value == 0 for value in found if value is not None]
-    unscored = 100 * fmean(saved) if saved else 0.0
+    # Each step has a coefficient; those whose teacher was scored have a disagreement.
+    made, scored = (
+        sum(value is not None for record in records for value in record["metrics"].get(name, ()))
+        for name in ("kappa", "disagreement")
+    )
+    unscored = 100 * (1 - scored / made) if made else 0.0
     return Cost(minutes, episodes, tokens, shares, unscored)

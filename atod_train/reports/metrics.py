@@ -1,7 +1,8 @@
 """Write and read the records of a training run: metrics per step, evaluations, trajectories.
 
-Keys of metrics.jsonl. Only `step` is required. A method without a quantity leaves it out; a
-number that is not finite is written as null. Shares and rates are 0..1.
+Keys of metrics.jsonl. Only `step` is required. A step without a quantity leaves it out: opd_signal,
+turn_weight and disagreement where the teacher is not scored. A number that is not finite is written
+as null. Shares and rates are 0..1.
 
     step                  1-based optimiser cycle
     kappa, rho            coefficients of the distillation and the reward term

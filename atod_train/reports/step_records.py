@@ -37,13 +37,16 @@ def batch_metrics(
     def token_mean(values: Tensor) -> float:
         return float(masked(values.abs(), mask).sum() / tokens)
 
+    taught = {
+        "opd_signal": token_mean(advantages.opd_term),
+        "turn_weight": float(advantages.turn_weights.mean()),
+        "disagreement": float(advantages.disagreement.mean()),
+    }
     return {
         "kappa": advantages.kappa,
         "rho": advantages.rho,
-        "opd_signal": token_mean(advantages.opd_term),
+        **({} if scores.reference_logprobs is None else taught),
         "rl_signal": token_mean(advantages.rl_term),
-        "turn_weight": float(advantages.turn_weights.mean()),
-        "disagreement": float(advantages.disagreement.mean()),
         "uncertainty": float(advantages.uncertainty.mean()),
         **({} if scores.entropies is None else {"entropy": token_mean(scores.entropies)}),
         "train_success": sum(t.success for t in trajectories) / len(trajectories),

@@ -33,6 +33,7 @@ class EnvPool:
         task_ids: of the split, in manifest order.
         max_turns: turn limit of an episode.
         content_hash: of the split's tasks.
+        code_hash: of an environment that is not a `TurnEnv`, see `TextEnv.code_hash`; else empty.
         data: the data that is played, see `StepInfo`.
         completion_format: how completions are written.
 
@@ -50,6 +51,7 @@ class EnvPool:
         self.max_turns = self.max_turns or first.get_wrapper_attr("max_turns")
         self.task_ids: tuple[str, ...] = tuple(first.get_wrapper_attr("task_ids"))
         self.content_hash: str = first.get_wrapper_attr("manifest").content_hash
+        self.code_hash: str = getattr(first, "code_hash", "")
         self.data: str = first.get_wrapper_attr("data")
         self._dialogues = [self._dialogue(first)]
         self.completion_format: CompletionFormat = self._dialogues[0].completion_format

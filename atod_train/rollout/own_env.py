@@ -14,6 +14,8 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -175,6 +177,17 @@ class TextEnv(gymnasium.Wrapper[Any, str, Any, str]):
             for task_id in self.task_ids
         }
         return TaskManifest(self._id, self._split, tuple(sorted(digests)), content_hash(digests))
+
+    @property
+    def code_hash(self) -> str:
+        """Hash of the source files of the environment's classes and of its expert's method."""
+        inner = self.env.unwrapped
+        experts = (getattr(inner, name, None) for name in ("expert", "demonstrator"))
+        digest = hashlib.sha256()
+        for part in (*type(inner).__mro__, *experts):
+            with suppress(TypeError, OSError):  # no file, such as those of notebooks
+                digest.update(Path(inspect.getfile(part)).read_bytes())  # type: ignore[arg-type]
+        return digest.hexdigest()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.tasks import spread
@@ -18,7 +18,12 @@ from atod_train.algorithm.methods import needs_teacher
 from atod_train.config import RunConfig, is_url
 from atod_train.models.checks import check_config
 from atod_train.models.from_scratch import MODEL_SHAPES, llama_config
-from atod_train.models.pretrained import is_mixed, read_shape, read_tokenizer
+from atod_train.models.pretrained import (
+    count_parameters,
+    is_mixed,
+    read_shape,
+    read_tokenizer,
+)
 from atod_train.reports.run_folder import ANOTHER_FOLDER
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.own_env import check_env
@@ -138,9 +143,7 @@ def describe_model(name: str, max_context: int) -> tuple[str, int]:
     else:
         shape = read_shape(name, max_context)
         kind = shape.model_type
-    with torch.device("meta"):  # allocates no memory
-        model = AutoModelForCausalLM.from_config(shape)
-    count = sum(weight.numel() for weight in model.parameters())
+    count = count_parameters(shape, name)
     millions = count / 1e6
     size = f"{millions / 1e3:.2f} B" if millions >= 1e3 else f"{millions:.2f} M"
     return f"{name} ({kind}), {size} parameters{words}", count

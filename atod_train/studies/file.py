@@ -35,7 +35,7 @@ from typing import Any
 import tyro
 
 from atod_gym.errors import InvalidSettingError
-from atod_train.config import Method, RunConfig
+from atod_train.config import Method, OptionValue, RunConfig
 from atod_train.files import FileError, read_json, write_json
 from atod_train.presets import PRESETS, completed, without_tables
 from atod_train.reports.results import FOLDER_NAME, REFERENCES
@@ -257,6 +257,7 @@ def _changed(
     Sections that are `closed` cannot be changed; `where` is the table.
     """
     words = []
+    tables: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         section, dot, name = key.partition(".")
         if not dot:
@@ -269,10 +270,20 @@ def _changed(
             )
         if section in closed:
             raise InvalidSettingError(f"{where}: {key!r} cannot be set here.")
+        if isinstance(value, dict):  # the values of TOML have types
+            table = name.replace("-", "_")
+            if (section, table) not in (("env", "options"), ("env", "template_options")):
+                raise InvalidSettingError(f"{where}: {key!r} is not a table, as {value!r} is.")
+            for option, chosen in value.items():
+                if not isinstance(chosen, OptionValue):
+                    raise InvalidSettingError(
+                        f"{where}: {option} of {key!r} must be a text, a number, true or false, "
+                        f"not {chosen!r}."
+                    )
+            tables[table] = value
+            continue
         no = "no-" if value is False else ""
         words.append(f"--{section}.{no}{name}".replace("_", "-"))
-        if isinstance(value, dict):  # { topk = 1 } is given as topk 1
-            value = [part for pair in value.items() for part in pair]
         if not isinstance(value, bool):
             words += map(str, value if isinstance(value, list) else [value])
     try:
@@ -281,7 +292,9 @@ def _changed(
         )
     except SystemExit:
         raise InvalidSettingError(f"{where}: invalid setting, see the message above.") from None
-    return completed(config, default, words)
+    config = completed(config, default, words)
+    merged = {name: getattr(config.env, name) | table for name, table in tables.items()}
+    return replace(config, env=replace(config.env, **merged))
 
 
 # -- settings in the folder ------------------------------------------------------------------------

@@ -241,9 +241,8 @@ def _check_models(config: RunConfig, has_teacher: bool, begun: Sequence[Path]) -
             student.tokenizer, config.env.prompt_style, config.env.template_options
         )
         inputs = hidden_inputs(student, teacher, dialogue, pools)
-        template = str(student.tokenizer.chat_template)
         for folder in begun:
-            check_inputs(inputs, read_json(folder / MANIFEST_FILE), template)
+            check_inputs(inputs, read_json(folder / MANIFEST_FILE))
 
 
 def _train(run: Run, known: Sequence[Evaluation], processes: Processes, log: LogTo) -> None:

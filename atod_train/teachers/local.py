@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from atod_gym.errors import AtodError
@@ -14,7 +15,13 @@ from atod_train.teachers.vocabulary import require_same_vocabulary
 
 
 class Teacher(Protocol):
-    """A model that scores tokens, in this process or elsewhere."""
+    """A model that scores tokens, in this process or elsewhere.
+
+    Attributes:
+        is_float32: whether it scores in float32; otherwise rounding looks like disagreement.
+    """
+
+    is_float32: bool
 
     def score(self, batch: Batch) -> Tensor:
         """Return the log-probs [R, T] of the completion tokens at temperature 1, 0 on padding."""
@@ -47,6 +54,7 @@ class LocalTeacher:
                 "it."
             )
         self.policy = policy
+        self.is_float32 = policy.layer_dtype == torch.float32
         self.tokens_per_microbatch = tokens_per_microbatch
         policy.model.requires_grad_(False)
         policy.model.eval()

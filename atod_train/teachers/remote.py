@@ -170,6 +170,9 @@ class RemoteTeacher:
         ids = sorted(student.tokenizer.get_vocab().values())
         self._logprobs([_Prompt(ids[:1] * 2, 1)])
         self._check_vocabulary(student, label)
+        # Servers of others do not report their precision.
+        [health] = self._call(self._client.get, ["/health"]) if self._server == "atod" else [{}]
+        self.is_float32 = health.get("dtype") == "float32"
         # Other tokens each time: a cache cannot have them yet.
         generator = torch.Generator()
         generator.seed()

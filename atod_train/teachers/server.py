@@ -107,10 +107,11 @@ class Vocabulary(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """State of the server: its model, device and limits."""
+    """State of the server: its model, device, precision of the layers, and limits."""
 
     model: str
     device: str
+    dtype: str
     max_context: int
     version: str = program_version()
     pid: int = msgspec.field(default_factory=os.getpid)
@@ -193,7 +194,9 @@ def create_app(
     policy, limit = teacher.policy, teacher.max_context
     models = Models([Model(policy.name, limit + 1)])
     vocabulary = Vocabulary(policy.tokenizer.get_vocab())
-    health = Health(policy.name, str(policy.device), limit)
+    health = Health(
+        policy.name, str(policy.device), str(policy.layer_dtype).removeprefix("torch."), limit
+    )
     return build_application(
         _ABOUT,
         [

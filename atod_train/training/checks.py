@@ -90,6 +90,12 @@ def check_settings(config: RunConfig) -> None:
             f"train.lr_warmup is a share of train.steps, at most 1, not {config.train.lr_warmup}."
         )
     _check_algorithm(config.algorithm)
+    is_compared = config.train.group_size > 1 or config.algorithm.advantage_over == "turns"
+    if not (is_compared or needs_teacher(config.algorithm.method)):
+        raise InvalidSettingError(
+            f"train.group_size=1 leaves method {config.algorithm.method} without a signal: an "
+            "episode is compared with the others of its task. Use --train.group-size 2 or more."
+        )
     if config.model.dtype == "bfloat16" and not config.model.lora_rank:
         raise InvalidSettingError(
             "model.dtype=bfloat16 rounds away the small updates of a student whose weights are "

@@ -1,7 +1,7 @@
 """Record the inputs of a run that are not settings, and compare them when it is resumed.
 
-They are the tasks, the ids of a prompt (a chat template may write the date), the weights
-that are frozen below adapters, and the teacher. They are stored in the manifest.
+They are the tasks, the ids of a prompt, the weights that are frozen below adapters, and the
+teacher. They are stored in the manifest.
 """
 
 from __future__ import annotations
@@ -50,11 +50,8 @@ def hidden_inputs(
     }
 
 
-def check_inputs(inputs: Mapping[str, Any], manifest: Mapping[str, Any], template: str) -> str:
+def check_inputs(inputs: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     """Compare inputs with a run's manifest (empty if it has none), to continue it.
-
-    Returns:
-        A warning that the chat template writes the date; empty if nothing changed.
 
     Raises:
         RunFolderError: other tasks, frozen weights, teacher or tokenizer.
@@ -76,19 +73,11 @@ def check_inputs(inputs: Mapping[str, Any], manifest: Mapping[str, Any], templat
                 f"{what} that this run began with: it is another model. Resume with the same "
                 "models, or start a new run."
             )
-    if before["prompt"] == inputs["prompt"]:
-        return ""
-    if "strftime_now" in template or "date_string" in template:
-        return (
-            "the chat template writes the date into prompts, and this run began on "
-            f"{manifest['time'][:10]}: it continues with other prompts. A new run can fix the date "
-            "if the template has a variable for it, such as --env.template-options date_string "
-            "'26 Jul 2024'"
+    if before["prompt"] != inputs["prompt"]:
+        raise RunFolderError(
+            "The chat template gives other prompts than this run began with: the tokenizer was "
+            "changed. Resume with the same model folder, or start a new run."
         )
-    raise RunFolderError(
-        "The chat template gives other prompts than this run began with: the tokenizer was "
-        "changed. Resume with the same model folder, or start a new run."
-    )
 
 
 def fingerprint(model: nn.Module, *, frozen: bool = False) -> str:

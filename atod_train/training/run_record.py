@@ -7,6 +7,7 @@ not write them restores them when it is resumed.
 from __future__ import annotations
 
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ from atod_train.training.checkpoint import (
 from atod_train.training.inputs import check_inputs
 from atod_train.training.loggers import Loggers, LogTo
 from atod_train.training.model_card import model_card
+from atod_train.training.stopping import handling
 from atod_train.training.update import Learner
 
 _CHECKPOINTS_KEPT = 2
@@ -117,7 +119,8 @@ class RunRecord:
     ) -> Iterator[None]:
         """Restore the newest checkpoint if there is one, and keep the files of metrics open.
 
-        If something fails before the next step changes weights, the last finished step is saved.
+        If a failure or Ctrl-C comes before the next step changes weights, the last finished step is
+        saved.
 
         Args:
             inputs: see `hidden_inputs`, before anything is restored.
@@ -154,18 +157,17 @@ class RunRecord:
                         self._writer.write_evaluation(evaluation)
             try:
                 yield
-            except Exception:
+            except (Exception, KeyboardInterrupt):
                 if self._learner.updates == self._updates and self._learner.can_save_alone:
-                    with suppress(AtodError, OSError):  # the first error is the cause
+                    # The first error is the cause. A second signal must not damage the save.
+                    with suppress(AtodError, OSError), handling(signal.SIG_IGN):
                         self.save()
                 raise
 
     def _describe(self, inputs: dict[str, Any], pool: EnvPool, teacher: Policy | None) -> None:
         """Write config and manifest, unless the run had other inputs."""
         student, config = self._learner.student, self._config
-        template = str(student.tokenizer.chat_template or "")
-        if warning := check_inputs(inputs, read_json(self.run_dir / MANIFEST_FILE), template):
-            print(warning, file=sys.stderr)
+        check_inputs(inputs, read_json(self.run_dir / MANIFEST_FILE))
         # A continued run is not finished until it ends again.
         (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
         write_config(self.run_dir, config)

@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
+from atod_gym.errors import AtodError
 from atod_train.config import Precision, RunConfig, parse_prompt_style, parse_sampler
 from atod_train.distributed import Processes
 from atod_train.evaluation.evaluate import evaluate
@@ -47,6 +50,7 @@ from atod_train.rollout.env_pool import EnvPool
 from atod_train.training.supervised import (
     demonstrate,
     demonstration_texts,
+    shortened,
     tokenize,
     train_on_demonstrations,
 )
@@ -139,36 +143,47 @@ def _identity(config: RunConfig, role: EvaluatedModel, pool: EnvPool) -> str:
     """Return the identity of a model: its files, or its name in the cache if it is trained here."""
     name, epochs, seed = _origin(config, role)
     if not epochs:
-        return _newest_weights(name)
+        return _files(name)
     env, model, start = config.env, config.model, config.start
     style, window = parse_prompt_style(env.prompt_style)
     depends: dict[str, object] = {
         "recipe": _RECIPE,
         "env": [env.id, sorted(env.options.items()), env.max_turns, style],
         "prompt": [window, env.show_admissible, env.parse_profile],
-        "data": pool.content_hash,
+        "data": pool.content_hash + pool.code_hash,
         "demonstrations": [start.demonstrations, NOISE],
+        "max_context": model.max_context,
         "model": [name, epochs, start.lr, start.observation_weight, seed],
     }
     if name in MODEL_SHAPES:
         depends["shape"] = asdict(MODEL_SHAPES[name])
     else:
-        depends["start"] = [_newest_weights(name), sorted(env.template_options.items())]
+        depends["start"] = [_files(name), sorted(env.template_options.items())]
         if model.dtype == "mixed" and is_mixed(model.dtype, pick_device(model.devices[0])):
             depends["dtype"] = model.dtype
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     return f"{Path(name).name}-{digest[:20]}"
 
 
-def _newest_weights(name: str) -> str:
-    """Return a model's name and, for a folder, the time of its newest file of weights.
+def _files(name: str) -> str:
+    """Return a loaded model's name and a hash of its files; of the hub: its commit.
 
-    For a shipped model, it is the hash of its weights.
+    Large files, which are weights, count by size and time: reading gigabytes would take long.
     """
     if name in SHIPPED:
         return SHIPPED[name]
-    times = [file.stat().st_mtime_ns for file in Path(name).glob("*.safetensors")]
-    return f"{Path(name).resolve() if times else name} {max(times, default=0)}"
+    folder = Path(name)
+    if not folder.is_dir():
+        config = try_to_load_from_cache(name, "config.json")
+        return f"{name} {Path(config).parent.name if isinstance(config, str) else ''}"
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix != ".md":
+            stat = file.stat()
+            is_small = stat.st_size <= _TINY_BYTES
+            digest.update(f"{file.name} {stat.st_size} {is_small or stat.st_mtime_ns}".encode())
+            digest.update(file.read_bytes() if is_small else b"")
+    return f"{folder.resolve()} {digest.hexdigest()}"
 
 
 def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -> Policy:
@@ -189,12 +204,29 @@ def _train(config: RunConfig, role: EvaluatedModel, pool: EnvPool, label: str) -
 def imitate(
     policy: Policy, episodes: Sequence[Trajectory], config: RunConfig, epochs: float, seed: int
 ) -> None:
-    """Train a model on demonstrations, with the prompts and learning rates of a run."""
+    """Train a model on demonstrations, with the prompts and learning rates of a run.
+
+    Turns beyond `model.max_context` or the model's positions are left out.
+
+    Raises:
+        AtodError: no demonstration has a turn that fits.
+    """
     env, start = config.env, config.start
     dialogue = DialogueEncoder(policy.tokenizer, env.prompt_style, env.template_options)
+    limit = min(config.model.max_context, policy.max_positions)
+    fitting = [shortened(tokenize(episode, dialogue), limit) for episode in episodes]
+    cut = sum(len(a.turns) < len(b.turns) for a, b in zip(fitting, episodes, strict=True))
+    if not any(episode.turns for episode in fitting):
+        raise AtodError(
+            f"No demonstration fits the {limit} tokens that {policy.name} can have. Raise "
+            "model.max_context, or choose a model with more positions."
+        )
+    if cut:
+        shown = f"{cut:,} of {len(episodes):,} demonstrations are cut at {limit} tokens"
+        print(f"{shown} (model.max_context, or the model's positions)", file=sys.stderr)
     train_on_demonstrations(
         policy,
-        [tokenize(episode, dialogue) for episode in episodes],
+        [episode for episode in fitting if episode.turns],
         epochs=epochs,
         lr=start.lr,
         seed=seed,
@@ -230,7 +262,7 @@ def evaluate_start(
         settings = without_infinities(
             {
                 "made_from": _identity(config, role, train_pool),
-                "tasks": pool.content_hash,
+                "tasks": pool.content_hash + pool.code_hash,
                 "env": asdict(config.env),
                 "dtype": config.model.dtype,
                 "max_context": config.model.max_context,

@@ -1,4 +1,4 @@
-"""Stop a run after its step: at the first Ctrl-C or SIGTERM."""
+"""Stop a run at the first Ctrl-C or SIGTERM, so that no finished step is lost."""
 
 from __future__ import annotations
 
@@ -12,8 +12,22 @@ _ECHO_SECONDS = 1.0
 """Launchers repeat a signal to processes that have already received it."""
 
 
-class StoppedByUser(Exception):
-    """Ctrl-C or SIGTERM: the step was finished and saved; the message says how to continue."""
+class StoppedByUser(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the last finished step is saved; the message says which."""
+
+
+@contextmanager
+def handling(handler: Any) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM with `handler`, as `signal.signal`; only in the main thread."""
+    previous: dict[signal.Signals, Any] = {}
+    with suppress(ValueError):  # only the main thread can change handlers
+        for caught in (signal.SIGINT, signal.SIGTERM):
+            previous[caught] = signal.signal(caught, handler)
+    try:
+        yield
+    finally:
+        for caught, before in previous.items():
+            signal.signal(caught, before)
 
 
 @contextmanager
@@ -24,7 +38,7 @@ def interruptible(
 
     Args:
         announce: print that the run will stop.
-        on_signal: called with the number of the first signal.
+        on_signal: called with the number of the first signal; it may raise StoppedByUser.
 
     Yields:
         A list that is empty until a signal has arrived.
@@ -43,12 +57,5 @@ def interruptible(
         if announce:
             print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
 
-    previous: dict[signal.Signals, Any] = {}
-    with suppress(ValueError):  # only the main thread can change handlers
-        for caught in (signal.SIGINT, signal.SIGTERM):
-            previous[caught] = signal.signal(caught, note)
-    try:
+    with handling(note):
         yield noted
-    finally:
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)

@@ -155,6 +155,18 @@ def tokenize(demonstration: Trajectory, dialogue: DialogueEncoder) -> Trajectory
     return replace(demonstration, turns=tuple(turns))
 
 
+def shortened(demonstration: Trajectory, limit: int) -> Trajectory:
+    """Return a demonstration with tokens up to the first turn that ends beyond `limit` tokens."""
+    length, fitting = 0, []
+    for turn in demonstration.turns:
+        tokens = turn.tokens
+        length = length * tokens.extends_previous + len(tokens.prompt_ids + tokens.completion_ids)
+        if length > limit:
+            break
+        fitting.append(turn)
+    return replace(demonstration, turns=tuple(fitting))
+
+
 def train_on_demonstrations(
     policy: Policy,
     trajectories: Sequence[Trajectory],

@@ -3,19 +3,21 @@
 The seed of the run and the number of the step determine all randomness of a step, so a run that is
 resumed from a checkpoint continues bit for bit (same machine, same number of threads).
 
-A step is saved before it is evaluated. If something fails before the next step changes weights, the
-last finished step is saved. A resumed run first makes an evaluation that is missing.
+A step is saved before it is evaluated. If a failure, Ctrl-C or SIGTERM comes before the next step
+changes weights, the last finished step is saved. Updates are finished first, and rollouts and
+evaluations of several processes. A resumed run first makes an evaluation that is missing.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.accelerator import synchronize
@@ -121,6 +123,8 @@ class Trainer:
         )
         self._skipped_in_a_row = 0
         self._has_warned = False
+        self._interrupted: list[float] = []
+        self._can_stop = False
 
     def _dialogue_of(self, policy: Policy) -> DialogueEncoder:
         env = self.config.env
@@ -134,7 +138,7 @@ class Trainer:
         A run that the folder holds is continued.
 
         Raises:
-            StoppedByUser: after Ctrl-C or SIGTERM; the last finished step is saved.
+            StoppedByUser: Ctrl-C or SIGTERM; the last finished step is saved.
             CheckpointError, RunFolderError: files that cannot be read or written.
             DivergedError: weights, gradients or log-probs are no longer finite.
             OutOfMemory: the message says which settings need less.
@@ -145,14 +149,14 @@ class Trainer:
         pools = (self._train_pool, *self._eval_pools)
         inputs = hidden_inputs(self.student, self.teacher, self._dialogue, pools)
         with (
+            interruptible(on_signal=self._on_signal) as self._interrupted,
             record.opened(inputs, self._train_pool, teacher, self._known),
-            interruptible() as interrupted,
             progress(
                 settings.steps, f"{record.label}, seed {settings.seed}", initial=record.done.step
             ) as advance,
         ):
             if isinstance(self.teacher, RemoteTeacher):
-                self.teacher.interrupted = interrupted
+                self.teacher.interrupted = self._interrupted
             if measures_teacher(self.config.algorithm) and not record.done.schedule.teacher_success:
                 self._measure(teacher)
             self._times.take()  # what came before belongs to no step
@@ -161,27 +165,41 @@ class Trainer:
                 self._step(record.done.step + 1)
                 give_back()
                 step = record.done.step
-                if step == settings.steps or step % settings.save_every == 0:
+                if self._is_evaluated_after(step) or step % settings.save_every == 0:
                     self._save()
                 self._warn_of_cut_completions()
                 row = record.row
                 note = f"success {row['train_success']:.2f}, turns {row['turns']:.1f}"
                 advance(note=note, tokens=int(row["tokens"]))
-                self._stop_if(bool(interrupted))
                 self._evaluate_if_due()
-                self._stop_if(bool(interrupted))
         record.finish()
 
     def _save(self) -> None:
         with self._times.phase("checkpoint"):
             self._record.save()
 
-    def _stop_if(self, interrupted: bool) -> None:
-        """Save and stop if a signal has arrived on any rank and steps are left."""
+    @contextmanager
+    def _repeatable(self) -> Iterator[None]:
+        """Let a signal stop the run in a block that changes nothing: a resumed run repeats it.
+
+        Several processes stop before the block, all together: the others would wait for one.
+        """
+        self._can_stop = self.processes.count == 1
+        try:
+            if self.processes.any(bool(self._interrupted)):
+                self._save()
+                self._stop()
+            yield
+        finally:
+            self._can_stop = False
+
+    def _stop(self) -> NoReturn:
         step, steps = self._record.done.step, self.config.train.steps
-        if self.processes.any(interrupted) and step < steps:
-            self._save()
-            raise StoppedByUser(f"stopped after step {step} of {steps}")
+        raise StoppedByUser(f"stopped after step {step} of {steps}")
+
+    def _on_signal(self, number: int) -> None:
+        if self._can_stop:
+            self._stop()
 
     def _is_evaluated_after(self, step: int) -> bool:
         settings = self.config.train
@@ -198,6 +216,7 @@ class Trainer:
         evaluated = self._record.evaluated()
         found: list[Evaluation] = []
         with (
+            self._repeatable(),
             self._times.phase("evaluation"),
             memory_errors(f"evaluating step {step}", _LESS_IN_ROLLOUTS),
         ):
@@ -246,7 +265,7 @@ class Trainer:
         teacher = self.teacher if scores_teacher(algorithm, step, schedule.progress) else None
         budget = config.train.tokens_per_microbatch or tokens_at_once(self.student)
         advice = _LESS_IN_UPDATES.format(budget)
-        with memory_errors(f"scoring the tokens of step {step}", advice):
+        with self._repeatable(), memory_errors(f"scoring the tokens of step {step}", advice):
             scores = score_batch(self.learner, teacher, batch, config, self._times)
         check_scores(scores, batch.completion_mask, step)
         try:
@@ -285,11 +304,9 @@ class Trainer:
 
     def _rounding(self) -> float:
         """Return the disagreement, nats per token, that rounding can give two equal models."""
-        scored = [self.student]
-        if isinstance(self.teacher, LocalTeacher):
-            scored.append(self.teacher.policy)
-        is_low = any(policy.layer_dtype != torch.float32 for policy in scored)
-        return LOW_PRECISION_DISAGREEMENT if is_low else MIN_DISAGREEMENT
+        is_exact = self.teacher is None or self.teacher.is_float32
+        is_exact = is_exact and self.student.layer_dtype == torch.float32
+        return MIN_DISAGREEMENT if is_exact else LOW_PRECISION_DISAGREEMENT
 
     def _measure(self, teacher: Policy | None) -> None:
         """Let the teacher play the tasks of the first step, and keep its success for schedule gap.
@@ -334,6 +351,7 @@ class Trainer:
         )
         count = len(self.processes.share(len(tasks))) * settings.group_size
         with (
+            self._repeatable(),
             memory_errors(f"playing the episodes of step {step}", _LESS_IN_ROLLOUTS),
             progress(count, f"rollout {step}", is_part=True) as advance,
         ):

@@ -126,7 +126,7 @@ def update_policy(
         for micro, found in learner.microbatches(
             part,
             config.train.tokens_per_microbatch,
-            with_entropy=algorithm.entropy_bonus > 0,
+            with_entropy=algorithm.entropy_bonus != 0,
             reference=reference,
         ):
             loss, counts = _loss(micro, found, normalizer, tokens, scores, advantages, algorithm)

@@ -245,9 +245,10 @@ def test_tables_as_markdown(merged: Results) -> None:
 
 
 def test_the_teacher_passes_that_a_schedule_saved_have_a_column(tmp_path: Path) -> None:
-    runs = [files.run(label, 0, {"s": "01"}) for label in ("atod", "gap", "grpo")]
-    for run, course in zip(runs, ([0.5, 0.3], [0.5, 0.4, None, 0.0, 0.0], [0.0]), strict=True):
-        run["metrics"]["disagreement"] = course
+    """A teacher that is the student itself is scored, and agrees exactly."""
+    runs = [files.run(label, 0, {"s": "01"}) for label in ("atod", "gap", "self", "grpo")]
+    for run, course in zip(runs, ([0.5, 0.3], [0.5, 0.4, None, None], [0.0, 0.0]), strict=False):
+        run["metrics"] |= {"disagreement": course, "kappa": [1.0] * len(course)}
     found = one(
         files.write(
             tmp_path / "1.json", houses=files.environment(runs, start={"s": "01"}, teacher={})
@@ -255,7 +256,7 @@ def test_the_teacher_passes_that_a_schedule_saved_have_a_column(tmp_path: Path) 
     )
     table = phase_table(found)
     assert table.head[-1] == "teacher passes saved"
-    assert [row[-1] for row in table.rows] == ["0 %", "50 %", "100 %"]
+    assert [row[-1] for row in table.rows] == ["0 %", "50 %", "0 %", "100 %"]
 
 
 def test_numbers_as_text() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_policy import make_policy, random_batch
 
 from atod_train.algorithm.atod import group_advantages, loss_normalizer, turn_weights
 from atod_train.algorithm.methods import (
@@ -18,8 +19,11 @@ from atod_train.algorithm.methods import (
     turn_limit,
 )
 from atod_train.algorithm.weights import sod_weights
-from atod_train.config import AlgorithmConfig
+from atod_train.config import AlgorithmConfig, RunConfig, TrainConfig
+from atod_train.distributed import Processes
+from atod_train.progress import PhaseTimes
 from atod_train.records import Batch, TokenScores
+from atod_train.training.update import Learner, score_batch, update_policy
 
 METHODS = ("atod", "opd", "grpo", "mix", "sod", "tcod", "sdar")
 
@@ -466,3 +470,19 @@ def test_a_large_batch_takes_no_loops() -> None:
     for method in METHODS:
         advantages = compute_advantages(batch, scores, with_method(method), 10)
         assert bool(torch.isfinite(advantages.values).all())
+
+
+@pytest.mark.parametrize("bonus", [-0.1, 0.1])
+def test_the_entropy_bonus_has_either_sign(bonus: float) -> None:
+    batch = random_batch()
+    batch = dataclasses.replace(batch, returns=torch.zeros_like(batch.returns))
+    algorithm = AlgorithmConfig(method="grpo", entropy_bonus=bonus)
+    config = RunConfig(algorithm=algorithm, train=TrainConfig(minibatches="1"))
+    learner = Learner(make_policy(0), 1e-2, Processes())
+    before = score_batch(learner, None, batch, config, PhaseTimes())
+    advantages = compute_advantages(batch, before, algorithm, 1)
+    update_policy(learner, None, batch, before, advantages, config, torch.Generator())
+    after = score_batch(learner, None, batch, config, PhaseTimes())
+    assert before.entropies is not None
+    assert after.entropies is not None
+    assert (float(after.entropies.sum() - before.entropies.sum()) > 0) == (bonus > 0)

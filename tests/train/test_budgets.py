@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,16 @@ def test_a_microbatch_takes_half_of_what_training_leaves(gpu: Any) -> None:
     assert tokens_at_once(MIXED) == 16384
     gpu.total_memory = 0
     assert tokens_at_once(MIXED) == 1024
+
+
+def test_frozen_weights_leave_more_memory(gpu: Any) -> None:
+    policy = replace(MIXED, model=copy.deepcopy(POLICY.model).requires_grad_(False))
+    gpu.total_memory = 4 * WEIGHTS + 2 * 5000 * PER_TOKEN
+    assert tokens_at_once(policy) == 4096
+    assert tokens_at_once(MIXED) == 1024
+    norm = policy.model.model.norm.weight.requires_grad_()  # as adapters are
+    gpu.total_memory = 4 * WEIGHTS + 12 * len(norm) + 2 * 5000 * PER_TOKEN * 3
+    assert tokens_at_once(policy) == 4096
 
 
 def test_a_microbatch_on_a_processor() -> None:

@@ -131,6 +131,18 @@ def test_template_without_an_end_token_is_refused() -> None:
         DialogueEncoder(make_tokenizer(NO_END))
 
 
+@pytest.mark.parametrize("name", ["enable_thinkng", "enable", "date_string"])
+def test_an_option_that_the_template_lacks_is_refused(name: str) -> None:
+    with pytest.raises(AtodError, match=f"no variable '{name}'"):
+        DialogueEncoder(make_tokenizer(LAST_THOUGHT), template_options={name: False})
+
+
+def test_thoughts_need_no_switch_in_a_template_without_them() -> None:
+    DialogueEncoder(make_tokenizer(CHATML), template_options={"enable_thinking": False})
+    with pytest.raises(AtodError, match="no variable 'enable_thinking'"):
+        DialogueEncoder(make_tokenizer(CHATML), template_options={"enable_thinking": True})
+
+
 def test_missing_template_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None

@@ -25,7 +25,7 @@ from atod_train.models.policy import Policy
 from atod_train.reports.metrics import MetricsWriter, read_evaluations, read_metrics
 from atod_train.reports.run_folder import RunFolderError
 from atod_train.studies.study import train_one
-from atod_train.training import trainer, update
+from atod_train.training import run_record, stopping, trainer, update
 from atod_train.training.checkpoint import checkpoint_path, saved_checkpoints
 from atod_train.training.checks import DivergedError
 from atod_train.training.update import Learner
@@ -190,6 +190,68 @@ def test_finished_steps_are_saved_and_resumed_exactly(
     _assert_same(run, whole_run)
 
 
+class Signalling:
+    """Sends this process Ctrl-C at one of its calls: once, or twice."""
+
+    def __init__(self, function: Any, call: int, times: int) -> None:
+        self.function, self.left, self.times = function, call, times
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+        return self.function(*arguments, **settings)
+
+    __get__ = Failing.__get__
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("usual_sigint")
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    ("place", "call", "step"),
+    [
+        ("rollout", 3, 2),
+        ("scores", 3, 2),
+        ("update", 3, 3),
+        ("moments", 6, 3),
+        ("evaluation", 1, 3),
+        ("last evaluation", 2, 4),
+        ("save", 1, 3),
+    ],
+)
+def test_ctrl_c_loses_no_finished_step(
+    place: str, call: int, step: int, times: int, whole_run: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Twice within an update loses its step, and those before if weights have moved."""
+    monkeypatch.setattr(stopping, "_ECHO_SECONDS", -1.0)
+    owner, name = {
+        "rollout": (trainer, "collect"),
+        "scores": (trainer, "score_batch"),
+        "update": (update, "split_minibatches"),
+        "moments": (Learner, "step"),
+        "evaluation": (trainer, "evaluate"),
+        "last evaluation": (trainer, "evaluate"),
+        "save": (run_record, "save_checkpoint"),
+    }[place]
+    kept = getattr(owner, name)
+    signalling = Signalling(kept, call, times)
+    monkeypatch.setattr(owner, name, signalling)
+    with pytest.raises(KeyboardInterrupt):
+        train_one(CONFIG, tmp_path)
+    assert signalling.left <= 0
+    run = tmp_path / "atod-seed0"
+    if times == 2:
+        step -= {"update": 1, "moments": 3}.get(place, 0)
+    newest = [path.stem for path in saved_checkpoints(run)][-1:]
+    assert newest == [f"step-{step:06d}"] * bool(step)
+    monkeypatch.setattr(owner, name, kept)
+    train_one(CONFIG, tmp_path, resume=True)
+    _assert_same(run, whole_run)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("call", [5, 6])
 def test_weights_of_half_a_step_are_not_saved(
@@ -321,4 +383,4 @@ def test_a_disk_that_is_full_when_a_model_is_saved_is_one_line(tmp_path: Path) -
     assert "AtodError: The model" in done.stderr.splitlines()[-1]
     assert "Free disk space" in done.stderr.splitlines()[-1]
     assert (tmp_path / "best" / "model.safetensors").read_bytes() == kept
-    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert {path.name for path in tmp_path.iterdir()} == {"best", ".lock"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,56 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
         partial.write_text('{"a": 1}')
     assert read_json(path) == {"a": 1}
     assert [file.name for file in path.parent.iterdir()] == ["file.json"]
+
+
+_KILLED = """
+import os, shutil, sys
+from pathlib import Path
+from atod_train.files import replacing_folder
+target, left, identity = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+def counted(function):
+    def call(*arguments, **settings):
+        global left
+        if left == 0:
+            os._exit(9)
+        left -= 1
+        return function(*arguments, **settings)
+    return call
+
+for owner, name in (
+    (os, "rename"), (os, "replace"), (shutil, "rmtree"), (Path, "unlink"), (Path, "mkdir")
+):
+    setattr(owner, name, counted(getattr(owner, name)))
+with replacing_folder(target, "config", last="*.weights") as partial:
+    partial.mkdir()
+    for file in ("config", "new", "a.weights"):
+        (partial / file).write_text(identity)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("identity", ["old", "new"])
+def test_a_killed_save_leaves_nothing_behind(identity: str, tmp_path: Path) -> None:
+    """Killed before each operation on files; saving again leaves exactly the complete folder."""
+    for left in range(100):
+        folder = tmp_path / str(left)
+        target = folder / "model"
+        target.mkdir(parents=True)
+        for name in ("config", "stale", "a.weights"):
+            (target / name).write_text("old")
+        command = [sys.executable, "-c", _KILLED, str(target)]
+        killed = subprocess.run([*command, str(left), identity], check=False)
+        alive = [path for path in folder.iterdir() if (path / "a.weights").is_file()]
+        assert alive
+        subprocess.run([*command, "-1", identity], check=True)
+        assert {path.name for path in folder.iterdir()} == {"model", ".lock"}
+        assert {path.name for path in target.iterdir()} == {"config", "new", "a.weights"}
+        assert all(path.read_text() == identity for path in target.iterdir())
+        if killed.returncode == 0:
+            break
+        assert killed.returncode == 9
+    assert left >= 5
 
 
 def test_files_are_readable_for_those_that_the_umask_allows(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +30,7 @@ from atod_train.models.policy import Policy
 from atod_train.models.pretrained import load_policy, read_shape
 from atod_train.models.scores import score_completions, score_microbatches
 from atod_train.records import TokenizedTurn, Trajectory, Turn
+from atod_train.studies.checks import describe_model
 
 SIZE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -268,6 +272,104 @@ def test_a_window_that_the_context_fits_is_accepted(tmp_path: Path) -> None:
         Generator(policy, DialogueEncoder(policy.tokenizer), max_context=17)
     with pytest.raises(AtodError, match=r"max_context=513 is more than the 512 positions"):
         read_shape(str(make_folder(tmp_path / "l", ACCEPTED["llama"])), 513)
+
+
+_ORIGINAL = {"original_max_position_embeddings": 64, "factor": 8.0}
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 8.0},
+    "dynamic": {"factor": 8.0},
+    "yarn": _ORIGINAL,
+    "llama3": {**_ORIGINAL, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": {**_ORIGINAL, "short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0]},
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_row_is_scored_alike_beside_the_longest_that_is_accepted(
+    name: str, tmp_path: Path
+) -> None:
+    rope = {"rope_type": name, "rope_theta": 10000.0, **ROPES[name]}
+    settings = {**SIZE, "max_position_embeddings": 256, "rope_parameters": rope}
+    folder = make_folder(tmp_path / "m", (hf.LlamaConfig, settings))
+    policy = load_policy(folder)
+    longest = policy.max_positions
+    assert longest == (64 if name == "longrope" else 256)
+    with pytest.raises(AtodError, match=f"Use --model.max-context {longest} or less"):
+        read_shape(str(folder), longest + 1)
+    read_shape(str(folder), longest)
+
+    def record(length: int) -> Trajectory:
+        ids = tuple(i * 7 % 300 + 5 for i in range(length))
+        tokens = TokenizedTurn(ids[:20], ids[20:], (0.0,) * (length - 20), "stop", False)
+        turn = Turn(0, (), "", "", 0.0, True, tokens)
+        return Trajectory(0, "t", "k", (turn,), True, False, "terminated", True, 1.0)
+
+    alone, beside = (
+        score_completions(policy, make_batch([record(n) for n in lengths], 0)).logprobs[0, :20]
+        for lengths in ([40], [40, longest])
+    )
+    torch.testing.assert_close(alone, beside, rtol=0.0, atol=1e-5)
+
+
+OTHER_KINDS = {
+    "distilbert": hf.DistilBertConfig(dim=32, n_heads=4, n_layers=1, hidden_dim=64),
+    "vit": hf.ViTConfig(),
+    "t5": hf.T5Config(),
+    "clip": hf.CLIPConfig(),
+}
+"""Configurations of no causal language model."""
+EDITS: dict[str, dict[str, Any]] = {
+    **{
+        method: {"quantization_config": {"quant_method": method, **settings}}
+        for method, settings in {
+            "bitsandbytes": {"load_in_4bit": True},
+            "gptq": {"bits": 4},
+            "awq": {"bits": 4, "zero_point": True, "version": "gemm"},
+            "compressed-tensors": {"format": "float-quantized", "config_groups": {}},
+        }.items()
+    },
+    "empty quantisation": {"quantization_config": {}},
+    "unknown type": {"model_type": "nothing"},
+    "no type": {"model_type": None},
+    "heads": {"num_attention_heads": 5},
+    "text for a number": {"hidden_size": "x"},
+    "no number": {"hidden_size": None},
+    "rope": {"rope_parameters": {"rope_type": "nothing"}},
+    "activation": {"hidden_act": "nothing"},
+    "vocabulary": {"vocab_size": 10},
+}
+"""Changes of config.json."""
+
+
+@pytest.mark.parametrize("name", [*OTHER_KINDS, *EDITS, "sentencepiece", "tokenizer", "weights"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_cannot_be_used_is_one_line(name: str, tmp_path: Path) -> None:
+    if name in OTHER_KINDS:
+        OTHER_KINDS[name].save_pretrained(tmp_path)
+    else:
+        make_folder(tmp_path, ACCEPTED["llama"])
+    if name in EDITS:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | EDITS[name]))
+    elif name == "sentencepiece":
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "tokenizer.model").write_bytes(
+            b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
+        )
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    elif name == "tokenizer":
+        (tmp_path / "tokenizer.json").write_text("{}")
+    elif name == "weights":
+        (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(AtodError, match=re.escape(str(tmp_path))):
+        load_policy(tmp_path)
+    with contextlib.suppress(AtodError):  # the weights and tokenizers are not read
+        describe_model(str(tmp_path), 512)
+    if name in OTHER_KINDS or name in ("bitsandbytes", "gptq", "awq", "compressed-tensors"):
+        with pytest.raises(AtodError, match=r"quantised|causal|encoder|larger"):
+            describe_model(str(tmp_path), 512)
 
 
 def test_ids_that_no_token_has_are_never_sampled(tmp_path: Path) -> None:

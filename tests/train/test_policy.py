@@ -129,7 +129,7 @@ def test_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     policy.save(target)
     make_policy(5).save(target)  # replaces the first
     policy.save(target)
-    assert [path.name for path in target.parent.iterdir()] == ["student"]
+    assert {path.name for path in target.parent.iterdir()} == {"student", ".lock"}
     assert (target / "model.safetensors").is_file()
     loaded = load_policy(target)
     assert loaded.name == "student"
@@ -168,7 +168,7 @@ def test_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(type(policy.tokenizer), "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
         policy.save(target)
-    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert {path.name for path in tmp_path.iterdir()} == {"student", ".lock"}
     assert load_policy(target).embedding_rows == policy.embedding_rows
 
 
@@ -221,7 +221,7 @@ def test_a_model_with_nan_is_not_saved(tmp_path: Path) -> None:
     assert load_policy(tmp_path / "model")
     with pytest.raises(AtodError, match="is not saved"):
         policy.save(tmp_path / "other")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".lock"}
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:

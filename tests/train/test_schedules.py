@@ -201,8 +201,8 @@ def test_a_withdrawn_teacher_is_not_scored(
     assert teacher.calls == (2 if signal == "sampled" else 0)
     assert ["seconds/teacher" in row for row in rows] == [True, True, False, False]
     for row in rows[2:]:
-        assert row["disagreement"] == row["opd_signal"] == 0.0
-        assert row["turn_weight"] == row["rho"] == 1.0
+        assert not {"disagreement", "opd_signal", "turn_weight"} & row.keys()
+        assert row["rho"] == 1.0
     plain, theirs = run(
         with_schedule("linear:2", method="grpo"), echo_pool, echo_policies, tmp_path / "grpo", 1
     )

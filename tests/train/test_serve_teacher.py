@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ from test_trainer import _numbers as numbers
 
 from atod_gym.errors import ServerError
 from atod_train import doctor
+from atod_train.algorithm.atod import MIN_DISAGREEMENT
+from atod_train.algorithm.methods import LOW_PRECISION_DISAGREEMENT
 from atod_train.cli import main
 from atod_train.config import StartConfig
 from atod_train.files import read_json
@@ -40,6 +43,7 @@ from atod_train.teachers import remote, server
 from atod_train.teachers.server import ServedTeacher, create_app
 from atod_train.training.checkpoint import load_latest
 from atod_train.training.supervised import demonstrate, demonstration_texts
+from atod_train.training.trainer import Trainer
 
 TEACHER = make_policy(1)
 
@@ -72,6 +76,30 @@ def test_completions(url: str) -> None:
         assert first is None
         for token, logprob, entry in zip(ids[1:], _expected(ids), others, strict=True):
             assert entry == {str(token): {"logprob": pytest.approx(logprob, abs=1e-5)}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
+def test_rounding_follows_the_precision_that_the_server_states(
+    dtype: str | None, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None: the server of others, such as vLLM; its precision is not known."""
+    get = remote.JsonClient.get
+
+    def answer(client: Any, path: str) -> Any:
+        found = get(client, path)
+        if path == "/health":
+            assert found["dtype"] == "float32"  # of a processor
+            return found | {"dtype": dtype}
+        return found
+
+    monkeypatch.setattr(remote.JsonClient, "get", answer)
+    student = make_policy(0)
+    teacher = remote.RemoteTeacher(url, student)
+    asked = SimpleNamespace(student=student, teacher=teacher)
+    expected = MIN_DISAGREEMENT if dtype == "float32" else LOW_PRECISION_DISAGREEMENT
+    assert Trainer._rounding(asked) == expected  # type: ignore[arg-type]
+    asked.student = replace(student, autocast_dtype=torch.bfloat16)
+    assert Trainer._rounding(asked) == LOW_PRECISION_DISAGREEMENT  # type: ignore[arg-type]
 
 
 def test_prompts_of_one_token(url: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import pytest
 import torch
 from test_trainer import CONFIG
 
-from atod_gym.errors import InvalidSettingError
+from atod_gym.errors import AtodError, InvalidSettingError
 from atod_train.batch import make_batch
 from atod_train.config import RunConfig, StartConfig
 from atod_train.models import pretrained
@@ -21,6 +23,7 @@ from atod_train.models.policy import Policy
 from atod_train.models.pretrained import cache_folder, load_policy
 from atod_train.models.scores import score_completions
 from atod_train.models.word_tokenizer import build_word_tokenizer
+from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.study import train_one
 from atod_train.training import starts, supervised
@@ -121,6 +124,110 @@ def test_layers_in_low_precision_make_a_start_of_their_own(
         student = policy_of(mixed, "student", pool)
     assert len(trained) == 3
     assert (student.model.dtype, student.autocast_dtype) == (torch.float32, None)
+
+
+FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+)
+
+
+@pytest.mark.parametrize("epochs", [0.0, 3.0])
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_of_a_model_counts(
+    name: str, epochs: float, config: RunConfig, pool: EnvPool
+) -> None:
+    """With passes it names a cached start, without them it belongs to stored evaluations."""
+    config = replace(config, start=replace(config.start, epochs=(epochs, 0.0)))
+    before = starts._identity(config, "student", pool)
+    file = Path(config.model.student) / name
+    content = file.read_bytes()
+    os.utime(file)  # a file that is written again is the same file
+    (file.parent / "README.md").write_text("a new card")
+    assert starts._identity(config, "student", pool) == before
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert starts._identity(config, "student", pool) != before
+
+
+def test_a_model_of_the_hub_counts_by_its_commit(
+    config: RunConfig, pool: EnvPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = replace(config, model=replace(config.model, student="some/model"))
+    found = []
+    for commit in ("a1", "b2", None):
+        path = str(tmp_path / "snapshots" / commit / "config.json") if commit else None
+        monkeypatch.setattr(starts, "try_to_load_from_cache", lambda *_, path=path: path)
+        found.append(starts._identity(config, "student", pool))
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("edited", ["own_env.py", "own_base.py", "own_expert.py"])
+def test_the_code_of_an_own_environment_counts(
+    edited: str, config: RunConfig, pool: EnvPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    base = (Path(__file__).parent / "echo_env.py").read_text()
+    base = base.replace("tests/TwoWords-v0", f"tests/Base-{edited[:-3]}-v0")
+    (tmp_path / "own_base.py").write_text(base)
+    (tmp_path / "own_expert.py").write_text("def expert(self): return None\n")
+    (tmp_path / "own_env.py").write_text(
+        "import gymnasium, own_base, own_expert\n"
+        "class Own(own_base.EchoEnv): expert = own_expert.expert\n"
+        f"gymnasium.register('tests/{edited[:-3]}-v0', entry_point=Own, max_episode_steps=2)\n"
+    )
+    env_id = f"own_env:tests/{edited[:-3]}-v0"
+    env = replace(config.env, id=env_id, data="auto", options={}, max_turns=2)
+    before = starts._identity(config, "student", EnvPool(env, "train"))
+    file = tmp_path / edited
+    file.write_text(file.read_text() + "# edited\n")
+    assert starts._identity(config, "student", EnvPool(env, "train")) != before
+    assert not pool.code_hash  # its content hash covers its tasks
+    for name in ("own_env", "own_base", "own_expert"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("style", ["chat", "window"])
+def test_demonstrations_beyond_the_context_are_cut(
+    style: str, config: RunConfig, pool: EnvPool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    trained: list[Any] = []
+    monkeypatch.setattr(
+        starts, "train_on_demonstrations", lambda _, found, **__: trained.append(found)
+    )
+    policy = load_policy(config.model.student)
+    env = replace(pool.config, prompt_style=style)
+    episodes = demonstrate(EnvPool(env, "train"), 16, 0.0, 0)
+
+    def imitated(limit: int) -> list[Trajectory]:
+        model = replace(config.model, max_context=limit)
+        starts.imitate(policy, episodes, replace(config, env=env, model=model), 1.0, 0)
+        found: list[Trajectory] = trained.pop()
+        return found
+
+    def lengths(found: list[Trajectory]) -> list[int]:
+        rows = make_batch(found, policy.pad_id)
+        return sorted(rows.attention_mask.sum(dim=1).tolist())
+
+    dialogue = DialogueEncoder(policy.tokenizer, style)
+    whole = [tokenize(episode, dialogue) for episode in episodes]
+    longest = lengths(whole)[-1]
+    assert imitated(longest) == whole  # the same objects are trained on in the same order
+    assert "cut" not in capsys.readouterr().err
+    cut = imitated(longest - 1)
+    assert lengths(cut)[-1] < longest
+    assert cut != whole
+    assert f"of {len(episodes)} demonstrations are cut at {longest - 1} tokens" in (
+        capsys.readouterr().err
+    )
+    # A model with fewer positions counts as a smaller context.
+    monkeypatch.setattr(type(policy), "max_positions", longest - 1)
+    assert imitated(longest) == cut
+    with pytest.raises(AtodError, match="No demonstration fits the 3 tokens"):
+        imitated(3)
 
 
 def test_without_passes_nothing_is_trained(config: RunConfig, pool: EnvPool) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 
 from atod_gym.errors import InvalidSettingError
@@ -17,6 +18,7 @@ from atod_train.files import FileError, read_json
 from atod_train.reports.metrics import read_evaluations, read_metrics
 from atod_train.reports.results import read_results
 from atod_train.reports.run_folder import OtherSettingsError, write_config
+from atod_train.rollout.env_pool import EnvPool
 from atod_train.studies.file import StudySelection, keep_study, read_kept_study, read_study
 
 STUDY = """
@@ -81,6 +83,63 @@ def test_options_of_an_environment_are_added_to_those_of_the_preset(
     assert command.config(words).env.options == {
         "products": 300, "topk": 3, "split": "x"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "toml", "value"),
+    [
+        ("True", "true", True),
+        ("false", "false", False),
+        ("FALSE", None, False),
+        ("3", "3", 3),
+        ("0.5", "0.5", 0.5),
+        ("1e-3", "1e-3", 1e-3),
+        ("one_hop", '"one_hop"', "one_hop"),
+        (None, '"false"', "false"),
+        (None, '"0.5"', "0.5"),
+    ],
+)
+@pytest.mark.parametrize("table", ["options", "template_options"])
+def test_tables_reach_the_environment_with_their_types(
+    table: str, words: str | None, toml: str | None, value: Any, study: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    found = []
+    if words is not None:
+        command = _parsed(words := ["webshop-tiny", f"--env.{table}", "given", words])
+        assert isinstance(command, Train)
+        found.append(command.config(words))
+    if toml is not None:
+        given = f'"webshop-tiny"\n"env.{table}" = {{ given = {toml} }}'
+        study.write_text(STUDY.replace('"houses-tiny"', given), encoding="utf-8")
+        [part] = read_study(study, tmp_path / "out").parts
+        found.append(part.config)
+    received: list[Any] = []
+    monkeypatch.setattr(gymnasium, "make_vec", lambda *_, **settings: received.append(settings))
+    for config in found:
+        chosen = getattr(config.env, table)["given"]
+        assert (type(chosen), chosen) == (type(value), value)
+        with pytest.raises(AssertionError):  # no environment was made
+            EnvPool(config.env, "train")
+    if table == "options":
+        assert [settings["given"] for settings in received] == [value] * len(found)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('"env.options" = { topk = [1] }', "topk of 'env.options' must be a text"),
+        ('"env.template-options" = { day = 2024-07-26 }', "day of 'env.template-options' must"),
+        ('"env.eval_modes" = { a = 1 }', "is not a table"),
+        ('"model.device" = { a = 1 }', "is not a table"),
+    ],
+)
+def test_a_table_that_no_setting_takes_is_refused(
+    line: str, told: str, study: Path, tmp_path: Path
+) -> None:
+    study.write_text(STUDY.replace('"houses-tiny"', f'"houses-tiny"\n{line}'), encoding="utf-8")
+    with pytest.raises(InvalidSettingError, match=re.escape(told)):
+        read_study(study, tmp_path / "out")
 
 
 def test_a_value_of_a_wrong_type_is_found(
