@@ -27,7 +27,7 @@ def post(url: str, body: object) -> Any:
 
 @pytest.mark.slow
 def test_long_searches_do_not_stop_others(start_server: StartServer) -> None:
-    server = start_server("retrieval", "--port", "0", "--entities", "5000", "--max-queries", "200")
+    server = start_server("retrieval", "--port", "0", "--entities", "5000")
     words = " ".join(word for words in WORDS.values() for word in words)
     query = (words * 10)[:10_000]
     heavy = {"queries": [query] * 90, "topk": 100, "return_scores": True}
