@@ -246,6 +246,7 @@ def test_an_internal_error_is_reported_with_the_end_of_the_log() -> None:
     assert not connection.is_lost
 
 
+@pytest.mark.slow
 def test_lists_may_take_as_long_as_a_start() -> None:
     connection = connect(ServerSettings("shop", ("fine",), timeout=0.15))
     assert connection.read_list("/slow")["service"] == "shop"

@@ -160,6 +160,7 @@ def test_unequal_budgets_are_shown(tmp_path: Path) -> None:
     assert BUDGET not in (*main_table(equal).head, answer(equal))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fails", "made", "told"),
     [
