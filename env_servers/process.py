@@ -146,6 +146,8 @@ def serve(app: ASGIApp, listener: socket.socket, *, service: str) -> None:
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(json.dumps({"ready": True, "url": url, "service": service}), flush=True)
+            line = json.dumps({"ready": True, "url": url, "service": service})
+            with contextlib.suppress(BrokenPipeError):  # its reader has left
+                os.write(sys.stdout.fileno(), f"{line}\n".encode())
 
     Server(config).run(sockets=[listener])

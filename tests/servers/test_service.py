@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -488,3 +489,27 @@ def test_it_does_not_start_for_a_parent_that_is_gone(
     )
     server.process.wait(30)
     assert server.stop()[0] == 0
+
+
+@pytest.mark.slow
+def test_it_serves_after_the_reader_of_its_output_has_left(shop_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "env_servers.cli", "webshop", "--data", str(shop_folder), "--port",
+         str(port)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stdout is not None
+    server.stdout.close()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(OSError):
+            assert get(f"http://127.0.0.1:{port}", "/health")[0] == 200
+            break
+        time.sleep(0.1)
+    server.terminate()
+    assert server.wait(30) == 0
+    assert server.stderr is not None
+    assert server.stderr.read() == ""
+    server.stderr.close()
