@@ -191,7 +191,8 @@ def build_application(
     async def answer_openapi(request: Request) -> dict[str, Any]:
         return document()
 
-    fields = msgspec.structs.asdict(health())
+    state = health()
+    fields = msgspec.structs.asdict(state)
     lasting = {name: value for name, value in fields.items() if name not in _INCIDENTAL}
     served = hashlib.sha256(msgspec.json.encode(lasting, order="sorted")).hexdigest()
     counters = "Return counters in the text format of Prometheus."
@@ -199,7 +200,7 @@ def build_application(
     every = "Describe all endpoints as OpenAPI 3.1."
     table = [
         *endpoints,
-        Endpoint("GET", "/health", answer_health, "Describe what is served.", type(health())),
+        Endpoint("GET", "/health", answer_health, "Describe what is served.", type(state)),
         Endpoint("GET", "/metrics", answer_metrics, counters, media=TEXT),
         Endpoint("GET", "/", answer_home, itself, Home),
         Endpoint("GET", "/openapi.json", answer_openapi, every, dict[str, Any]),

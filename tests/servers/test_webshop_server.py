@@ -104,6 +104,7 @@ def test_idle_sessions_are_closed_without_requests(small_shop: Shop, clock: Cloc
 
     store = Watched(small_shop, capacity=4, idle_seconds=0.2, clock=clock)
     app = create_app(store, max_body=1000)
+    calls = 0  # an application is made with one look at the figures
 
     async def live() -> None:
         async with app.router.lifespan_context(app):
@@ -116,7 +117,7 @@ def test_idle_sessions_are_closed_without_requests(small_shop: Shop, clock: Cloc
     # With the clock set back, looking at the figures drops nothing.
     clock.now -= 10
     assert store.expired == 1
-    assert calls < 50  # it sleeps between them
+    assert calls <= 5
 
 
 # The JSON API
