@@ -345,7 +345,8 @@ def test_a_signal_saves_every_run(number: int, jobs: int, tmp_path: Path) -> Non
     assert process.returncode == 130, errors
     for run in runs:
         steps = len(read_metrics(run))
-        assert [p.stem for p in saved_checkpoints(run)] == [f"step-{steps:06d}"]
+        # A run that was ahead of the other one has the checkpoint of its evaluation, too.
+        assert saved_checkpoints(run)[-1].stem == f"step-{steps:06d}"
 
 
 @pytest.mark.slow
