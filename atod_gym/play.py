@@ -15,6 +15,7 @@ from gymnasium import spaces
 
 import atod_gym
 from atod_gym import terminal
+from atod_gym.envs.webshop.expert import SEPARATOR
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.parsing import ACTION_TAGS, action_tags
 from atod_gym.prompts import shown_text
@@ -31,8 +32,6 @@ _WIDEST = 100
 """Columns of text that are still easy to read."""
 
 _BUTTON = re.compile(r"click\[(.+)\]", re.DOTALL)
-_MARK = " [SEP] "
-"""Between the parts of a web page, which come in one line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,11 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal.accept_any_text()
     try:
         options = _parser().parse_args(arguments)
-        env = _make(options)
-        try:
+        with _make(options) as env:
             return _play(env, options)
-        finally:
-            env.close()
     except (AtodError, gymnasium.error.Error) as error:
         print(f"atod-play: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -150,7 +146,7 @@ def page(observation: TurnObservation, info: Mapping[str, Any]) -> str:
     goal = observation["instruction"]
     numbers = _numbers_of_buttons(observation)
     lines = []
-    for part in shown_text(observation, info).split(_MARK):
+    for part in shown_text(observation, info).split(SEPARATOR):
         if part.strip() in (goal, "Instruction:"):
             continue
         for line in part.replace(f"Your task is to: {goal}", "").rstrip().split("\n"):
@@ -208,7 +204,7 @@ def ask(
 
 def _numbered(observation: TurnObservation) -> dict[str, str]:
     """Return number -> action; buttons in the order of the page, then the others."""
-    parts = [part.lower() for part in observation["text"].split(_MARK)]
+    parts = [part.lower() for part in observation["text"].split(SEPARATOR)]
 
     def place(action: str) -> int:
         button = _BUTTON.fullmatch(action)
@@ -221,7 +217,7 @@ def _numbered(observation: TurnObservation) -> dict[str, str]:
 
 def _numbers_of_buttons(observation: TurnObservation) -> dict[str, str]:
     """Return label -> number of the buttons that are parts of a page."""
-    parts = {part.lower() for part in observation["text"].split(_MARK)}
+    parts = {part.lower() for part in observation["text"].split(SEPARATOR)}
     found = {}
     for number, action in _numbered(observation).items():
         button = _BUTTON.fullmatch(action)

@@ -93,13 +93,9 @@ def make_app(
         raise InvalidSettingError(f"max_sessions must be >= 1, not {max_sessions}.")
     prompt_options = dict(prompt_options or {}) if completions else None
     # Made once at the start, so that mistakes are reported before the first session.
-    env = made_env(env_id, env_options, prompt_options)
-    try:
-        task_ids: tuple[str, ...] = env.get_wrapper_attr("task_ids")
-        split: str = env.get_wrapper_attr("split")
-    finally:
-        env.close()
-    served = ServedTasks(env_id, env_options, prompt_options, split, task_ids)
+    with made_env(env_id, env_options, prompt_options) as env:
+        tasks = env.get_wrapper_attr("split"), env.get_wrapper_attr("task_ids")
+    served = ServedTasks(env_id, env_options, prompt_options, *tasks)
     app = create_app(
         functools.partial(types.environment, served),
         types.action,

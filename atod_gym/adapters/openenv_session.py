@@ -25,10 +25,6 @@ class ServedTasks(NamedTuple):
     split: str
     task_ids: tuple[str, ...]
 
-    def made(self) -> gymnasium.Env[Any, str]:
-        """Make a Gymnasium environment; with completions it exchanges messages."""
-        return made_env(self.env_id, self.env_options, self.prompt_options)
-
     @property
     def completions(self) -> bool:
         """Whether a step's text is a completion of a model."""
@@ -48,7 +44,6 @@ class Session:
         self._episode_id: str | None = None
         self._info: dict[str, Any] = {}
         self._total_reward = 0.0
-        self._over = False
 
     def reset(
         self,
@@ -77,12 +72,12 @@ class Session:
                 raise InvalidSettingError("A reset takes task_id or index, not both.")
             task_id = self._task_at(index)
         if self._env is None:
-            self._env = self._served.made()
+            served = self._served
+            self._env = made_env(served.env_id, served.env_options, served.prompt_options)
         options = {} if task_id is None else {"task_id": task_id}
         observed, info = self._env.reset(seed=seed, options=options)
         self._episode_id = episode_id or str(uuid.uuid4())
         self._total_reward = 0.0
-        self._over = False
         return self._observation(observed, info)
 
     def step(self, action: Any, timeout_s: float | None = None, **kwargs: Any) -> Any:
@@ -97,19 +92,10 @@ class Session:
                 "call reset() before step(); a session belongs to one websocket connection, so a "
                 "lost connection, and each request over plain HTTP, begins a new one"
             )
-        if self._over:
-            raise ResetNeeded("the episode is over: call reset() before the next step()")
         observed, reward, terminated, truncated, info = self._env.step(action.text)
         self._total_reward += float(reward)
-        self._over = bool(terminated or truncated)
-        return self._observation(
-            observed,
-            info,
-            reward=float(reward),
-            done=self._over,
-            terminated=bool(terminated),
-            truncated=bool(truncated),
-        )
+        end = {"done": terminated or truncated, "terminated": terminated, "truncated": truncated}
+        return self._observation(observed, info, reward=float(reward), **end)
 
     @property
     def state(self) -> Any:
@@ -188,18 +174,15 @@ class Session:
                 f"This server plays split {self._served.split!r}, not {split!r}."
             )
 
-    def _observation(self, observed: Any, info: dict[str, Any], **end: Any) -> Any:
+    def _observation(self, observed: Any, info: dict[str, Any], **more: Any) -> Any:
         self._info = _plain(info)
-        messages: list[dict[str, str]] = []
         if self._served.completions:
             assert self._env is not None
-            messages = _plain(observed)
+            more["messages"] = _plain(observed)
             observed = self._env.get_wrapper_attr("observation")
         else:
             observed = {**observed, "text": shown_text(observed, info)}
-        return self.observation_class(
-            **_plain(observed), messages=messages, metadata=self._info, **end
-        )
+        return self.observation_class(**_plain(observed), metadata=self._info, **more)
 
 
 def _plain(value: Any) -> Any:

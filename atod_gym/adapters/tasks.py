@@ -14,11 +14,8 @@ def task_ids(env_id: str, **settings: Any) -> tuple[str, ...]:
     Raises:
         AtodError: as `made_env`.
     """
-    env = made_env(env_id, settings)
-    try:
+    with made_env(env_id, settings) as env:
         return tuple(env.get_wrapper_attr("task_ids"))
-    finally:
-        env.close()
 
 
 def dataset(rows: list[dict[str, Any]], extra: str) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium
+from gymnasium.error import ResetNeeded
 
 from atod_gym.adapters import tasks
 from atod_gym.adapters.made_env import made_env
@@ -66,12 +67,7 @@ def environment_factory(
     Returns:
         A function that makes one environment for each rollout.
     """
-
-    def make() -> TaskTool:
-        env = made_env(env_id, settings)
-        return TaskTool(env, invalid_action_penalty, show_admissible)
-
-    return make
+    return lambda: TaskTool(made_env(env_id, settings), invalid_action_penalty, show_admissible)
 
 
 class TaskTool:
@@ -93,7 +89,6 @@ class TaskTool:
         self.info: dict[str, Any] = {}
         """The `info` of the last reset or action."""
         self._reward = 0.0
-        self._over = True
         tags = action_tags(env.unwrapped.metadata)
         forms = "." if tags == ACTION_TAGS else f": {' or '.join(f'{tag}[..]' for tag in tags)}."
         self._template = PromptTemplate(
@@ -111,7 +106,6 @@ class TaskTool:
         options = {} if task_id is None else {"task_id": task_id}
         observation, self.info = self.env.reset(options=options)
         self._reward = 0.0
-        self._over = False
         return self._told(observation)
 
     def act(self, action: str) -> str:
@@ -123,14 +117,14 @@ class TaskTool:
         Returns:
             What can be observed then.
         """
-        if self._over:
+        try:
+            observation, reward, terminated, truncated, self.info = self.env.step(str(action))
+        except ResetNeeded:
             return _OVER
-        observation, reward, terminated, truncated, self.info = self.env.step(str(action))
         self._reward += float(reward)
         if not self.info["is_action_valid"]:
             self._reward -= self.invalid_action_penalty
-        self._over = terminated or truncated
-        if self._over:
+        if terminated or truncated:
             return f"{shown_text(observation, self.info)}\n\n{_OVER}"
         return self._told(observation)
 

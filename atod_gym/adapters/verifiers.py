@@ -198,12 +198,8 @@ class _Tasks:
         super().__init__(config)  # type: ignore[call-arg]
         if config.tasks < -1 or config.tasks == 0:
             raise InvalidSettingError(f"tasks must be >= 1, or -1 for all, not {config.tasks}.")
-        env = _made(config)
-        try:
-            task_ids: tuple[str, ...] = env.get_wrapper_attr("task_ids")
-        finally:
-            env.close()
-        self.task_ids = spread(task_ids, max(0, config.tasks))
+        with _made(config) as env:
+            self.task_ids = spread(env.get_wrapper_attr("task_ids"), max(0, config.tasks))
 
     def load(self) -> Iterator[Any]:
         """Yield the tasks."""
