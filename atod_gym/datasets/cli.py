@@ -66,10 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         command.add_argument("--to", "--in", dest="folder", metavar="FOLDER", help=place)
     fetched.add_argument("names", nargs="+", metavar="NAME", help="data set, or all")
-    mirror, text = (
-        os.environ.get("ATOD_DATA_MIRROR"),
-        "location of copies; default: $ATOD_DATA_MIRROR",
-    )
+    mirror = os.environ.get("ATOD_DATA_MIRROR")
+    text = "location of copies; default: $ATOD_DATA_MIRROR"
     fetched.add_argument("--mirror", metavar="URL_OR_FOLDER", default=mirror, help=text)
     fetched.add_argument("--force", action="store_true", help="download existing files again")
     text = "accept files that differ from the published ones; verify still reports them"

@@ -8,7 +8,7 @@ actions were executed.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -102,9 +102,8 @@ class _Memory:
     """Receptacle -> objects; only receptacles that were looked into."""
     closed: set[str] = field(default_factory=set)
     held: str = ""
-    changed: dict[str, set[str]] = field(
-        default_factory=lambda: {"clean": set(), "heat": set(), "cool": set()}
-    )
+    changed: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """clean, heat or cool -> objects."""
     switched: set[str] = field(default_factory=set)
 
     def read(self, text: str) -> None:
@@ -343,7 +342,7 @@ class ScriptedExpert:
         elif not goal.change and not goal.lamp:
             settled = [n for n in memory.receptacles if _kind(n) == goal.destination]
         known = [pair for pair in memory.find(goal.target) if pair[1] not in settled]
-        ready = memory.changed.get(goal.change, set())
+        ready = memory.changed[goal.change]
         known.sort(key=lambda pair: (pair[0] not in ready, self._cost(pair[1])))
         return known
 

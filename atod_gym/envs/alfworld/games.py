@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -266,8 +267,7 @@ def _read_split(folder: Path, part: str, state: int) -> tuple[Games, Mapping[str
         _OFFICIAL if is_official else "alfworld/files", folder.name, task_ids, digest
     )
     # Task types are few: one text each, not one per task.
-    names = {name: name for name in TASK_TYPES}
-    types = {task_id: names[task_id.partition("-")[0]] for task_id in task_ids}
+    types = {task_id: sys.intern(task_id.partition("-")[0]) for task_id in task_ids}
     return Games(manifest, types, folder=folder), left_out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, Literal, cast
+from typing import Any, ClassVar, Final
 
 from atod_gym.envs.search_qa.expert import ScriptedSearcher
 from atod_gym.envs.search_qa.questions import Question
@@ -23,8 +23,6 @@ from atod_gym.errors import InvalidSettingError, ServerError
 from atod_gym.scoring import exact_match, f1_score
 from atod_gym.serving.connection import ENDED_CODE, ServedConnection, ServedEnv
 from atod_gym.types import SearchQAInfo
-
-Verb = Literal["search", "answer", ""]
 
 CUT_MARK: Final = " [...]"
 """Ends a text that has been cut."""
@@ -235,12 +233,12 @@ class SearchQAEnv(TurnEnv, ServedEnv):
         return info
 
 
-def parse_action(action: str) -> tuple[Verb, str]:
+def parse_action(action: str) -> tuple[str, str]:
     """Return verb and argument of an action; malformed: an empty verb and the reason."""
     match = _ACTION.fullmatch(action.strip())
     if match is None:
         return "", f"An action is search[..] or answer[..], not {action[:60]!r}."
-    verb, argument = cast("Verb", match[1].lower()), match[2].strip()
+    verb, argument = match[1].lower(), match[2].strip()
     if not argument:
         return "", f"The brackets of {verb}[..] are empty."
     if verb == "search" and len(argument) > MAX_QUERY_LENGTH:

@@ -232,11 +232,10 @@ class Loops:
         """Add a line at the current depth."""
         self.lines.append("    " * self.indent + line)
 
-    def function(self, head: str, last: str = "") -> str:
+    def function(self, head: str, last: str) -> str:
         """Return the whole function; `last` is written after the loops."""
         slots = [f"    s{number} = S[{number}]" for number in sorted(self.used)]
-        body = [*slots, *self.lines, *([f"    {last}"] if last else [])]
-        return "\n".join([f"def {head}:", *(body or ["    pass"])]) + "\n"
+        return "\n".join([f"def {head}:", *slots, *self.lines, f"    {last}"]) + "\n"
 
     def slot(self, predicate: str, bound: tuple[int, ...]) -> str:
         """Return name of the local variable that holds a slot."""

@@ -138,8 +138,8 @@ def parse_expression(text: str) -> list[Any]:
     return expression
 
 
-def typed_list(tokens: Sequence[str], default: str = "object") -> tuple[tuple[str, str], ...]:
-    """Return `a b - t c` as ((a, t), (b, t), (c, default)).
+def typed_list(tokens: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Return `a b - t c` as ((a, t), (b, t), (c, object)).
 
     A type is the token after `-` taken whole: in `?l - location, ?r - receptacle` the first
     type is `location,`, which no object has. Fast Downward reads it so, and official games
@@ -159,7 +159,7 @@ def typed_list(tokens: Sequence[str], default: str = "object") -> tuple[tuple[st
             waiting = []
         else:
             waiting.append(token)
-    return (*result, *((name, default) for name in waiting))
+    return (*result, *((name, "object") for name in waiting))
 
 
 def _head(expression: Sequence[Any]) -> Any:

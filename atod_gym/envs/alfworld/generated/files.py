@@ -51,7 +51,6 @@ def generated_content_hash(split: str, house_size: str) -> str:
 
     Raises:
         DataNotFoundError: For an unknown split.
-        InvalidSettingError: For an unknown house size.
     """
     lines = (f"generator {GENERATOR_VERSION}", *generated_task_ids(split, house_size))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -63,13 +62,12 @@ def generate_game(task_id: str) -> dict[str, object]:
     Raises:
         TaskNotFoundError: If there is no such task.
     """
-    return _game(build_problem(task_id))
-
-
-def _game(problem: Problem) -> dict[str, object]:
+    problem = build_problem(task_id)
+    sentence = KINDS[problem.task_type].sentences[problem.template]
+    task = sentence.format(o=problem.target, r=problem.destination)
     return {
         "pddl_domain": _text("domain.pddl"),
-        "grammar": _text("grammar.twl2").replace("@TASK@", _sentence(problem)),
+        "grammar": _text("grammar.twl2").replace("@TASK@", task),
         "pddl_problem": _pddl(problem),
         "solvable": True,
         "walkthrough": _walkthrough(problem),
@@ -79,14 +77,6 @@ def _game(problem: Problem) -> dict[str, object]:
 @cache
 def _text(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def _sentence(problem: Problem) -> str:
-    return (
-        KINDS[problem.task_type]
-        .sentences[problem.template]
-        .format(o=problem.target, r=problem.destination)
-    )
 
 
 def _pddl(problem: Problem) -> str:
