@@ -15,7 +15,6 @@ from gymnasium import spaces
 
 import atod_gym
 from atod_gym import terminal
-from atod_gym.envs.webshop.expert import SEPARATOR
 from atod_gym.errors import AtodError, InvalidSettingError
 from atod_gym.parsing import ACTION_TAGS, action_tags
 from atod_gym.prompts import shown_text
@@ -32,6 +31,8 @@ _WIDEST = 100
 """Columns of text that are still easy to read."""
 
 _BUTTON = re.compile(r"click\[(.+)\]", re.DOTALL)
+_MARK = " [SEP] "
+"""Between the parts of a web page, which come in one line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,17 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         with _make(options) as env:
-            return _play(env, options)
+            _play(env, options)
     except (AtodError, gymnasium.error.Error) as error:
         print(f"atod-play: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, EOFError):
         print()
-        return 0
     except BrokenPipeError:
-        return 0
+        pass
     finally:
         terminal.flush_output()
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,7 +107,7 @@ def _make(options: argparse.Namespace) -> gymnasium.Env[Any, str]:
     return env
 
 
-def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> int:
+def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> None:
     task = {} if options.task_id is None else {"task_id": options.task_id}
     observation, info = env.reset(seed=options.seed, options=task)
     limit = getattr(env.unwrapped, "max_turns", None)
@@ -122,7 +123,7 @@ def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> int:
         action = ask(observation, limit=limit, tags=tags)
         if action is None:
             print(f"Stopped after {_turns(observation['turn_index'])}, not solved.")
-            return 0
+            return
         observation, _, terminated, truncated, info = env.step(action)
         print(f"\n{page(observation, info)}")
         if terminated or truncated:
@@ -131,7 +132,7 @@ def _play(env: gymnasium.Env[Any, str], options: argparse.Namespace) -> int:
             print(f"\n{end} after {_turns(observation['turn_index'])}{score}.")
             if "golden_answers" in info:
                 print(f"Right answers: {'; '.join(info['golden_answers'])}")
-            return 0
+            return
 
 
 def _turns(count: int) -> str:
@@ -146,7 +147,7 @@ def page(observation: TurnObservation, info: Mapping[str, Any]) -> str:
     goal = observation["instruction"]
     numbers = _numbers_of_buttons(observation)
     lines = []
-    for part in shown_text(observation, info).split(SEPARATOR):
+    for part in shown_text(observation, info).split(_MARK):
         if part.strip() in (goal, "Instruction:"):
             continue
         for line in part.replace(f"Your task is to: {goal}", "").rstrip().split("\n"):
@@ -204,7 +205,7 @@ def ask(
 
 def _numbered(observation: TurnObservation) -> dict[str, str]:
     """Return number -> action; buttons in the order of the page, then the others."""
-    parts = [part.lower() for part in observation["text"].split(SEPARATOR)]
+    parts = [part.lower() for part in observation["text"].split(_MARK)]
 
     def place(action: str) -> int:
         button = _BUTTON.fullmatch(action)
@@ -217,7 +218,7 @@ def _numbered(observation: TurnObservation) -> dict[str, str]:
 
 def _numbers_of_buttons(observation: TurnObservation) -> dict[str, str]:
     """Return label -> number of the buttons that are parts of a page."""
-    parts = {part.lower() for part in observation["text"].split(SEPARATOR)}
+    parts = {part.lower() for part in observation["text"].split(_MARK)}
     found = {}
     for number, action in _numbered(observation).items():
         button = _BUTTON.fullmatch(action)

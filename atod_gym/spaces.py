@@ -26,32 +26,17 @@ _SAMPLE_LENGTH = 32
 
 
 class UnicodeText(spaces.Text):
-    """All strings of `min_length` to `max_length` code points, of any code points.
+    """All strings of at most `max_length` code points, of any code points.
 
     `gymnasium.spaces.Text` lists its characters and refuses a plain English sentence by default;
-    this subclass checks the length only. Samples are short (about 32 code points at most, where
-    the bounds allow) and drawn with `np_random`. `flatten` gives character numbers as for `Text`;
-    a character outside the sampled alphabet becomes U+FFFD there. Vector environments batch a text
-    into a tuple of strings; `AsyncVectorEnv` needs `shared_memory=False`.
+    this subclass checks the length only. Samples are short (32 code points at most) and drawn with
+    `np_random`. `flatten` gives character numbers as for `Text`; a character outside the sampled
+    alphabet becomes U+FFFD there. Vector environments batch a text into a tuple of strings;
+    `AsyncVectorEnv` needs `shared_memory=False`.
     """
 
-    def __init__(
-        self,
-        max_length: int = MAX_TEXT_LENGTH,
-        *,
-        min_length: int = 0,
-        seed: int | np.random.Generator | None = None,
-    ) -> None:
-        """Set the bounds, in code points, both inclusive.
-
-        Raises:
-            ValueError: if not 0 <= min_length <= max_length.
-        """
-        if not 0 <= min_length <= max_length:
-            raise ValueError(
-                f"expected 0 <= min_length <= max_length, got {min_length} and {max_length}"
-            )
-        super().__init__(max_length, min_length=min_length, charset=_SAMPLE_ALPHABET, seed=seed)
+    def __init__(self, max_length: int = MAX_TEXT_LENGTH) -> None:
+        super().__init__(max_length, min_length=0, charset=_SAMPLE_ALPHABET)
 
     def sample(self, mask: Any | None = None, probability: Any | None = None) -> str:
         """Draw a short random text.
@@ -61,28 +46,23 @@ class UnicodeText(spaces.Text):
         """
         if mask is not None or probability is not None:
             raise ValueError("UnicodeText takes neither mask nor probability when sampling")
-        longest = min(self.max_length, max(self.min_length, _SAMPLE_LENGTH))
-        length = int(self.np_random.integers(self.min_length, longest + 1))
+        length = int(self.np_random.integers(min(self.max_length, _SAMPLE_LENGTH) + 1))
         picks = self.np_random.integers(len(self.character_list), size=length)
         return "".join([self.character_list[pick] for pick in picks])
 
     def contains(self, x: Any) -> bool:
-        """Return whether `x` is a `str` within the length bounds."""
-        return isinstance(x, str) and self.min_length <= len(x) <= self.max_length
+        """Return whether `x` is a `str` that is not too long."""
+        return isinstance(x, str) and len(x) <= self.max_length
 
     def character_index(self, char: str) -> np.int32:
         """Return the number of a character for `flatten`; that of U+FFFD for an unlisted one."""
         return super().character_index(char if char in self.character_set else _REPLACEMENT)
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, UnicodeText)
-            and self.min_length == other.min_length
-            and self.max_length == other.max_length
-        )
+        return isinstance(other, UnicodeText) and self.max_length == other.max_length
 
     def __hash__(self) -> int:
-        return hash((self.min_length, self.max_length))
+        return hash(self.max_length)
 
     def __repr__(self) -> str:
         return f"UnicodeText({self.min_length}, {self.max_length})"

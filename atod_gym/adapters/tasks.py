@@ -15,7 +15,8 @@ def task_ids(env_id: str, **settings: Any) -> tuple[str, ...]:
         AtodError: as `made_env`.
     """
     with made_env(env_id, settings) as env:
-        return tuple(env.get_wrapper_attr("task_ids"))
+        ids = tuple(env.get_wrapper_attr("task_ids"))
+    return ids
 
 
 def dataset(rows: list[dict[str, Any]], extra: str) -> Any:

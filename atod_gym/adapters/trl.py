@@ -9,6 +9,7 @@ tool calls. For models that write actions themselves, in chat or window style, u
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -17,9 +18,8 @@ from gymnasium.error import ResetNeeded
 from atod_gym.adapters import tasks
 from atod_gym.adapters.made_env import made_env
 from atod_gym.parsing import ACTION_TAGS, action_tags
-from atod_gym.prompts import PromptTemplate, render_prompt, shown_text, turn_hint
+from atod_gym.prompts import CHAT_TEMPLATE, render_prompt, shown_text, turn_hint
 
-_ACTIONS = "You can do one of these now:\n{admissible_actions}"
 _TOOL = "Call the tool act, again and again, until the task is done: one action each time"
 _OVER = "The episode is over; nothing more can be done."
 
@@ -91,10 +91,8 @@ class TaskTool:
         self._reward = 0.0
         tags = action_tags(env.unwrapped.metadata)
         forms = "." if tags == ACTION_TAGS else f": {' or '.join(f'{tag}[..]' for tag in tags)}."
-        self._template = PromptTemplate(
-            first=f"Your task: {{instruction}}\n\n{{text}}\n\n{_ACTIONS}\n\n{_TOOL}{forms}",
-            later=f"{{text}}\n\n{{hint}}\n\n{_ACTIONS}",
-        )
+        first = CHAT_TEMPLATE.first.replace("{reply_format}", f"{_TOOL}{forms}")
+        self._template = replace(CHAT_TEMPLATE, first=first)
 
     def reset(self, task_id: str | None = None, **row: object) -> str:
         """Start an episode; the returned text is added to the prompt.

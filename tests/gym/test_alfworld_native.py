@@ -129,7 +129,7 @@ def test_reset_starts_the_same_game_again(game: dict[str, Any]) -> None:
     for command in engine.walkthrough:
         engine.step(command)
     assert engine.reset() == first
-    other = NativeEngine(compile_game(game))
+    other = NativeEngine(game)
     engine.step(engine.walkthrough[0])
     assert other.reset() == first
 
@@ -142,7 +142,7 @@ def test_any_text_is_answered(command: str) -> None:
     assert state.admissible_commands == engine.reset().admissible_commands
 
 
-_ANY_GAME = compile_game(generate_game(generated_task_ids("train", "tiny")[1]))
+_ANY_GAME = generate_game(generated_task_ids("train", "tiny")[1])
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_damaged_game_is_refused_or_played(data: st.DataObject) -> None:
     new = data.draw(words | st.text(max_size=5))
     game[key] = text[:start] + new + text[end:]
     try:
-        engine = NativeEngine(compile_game(game))
+        engine = NativeEngine(game)
         for command in (*engine.walkthrough, *engine.last.admissible_commands):
             engine.step(command)
     except (InvalidGameError, UnsupportedGameError):

@@ -28,21 +28,15 @@ def test_other_types_are_not_contained(value: object) -> None:
     assert value not in UnicodeText()
 
 
-def test_bounds_are_inclusive_and_in_code_points() -> None:
-    space = UnicodeText(3, min_length=2)
-    assert ["a" * n in space for n in range(5)] == [False, False, True, True, False]
+def test_the_bound_is_inclusive_and_in_code_points() -> None:
+    space = UnicodeText(3)
+    assert ["a" * n in space for n in range(5)] == [True, True, True, True, False]
     assert "🙂🙂🙂" in space
     assert "\ud800\udfff" in space
 
 
-@pytest.mark.parametrize(("low", "high"), [(-1, 3), (4, 3)])
-def test_impossible_bounds_are_refused(low: int, high: int) -> None:
-    with pytest.raises(ValueError, match="min_length"):
-        UnicodeText(high, min_length=low)
-
-
 def test_samples_lie_in_the_space_and_follow_the_seed() -> None:
-    for space in (UnicodeText(), UnicodeText(5), UnicodeText(90, min_length=80), UnicodeText(0)):
+    for space in (UnicodeText(), UnicodeText(5), UnicodeText(0)):
         space.seed(7)
         first = [space.sample() for _ in range(50)]
         space.seed(7)
@@ -60,7 +54,7 @@ def test_equality_copy_and_text() -> None:
     assert UnicodeText(5) == UnicodeText(5) != UnicodeText(6)
     assert hash(UnicodeText(5)) == hash(UnicodeText(5))
     assert UnicodeText(5) != spaces.Text(5)
-    assert pickle.loads(pickle.dumps(UnicodeText(5, min_length=1))) == UnicodeText(5, min_length=1)
+    assert pickle.loads(pickle.dumps(UnicodeText(5))) == UnicodeText(5)
     assert repr(UnicodeText(5)) == "UnicodeText(0, 5)"
 
 

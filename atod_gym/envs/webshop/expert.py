@@ -268,7 +268,6 @@ class ScriptedShopper:
 
 
 SEPARATOR: Final = " [SEP] "
-"""Between the parts of a page in the text style `text`."""
 
 _PRICE_LIMIT: Final = re.compile(r",? and price lower than ([\d.]+) dollars\.?\s*$")
 _NEXT_OPTION: Final = re.compile(r", and (?=[a-z][a-z ]*: )")

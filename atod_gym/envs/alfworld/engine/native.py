@@ -168,24 +168,15 @@ def load_game(path: str | os.PathLike[str]) -> NativeGame:
 
 
 class NativeEngine:
-    """Plays one game; implements `GameEngine`.
+    """Plays one game, given by the path or the content of its file; implements `GameEngine`."""
 
-    Args:
-        game: a game file's path or content, or a compiled game.
-    """
-
-    def __init__(self, game: str | os.PathLike[str] | Mapping[str, Any] | NativeGame) -> None:
-        if isinstance(game, NativeGame):
-            self._game = game
-        else:
-            self._game = compile_game(game) if isinstance(game, Mapping) else load_game(game)
+    def __init__(self, game: str | os.PathLike[str] | Mapping[str, Any]) -> None:
+        self._game = compile_game(game) if isinstance(game, Mapping) else load_game(game)
         self.walkthrough = self._game.walkthrough
         self.start = self._game.start
         """The state that `reset` returns."""
-        self._state: State = []
-        self.last = self._game.start
+        self.last = self.reset()
         """The last state that `reset` or `step` returned."""
-        self.reset()
 
     def reset(self) -> EngineState:
         """Restart the game."""
