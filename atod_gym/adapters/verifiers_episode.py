@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -47,9 +46,8 @@ class Episode:
     async def play(self, completion: str) -> str:
         """Play a turn; return the next user message."""
         assert self._env is not None
-        messages, reward, terminated, truncated, info = await self._in_thread(
-            functools.partial(self._env.step, completion)
-        )
+        step = await self._in_thread(self._env.step, completion)
+        messages, reward, terminated, truncated, info = step
         self._info = info
         self.turns += 1
         self.inadmissible += not info["is_action_valid"]
@@ -85,5 +83,5 @@ class Episode:
         """Return which task of which data was played."""
         return {name: self._info[name] for name in ("task_id", "task_type", "split", "data")}
 
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.wrap_future(self._thread.submit(call))
+    async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.wrap_future(self._thread.submit(call, *arguments))

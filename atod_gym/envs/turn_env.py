@@ -61,6 +61,12 @@ def check_max_turns(max_turns: object, name: str = "max_turns") -> None:
         )
 
 
+def check_integer(name: str, value: object, least: int) -> None:
+    """Raise InvalidSettingError for a setting that is not an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidSettingError(f"{name} must be an integer >= {least}, not {value!r}.")
+
+
 def check_registered_limit(env_id: str, max_turns: int | None) -> None:
     """Raise InvalidSettingError for a `max_turns` above the limit that an id is registered with."""
     registered = gymnasium.registry.get(env_id)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from atod_gym.envs.turn_env import (
     Turn,
     TurnEnv,
+    check_integer,
     check_max_turns,
     check_registered_limit,
 )
@@ -78,8 +79,7 @@ class TurnVectorEnv(VectorEnv[dict[str, Any], Sequence[str | None], NDArray[Any]
             InvalidSettingError: if a setting is invalid.
             AtodError: if an environment cannot be made, see its class.
         """
-        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
-            raise InvalidSettingError(f"num_envs must be an integer >= 1, not {num_envs!r}.")
+        check_integer("num_envs", num_envs, 1)
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
         except ValueError:

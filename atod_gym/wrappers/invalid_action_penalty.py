@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import gymnasium
@@ -13,25 +12,14 @@ from atod_gym.errors import InvalidSettingError
 Validity = Literal["strict", "format", "either"]
 
 
-def is_penalized(info: Mapping[str, Any], validity: Validity) -> bool:
-    """Return whether a turn is penalized, by the `info` that it ended with.
-
-    Args:
-        info: of `ParseAction`, with `parse_error` and `is_action_valid`.
-        validity: `strict`: the action was not admissible; `format`: the completion did not parse
-            (as in published ALFWorld runs); `either`: one of the two.
-    """
-    is_malformed = validity != "strict" and bool(info["parse_error"])
-    return is_malformed or (validity != "format" and not info["is_action_valid"])
-
-
 class InvalidActionPenalty(gymnasium.Wrapper[Any, str, Any, str], RecordConstructorArgs):
     """Subtract a penalty from the reward of invalid turns; `info` stays as it is.
 
     Args:
         env: for `format` and `either` with `ParseAction`, which reports whether completions parse.
         penalty: subtracted from the turn's reward, >= 0.
-        validity: which turns are invalid, see `is_penalized`.
+        validity: which turns are invalid. `strict`: the action was not admissible; `format`: the
+            completion did not parse (as in published ALFWorld runs); `either`: one of the two.
 
     Raises:
         InvalidSettingError: a negative penalty, an unknown validity, or no `ParseAction` for it.
@@ -59,5 +47,8 @@ class InvalidActionPenalty(gymnasium.Wrapper[Any, str, Any, str], RecordConstruc
     def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Execute an action; subtract the penalty from the reward if it is invalid."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        penalty = self.penalty if is_penalized(info, self.validity) else 0.0
-        return observation, float(reward) - penalty, terminated, truncated, info
+        reward = float(reward)
+        is_malformed = self.validity != "strict" and info["parse_error"]
+        if is_malformed or (self.validity != "format" and not info["is_action_valid"]):
+            reward -= self.penalty
+        return observation, reward, terminated, truncated, info

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_origin, get_type_hints
 
 from gymnasium.error import ResetNeeded
 
@@ -295,8 +295,8 @@ def _hint(action: str, admissible: Sequence[str], says_move: bool) -> str:
 
 def _check_snapshot(snapshot: object) -> None:
     """Raise InvalidSettingError for an object that is not a `Snapshot`."""
-    kinds = {"task_id": str, "turn_index": int, "action": str, "text": str,
-             "is_action_valid": bool, "message": str, "added": list, "removed": list}  # fmt: skip
+    hints = get_type_hints(Snapshot)
+    kinds = {key: get_origin(hint) or hint for key, hint in hints.items()}
     if not isinstance(snapshot, Mapping) or snapshot.keys() != kinds.keys():
         found = list(snapshot) if isinstance(snapshot, Mapping) else snapshot
         raise InvalidSettingError(

@@ -27,6 +27,7 @@ from atod_gym.envs.search_qa.questions import (
     open_question_files,
     scan,
 )
+from atod_gym.envs.turn_env import check_integer
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
 from atod_gym.serving.connection import ServedConnection, ServerSettings, connect
 from atod_gym.serving.http import in_batches
@@ -76,9 +77,7 @@ class SearchQASettings:
         if self.corpus is not None and not isinstance(self.corpus, str | os.PathLike):
             raise InvalidSettingError(f"corpus must be a path or None, not {self.corpus!r}.")
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidSettingError(f"{name} must be an integer >= {least}, not {value!r}.")
+            check_integer(name, getattr(self, name), least)
         if self.corpus is not None and self.server_url is not None:
             raise InvalidSettingError(
                 "Give corpus or server_url, not both: a running server has its own corpus."
@@ -95,15 +94,17 @@ class SearchQASettings:
         except DataNotFoundError as error:
             folder = expanded(self.data)
             raise DataNotFoundError(f"{error}{_there(scan(folder), folder)}") from None
-        if found is None and self.corpus is not None:
-            raise DataNotFoundError(
-                f"A corpus is given, but no question files were found: {HOW_TO_GET_DATA}."
-            )
-        if found is not None and found.is_file():
+        if found is None:
+            if self.corpus is not None:
+                raise DataNotFoundError(
+                    f"A corpus is given, but no question files were found: {HOW_TO_GET_DATA}."
+                )
+            return None
+        if found.is_file():
             [file] = scan(found, self.corpus_path)
             if file.kind != "questions":
                 raise InvalidSettingError(f"{found} {file.note or 'is a corpus, not questions'}.")
-        if found is not None and self.data == "official" and (why := missing_official(found)):
+        if self.data == "official" and (why := missing_official(found)):
             raise DataNotFoundError(
                 f"The question files in {found} are not all of the official ones: {why}. To play "
                 f"these alone, give their folder as data. To get the others: {HOW_TO_GET_DATA}."

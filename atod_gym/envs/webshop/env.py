@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, ClassVar, cast
 from urllib.parse import quote
 
-from atod_gym.envs.turn_env import TurnEnv, TurnResult
+from atod_gym.envs.turn_env import TurnEnv, TurnResult, check_integer
 from atod_gym.envs.webshop.expert import ScriptedShopper
 from atod_gym.envs.webshop.settings import SEARCH_PLACEHOLDER, SOURCE, ShopSettings
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
@@ -136,12 +136,8 @@ class WebShopEnv(TurnEnv, ServedEnv):
             ServerError: The server does not start or answer; names the URL and the command.
         """
         TurnEnv.__init__(self, split, max_turns, render_mode)
-        if expert_turns is not None and (
-            isinstance(expert_turns, bool) or not isinstance(expert_turns, int) or expert_turns < 1
-        ):
-            raise InvalidSettingError(
-                f"expert_turns must be an integer >= 1, not {expert_turns!r}."
-            )
+        if expert_turns is not None:
+            check_integer("expert_turns", expert_turns, 1)
         self._expert_turns = expert_turns
         self._settings = ShopSettings(
             data=data,

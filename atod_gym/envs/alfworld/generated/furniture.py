@@ -9,10 +9,9 @@ from these weights, and the scripted expert searches in their order.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 _DATA: Final[dict[str, Any]] = json.loads(
@@ -31,9 +30,6 @@ VESSELS: Final = frozenset(_DATA["vessels"])
 LAMPS: Final = frozenset(_DATA["lamps"])
 """Objects that can be switched on but not carried."""
 
-_PLACES: Final = {kind: MappingProxyType(where) for kind, where in _DATA["places"].items()}
-_NO_PLACES: Final[Mapping[str, int]] = MappingProxyType({})
-
 
 def places(object_kind: str) -> Mapping[str, int]:
     """Return the receptacle kinds that accept an object kind, most likely first.
@@ -42,31 +38,23 @@ def places(object_kind: str) -> Mapping[str, int]:
         object_kind: such as `mug`; an unknown kind has no places.
 
     Returns:
-        A read-only mapping of receptacle kind to a weight of at least 1.
+        Receptacle kind to a weight of at least 1.
     """
-    return _PLACES.get(object_kind, _NO_PLACES)
+    weights: Mapping[str, int] = _DATA["places"].get(object_kind, {})
+    return weights
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
     """Furniture and objects of a kind of room."""
 
-    essentials: tuple[str, ...]
+    essentials: Sequence[str]
     """Receptacle kinds that every such room has, one each."""
-    furniture: Mapping[str, tuple[int, int]]
-    """Receptacle kind -> (weight, most in one room) of further receptacles."""
+    furniture: Mapping[str, Sequence[int]]
+    """Receptacle kind -> [weight, most in one room] of further receptacles."""
     things: Mapping[str, int]
     """Object kind -> how often it is found in such a room."""
 
 
-ROOMS: Final[Mapping[str, Room]] = MappingProxyType(
-    {
-        name: Room(
-            essentials=tuple(room["essentials"]),
-            furniture=MappingProxyType({k: tuple(v) for k, v in room["furniture"].items()}),
-            things=MappingProxyType(room["things"]),
-        )
-        for name, room in _DATA["rooms"].items()
-    }
-)
+ROOMS: Final[Mapping[str, Room]] = {name: Room(**room) for name, room in _DATA["rooms"].items()}
 """The kinds of rooms."""

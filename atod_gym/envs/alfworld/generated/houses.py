@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, islice
-from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from atod_gym.envs.alfworld.generated.draws import Draws
@@ -51,42 +50,36 @@ class TaskKind(NamedTuple):
     """Object kinds that can be changed so; empty: all."""
 
 
-KINDS: Final[Mapping[str, TaskKind]] = MappingProxyType(
-    {
-        "pick_and_place_simple": TaskKind(
-            ("put a {o} in {r}.", "put some {o} on {r}."), tuple(ROOMS)
-        ),
-        "look_at_obj_in_light": TaskKind(
-            ("look at {o} under the {r}.", "examine the {o} with the {r}."),
-            ("bedroom", "living room"),
-        ),
-        "pick_clean_then_place_in_recep": TaskKind(
-            ("put a clean {o} in {r}.", "clean some {o} and put it in {r}."),
-            ("kitchen", "kitchen", "bathroom"),
-            *("clean", "sinkbasin", "isClean", CLEANABLE),
-        ),
-        "pick_heat_then_place_in_recep": TaskKind(
-            ("put a hot {o} in {r}.", "heat some {o} and put it in {r}."),
-            ("kitchen",),
-            *("heat", "microwave", "isHot", HEATABLE),
-        ),
-        "pick_cool_then_place_in_recep": TaskKind(
-            ("put a cool {o} in {r}.", "cool some {o} and put it in {r}."),
-            ("kitchen",),
-            *("cool", "fridge", "isCool", COOLABLE),
-        ),
-        "pick_two_obj_and_place": TaskKind(
-            ("put two {o} in {r}.", "find two {o} and put them in {r}."), tuple(ROOMS)
-        ),
-    }
-)
+KINDS: Final[Mapping[str, TaskKind]] = {
+    "pick_and_place_simple": TaskKind(("put a {o} in {r}.", "put some {o} on {r}."), tuple(ROOMS)),
+    "look_at_obj_in_light": TaskKind(
+        ("look at {o} under the {r}.", "examine the {o} with the {r}."),
+        ("bedroom", "living room"),
+    ),
+    "pick_clean_then_place_in_recep": TaskKind(
+        ("put a clean {o} in {r}.", "clean some {o} and put it in {r}."),
+        ("kitchen", "kitchen", "bathroom"),
+        *("clean", "sinkbasin", "isClean", CLEANABLE),
+    ),
+    "pick_heat_then_place_in_recep": TaskKind(
+        ("put a hot {o} in {r}.", "heat some {o} and put it in {r}."),
+        ("kitchen",),
+        *("heat", "microwave", "isHot", HEATABLE),
+    ),
+    "pick_cool_then_place_in_recep": TaskKind(
+        ("put a cool {o} in {r}.", "cool some {o} and put it in {r}."),
+        ("kitchen",),
+        *("cool", "fridge", "isCool", COOLABLE),
+    ),
+    "pick_two_obj_and_place": TaskKind(
+        ("put two {o} in {r}.", "find two {o} and put them in {r}."), tuple(ROOMS)
+    ),
+}
 """The six goal types, named as in the official data."""
 
 TASK_TYPES: Final = tuple(KINDS)
 
-SPLIT_SIZES: Final[Mapping[str, int]] = MappingProxyType(
-    {"train": 3000, "valid_seen": 200, "valid_unseen": 200}
-)
+SPLIT_SIZES: Final[Mapping[str, int]] = {"train": 3000, "valid_seen": 200, "valid_unseen": 200}
 """Number of tasks of each split, for every house size."""
 
 _COMPANIONS: Final = {
