@@ -31,7 +31,7 @@ from typing import Any, Literal, get_args
 
 from atod_gym.errors import InvalidSettingError
 from atod_gym.parsing import ACTION_TAGS, ParseProfile
-from atod_gym.types import HistoryObservation, TurnObservation
+from atod_gym.types import TurnObservation
 
 PromptStyle = Literal["window", "chat"]
 PROMPT_STYLES: tuple[PromptStyle, ...] = get_args(PromptStyle)
@@ -162,9 +162,7 @@ def reply_format(profile: ParseProfile, tags: Sequence[str] = ACTION_TAGS) -> st
     return f"Think about what to do next inside <think> and </think>. Then write exactly one {one}."
 
 
-def turn_hint(
-    observation: TurnObservation | HistoryObservation, info: Mapping[str, Any], reply: str = ""
-) -> str:
+def turn_hint(observation: TurnObservation, info: Mapping[str, Any], reply: str = "") -> str:
     """Return why a turn had no effect, in one or two sentences; empty if it had one.
 
     Args:
@@ -180,7 +178,7 @@ def turn_hint(
     return message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]} .."
 
 
-def shown_text(observation: TurnObservation | HistoryObservation, info: Mapping[str, Any]) -> str:
+def shown_text(observation: TurnObservation, info: Mapping[str, Any]) -> str:
     """Join the text and the hint of a turn, for agents without a prompt."""
     hint = turn_hint(observation, info)
     return "\n\n".join(part for part in (observation["text"], hint) if part)
@@ -192,7 +190,7 @@ def left_out_note(turns: int) -> str:
 
 
 def render_prompt(
-    observation: TurnObservation | HistoryObservation,
+    observation: TurnObservation,
     *,
     template: PromptTemplate,
     profile: ParseProfile,
@@ -213,8 +211,7 @@ def render_prompt(
         hint: why the last turn had no effect; `{history}` has no hints.
     """
     turn_index = int(observation["turn_index"])
-    # A plain observation lacks the key; the type checker supports only one of the two types.
-    history = observation.get("history", ())
+    history = observation.get("history", ())  # of a HistoryObservation
     assert isinstance(history, tuple)
     history = history[left_out:]
     admissible = observation["admissible_actions"] if show_admissible else ()

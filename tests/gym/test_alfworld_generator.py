@@ -10,11 +10,9 @@ from collections import Counter
 import pytest
 
 from atod_gym.envs.alfworld.engine.native import NativeEngine
+from atod_gym.envs.alfworld.games import open_games
 from atod_gym.envs.alfworld.generated.draws import Draws
-from atod_gym.envs.alfworld.generated.files import (
-    generate_game,
-    generated_content_hash,
-)
+from atod_gym.envs.alfworld.generated.files import generate_game
 from atod_gym.envs.alfworld.generated.furniture import places
 from atod_gym.envs.alfworld.generated.houses import (
     HOUSE_SIZES,
@@ -69,11 +67,10 @@ def test_the_same_id_is_the_same_game_everywhere() -> None:
     game = generate_game("small-train-0005-pick_two_obj_and_place")
     assert generate_game("small-train-0005-pick_two_obj_and_place") == game
     assert _digest(game) == "979b8b6de3e6e8e138faa566535e10a4c51a9f660830a8bb74d9c207ab3530cd"
-    assert (
-        generated_content_hash("train", "tiny")
-        == "bda68281cdadea258a6207f06247b2390fb8831feedea5222ab137e73a8a56c1"
+    tiny, small = (
+        open_games("generated", "train", size).manifest.content_hash for size in ("tiny", "small")
     )
-    assert generated_content_hash("train", "tiny") != generated_content_hash("train", "small")
+    assert tiny == "bda68281cdadea258a6207f06247b2390fb8831feedea5222ab137e73a8a56c1" != small
 
 
 def test_sizes_and_placements() -> None:

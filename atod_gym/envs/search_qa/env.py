@@ -145,11 +145,11 @@ class SearchQAEnv(TurnEnv, ServedEnv):
         self.topk = topk
         self._limits = (passage_characters, observation_characters)
         self._connection = connect_retriever(settings)
-        self._questions, data_name = open_questions(settings, self._connection, split)
-        if not self._questions.types:
+        questions, data_name = open_questions(settings, self._connection, split)
+        if not questions.types:
             raise InvalidSettingError(f"Split {split!r} has no question.")
-        manifest, types = self._questions.manifest, self._questions.types
-        self._set_tasks(manifest, types, task_types, data_name)
+        self._set_tasks(questions.manifest, questions.types, task_types, data_name)
+        self._questions = questions.questions
         self._question: Question
         self._progress: SearchQAInfo = {}
 
@@ -170,7 +170,7 @@ class SearchQAEnv(TurnEnv, ServedEnv):
         return ScriptedSearcher(self.max_turns, golden)
 
     def _open(self, task_id: str) -> tuple[str, TurnResult]:
-        self._question = self._questions.questions[task_id]
+        self._question = self._questions[task_id]
         self._progress = {"f1": 0.0, "answer": "", "query": "", "retrieved": (), "searches": 0}
         text = "Find out by searching, then give a short answer."
         return self._question.question, TurnResult(text, (), 0.0, terminated=False)

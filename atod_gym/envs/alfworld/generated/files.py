@@ -9,7 +9,6 @@ knowledge, wins on its last command.
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -25,12 +24,10 @@ from atod_gym.envs.alfworld.generated.furniture import (
     places,
 )
 from atod_gym.envs.alfworld.generated.houses import (
-    GENERATOR_VERSION,
     KINDS,
     Entity,
     Problem,
     build_problem,
-    generated_task_ids,
 )
 
 _ATTRIBUTES: Final = (
@@ -44,16 +41,6 @@ _NAMED_BY_DOMAIN: Final = {
     "rtype": ("sinkbasin", "microwave", "fridge"),
     "otype": ("knife", "butterknife"),
 }
-
-
-def generated_content_hash(split: str, house_size: str) -> str:
-    """Return SHA-256 over the task ids of a split and the generator's version, as 64 hex digits.
-
-    Raises:
-        DataNotFoundError: For an unknown split.
-    """
-    lines = (f"generator {GENERATOR_VERSION}", *generated_task_ids(split, house_size))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def generate_game(task_id: str) -> dict[str, object]:
