@@ -154,11 +154,21 @@ def load_plugin() -> Plugin:
         options: dict[str, Any] = {}  # noqa: RUF012 - pydantic gives each its own
         """Further keywords of the environment."""
 
-    class AtodTaskset(_Tasks, vf.Taskset[AtodTask, AtodTasksetConfig]):
-        def _task(self, task_id: str) -> Any:
+    class AtodTaskset(vf.Taskset[AtodTask, AtodTasksetConfig]):
+        """One task for each task id, in manifest order."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            if config.tasks < -1 or config.tasks == 0:
+                raise InvalidSettingError(f"tasks must be >= 1, or -1 for all, not {config.tasks}.")
+            with _made(config) as env:
+                self.task_ids = spread(env.get_wrapper_attr("task_ids"), max(0, config.tasks))
+
+        def load(self) -> Iterator[Any]:
             style = self.config.prompt_style
-            data = AtodTaskData(id=task_id, name=task_id, prompt_style=style)
-            return AtodTask(data, self.config.task)
+            for task_id in self.task_ids:
+                data = AtodTaskData(id=task_id, name=task_id, prompt_style=style)
+                yield AtodTask(data, self.config.task)
 
     class AtodEnvConfig(vf.EnvConfig):
         # Without a program to run, the agent needs no sandbox.
@@ -189,24 +199,6 @@ def _made(config: Any) -> gymnasium.Env[Any, str]:
         "show_admissible": config.show_admissible,
     }
     return made_env(config.env_id, {**chosen, **config.options}, prompt_options)
-
-
-class _Tasks:
-    """The taskset: one task for each task id, in manifest order."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        if config.tasks < -1 or config.tasks == 0:
-            raise InvalidSettingError(f"tasks must be >= 1, or -1 for all, not {config.tasks}.")
-        with _made(config) as env:
-            self.task_ids = spread(env.get_wrapper_attr("task_ids"), max(0, config.tasks))
-
-    def load(self) -> Iterator[Any]:
-        """Yield the tasks."""
-        return map(self._task, self.task_ids)
-
-    def _task(self, task_id: str) -> Any:
-        raise NotImplementedError
 
 
 class _Playing:

@@ -14,11 +14,7 @@ from atod_gym.envs.alfworld.engine.native import NativeEngine
 from atod_gym.envs.alfworld.expert import ScriptedExpert
 from atod_gym.envs.alfworld.games import SOURCE, open_games
 from atod_gym.envs.turn_env import TurnEnv, TurnResult
-from atod_gym.errors import (
-    InvalidGameError,
-    InvalidSettingError,
-    UnsupportedGameError,
-)
+from atod_gym.errors import InvalidGameError, InvalidSettingError, UnsupportedGameError
 from atod_gym.types import TurnObservation
 
 BACKENDS = ("native", "alfworld")

@@ -26,14 +26,7 @@ from atod_gym.envs.alfworld.generated.houses import (
     read_task_id,
 )
 from atod_gym.errors import DataNotFoundError, InvalidGameError, InvalidSettingError
-from atod_gym.tasks import (
-    DataSource,
-    TaskManifest,
-    announce_once,
-    content_hash,
-    data_label,
-    locate,
-)
+from atod_gym.tasks import DataSource, TaskManifest, announce_once, content_hash, data_label, locate
 
 SPLITS = tuple(SPLIT_SIZES)
 """The splits of official and of generated data; other folders of games may have others."""

@@ -14,12 +14,7 @@ from atod_gym.envs.turn_env import TurnEnv, TurnResult, check_integer
 from atod_gym.envs.webshop.expert import ScriptedShopper
 from atod_gym.envs.webshop.settings import SEARCH_PLACEHOLDER, SOURCE, ShopSettings
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
-from atod_gym.serving.connection import (
-    ENDED_CODE,
-    ServedConnection,
-    ServedEnv,
-    read_field,
-)
+from atod_gym.serving.connection import ENDED_CODE, ServedConnection, ServedEnv, read_field
 from atod_gym.serving.http import in_batches
 from atod_gym.tasks import TaskManifest
 from atod_gym.types import RewardDetails, WebShopInfo

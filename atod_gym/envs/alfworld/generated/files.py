@@ -23,12 +23,7 @@ from atod_gym.envs.alfworld.generated.furniture import (
     VESSELS,
     places,
 )
-from atod_gym.envs.alfworld.generated.houses import (
-    KINDS,
-    Entity,
-    Problem,
-    build_problem,
-)
+from atod_gym.envs.alfworld.generated.houses import KINDS, Entity, Problem, build_problem
 
 _ATTRIBUTES: Final = (
     ("cleanable", CLEANABLE),

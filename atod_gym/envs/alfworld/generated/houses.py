@@ -20,13 +20,7 @@ from itertools import count, islice
 from typing import Final, NamedTuple
 
 from atod_gym.envs.alfworld.generated.draws import Draws
-from atod_gym.envs.alfworld.generated.furniture import (
-    CLEANABLE,
-    COOLABLE,
-    HEATABLE,
-    ROOMS,
-    places,
-)
+from atod_gym.envs.alfworld.generated.furniture import CLEANABLE, COOLABLE, HEATABLE, ROOMS, places
 from atod_gym.errors import DataNotFoundError, TaskNotFoundError
 
 GENERATOR_VERSION: Final = 1
