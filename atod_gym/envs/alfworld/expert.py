@@ -281,11 +281,9 @@ class ScriptedExpert:
     def _cost(self, receptacle: str) -> int:
         """Return how many turns it takes until the content of a receptacle is within reach."""
         memory = self._memory
-        if receptacle in memory.closed:
-            shut = 1
-        else:
-            shut = int(receptacle not in memory.contents and _kind(receptacle) in OPENABLE)
-        return (receptacle not in memory.here) + shut
+        may_be_closed = receptacle not in memory.contents and _kind(receptacle) in OPENABLE
+        is_shut = receptacle in memory.closed or may_be_closed
+        return (receptacle not in memory.here) + is_shut
 
     def _destinations(self) -> list[str]:
         """Return receptacles where the target may go, best first."""

@@ -193,11 +193,7 @@ def parse_condition(expression: Sequence[Any], positive: bool = True) -> Conditi
         parts = tuple(parse_condition(part, positive) for part in expression[1:])
         return Junction(head if positive else {"and": "or", "or": "and"}[head], parts)
     if head == "imply":
-        parts = (
-            parse_condition(expression[1], not positive),
-            parse_condition(expression[2], positive),
-        )
-        return Junction("or" if positive else "and", parts)
+        return parse_condition(["or", ["not", expression[1]], expression[2]], positive)
     if head == "exists" and positive:
         return Exists(typed_list(expression[1]), parse_condition(expression[2]))
     if head in ("exists", "forall"):
@@ -225,11 +221,11 @@ def _parse_effects(
             yield from _parse_effects(part, conditions)
     elif head == "when":
         condition = parse_condition(expression[1])
-        parts = condition.parts if isinstance(condition, Junction) else (condition,)
+        parts: tuple[Condition, ...] = (condition,)
+        if isinstance(condition, Junction) and condition.kind == "and":
+            parts = condition.parts
         literals = tuple(part for part in parts if isinstance(part, Literal))
-        if len(literals) != len(parts) or (
-            isinstance(condition, Junction) and condition.kind == "or"
-        ):
+        if len(literals) != len(parts):
             raise unsupported("an effect under a condition that is not a list of literals")
         yield from _parse_effects(expression[2], (*conditions, *literals))
     elif head == "increase":
