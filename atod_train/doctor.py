@@ -119,7 +119,7 @@ def data_sets() -> Iterator[Finding]:
     """Report the data that data="auto" plays in each environment."""
     for env_id in ENV_IDS:
         env: Any = load_env_creator(str(gymnasium.spec(env_id).entry_point))
-        if folder := env.found_data():
+        if folder := env.source.found():
             yield Finding("ok", f"{env_id}: data in {folder}")
         else:
             text = "no official data found, plays generated tasks; see atod-data list"

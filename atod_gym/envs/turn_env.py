@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import gymnasium
@@ -166,11 +165,6 @@ class TurnEnv(gymnasium.Env[TurnObservation, str], EzPickle, ABC):
     def is_placeholder(action: str) -> bool:
         """Return whether an admissible action is a placeholder, such as `search[<query>]`."""
         return _PLACEHOLDER.fullmatch(action) is not None
-
-    @classmethod
-    def found_data(cls) -> Path | None:
-        """Return the data that `data="auto"` plays; None: it plays generated tasks."""
-        return cls.source.found()
 
     def _set_tasks(
         self, manifest: TaskManifest, types: Mapping[str, str], task_types: object, data: str

@@ -19,8 +19,8 @@ from direct_play import SMALL, expert_actions, play_completions, some_task_ids
 
 from atod_gym.adapters.verifiers import PLUGIN_ID, REWARD, load_environment, load_plugin
 from atod_gym.envs.alfworld.env import ALFWorldEnv
-from atod_gym.envs.search_qa import SearchQAEnv
-from atod_gym.envs.webshop import WebShopEnv
+from atod_gym.envs.search_qa.env import SearchQAEnv
+from atod_gym.envs.webshop.env import WebShopEnv
 from atod_gym.errors import InvalidSettingError
 from atod_gym.parsing import CompletionFormat, action_tags
 

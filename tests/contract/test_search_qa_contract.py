@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import requests
 
-from atod_gym.envs.search_qa import SearchQAEnv
-from atod_gym.envs.search_qa.env import MAX_QUERY_LENGTH
+from atod_gym.envs.search_qa.env import MAX_QUERY_LENGTH, SearchQAEnv
 from atod_gym.envs.search_qa.settings import (
     BATCH_LIMIT,
     RETRY_DELAYS,

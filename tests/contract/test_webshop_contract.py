@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import requests
 
-from atod_gym.envs.webshop import WebShopEnv
-from atod_gym.envs.webshop.env import BATCH_LIMIT
+from atod_gym.envs.webshop.env import BATCH_LIMIT, WebShopEnv
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
 from atod_gym.types import RewardDetails
 from env_servers.webshop.generator import generate_shop
@@ -359,7 +358,7 @@ def test_play_in_batches_equals_single_play(server: Server) -> None:
 
 KILLED = """
 import os, signal, sys
-from atod_gym.envs.webshop import WebShopEnv
+from atod_gym.envs.webshop.env import WebShopEnv
 env = WebShopEnv(data="generated")
 env.reset(seed=0)
 print(env._connection.running.pid, flush=True)

@@ -13,8 +13,8 @@ import gymnasium
 import pytest
 from fake_retriever import FOREIGN, OURS, FakeRetriever
 
-from atod_gym.envs.search_qa import SearchQAEnv, settings
-from atod_gym.envs.search_qa.env import MAX_QUERY_LENGTH
+from atod_gym.envs.search_qa import settings
+from atod_gym.envs.search_qa.env import MAX_QUERY_LENGTH, SearchQAEnv
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, ServerError
 from atod_gym.serving import http as http_client
 

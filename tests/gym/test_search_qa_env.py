@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import atod_gym
 from atod_gym import tasks as atod_tasks
-from atod_gym.envs.search_qa import SearchQAEnv
+from atod_gym.envs.search_qa.env import SearchQAEnv
 from atod_gym.errors import DataNotFoundError, InvalidSettingError, TaskNotFoundError
 from atod_gym.serving import http as http_client
 from atod_gym.types import SearchQAInfo, TurnObservation

@@ -139,7 +139,7 @@ def test_official_files_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("server_url", [5, "", "shop", "ftp://h", "http://h/retrieve?x=1"])
 def test_wrong_addresses_are_named(server_url: Any, tmp_path: Path) -> None:
-    from atod_gym.envs.search_qa import SearchQAEnv
+    from atod_gym.envs.search_qa.env import SearchQAEnv
 
     with pytest.raises(InvalidSettingError, match=r"http://127\.0\.0\.1:3000"):
         SearchQAEnv(server_url=server_url, data=write(tmp_path, **{"x.jsonl": QUESTION}))

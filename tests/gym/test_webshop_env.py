@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import atod_gym
 from atod_gym import tasks as atod_data
-from atod_gym.envs.webshop import WebShopEnv
+from atod_gym.envs.webshop.env import WebShopEnv
 from atod_gym.errors import (
     DataNotFoundError,
     InvalidSettingError,
