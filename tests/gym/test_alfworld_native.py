@@ -134,6 +134,13 @@ def test_reset_starts_the_same_game_again(game: dict[str, Any]) -> None:
     assert other.reset() == first
 
 
+@pytest.mark.parametrize("walkthrough", [None, 5, "look", {"look": 1}])
+def test_a_walkthrough_that_is_no_list_counts_as_none(
+    game: dict[str, Any], walkthrough: object
+) -> None:
+    assert NativeEngine({**game, "walkthrough": walkthrough}).walkthrough == ()
+
+
 @given(st.text())
 def test_any_text_is_answered(command: str) -> None:
     engine = NativeEngine(_ANY_GAME)

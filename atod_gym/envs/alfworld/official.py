@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from atod_gym.envs.alfworld.engine import EngineState, read_game
+from atod_gym.envs.alfworld.engine import EngineState, read_game, read_walkthrough
 from atod_gym.errors import InvalidGameError, MissingExtraError, UnsupportedGameError
 
 # Names of the same action in the grammars of data for alfworld <= 0.3 and >= 0.4.
@@ -39,9 +39,7 @@ class OfficialEngine:
             pddl_env, demangler, infos = _official_classes()
         content = read_game(game)
         _check_versions(content["grammar"], importlib.metadata.version("alfworld"))
-        walkthrough = content.get("walkthrough")
-        steps = walkthrough if isinstance(walkthrough, list | tuple) else ()
-        self.walkthrough: tuple[str, ...] = tuple(map(str, steps))
+        self.walkthrough = read_walkthrough(content)
         self._env: Any = self._call(
             lambda: demangler(pddl_env(infos(won=True, admissible_commands=True)))
         )

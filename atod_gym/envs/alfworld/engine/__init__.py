@@ -69,3 +69,9 @@ def read_game(game: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, 
     if wrong:
         raise InvalidGameError(f"{name} has no text under {', '.join(wrong)}.")
     return content
+
+
+def read_walkthrough(game: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the walkthrough in the content of a game; empty if it has no list of commands."""
+    commands = game.get("walkthrough")
+    return tuple(map(str, commands)) if isinstance(commands, list | tuple) else ()

@@ -17,7 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from atod_gym.envs.alfworld.engine import NOTHING_HAPPENS, EngineState, read_game
+from atod_gym.envs.alfworld.engine import (
+    NOTHING_HAPPENS,
+    EngineState,
+    read_game,
+    read_walkthrough,
+)
 from atod_gym.envs.alfworld.engine.joins import TYPE_PREDICATE, change_slot, new_facts
 from atod_gym.envs.alfworld.engine.logic import Commands, Goal, Logic, Program, State, compile_logic
 from atod_gym.envs.alfworld.engine.pddl import Problem, check_facts, objects_of_type, parse_problem
@@ -121,10 +126,9 @@ def compile_game(game: Mapping[str, Any]) -> NativeGame:
         state = logic.index.build(_facts(problem, logic, entities))
     names = entity_names(entities)
     intro = program.intro(state, names).replace(_TASK_MARK, task)
-    walkthrough = tuple(str(command) for command in game.get("walkthrough") or ())
     won = goal.won(state, constants)
     compiled = NativeGame(
-        program, goal, constants, names, state, walkthrough, EngineState(intro, (), won)
+        program, goal, constants, names, state, read_walkthrough(game), EngineState(intro, (), won)
     )
     start = EngineState(intro, compiled.admissible(state)[2], won)
     return replace(compiled, start=start)
