@@ -345,6 +345,7 @@ def test_the_tool_plays_like_the_environment(env_id: str) -> None:
     tool = environment_factory(env_id, invalid_action_penalty=0.25, **settings)()
     task_id = env.get_wrapper_attr("task_ids")[3]
     observation, _ = env.reset(options={"task_id": task_id})
+    assert tool.act("look") == "The episode is over; nothing more can be done."
     told = tool.reset(task_id=task_id, prompt=[], other=1)
     assert observation["instruction"] in told
     assert "tool act" in told
