@@ -11,6 +11,7 @@ Checkpoints stay in --out; the same command continues there.
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -18,6 +19,15 @@ from pathlib import Path
 
 from atod_train.presets import PRESETS
 from atod_train.reports.evaluations import temperature_of
+
+
+def quoted(path: str | Path) -> str:
+    """Return a path as Hydra reads it, for the shell; commas and `=` are syntax of Hydra."""
+    text = str(path)
+    if not re.fullmatch(r"[\w/+.%*@?|: -]+", text, re.ASCII):
+        text = "'" + text.replace("'", r"\'") + "'"
+    return shlex.quote(text)
+
 
 parser = argparse.ArgumentParser()
 parser.add_argument("run", choices=("alfworld", "webshop", "searchqa"))
@@ -47,9 +57,8 @@ loop = {
 }
 (out / "loop.yaml").write_text(json.dumps([loop], indent=1))  # JSON is YAML
 rollout, actor, atod = "actor_rollout_ref.rollout", "actor_rollout_ref.actor", "trainer.v1.atod"
-train_file, val_file, loop_file, checkpoints, student, teacher = (
-    shlex.quote(str(path))
-    for path in (*files, out / "loop.yaml", out / "checkpoints", options.student, options.teacher)
+train_file, val_file, loop_file, checkpoints, student, teacher = map(
+    quoted, (*files, out / "loop.yaml", out / "checkpoints", options.student, options.teacher)
 )
 overrides = shlex.split(f"""data.train_files={train_file} data.val_files={val_file}
  data.train_batch_size={train.tasks_per_step} data.val_max_samples={env.eval_tasks}

@@ -46,7 +46,7 @@ def test_importing_an_adapter_imports_nothing_heavy() -> None:
 @pytest.mark.slow
 def test_the_recipe_for_verl_prints_its_settings_without_it(tmp_path: Path) -> None:
     out = tmp_path / "my runs"
-    arguments = ["webshop", "--student", "my a", "--teacher", "my b", "--out", str(out)]
+    arguments = ["webshop", "--student", "my a", "--teacher", "b, kappa=1", "--out", str(out)]
     code = (
         "import runpy, sys; sys.modules['hydra'] = None\n"
         f"sys.argv[1:] = {arguments!r}\n"
@@ -59,7 +59,7 @@ def test_the_recipe_for_verl_prints_its_settings_without_it(tmp_path: Path) -> N
         f"data.train_files={out}/train.parquet", f"data.val_files={out}/val.parquet",
         f"actor_rollout_ref.rollout.agent.agent_loop_config_path={out}/loop.yaml",
         f"trainer.default_local_dir={out}/checkpoints", "trainer.n_gpus_per_node=8",
-        "actor_rollout_ref.model.path=my a", "+trainer.v1.atod.teacher=my b",
+        "actor_rollout_ref.model.path=my a", "+trainer.v1.atod.teacher='b, kappa=1'",
     } < set(shlex.split(result.stdout))  # fmt: skip
     refused = subprocess.run(
         [sys.executable, "-m", "atod_train.examples.verl_recipe", "webshop", "--student", "a",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -424,13 +425,19 @@ def test_the_recipe_is_one_that_verl_accepts(
     run: str, split: str, folder: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "atod_train.examples.verl_recipe", run, "--gpus", "4"]
-    command += ["--data", "generated", "--out", str(tmp_path)]
+    out = tmp_path / "it's a run, kappa=1"
+    command += ["--data", "generated", "--out", str(out)]
     command += ["--student", f"{folder}/student", "--teacher", f"{folder}/teacher"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
     [line] = [line for line in result.stdout.splitlines() if "verl.trainer.main_ppo" in line]
     for setting in ("v1.trainer_mode=atod", "n_gpus_per_node=4", "save_freq=25", "test_freq=5"):
         assert f"trainer.{setting}" in line
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert {path.name for path in out.iterdir()} == {
         "loop.yaml", "train.parquet", f"{split}.parquet"
     }  # fmt: skip
+    words = shlex.split(line)[4:]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=words)
+    assert config.data.train_files == str(out / "train.parquet")
+    assert config.trainer.default_local_dir == str(out / "checkpoints")
