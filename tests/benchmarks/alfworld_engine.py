@@ -61,7 +61,6 @@ def cold(kind: type[NativeEngine] | type[OfficialEngine], games: Sequence[Path])
 
 
 def main() -> None:
-    """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="the folder json_2.1.1")
     parser.add_argument("--games", type=int, default=12, help="games for the official engine")

@@ -41,12 +41,6 @@ INVALID = (
 Chooser = Callable[[EngineState], str | None]
 
 
-def walkthrough_chooser(commands: tuple[str, ...]) -> Chooser:
-    """The walkthrough, then one look, one inventory and one help."""
-    left = iter((*commands, "look", "inventory", "help"))
-    return lambda state: next(left, None)
-
-
 def random_chooser(rng: random.Random, steps: int) -> Chooser:
     """A random walk: a verb, then one of its commands; now and then an invalid command."""
     seen: list[str] = []
@@ -69,14 +63,14 @@ def random_chooser(rng: random.Random, steps: int) -> Chooser:
     return choose
 
 
-def expert_chooser(start: EngineState, max_turns: int = 50) -> Chooser:
-    """The scripted expert until it wins."""
+def expert_chooser(start: EngineState) -> Chooser:
+    """The scripted expert until it wins, for 50 turns at most."""
     expert = ScriptedExpert()
     expert.reset(start.feedback.rsplit("Your task is to: ", 1)[1], start.feedback)
     last: list[str] = []
 
     def choose(state: EngineState) -> str | None:
-        if state.won or len(last) >= max_turns:
+        if state.won or len(last) >= 50:
             return None
         agent_sees = [c for c in state.admissible_commands if c != "help"]
         last.append(expert.act(state.feedback, agent_sees, last[-1] if last else None))
@@ -89,7 +83,8 @@ def chooser_for(mode: str, engine: NativeEngine, steps: int) -> Chooser:
     """The player of a mode; the random walk depends on the game alone."""
     start = engine.reset()
     if mode == "walkthrough":
-        return walkthrough_chooser(engine.walkthrough)
+        left = iter((*engine.walkthrough, "look", "inventory", "help"))
+        return lambda state: next(left, None)
     if mode == "random":
         return random_chooser(random.Random(start.feedback), steps)
     return expert_chooser(start)
@@ -126,14 +121,12 @@ def compare_game(
 
 def chosen_games(root: Path, train_games: int) -> list[Path]:
     """All validation games, then training games spread evenly over the sorted list."""
-    train = sorted(root.glob("train/*/*/game.tw-pddl"))
-    every = max(1, len(train) // train_games) if train_games else len(train) + 1
-    valid = [game for split in ("valid_seen", "valid_unseen") for game in _games(root, split)]
-    return valid + (train[::every][:train_games] if train_games else [])
-
-
-def _games(root: Path, split: str) -> list[Path]:
-    return sorted((root / split).glob("*/*/game.tw-pddl"))
+    seen, unseen, train = (
+        sorted(root.glob(f"{split}/*/*/game.tw-pddl"))
+        for split in ("valid_seen", "valid_unseen", "train")
+    )
+    every = max(1, len(train) // max(1, train_games))
+    return [*seen, *unseen, *train[::every][:train_games]]
 
 
 def main() -> int:
@@ -147,11 +140,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="games at the same time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long")
     options = parser.parse_args()
-    rows = (
-        [json.loads(x) for x in options.results.read_text().splitlines()]
-        if (options.results.exists())
-        else []
-    )
+    rows = []
+    if options.results.exists():
+        rows = [json.loads(line) for line in options.results.read_text().splitlines()]
     done = {(row["game"], row["mode"]) for row in rows}
     games = chosen_games(options.data, options.train_games)
     left = []

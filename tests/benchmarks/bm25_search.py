@@ -165,7 +165,6 @@ def in_own_process(target: Callable[..., None], *arguments: object) -> None:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder with webshop/ and searchqa/")
     parser.add_argument("--documents", type=int, nargs="*", default=[20_000, 200_000])

@@ -86,7 +86,6 @@ def milliseconds(call: Callable[[], object], calls: int) -> float:
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=10)

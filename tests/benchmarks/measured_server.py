@@ -1,14 +1,17 @@
-"""A server in a process of its own, whose time and memory are measured, and calls to it."""
+"""Measure a server in a process of its own: its time and memory, and clients that load it."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,6 +47,12 @@ def poster(url: str, library: str) -> Post:
     return send_plain
 
 
+def resident(name: str, process: int | str = "self") -> int:
+    """Bytes of a process: VmRSS now, VmHWM at most so far, RssAnon without mapped files."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return 1024 * int(status.partition(f"{name}:")[2].split()[0])
+
+
 class MeasuredServer:
     """A server process under load, started with the arguments of `atod-serve`."""
 
@@ -70,8 +79,7 @@ class MeasuredServer:
 
     def peak_megabytes(self) -> float:
         """The largest resident size so far; mapped files that were read count too."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+        return resident("VmHWM", self.process.pid) / 1e6
 
     def processor_seconds(self) -> float:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -80,3 +88,53 @@ class MeasuredServer:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(10)
+
+
+@dataclass
+class Load:
+    """The measurements of one client."""
+
+    count: int = 0
+    """Steps or queries."""
+    resets: int = 0
+    seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The measurements of several clients; rates per second, latencies in ms."""
+
+    rate: float
+    resets: float
+    p50: float
+    p99: float
+    server_microseconds: float
+    """Processor time of the server for a step or query."""
+
+
+def run_clients(
+    client: Callable[..., None], calls: Sequence[tuple[Any, ...]], server: MeasuredServer | None
+) -> Figures:
+    """Run a client process for each call at the same time.
+
+    Each is called with its arguments, a barrier to wait at before it measures, and a queue for its
+    `Load`. Without a server of ours its processor time is 0.
+    """
+    context = multiprocessing.get_context("fork")
+    start, answers = context.Barrier(len(calls) + 1), context.SimpleQueue()
+    processes = [context.Process(target=client, args=(*call, start, answers)) for call in calls]
+    for process in processes:
+        process.start()
+    start.wait()
+    before = server.processor_seconds() if server else 0.0
+    loads: list[Load] = [answers.get() for _ in calls]
+    used = server.processor_seconds() - before if server else 0.0
+    for process in processes:
+        process.join()
+    count = sum(load.count for load in loads)
+    seconds = statistics.mean(load.seconds for load in loads)
+    latencies = sorted(latency for load in loads for latency in load.latencies)
+    p50, p99 = (1e3 * latencies[int(part * (len(latencies) - 1))] for part in (0.5, 0.99))
+    resets = sum(load.resets for load in loads) / seconds
+    return Figures(count / seconds, resets, p50, p99, 1e6 * used / count)

@@ -109,7 +109,6 @@ def report_golden(records: Sequence[Mapping[str, Any]], answers: Mapping[str, li
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with searchqa/")
     parser.add_argument("--encoder", default="minilm")

@@ -65,7 +65,6 @@ def measure(passages: int, folder: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--passages", type=int, nargs="+", default=[20_000, 200_000])
     parser.add_argument("--folder", type=Path, help="where files go; a temporary one if not set")

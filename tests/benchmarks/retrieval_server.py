@@ -16,46 +16,17 @@ queries per second do.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import statistics
 import time
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from bm25_search import read_lines
-from measured_server import MeasuredServer, poster
-
-
-@dataclass
-class Load:
-    """The measurements of one client."""
-
-    queries: int = 0
-    seconds: float = 0.0
-    latencies: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The measurements of several clients; rate in queries per second, latencies in ms."""
-
-    queries: int
-    rate: float
-    p50: float
-    p99: float
+from measured_server import Figures, Load, MeasuredServer, poster, run_clients
 
 
 def search(
-    url: str,
-    library: str,
-    questions: list[str],
-    batch: int,
-    seconds: float,
-    start: Any,
-    answer: Connection,
+    url: str, library: str, questions: list[str], batch: int, seconds: float, start: Any, out: Any
 ) -> None:
     """A client process."""
     post = poster(url, library)
@@ -70,32 +41,9 @@ def search(
         load.latencies.append(time.perf_counter() - now)
         if len(reply["result"]) != batch:
             raise SystemExit("an answer has another length than the request")
-        load.queries += batch
+        load.count += batch
     load.seconds = time.perf_counter() - begun
-    answer.send(load)
-
-
-def run_clients(
-    url: str, options: argparse.Namespace, questions: list[str], clients: int, batch: int
-) -> Figures:
-    """Lets some clients search at the same time."""
-    context = multiprocessing.get_context("fork")
-    start = context.Barrier(clients + 1)
-    receivers, processes = [], []
-    for _ in range(clients):
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (url, options.client, questions, batch, options.seconds, start, sender)
-        processes.append(context.Process(target=search, args=arguments))
-        receivers.append(receiver)
-        processes[-1].start()
-    start.wait()
-    loads: list[Load] = [receiver.recv() for receiver in receivers]
-    for process in processes:
-        process.join()
-    queries = sum(load.queries for load in loads)
-    latencies = sorted(latency for load in loads for latency in load.latencies)
-    p50, p99 = (1e3 * latencies[int(part * (len(latencies) - 1))] for part in (0.5, 0.99))
-    return Figures(queries, queries / statistics.mean(load.seconds for load in loads), p50, p99)
+    out.put(load)
 
 
 def report(
@@ -106,22 +54,24 @@ def report(
     batch: int,
 ) -> None:
     """One line of the table."""
-    before = server.processor_seconds()
-    own = run_clients(server.url, options, questions, clients, batch)
-    used = server.processor_seconds() - before
+
+    def figures(url: str, measured: MeasuredServer | None) -> Figures:
+        call = (url, options.client, questions, batch, options.seconds)
+        return run_clients(search, [call] * clients, measured)
+
+    own = figures(server.url, server)
     line = (
         f"| {clients} | {batch} | {own.rate:,.0f} | {own.p50:.2f} | {own.p99:.2f} |"
-        f" {1e6 * used / own.queries:.0f} | {server.megabytes():.0f} |"
+        f" {own.server_microseconds:.0f} | {server.megabytes():.0f} |"
     )
     if options.other:
-        other = run_clients(options.other, options, questions, clients, batch)
+        other = figures(options.other, None)
         line += f" {other.rate:,.0f} | {other.p50:.2f} | {other.p99:.2f} |"
         line += f" {own.rate / other.rate:.1f} |"
     print(line, flush=True)
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with searchqa/")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each line of the table")

@@ -66,25 +66,19 @@ class Stopwatch:
 @contextmanager
 def watched(watch: Stopwatch) -> Iterator[None]:
     """Times the parts of our generation, and counts the tokens that are fed."""
-    names = {"_prefill": "prefill", "_sample": "sampling", "prompt": "generation"}
-    before = {name: getattr(Generator, name) for name in names}
-    next_prompt = Episode.next_prompt
-    for name, label in names.items():
-        setattr(Generator, name, watch.around(label, before[name]))
-    timed = Generator._prefill
+    timed = watch.around("prefill", Generator._prefill)
 
-    def count(self: Generator, episodes: list[Any]) -> Tensor:
+    def prefill(self: Generator, episodes: list[Any]) -> Tensor:
         watch.fed += sum(len(e.ids) - e.cached for e in set(self._leaders(episodes)))
         return timed(self, episodes)
 
-    Generator._prefill = count  # type: ignore[method-assign]
-    Episode.next_prompt = watch.around("prompts", next_prompt)  # type: ignore[method-assign]
-    try:
+    with (
+        mock.patch.object(Generator, "_prefill", prefill),
+        mock.patch.object(Generator, "_sample", watch.around("sampling", Generator._sample)),
+        mock.patch.object(Generator, "prompt", watch.around("generation", Generator.prompt)),
+        mock.patch.object(Episode, "next_prompt", watch.around("prompts", Episode.next_prompt)),
+    ):
         yield
-    finally:
-        for name, function in before.items():
-            setattr(Generator, name, function)
-        Episode.next_prompt = next_prompt  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -123,17 +117,11 @@ def ours(policy: Policy, pool: EnvPool, options: argparse.Namespace) -> tuple[in
             context += len(tokens.prompt_ids)
             whole += context
             context += len(tokens.completion_ids)
-    seconds = watch.seconds
-    decode = seconds["generation"] - seconds["prefill"] - seconds["sampling"]
-    environment = times.take()["seconds/environment"]
-    parts = {
-        "prompts": seconds["prompts"],
-        "prefill": seconds["prefill"],
-        "decode": decode,
-        "sampling": seconds["sampling"],
-        "environment": environment,
-    }
-    shares = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
+    parts = watch.seconds
+    parts["decode"] = parts["generation"] - parts["prefill"] - parts["sampling"]
+    parts["environment"] = times.take()["seconds/environment"]
+    names = ("prompts", "prefill", "decode", "sampling", "environment")
+    shares = ", ".join(f"{name} {parts[name]:.2f}" for name in names)
     sampled = sum(len(turn.tokens.completion_ids) for turn in turns)
     text = (
         f"{shares} s; the prompts have {whole} tokens, of which {watch.fed} were computed "
@@ -209,7 +197,6 @@ def load(options: argparse.Namespace, pool: EnvPool) -> Policy:
 
 
 def main() -> None:
-    """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2", help="smollm2, a folder, or a preset")
     parser.add_argument("--style", choices=("chat", "window"), default="chat")

@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from measured_server import resident
 
 from atod_train.config import EnvConfig, ModelConfig, RunConfig, TrainConfig
 from atod_train.models.dialogue import DialogueEncoder
@@ -88,12 +87,10 @@ def peak(policy: Any) -> float:
     if policy.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(policy.device)
         return (total - free) / 1e9
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9  # type: ignore[index]
+    return resident("VmHWM") / 1e9
 
 
 def main() -> None:
-    """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2", help="smollm2, a folder or a hub name")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES))

@@ -10,8 +10,7 @@ A model that was taught asks alike in a group; smollm2 as it is writes something
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import torch
@@ -27,12 +26,6 @@ from atod_train.models.pretrained import load_policy
 from atod_train.models.scores import score_completions, score_microbatches
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.rollout import collect
-
-
-@contextmanager
-def nothing_shared() -> Iterator[None]:
-    with mock.patch.object(scores, "crossover_of", return_value=0):
-        yield
 
 
 def main() -> None:
@@ -67,6 +60,7 @@ def main() -> None:
         f"of {options.group_size}, {sum(map(len, sequences))} tokens, "
         f"{sum(size for _, size in trees)} of them computed; one thread\n"
     )
+    nothing_shared = partial(mock.patch.object, scores, "crossover_of", return_value=0)
     print("| part | ours, s | nothing shared, s | ratio |\n|---|---|---|---|")
     for name, work in (
         ("scoring", lambda: score_completions(model, batch, 4096)),

@@ -38,7 +38,6 @@ def split(data: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the subsets")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

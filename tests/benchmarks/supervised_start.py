@@ -9,8 +9,7 @@ tokens scored for all of them, against all of them scored.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import torch
@@ -45,11 +44,7 @@ def main() -> None:
     def supervise() -> None:
         supervised._supervised_update(model, taught, optimizers, 0.03, 2048, generator)
 
-    @contextmanager
-    def everything() -> Iterator[None]:
-        with mock.patch.object(supervised, "_SCORED_WORDS", len(tokenizer)):
-            yield
-
+    everything = partial(mock.patch.object, supervised, "_SCORED_WORDS", len(tokenizer))
     ours, theirs = compared(supervise, everything, options.rounds)
     tokens = sum(
         len(turn.tokens.prompt_ids) + len(turn.tokens.completion_ids)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured_server import resident
 from torch import Tensor
 
 from atod_train.algorithm.atod import clipped_policy_loss, loss_normalizer
@@ -134,7 +134,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        forget_peak()
+        with contextlib.suppress(OSError):  # else the peak of loading counts, too
+            Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
     begun, begun_processor = time.perf_counter(), time.process_time()
     update = naive_update if options.form == "naive" else lean_update
@@ -153,21 +154,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "completion_tokens": int(batch.completion_mask.sum()),
         "tokens": int(batch.attention_mask.sum()),
     }
-
-
-def forget_peak() -> None:
-    """Reset VmHWM if the system can; otherwise the peak of loading counts, too."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident(name: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most since it was reset."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
-    except (OSError, StopIteration):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def largest_difference(one: Path, other: Path) -> float:

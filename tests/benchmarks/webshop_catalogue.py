@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from measured_server import resident
 from webshop_engine import play
 
 from env_servers.webshop.generator import generate_shop
@@ -88,7 +88,7 @@ def open_once(folder: str) -> None:
     shop = Shop.open(ShopSettings(data=folder, noun_tagger="words"))
     opened = time.perf_counter() - begun
     opened_cpu = time.process_time()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = resident("VmHWM") / 2**20
     begun = time.perf_counter()
     page = shop.search_rows("solar lantern bamboo", "")
     first = time.perf_counter() - begun
@@ -100,32 +100,12 @@ def open_once(folder: str) -> None:
         f"peak resident memory {peak:.0f} MB; first search {1000 * first:.0f} ms "
         f"({len(page)} found); {steps / seconds:,.0f} steps/s, {steps / used:,.0f} per second of "
         "processor time; afterwards "
-        f"{_resident():.0f} MB resident, {_anonymous():.0f} MB without mapped files"
+        f"{resident('VmRSS') / 2**20:.0f} MB resident, {resident('RssAnon') / 2**20:.0f} MB "
+        "without mapped files"
     )
 
 
-def _status(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    return float("nan")
-
-
-def _resident() -> float:
-    return _status("VmRSS:")
-
-
-def _anonymous() -> float:
-    return _status("RssAnon:")
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def main() -> None:
-    """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--products", type=int, default=50_000)
     parser.add_argument("--folder", help="where the files may lie meanwhile")
@@ -143,7 +123,8 @@ def main() -> None:
             print(f"{note} start: ", end="", flush=True)
             command = [sys.executable, __file__, "--open", str(folder)]
             subprocess.run(command, env=environment, check=True)
-        print(f"stored: {folder_bytes(folder / 'cache') / 1e9:.2f} GB")
+        files = [path for path in (folder / "cache").rglob("*") if path.is_file()]
+        print(f"stored: {sum(path.stat().st_size for path in files) / 1e9:.2f} GB")
     finally:
         shutil.rmtree(folder)
 

@@ -73,7 +73,6 @@ def times_by_kind(shop: Shop, steps: int, seed: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", default="generated", help="generated, or an official folder")
     parser.add_argument("--seconds", type=float, default=10.0)

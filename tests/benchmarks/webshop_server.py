@@ -13,30 +13,16 @@ what else the machine does than the steps per second do.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import random
-import statistics
 import time
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any
 
-from measured_server import MeasuredServer, poster
+from measured_server import Load, MeasuredServer, poster, run_clients
 
 ORIGINAL_STEPS = 47.0
 """Steps per second of the original text environment in one process, no HTTP (median of five)."""
 MAX_TURNS = 15
-
-
-@dataclass
-class Load:
-    """The measurements of one client."""
-
-    steps: int = 0
-    resets: int = 0
-    seconds: float = 0.0
-    latencies: list[float] = field(default_factory=list)
 
 
 class Customer:
@@ -68,7 +54,7 @@ class Customer:
 
 
 def play_alone(
-    url: str, library: str, split: str, seed: int, seconds: float, start: Any, answer: Connection
+    url: str, library: str, split: str, seed: int, seconds: float, start: Any, out: Any
 ) -> None:
     """A client process: one session at a time, single calls."""
     post = poster(url, library)
@@ -86,14 +72,14 @@ def play_alone(
         reply = post(f"/sessions/{customer.state['session_id']}/step", customer.step())
         load.latencies.append(time.perf_counter() - now)
         customer.state = reply
-        load.steps += 1
+        load.count += 1
     load.seconds = time.perf_counter() - begun
     post("/batch/close", {"session_ids": [customer.state["session_id"]]})
-    answer.send(load)
+    out.put(load)
 
 
 def play_batch(
-    url: str, library: str, split: str, sessions: int, seconds: float, answer: Connection
+    url: str, library: str, split: str, sessions: int, seconds: float, start: Any, out: Any
 ) -> None:
     """A client process that steps all its sessions with one request."""
     post = poster(url, library)
@@ -107,6 +93,7 @@ def play_batch(
 
     begin(customers)
     load = Load()
+    start.wait()
     begun = time.perf_counter()
     while time.perf_counter() < begun + seconds:
         steps = [{"session_id": c.state["session_id"], **c.step()} for c in customers]
@@ -115,7 +102,7 @@ def play_batch(
         load.latencies.append(time.perf_counter() - asked)
         for customer, reply in zip(customers, replies, strict=True):
             customer.state = reply
-        load.steps += len(steps)
+        load.count += len(steps)
         done = [customer for customer in customers if customer.is_done()]
         if done:
             post("/batch/close", {"session_ids": [c.state["session_id"] for c in done]})
@@ -123,47 +110,18 @@ def play_batch(
             load.resets += len(done)
     load.seconds = time.perf_counter() - begun
     post("/batch/close", {"session_ids": [c.state["session_id"] for c in customers]})
-    answer.send(load)
+    out.put(load)
 
 
-def run_clients(
-    server: MeasuredServer, options: argparse.Namespace, sessions: int, batch: bool
-) -> None:
+def report(server: MeasuredServer, options: argparse.Namespace, sessions: int, batch: bool) -> None:
     """One line of the table."""
-    context = multiprocessing.get_context("fork")
-    count = 1 if batch else sessions
-    start = context.Barrier(count + 1)
-    receivers, processes = [], []
-    for seed in range(count):
-        receiver, sender = context.Pipe(duplex=False)
-        if batch:
-            target, arguments = play_batch, (sessions, options.seconds, sender)
-        else:
-            target, arguments = play_alone, (seed, options.seconds, start, sender)
-        processes.append(
-            context.Process(
-                target=target, args=(server.url, options.client, options.split, *arguments)
-            )
-        )
-        receivers.append(receiver)
-        processes[-1].start()
-    if not batch:
-        start.wait()
-    before = server.processor_seconds()
-    loads: list[Load] = [receiver.recv() for receiver in receivers]
-    used = server.processor_seconds() - before
-    for process in processes:
-        process.join()
-    steps = sum(load.steps for load in loads)
-    seconds = statistics.mean(load.seconds for load in loads)
-    latencies = sorted(latency for load in loads for latency in load.latencies)
-    percentiles = [1e3 * latencies[int(part * (len(latencies) - 1))] for part in (0.5, 0.99)]
-    rate = steps / seconds
+    play, numbers = (play_batch, [sessions]) if batch else (play_alone, range(sessions))
+    shared = (server.url, options.client, options.split)
+    found = run_clients(play, [(*shared, number, options.seconds) for number in numbers], server)
     print(
-        f"| {sessions:4d} | {'batch' if batch else 'single'} | {rate:,.0f} |"
-        f" {rate / ORIGINAL_STEPS:.0f} | {percentiles[0]:.1f} | {percentiles[1]:.1f} |"
-        f" {1e6 * used / steps:.0f} | {sum(load.resets for load in loads) / seconds:,.0f} |"
-        f" {server.megabytes():.0f} |",
+        f"| {sessions:4d} | {'batch' if batch else 'single'} | {found.rate:,.0f} |"
+        f" {found.rate / ORIGINAL_STEPS:.0f} | {found.p50:.1f} | {found.p99:.1f} |"
+        f" {found.server_microseconds:.0f} | {found.resets:,.0f} | {server.megabytes():.0f} |",
         flush=True,
     )
 
@@ -217,10 +175,9 @@ def main() -> None:
             "| sessions | calls | steps/s | x original | p50 ms | p99 ms | server us/step |"
             " resets/s | server MB |\n|---|---|---|---|---|---|---|---|---|"
         )
-        for sessions in options.sessions:
-            run_clients(server, options, sessions, batch=False)
-        for sessions in options.sessions:
-            run_clients(server, options, sessions, batch=True)
+        for batch in (False, True):
+            for sessions in options.sessions:
+                report(server, options, sessions, batch)
         if options.memory_sessions:
             session_memory(server, options, options.memory_sessions)
     finally:
