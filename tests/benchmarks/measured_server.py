@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import multiprocessing
 import os
@@ -14,37 +13,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+import urllib3
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Post = Callable[[str, object], dict[str, Any]]
 
 
-def poster(url: str, library: str) -> Post:
+def poster(url: str) -> Post:
     """A function that posts JSON over one open connection."""
-    headers = {"Content-Type": "application/json"}
-    if library == "requests":
-        import requests
+    pool = urllib3.connection_from_url(url)
 
-        session = requests.Session()
-        return lambda path, body: session.post(url + path, json=body).json()
-    if library == "urllib3":
-        import urllib3
+    def post(path: str, body: object) -> dict[str, Any]:
+        return json.loads(pool.request("POST", path, json=body).data)
 
-        pool = urllib3.HTTPConnectionPool(urlsplit(url).hostname, urlsplit(url).port, maxsize=1)
-
-        def send(path: str, body: object) -> dict[str, Any]:
-            content = json.dumps(body).encode()
-            return json.loads(pool.urlopen("POST", path, body=content, headers=headers).data)
-
-        return send
-    connection = http.client.HTTPConnection(urlsplit(url).netloc)
-
-    def send_plain(path: str, body: object) -> dict[str, Any]:
-        connection.request("POST", path, json.dumps(body).encode(), headers)
-        return json.loads(connection.getresponse().read())
-
-    return send_plain
+    return post
 
 
 def resident(name: str, process: int | str = "self") -> int:

@@ -33,7 +33,7 @@ def write_corpus(path: Path, passages: int) -> None:
 
 def rate(server: MeasuredServer, queries: list[str], batch: int) -> float:
     """Queries per second with batches of one size."""
-    post = poster(server.url, "urllib3")
+    post = poster(server.url)
     begun = time.perf_counter()
     for begin in range(0, len(queries), batch):
         part = queries[begin : begin + batch]

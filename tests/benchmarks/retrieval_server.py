@@ -26,10 +26,10 @@ from measured_server import Figures, Load, MeasuredServer, poster, run_clients
 
 
 def search(
-    url: str, library: str, questions: list[str], batch: int, seconds: float, start: Any, out: Any
+    url: str, questions: list[str], batch: int, seconds: float, start: Any, out: Any
 ) -> None:
     """A client process."""
-    post = poster(url, library)
+    post = poster(url)
     load = Load()
     place = os.getpid() % len(questions)
     start.wait()
@@ -56,7 +56,7 @@ def report(
     """One line of the table."""
 
     def figures(url: str, measured: MeasuredServer | None) -> Figures:
-        call = (url, options.client, questions, batch, options.seconds)
+        call = (url, questions, batch, options.seconds)
         return run_clients(search, [call] * clients, measured)
 
     own = figures(server.url, server)
@@ -79,9 +79,6 @@ def main() -> None:
     parser.add_argument(
         "--other", metavar="URL", help="another server, measured in turns with ours"
     )
-    parser.add_argument(
-        "--client", choices=("http.client", "urllib3", "requests"), default="urllib3"
-    )
     parser.add_argument("server", nargs="*", help="further arguments of the server, after --")
     options = parser.parse_args()
     records = read_lines(options.data / "searchqa/golden/retrieval.jsonl.xz")
@@ -93,7 +90,7 @@ def main() -> None:
         columns += ["other queries/s", "its p50 ms", "its p99 ms", "ratio"]
     try:
         print(
-            f"{options.client}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before:"
+            f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before:"
             f" ready in {server.ready_seconds:.2f} s ({server.ready_processor_seconds:.2f} s of"
             f" processor time) with {server.megabytes():.0f} MB\n"
         )

@@ -18,7 +18,7 @@ import random
 import time
 from typing import Any
 
-from measured_server import Load, MeasuredServer, poster, run_clients
+from measured_server import Load, MeasuredServer, Post, poster, run_clients
 
 ORIGINAL_STEPS = 47.0
 """Steps per second of the original text environment in one process, no HTTP (median of five)."""
@@ -53,11 +53,9 @@ class Customer:
         return {"turn_index": self.state["turn_index"], "action": action}
 
 
-def play_alone(
-    url: str, library: str, split: str, seed: int, seconds: float, start: Any, out: Any
-) -> None:
+def play_alone(url: str, split: str, seed: int, seconds: float, start: Any, out: Any) -> None:
     """A client process: one session at a time, single calls."""
-    post = poster(url, library)
+    post = poster(url)
     customer = Customer(split, seed)
     customer.begin(post("/sessions", customer.wanted()))
     load = Load()
@@ -78,20 +76,19 @@ def play_alone(
     out.put(load)
 
 
-def play_batch(
-    url: str, library: str, split: str, sessions: int, seconds: float, start: Any, out: Any
-) -> None:
+def begin_all(post: Post, customers: list[Customer]) -> None:
+    """Begin a session for each customer with one request."""
+    wanted = [customer.wanted() for customer in customers]
+    states = post("/batch/create", {"sessions": wanted})["results"]
+    for customer, state in zip(customers, states, strict=True):
+        customer.begin(state)
+
+
+def play_batch(url: str, split: str, sessions: int, seconds: float, start: Any, out: Any) -> None:
     """A client process that steps all its sessions with one request."""
-    post = poster(url, library)
+    post = poster(url)
     customers = [Customer(split, seed) for seed in range(sessions)]
-
-    def begin(fresh: list[Customer]) -> None:
-        wanted = [customer.wanted() for customer in fresh]
-        states = post("/batch/create", {"sessions": wanted})["results"]
-        for customer, state in zip(fresh, states, strict=True):
-            customer.begin(state)
-
-    begin(customers)
+    begin_all(post, customers)
     load = Load()
     start.wait()
     begun = time.perf_counter()
@@ -106,7 +103,7 @@ def play_batch(
         done = [customer for customer in customers if customer.is_done()]
         if done:
             post("/batch/close", {"session_ids": [c.state["session_id"] for c in done]})
-            begin(done)
+            begin_all(post, done)
             load.resets += len(done)
     load.seconds = time.perf_counter() - begun
     post("/batch/close", {"session_ids": [c.state["session_id"] for c in customers]})
@@ -116,8 +113,8 @@ def play_batch(
 def report(server: MeasuredServer, options: argparse.Namespace, sessions: int, batch: bool) -> None:
     """One line of the table."""
     play, numbers = (play_batch, [sessions]) if batch else (play_alone, range(sessions))
-    shared = (server.url, options.client, options.split)
-    found = run_clients(play, [(*shared, number, options.seconds) for number in numbers], server)
+    calls = [(server.url, options.split, number, options.seconds) for number in numbers]
+    found = run_clients(play, calls, server)
     print(
         f"| {sessions:4d} | {'batch' if batch else 'single'} | {found.rate:,.0f} |"
         f" {found.rate / ORIGINAL_STEPS:.0f} | {found.p50:.1f} | {found.p99:.1f} |"
@@ -128,15 +125,12 @@ def report(server: MeasuredServer, options: argparse.Namespace, sessions: int, b
 
 def session_memory(server: MeasuredServer, options: argparse.Namespace, sessions: int) -> None:
     """Resident memory for many sessions that were each played a few steps."""
-    post = poster(server.url, options.client)
+    post = poster(server.url)
     before = server.megabytes()
     customers = [Customer(options.split, seed) for seed in range(sessions)]
     for begin in range(0, sessions, 256):
         part = customers[begin : begin + 256]
-        wanted = [customer.wanted() for customer in part]
-        states = post("/batch/create", {"sessions": wanted})["results"]
-        for customer, state in zip(part, states, strict=True):
-            customer.begin(state)
+        begin_all(post, part)
         for _ in range(6):
             playing = [customer for customer in part if not customer.is_done()]
             steps = [{"session_id": c.state["session_id"], **c.step()} for c in playing]
@@ -157,16 +151,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="for each line of the table")
     parser.add_argument("--split", default="train")
     parser.add_argument("--memory-sessions", type=int, default=4096)
-    parser.add_argument(
-        "--client", choices=("http.client", "urllib3", "requests"), default="urllib3"
-    )
     options = parser.parse_args()
     capacity = str(max(4096, options.memory_sessions))
     server = MeasuredServer(["webshop", "--data", options.data, "--capacity", capacity])
     try:
         load = os.getloadavg()[0]
         print(
-            f"{options.data} data, {options.client}, {os.cpu_count()} cores, load {load:.1f}"
+            f"{options.data} data, {os.cpu_count()} cores, load {load:.1f}"
             f" before: ready in {server.ready_seconds:.2f} s"
             f" ({server.ready_processor_seconds:.2f} s of processor time)"
             f" with {server.megabytes():.0f} MB\n"
