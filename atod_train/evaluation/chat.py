@@ -216,7 +216,7 @@ class ChatEndpoint:
         except openai.APIStatusError as error:
             self._has_answered = True
             raise self._refusal(error, sent) from error
-        except (openai.APITimeoutError, TimeoutError, asyncio.TimeoutError) as error:
+        except (openai.APITimeoutError, asyncio.TimeoutError) as error:
             raise _Transient(
                 f"{self.url} gave no answer within {self.settings.timeout:g} s: raise --timeout, "
                 "or lower --max-tokens or --concurrency."

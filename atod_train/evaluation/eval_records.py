@@ -30,7 +30,7 @@ from atod_train.files import (
     write_json,
 )
 from atod_train.records import Trajectory, Turn
-from atod_train.reports.evaluations import EvaluationMode, EvaluationResult, TaskResult
+from atod_train.reports.evaluations import EvaluationMode, EvaluationResult, TaskResult, task_result
 from atod_train.reports.run_folder import (
     PACKAGES,
     RunFolderError,
@@ -75,12 +75,7 @@ class EpisodeRecord(TaskResult):
             if not turn.is_action_valid
         )
         return cls(
-            task_id=episode.task_id,
-            task_type=episode.task_type,
-            success=episode.success,
-            score=episode.score,
-            turns=len(episode.turns),
-            invalid_turns=reasons.total(),
+            **asdict(task_result(episode)),
             invalid_reasons=dict(sorted(reasons.items())),
             actions=tuple(sorted(episode.verbs.items())),
             stop_reason=episode.stop_reason,
@@ -192,8 +187,12 @@ class EvaluationFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(locked(self.path, "choose another folder with --out"))
             self._read()
-            if self.records:
-                _check_same(self._before.get("settings", {}), self._settings, self.path)
+            before = self._before.get("settings", {}) if self.records else self._settings
+            for name, old, new in differing_settings(before, self._settings):
+                raise InvalidSettingError(
+                    f"{self.path} was played with {name} {old}, not {new}; give the same settings "
+                    "to continue, or choose another folder with --out."
+                )
             self._sessions = [*self._before.get("sessions", ()), session]
             write_json(
                 self.path / SETTINGS_FILE, {"settings": self._settings, "sessions": self._sessions}
@@ -309,7 +308,7 @@ def _totals(
     }
 
 
-def _token_sums(parts: Sequence[Completion | EpisodeRecord]) -> dict[str, int | None]:
+def _token_sums(parts: Sequence[Completion | EpisodeRecord]) -> dict[str, Any]:
     """Sum each count of tokens; a sum with an unknown part is unknown."""
     sums: dict[str, int | None] = {}
     for name in ("prompt_tokens", "completion_tokens", "reasoning_tokens"):
@@ -335,15 +334,6 @@ def _transcribed(turn: Turn, completion: Completion) -> dict[str, Any]:
         "is_action_valid": turn.is_action_valid,
         "parse_error": "" if is_parsed else turn.invalid_reason,
     }
-
-
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Refuse to mix episodes of different settings."""
-    for name, old, new in differing_settings(before, now):
-        raise InvalidSettingError(
-            f"{path} was played with {name} {old}, not {new}; give the same settings to continue, "
-            "or choose another folder with --out."
-        )
 
 
 def differing_settings(

@@ -14,7 +14,7 @@ from atod_train.records import Trajectory
 from atod_train.reports.evaluations import (
     EvaluationMode,
     EvaluationResult,
-    TaskResult,
+    task_result,
     temperature_of,
 )
 from atod_train.rollout.env_pool import EnvPool
@@ -58,7 +58,7 @@ def evaluate(
             on_end=lambda _: advance(), on_turn=lambda tokens: advance(0, tokens=tokens),
             engine=engine,
         )  # fmt: skip
-    results = processes.gather([_result(episode) for episode in episodes])
+    results = processes.gather([task_result(episode) for episode in episodes])
     if not any(result.turns for result in results):
         raise nothing_fits()
     return EvaluationResult(pool.split, pool.data, mode, tuple(results))
@@ -113,15 +113,4 @@ def play_tasks(
         on_end=on_end,
         on_turn=on_turn,
         at_once=at_once or min(_MOST_EPISODES, sampler.episodes_at_once(processes.count)),
-    )
-
-
-def _result(episode: Trajectory) -> TaskResult:
-    return TaskResult(
-        task_id=episode.task_id,
-        task_type=episode.task_type,
-        success=episode.success,
-        score=episode.score,
-        turns=len(episode.turns),
-        invalid_turns=sum(not turn.is_action_valid for turn in episode.turns),
     )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atod_gym.errors import InvalidSettingError
+from atod_train.records import Trajectory
 from atod_train.reports.statistics import (
     Estimate,
     InvalidCountsError,
@@ -60,6 +61,18 @@ class TaskResult:
     turns: int
     invalid_turns: int
     """Turns whose action was not valid."""
+
+
+def task_result(episode: Trajectory) -> TaskResult:
+    """Return the result of an episode."""
+    return TaskResult(
+        task_id=episode.task_id,
+        task_type=episode.task_type,
+        success=episode.success,
+        score=episode.score,
+        turns=len(episode.turns),
+        invalid_turns=sum(not turn.is_action_valid for turn in episode.turns),
+    )
 
 
 @dataclass(frozen=True)

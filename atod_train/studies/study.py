@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -84,8 +83,9 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
     else:
         show_progress("nothing")
     all_left = [(part, _left(part, resume)) for part in study.parts]
+    to_make = [(part, left) for part, left in all_left if left]
     if processes.is_main:
-        if any(left for _, left in all_left):
+        if to_make:
             check_loggers(study.log)
         for part, left in all_left:
             if kept := len(part.runs) - len(left):
@@ -103,10 +103,10 @@ def run_study(study: Study, out: Path, resume: bool = False) -> Path:
             # Processes that train together make one run after the other.
             with _workers(study.jobs if processes.count == 1 else 1) as call_all:
                 # Models that cannot be used are refused before the first run begins.
-                for make in (_make_models, partial(_make_runs, log=LogTo(study.log, out))):
-                    for part, left in all_left:
-                        if left:
-                            failed += make(part, left, processes, call_all)
+                for part, left in to_make:
+                    _make_models(part, left, processes, call_all)
+                for part, left in to_make:
+                    failed += _make_runs(part, left, processes, call_all, LogTo(study.log, out))
             if failed:
                 again = shlex.join(["atod-train", "resume", str(out)])
                 raise AtodError(f"Failed runs: {'; '.join(failed)}. To try them again: {again}")
@@ -181,7 +181,7 @@ def _left(part: StudyPart, resume: bool) -> list[Run]:
 
 def _make_models(
     part: StudyPart, left: Sequence[Run], processes: Processes, call_all: CallAll
-) -> list[str]:
+) -> None:
     """Make start and teacher of an environment, and check that the runs can use them."""
     config, model = part.config, part.config.model
     if processes.is_main:
@@ -195,7 +195,6 @@ def _make_models(
     are_made = {model.teacher, model.student} <= MODEL_SHAPES.keys()
     if begun or (is_taught(part) and not are_made):
         call_all(_check_models, [(config, is_taught(part), begun)])
-    return []
 
 
 def _make_runs(

@@ -183,7 +183,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
         make_run(run.folder, method=run.label, seed=run.config.train.seed)
         write_config(run.folder, run.config)
 
-    monkeypatch.setattr(study, "_make_models", lambda *_: [])
+    monkeypatch.setattr(study, "_make_models", lambda *_: None)
     monkeypatch.setattr(study, "evaluate_start", lambda *_: [])
     monkeypatch.setattr(study, "_train", train)
     monkeypatch.setattr(study, "_last_error", "")
@@ -215,14 +215,14 @@ def test_a_study_that_is_stopped_has_the_results_of_what_has_finished(
     asked = []
 
     def make_runs(
-        part: StudyPart, left: list[Run], processes: Processes, call_all: CallAll, **_: Any
+        part: StudyPart, left: list[Run], processes: Processes, call_all: CallAll, *_: Any
     ) -> None:
         asked.append([run.folder.relative_to(out).as_posix() for run in left])
         make_run(left[0].folder, method=left[0].label, seed=7)
         write_config(left[0].folder, left[0].config)
         raise StoppedByUser("stopped")
 
-    monkeypatch.setattr(study, "_make_models", lambda *_: [])
+    monkeypatch.setattr(study, "_make_models", lambda *_: None)
     monkeypatch.setattr(study, "_make_runs", make_runs)
     command = ["study", str(path), "--out", str(out), "--seeds", "7"]
     assert main([*command, "--environments", "more"]) == 130
@@ -247,14 +247,13 @@ def test_models_of_all_environments_are_checked_before_the_first_run(
     path.write_text(STUDY, encoding="utf-8")
     asked = []
 
-    def make_models(part: StudyPart, *_: Any) -> list[str]:
+    def make_models(part: StudyPart, *_: Any) -> None:
         asked.append(part.name)
         if part.name == "more":
             raise AtodError("the vocabulary is another")
-        return []
 
     monkeypatch.setattr(study, "_make_models", make_models)
-    monkeypatch.setattr(study, "_make_runs", lambda part, *_, **__: asked.append(part))
+    monkeypatch.setattr(study, "_make_runs", lambda part, *_: asked.append(part))
     assert main(["study", str(path), "--out", str(tmp_path / "out")]) == 2
     assert asked == ["houses", "more"]
     assert "the vocabulary is another" in capsys.readouterr().err
