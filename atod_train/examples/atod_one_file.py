@@ -140,11 +140,10 @@ def make_env(args: Args, split: str) -> gym.Env[Any, str]:
         args.env_id, split=split, data=args.data, max_episode_steps=args.max_turns,
         disable_env_checker=True,
     )  # fmt: skip
-    env = agent_env(
+    return agent_env(
         env, profile=args.parse_profile, style="window", history_window=args.history_window,
         show_admissible=args.show_admissible,
     )  # fmt: skip
-    return env
 
 
 def stop_ids(model: Any, tokenizer: Any) -> set[int]:
@@ -335,14 +334,13 @@ def train_step(
         optimizer.step()
         optimizer.zero_grad()
         totals["grad_norm"] += norm / args.minibatches
-    totals |= {
+    return totals | {
         "kappa": kappa,
         "rho": rho,
         "disagreement": float(disagreement.mean()),
         "turn_weight": float(weights.mean()),
         "return": float(returns.mean()),
     }
-    return totals
 
 
 # -- 5. the run ------------------------------------------------------------------------------------

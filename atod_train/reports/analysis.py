@@ -133,8 +133,6 @@ def _rows(
         splits = selection.splits(results)
         types = [name for split in splits for name in results.task_types[split]]
         chosen = [place for place, name in enumerate(types) if name == selection.task_type]
-        if not chosen:
-            return {}
     return {
         key: np.concatenate([_successes(evaluation) for evaluation in evaluations])[chosen]
         for key, evaluations in _evaluations(results, model, selection).items()

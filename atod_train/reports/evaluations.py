@@ -12,12 +12,7 @@ from numpy.typing import NDArray
 
 from atod_gym.errors import InvalidSettingError
 from atod_train.records import Trajectory
-from atod_train.reports.statistics import (
-    Estimate,
-    InvalidCountsError,
-    estimate,
-    paired_difference,
-)
+from atod_train.reports.statistics import Estimate, InvalidCountsError, estimate, paired_difference
 
 EvaluationMode = str
 """Decoding: `greedy`, the most likely token each time; `sampled`; `sampled:T` at a temperature."""

@@ -18,12 +18,7 @@ from atod_train.algorithm.methods import needs_teacher
 from atod_train.config import RunConfig, is_url
 from atod_train.models.checks import check_config
 from atod_train.models.from_scratch import MODEL_SHAPES, llama_config
-from atod_train.models.pretrained import (
-    count_parameters,
-    is_mixed,
-    read_shape,
-    read_tokenizer,
-)
+from atod_train.models.pretrained import count_parameters, is_mixed, read_shape, read_tokenizer
 from atod_train.reports.run_folder import ANOTHER_FOLDER
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.own_env import check_env

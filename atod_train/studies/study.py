@@ -248,18 +248,11 @@ def _train(run: Run, known: Sequence[Evaluation], processes: Processes, log: Log
     """Make one run, from the start or from its last checkpoint."""
     has_teacher = needs_teacher(run.config.algorithm.method)
     with _loaded(run.config, has_teacher) as (student, teacher, (pool, *eval_pools)):
-        Trainer(
-            run.config,
-            run.folder,
-            student,
-            teacher,
-            pool,
-            eval_pools,
-            known,
-            processes,
-            run.label,
-            log,
-        ).run()  # runs that must not be continued are refused before any work
+        trainer = Trainer(
+            run.config, run.folder, student, teacher, pool, eval_pools, known, processes,
+            run.label, log,
+        )  # fmt: skip
+        trainer.run()  # runs that must not be continued are refused before any work
 
 
 _last_error = ""

@@ -79,10 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     modes: dict[str, dict[str, Any]] = {"native": {}, "sync": {"vectorization_mode": "sync"}}
     if not options.without_async:
-        modes["async"] = {
-            "vectorization_mode": "async",
-            "vector_kwargs": {"shared_memory": False},
-        }
+        modes["async"] = {"vectorization_mode": "async", "vector_kwargs": {"shared_memory": False}}
     print(
         f"{'id':18} {'envs':>5} {'single':>9} "
         + " ".join(f"{m:>9}" for m in modes)
