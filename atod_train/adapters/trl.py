@@ -71,11 +71,7 @@ class Rollouts:
         self._player: TokenPlayer | None = None
 
     def __call__(self, prompts: Sequence[str], trainer: GRPOTrainer) -> dict[str, Any]:
-        """Play the tasks.
-
-        Args:
-            prompts: task ids, one for each episode.
-            trainer: samples the completions.
+        """Play the tasks that prompts name, one for each episode; the trainer samples completions.
 
         Returns:
             `prompt_ids`, `completion_ids`, `logprobs` and `env_mask` (1 on sampled tokens) for

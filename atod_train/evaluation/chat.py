@@ -71,10 +71,6 @@ _SHOWN = 300
 class ChatEndpoint:
     """Send prompts below the rate limits, and retry those that fail.
 
-    Args:
-        settings: the endpoint, the model and how it is asked.
-        sampling: how completions are sampled.
-
     Attributes:
         url: of the endpoint, without a password.
 

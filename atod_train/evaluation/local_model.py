@@ -88,10 +88,7 @@ def find_model(name: str) -> tuple[str, RunConfig | None]:
 class LocalModel:
     """A local model that plays greedily or sampled, as evaluations in training do.
 
-    Args:
-        name: of the model, see `find_model`.
-        sampling: how completions are sampled.
-        options: its context and device.
+    `find_model` finds it by its name.
 
     Attributes:
         trained: settings of the run that trained it; None: not known.

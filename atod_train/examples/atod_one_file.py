@@ -130,12 +130,7 @@ class Row:
 
 
 def make_env(args: Args, split: str) -> gym.Env[Any, str]:
-    """Make an environment whose observations are chat messages and whose actions are completions.
-
-    Args:
-        args: the settings of the environment and its prompts.
-        split: of the tasks.
-    """
+    """Make an environment whose observations are messages and whose actions are completions."""
     env = gym.make(
         args.env_id, split=split, data=args.data, max_episode_steps=args.max_turns,
         disable_env_checker=True,

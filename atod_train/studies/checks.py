@@ -31,12 +31,7 @@ _SECONDS = 30.0
 
 
 def header(part: StudyPart, left: Sequence[Run], jobs: int) -> str:
-    """Check the requirements of the runs on an environment, and return lines that describe them.
-
-    Args:
-        part: the runs.
-        left: the runs that are not finished.
-        jobs: number of runs at the same time.
+    """Check the requirements of the runs that are left, and return lines that describe them.
 
     Raises:
         AtodError: a device, model, server, environment, its data or a split cannot be used.
@@ -117,10 +112,6 @@ def check_vocabularies(names: Sequence[str]) -> None:
 
 def describe_model(name: str, max_context: int) -> tuple[str, int]:
     """Return the kind and size of a model by its configuration, or a server's description of it.
-
-    Args:
-        name: as `model.student` or `model.teacher`.
-        max_context: longest sequence in tokens.
 
     Returns:
         A text, and the number of parameters in this process.

@@ -170,12 +170,7 @@ def _part(
 
 
 def read_study(path: Path, out: Path, selection: StudySelection | None = None) -> Study:
-    """Read a study file.
-
-    Args:
-        path: the file.
-        out: folder of the study.
-        selection: restricts the study to a part.
+    """Read a study file for the folder `out`, or the selected part of it.
 
     Returns:
         A part for every environment of the file; one that is not selected has no runs.

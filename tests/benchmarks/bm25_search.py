@@ -16,7 +16,6 @@ import argparse
 import json
 import lzma
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measured_server import resident
 
 from env_servers.search.bm25 import BM25Index
 from env_servers.search.lucene import Analyzer
@@ -61,11 +61,6 @@ def read_products(data: Path) -> list[tuple[str, str]]:
     """The documents (asin, text) of the small WebShop catalogue."""
     with lzma.open(data / "webshop/items_shuffle_1000.json.xz", "rt", encoding="utf-8") as file:
         return [(entry["asin"], product_text(entry)) for entry in json.load(file)[:1000]]
-
-
-def peak_megabytes() -> float:
-    """Largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def rate(action: Callable[[], object], count: int, rounds: int = 3) -> float:
@@ -130,7 +125,7 @@ def made_up_texts(count: int, words: int, seed: int) -> Iterator[str]:
 def measure_made_up(count: int, folder: Path) -> None:
     """Builds, opens and searches a made-up corpus on disk."""
     queries = list(made_up_texts(1000, 6, seed=2))
-    before = peak_megabytes()
+    before = resident("VmHWM") / 2**20
     path = folder / f"index-{count}"
     documents = (
         (f"{row:07d}", text)
@@ -146,8 +141,9 @@ def measure_made_up(count: int, folder: Path) -> None:
     start_wall = time.perf_counter()
     index = BM25Index.open(path)
     opening = time.perf_counter() - start_wall
+    peak = resident("VmHWM") / 2**20
     print(
-        f"made up: {count:,} documents, built in {seconds:.1f} s, peak {peak_megabytes():,.0f} MB"
+        f"made up: {count:,} documents, built in {seconds:.1f} s, peak {peak:,.0f} MB"
         f" ({before:,.0f} MB before), {size:,.0f} MB on disk,"
         f" opened in {opening * 1000:.1f} ms wall"
     )

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import random
-import resource
 import statistics
 import time
 from collections import defaultdict
+
+from measured_server import resident
 
 from env_servers.webshop.episode import Episode
 from env_servers.webshop.pages import BACK, BUY, NEXT, PREVIOUS, SUB_PAGES
@@ -95,8 +96,7 @@ def main() -> None:
         median = 1e6 * statistics.median(times)
         share = 1e6 * sum(times) / len(times)
         print(f"  {kind:<15} median {median:7.1f} us, mean {share:7.1f} us, {len(times):,} times")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak resident memory {peak:.0f} MB")
+    print(f"peak resident memory {resident('VmHWM') / 2**20:.0f} MB")
 
 
 if __name__ == "__main__":
