@@ -82,13 +82,11 @@ def write_report(folder: Path, environments: Sequence[Results], *, pictures: boo
         undefined=StrictUndefined,
         finalize=_printable,
     ).get_template("report.html.j2")
-    names = ", ".join(results.name for results in environments)
-    parts = [_part(results) for results in environments]
     text = template.render(
-        title=names,
+        title=", ".join(results.name for results in environments),
         css=(here / "report.css").read_text(encoding="utf-8"),
         claims=claims_table(environments) if len(environments) > 1 else None,
-        parts=parts,
+        parts=[_part(results) for results in environments],
         measures=_MEASURES,
         longest_text=LONGEST_TEXT,
     )

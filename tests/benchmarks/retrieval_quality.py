@@ -35,14 +35,6 @@ DEPTHS = (3, 10)
 QUERIES_AT_ONCE = 64
 
 
-class Question(NamedTuple):
-    """A question as in the data folder."""
-
-    id: str
-    question: str
-    golden_answers: Sequence[str]
-
-
 class Share(NamedTuple):
     """Hits among a number of questions."""
 
@@ -58,12 +50,6 @@ class Share(NamedTuple):
         middle = (share + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
         return middle - half, middle + half
-
-
-def read_questions(path: Path) -> list[Question]:
-    """The questions of a file of JSON lines."""
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [Question(*(record[name] for name in Question._fields)) for record in records]
 
 
 def normalised(text: str) -> str:
@@ -84,12 +70,11 @@ def is_whole_words(answers: Sequence[str], passages: Sequence[str]) -> bool:
     return any(answer in normalised(passage) for passage in passages for answer in words)
 
 
-def search(retriever: Retriever, questions: Sequence[Question]) -> list[list[Found]]:
-    """The best passages for each question."""
-    texts = [question.question for question in questions]
+def search(retriever: Retriever, queries: Sequence[str]) -> list[list[Found]]:
+    """The best passages for each query."""
     found = []
-    for begin in range(0, len(texts), QUERIES_AT_ONCE):
-        found += retriever.search_many(texts[begin : begin + QUERIES_AT_ONCE], max(DEPTHS))
+    for begin in range(0, len(queries), QUERIES_AT_ONCE):
+        found += retriever.search_many(queries[begin : begin + QUERIES_AT_ONCE], max(DEPTHS))
     return found
 
 
@@ -131,16 +116,21 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|")
         rankings: dict[str, list[int]] = {}
         for name in SETS:
-            questions = read_questions(data / f"{name}.jsonl")
+            lines = (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            questions = [json.loads(line) for line in lines]
+            queries = [question["question"] for question in questions]
             for retriever in retrievers:
                 begun = time.process_time()
-                found = search(retriever, questions)
+                found = search(retriever, queries)
                 pace = len(questions) / (time.process_time() - begun)
                 cells = [f"{name} ({len(questions):,})", retriever.name]
                 for depth in DEPTHS:
                     pairs = [
-                        (q.golden_answers, indexed.corpus.contents([one.row for one in f[:depth]]))
-                        for q, f in zip(questions, found, strict=True)
+                        (
+                            question["golden_answers"],
+                            indexed.corpus.contents([one.row for one in best[:depth]]),
+                        )
+                        for question, best in zip(questions, found, strict=True)
                     ]
                     hits, whole = (
                         Share(sum(test(*pair) for pair in pairs), len(pairs))
@@ -150,8 +140,8 @@ def main() -> None:
                     cells += [f"{hits} ({whole})", f"{low:.3f}-{high:.3f}"]
                 print(f"| {' | '.join(cells)} | {pace:,.0f} |", flush=True)
                 if retriever is by_meaning:
-                    for question, one in zip(questions, found, strict=True):
-                        rankings[question.question] = [hit.row for hit in one]
+                    for query, best in zip(queries, found, strict=True):
+                        rankings[query] = [one.row for one in best]
     if vectors is not None:
         records = read_lines(data / "golden/retrieval.jsonl.xz")
         report_golden([record for record in records if record["question"] in rankings], rankings)

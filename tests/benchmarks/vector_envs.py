@@ -23,29 +23,26 @@ import atod_gym
 WORDS = ("red shoes", "wooden chair", "mill", "lake", "green tea", "cotton shirt", "bridge", "town")
 
 
-class RandomPolicy:
+def random_action(rng: np.random.Generator, listed: Sequence[str]) -> str:
     """A listed action at random; a search where none is listed or a placeholder was drawn."""
-
-    def __init__(self) -> None:
-        self._rng = np.random.default_rng(0)
-
-    def act(self, listed: Sequence[str]) -> str:
-        action = listed[int(self._rng.integers(len(listed)))] if listed else "search[<query>]"
-        if action == "search[<query>]":
-            return f"search[{WORDS[int(self._rng.integers(len(WORDS)))]}]"
-        return action
+    action = listed[int(rng.integers(len(listed)))] if listed else "search[<query>]"
+    if action == "search[<query>]":
+        return f"search[{WORDS[int(rng.integers(len(WORDS)))]}]"
+    return action
 
 
 def vector_speed(envs: Any, seconds: float) -> float:
     """Steps per second of a vector environment, after one second of warming up."""
-    policy = RandomPolicy()
+    rng = np.random.default_rng(0)
     observation, _ = envs.reset(seed=0)
     steps, begun = 0, time.perf_counter()
     warm = begun + 1.0
     while (now := time.perf_counter()) < warm + seconds:
         if now >= warm and begun < warm:
             steps, begun = 0, now
-        actions = tuple([policy.act(listed) for listed in observation["admissible_actions"]])
+        actions = tuple(
+            [random_action(rng, listed) for listed in observation["admissible_actions"]]
+        )
         observation, *_ = envs.step(actions)
         steps += len(actions)
     return steps / (time.perf_counter() - begun)
@@ -53,12 +50,12 @@ def vector_speed(envs: Any, seconds: float) -> float:
 
 def single_speed(env: Any, seconds: float) -> float:
     """Steps per second of one environment."""
-    policy = RandomPolicy()
+    rng = np.random.default_rng(0)
     observation, _ = env.reset(seed=0)
     steps, begun = 0, time.perf_counter()
     while time.perf_counter() - begun < seconds:
         observation, _, terminated, truncated, _ = env.step(
-            policy.act(observation["admissible_actions"])
+            random_action(rng, observation["admissible_actions"])
         )
         steps += 1
         if terminated or truncated:
