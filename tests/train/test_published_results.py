@@ -88,9 +88,7 @@ def test_the_findings_count_what_holds() -> None:
     assert "ATOD is above OPD in seven of eleven comparisons**, and below it in none" in README
     close = Counter(verdicts("atod", "teacher", most=13))
     assert close == {"holds": 1, "does not hold": 1, "undecided": 8}
-    assert (
-        "ten teachers at most 13 points above the start it passes one, stays below one" in README
-    )
+    assert "ten teachers at most 13 points above the start it passes one, stays below one" in README
     assert set(verdicts("atod", "teacher", least=13)) == {"does not hold"}
     assert "holds" not in verdicts("opd", "teacher")
 
