@@ -39,6 +39,10 @@ class Snapshot(TypedDict):
     """Facts that held at the start and do not now."""
 
 
+_KINDS = {key: get_origin(hint) or hint for key, hint in get_type_hints(Snapshot).items()}
+"""Key of a `Snapshot` -> type of its value."""
+
+
 class ALFWorldEnv(TurnEnv):
     """Household tasks in text, such as finding a mug, cooling it and putting it on a shelf.
 
@@ -291,15 +295,13 @@ def _hint(action: str, admissible: Sequence[str], says_move: bool) -> str:
 
 def _check_snapshot(snapshot: object) -> None:
     """Raise InvalidSettingError for an object that is not a `Snapshot`."""
-    hints = get_type_hints(Snapshot)
-    kinds = {key: get_origin(hint) or hint for key, hint in hints.items()}
-    if not isinstance(snapshot, Mapping) or snapshot.keys() != kinds.keys():
+    if not isinstance(snapshot, Mapping) or snapshot.keys() != _KINDS.keys():
         found = list(snapshot) if isinstance(snapshot, Mapping) else snapshot
         raise InvalidSettingError(
             "restore() takes what snapshot() returned, a mapping with the keys "
-            f"{', '.join(kinds)}, not {str(found)[:200]!r}."
+            f"{', '.join(_KINDS)}, not {str(found)[:200]!r}."
         )
-    wrong = [key for key, kind in kinds.items() if type(snapshot[key]) is not kind]
+    wrong = [key for key, kind in _KINDS.items() if type(snapshot[key]) is not kind]
     if not wrong and snapshot["turn_index"] < 0:
         wrong = ["turn_index"]
     if not wrong:
