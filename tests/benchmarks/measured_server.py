@@ -57,8 +57,7 @@ class MeasuredServer:
         self.url: str = json.loads(line)["url"]
 
     def megabytes(self) -> float:
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+        return resident("VmRSS", self.process.pid) / 1e6
 
     def peak_megabytes(self) -> float:
         """The largest resident size so far; mapped files that were read count too."""
