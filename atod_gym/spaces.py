@@ -13,8 +13,8 @@ MAX_TEXT_LENGTH = 1_000_000
 MAX_ACTION_LENGTH = 10_000
 """Bound on the length of an admissible action, in code points."""
 
-MAX_TURNS = 1_000_000
-"""Bound on `turn_index` where an environment has no turn limit of its own."""
+MAX_TURNS = 1_000_000_000
+"""Largest turn limit of an environment, and bound on `turn_index` where it has none."""
 
 _REPLACEMENT = "\ufffd"
 # Samples mix characters that are easy and hard for tokenizers, parsers and terminals. Lone

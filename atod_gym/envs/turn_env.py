@@ -16,12 +16,11 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils import EzPickle
 
 from atod_gym.errors import InvalidSettingError
-from atod_gym.spaces import UnicodeText, turn_observation_space
+from atod_gym.spaces import MAX_TURNS, UnicodeText, turn_observation_space
 from atod_gym.tasks import DataSource, TaskManifest, choose_task_types, task_not_found
 from atod_gym.types import StepInfo, TurnObservation
 
 RENDER_MODES = ("ansi",)
-MAX_TURNS = 1_000_000_000
 
 Turn = tuple[TurnObservation, float, bool, bool, dict[str, Any]]
 """The result of `step`: observation, reward, terminated, truncated, info."""

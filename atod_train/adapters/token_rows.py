@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.generation import Completion, StopRule
+from atod_train.models.generation import SampledTokens, StopRule
 from atod_train.records import Trajectory
 from atod_train.rollout.env_pool import EnvPool
 from atod_train.rollout.episode import Episode, Limits
@@ -60,7 +60,7 @@ class TokenPlayer:
             ids = ids[: self._stop_rule.kept(ids)]
             has_end = bool(ids) and ids[-1] in self.encoder.stop_ids
             kept = tuple(scores or ())[: len(ids)]
-            sampled.append(Completion(tuple(ids), kept, "stop" if has_end else "length"))
+            sampled.append(SampledTokens(tuple(ids), kept, "stop" if has_end else "length"))
         texts = [self.encoder.decode(completion.ids) for completion in sampled]
         self.pool.play(episodes, texts, sampled)
 

@@ -27,7 +27,7 @@ from atod_train.records import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class SampledTokens:
     """A completion, exactly as it was sampled."""
 
     ids: tuple[int, ...]
@@ -160,7 +160,7 @@ class Sampler(ABC):
         """
         self._begin(self.draw_seeds(episodes) if isinstance(episodes, int) else episodes)
 
-    def prompt(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[Completion]:
+    def prompt(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[SampledTokens]:
         """Sample the next completions of some episodes.
 
         Args:
@@ -198,7 +198,7 @@ class Sampler(ABC):
     @abstractmethod
     def _sample_turn(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int]
-    ) -> list[Completion]:
+    ) -> list[SampledTokens]:
         """Sample completions as `prompt`, whose arguments fit."""
 
 
@@ -221,7 +221,7 @@ class Generator(Sampler):
 
     def _sample_turn(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int]
-    ) -> list[Completion]:
+    ) -> list[SampledTokens]:
         episodes = [self._episodes[row] for row in rows]
         for episode, ids in zip(episodes, prompts, strict=True):
             # At least one token is fed, to have logits after it.
@@ -233,7 +233,7 @@ class Generator(Sampler):
         with torch.no_grad() if is_mixed else torch.inference_mode(), self.policy.precision():
             return self._complete(episodes)
 
-    def _complete(self, asked: list[_Episode]) -> list[Completion]:
+    def _complete(self, asked: list[_Episode]) -> list[SampledTokens]:
         """Sample one completion for each episode, whose last tokens are a prompt."""
         longest = max(len(episode.ids) for episode in asked)
         self._cache.reserve(longest + self.max_completion_tokens)
@@ -265,7 +265,7 @@ class Generator(Sampler):
             if not active:
                 break
         found = {
-            episode: Completion(tuple(sampled[i]), tuple(scores[i]), reasons[i])
+            episode: SampledTokens(tuple(sampled[i]), tuple(scores[i]), reasons[i])
             for i, episode in enumerate(episodes)
         }
         return [found[episode] for episode in asked]

@@ -28,7 +28,7 @@ from torch import Tensor
 from atod_gym.errors import AtodError, InvalidSettingError, MissingExtraError
 from atod_train.config import VLLM_SHARE
 from atod_train.models.dialogue import DialogueEncoder
-from atod_train.models.generation import Completion, Sampler
+from atod_train.models.generation import SampledTokens, Sampler
 from atod_train.models.lora import merged_weights
 from atod_train.models.policy import Policy
 from atod_train.records import FinishReason
@@ -112,7 +112,7 @@ class VllmSampler(Sampler):
 
     def _sample_turn(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int]
-    ) -> list[Completion]:
+    ) -> list[SampledTokens]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -152,7 +152,9 @@ class VllmSampler(Sampler):
         return completions
 
     @torch.no_grad()
-    def _check(self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> None:
+    def _check(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[SampledTokens]
+    ) -> None:
         """Score completions with the policy itself.
 
         Raises:
@@ -183,9 +185,9 @@ class _Sampled:
     logprobs: list[float] = field(default_factory=list)
     reason: FinishReason | None = None
 
-    def completion(self) -> Completion:
+    def completion(self) -> SampledTokens:
         assert self.reason is not None
-        return Completion(tuple(self.ids), tuple(self.logprobs), self.reason)
+        return SampledTokens(tuple(self.ids), tuple(self.logprobs), self.reason)
 
 
 def _length(reason: str | None) -> FinishReason:

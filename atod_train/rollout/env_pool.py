@@ -17,7 +17,7 @@ from atod_train.rollout.episode import Episode
 from atod_train.rollout.own_env import find_spec, is_turn_env, keywords_of, make_text_env
 
 if TYPE_CHECKING:
-    from atod_train.models.generation import Completion
+    from atod_train.models.generation import SampledTokens
 
 
 class EnvPool:
@@ -81,7 +81,7 @@ class EnvPool:
         self,
         episodes: Sequence[Episode],
         texts: Sequence[str],
-        sampled: Sequence[Completion] | None = None,
+        sampled: Sequence[SampledTokens] | None = None,
     ) -> None:
         """Play and record one turn of some episodes.
 
@@ -95,7 +95,7 @@ class EnvPool:
         ]
         numbers = [episode.number for episode in episodes]
         results = self._envs.play(numbers, [found.action for found in parsed])
-        tokens: Sequence[Completion | None] = sampled or [None] * len(episodes)
+        tokens: Sequence[SampledTokens | None] = sampled or [None] * len(episodes)
         for episode, *turn in zip(episodes, texts, parsed, results, tokens, strict=True):
             episode.record(*turn)
 

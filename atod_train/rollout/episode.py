@@ -31,7 +31,7 @@ from atod_train.records import USUAL_ENDS, StopReason, TokenizedTurn, Trajectory
 
 if TYPE_CHECKING:  # agents that play by text do not need torch
     from atod_train.models.dialogue import DialogueEncoder
-    from atod_train.models.generation import Completion
+    from atod_train.models.generation import SampledTokens
 
 _SHARE_KEPT = 0.5
 """Share of the remaining tokens that earlier turns may take in a restarted dialogue, so that
@@ -183,7 +183,11 @@ class Episode:
     # -- turns -------------------------------------------------------------------------------------
 
     def record(
-        self, text: str, parsed: ParsedAction, result: tuple[Any, ...], sampled: Completion | None
+        self,
+        text: str,
+        parsed: ParsedAction,
+        result: tuple[Any, ...],
+        sampled: SampledTokens | None,
     ) -> None:
         """Record a turn that was played.
 

@@ -75,7 +75,7 @@ class Choice(msgspec.Struct):
     finish_reason: str = "length"
 
 
-class Completion(msgspec.Struct):
+class ScoredPrompts(msgspec.Struct):
     """The scored prompts, in the order of the request."""
 
     model: str
@@ -131,14 +131,16 @@ class ServedTeacher:
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
     """One request after the other goes through the model."""
 
-    async def completions(self, request: Request, body: CompletionRequest) -> Completion:
+    async def completions(self, request: Request, body: CompletionRequest) -> ScoredPrompts:
         """Answer POST /v1/completions."""
         name = self.policy.name
         if body.model not in (None, name):
             raise ServiceError(404, "no_such_model", f"This server has the model {name!r} only.")
         self._check(body.prompt)
         loop = asyncio.get_running_loop()
-        return Completion(name, await loop.run_in_executor(self._thread, self._score, body.prompt))
+        return ScoredPrompts(
+            name, await loop.run_in_executor(self._thread, self._score, body.prompt)
+        )
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         count, longest, highest = len(prompts), max(map(len, prompts)), max(map(max, prompts))
@@ -202,7 +204,7 @@ def create_app(
         [
             Endpoint(
                 "POST", "/v1/completions", teacher.completions,
-                "Score prompts, in the dialect of vLLM.", Completion, CompletionRequest,
+                "Score prompts, in the dialect of vLLM.", ScoredPrompts, CompletionRequest,
                 errors=(404,),
             ),
             Endpoint("GET", "/v1/models", _constant(models), "Name the model.", Models),

@@ -30,7 +30,7 @@ from atod_train.files import read_json
 from atod_train.models import vllm_sampler
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
-from atod_train.models.generation import Completion, Generator
+from atod_train.models.generation import Generator, SampledTokens
 from atod_train.models.lora import add_adapters
 from atod_train.models.policy import Policy
 from atod_train.models.vllm_sampler import VllmSampler
@@ -65,7 +65,7 @@ def policy() -> Policy:
 
 def sample(
     policy: Policy, kind: type = VllmSampler, *, count: int = 24, **settings: Any
-) -> tuple[list[Sequence[int]], list[Completion]]:
+) -> tuple[list[Sequence[int]], list[SampledTokens]]:
     """Two turns of some episodes whose prompts begin alike: all prompts, all completions."""
     dialogue = DialogueEncoder(policy.tokenizer)
     if kind is VllmSampler:
@@ -84,7 +84,10 @@ def sample(
 
 
 def largest_difference(
-    policy: Policy, prompts: list[Sequence[int]], found: list[Completion], temperature: float = 1.0
+    policy: Policy,
+    prompts: list[Sequence[int]],
+    found: list[SampledTokens],
+    temperature: float = 1.0,
 ) -> float:
     """Between log-probs of sampling and those of plain forward passes, in nats."""
     most = 0.0

@@ -15,7 +15,7 @@ from atod_gym.prompts import PromptStyle
 from atod_train.batch import make_batch
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
-from atod_train.models.generation import Completion, Generator
+from atod_train.models.generation import Generator, SampledTokens
 from atod_train.models.policy import Policy
 from atod_train.models.scores import score_completions
 from atod_train.models.word_tokenizer import build_word_tokenizer
@@ -62,7 +62,7 @@ def random_prompts(rows: int, seed: int, low: int = 3, high: int = 12) -> list[l
 
 def continued(
     generator: Generator, new: Sequence[Sequence[int]], rows: Sequence[int]
-) -> list[Completion]:
+) -> list[SampledTokens]:
     """Completions of prompts that in chat style follow what the episodes hold."""
     episodes = [generator._episodes[row] for row in rows]
     is_chat = generator.dialogue.style == "chat"

@@ -29,7 +29,7 @@ from atod_train.config import AlgorithmConfig, EnvConfig, parse_prompt_style
 from atod_train.evaluation.evaluate import evaluate
 from atod_train.models.dialogue import DialogueEncoder
 from atod_train.models.from_scratch import ModelShape, build_policy
-from atod_train.models.generation import Completion, Generator
+from atod_train.models.generation import Generator, SampledTokens
 from atod_train.models.policy import Policy
 from atod_train.models.scores import score_completions
 from atod_train.models.word_tokenizer import build_word_tokenizer
@@ -290,7 +290,7 @@ class _Watched(Generator):
         self.seen: list[list[list[int]]] = [[] for _ in range(count)]
         """Of each turn of each episode, all ids up to and including its completion."""
 
-    def prompt(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[Completion]:
+    def prompt(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[SampledTokens]:
         completions = super().prompt(prompts, rows)
         for row, ids, completion in zip(rows, prompts, completions, strict=True):
             self.seen[row].append([*ids, *completion.ids])
