@@ -331,7 +331,9 @@ def _workers(jobs: int) -> Iterator[CallAll]:
 
         def call_all(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
             with interruptible(announce=False, on_signal=stop) as interrupted:
-                futures = [executor.submit(_call, function, *arguments) for arguments in calls]
+                # Submitting starts the workers, which must not receive Ctrl-C while they import.
+                with _interrupts_blocked():
+                    futures = [executor.submit(_call, function, *arguments) for arguments in calls]
                 try:
                     for future in as_completed(futures):
                         future.result()  # raises an error at once
@@ -353,6 +355,19 @@ def _workers(jobs: int) -> Iterator[CallAll]:
             raise
 
 
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Hold Ctrl-C back, also in processes that are started meanwhile; not on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a worker, where Ctrl-C interrupts it but not a worker without work.
 
@@ -372,6 +387,8 @@ def _set_up_worker(stopped: Event) -> None:
     global _stopped
     _stopped = stopped
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     assert parent is not None
 

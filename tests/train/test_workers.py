@@ -75,6 +75,24 @@ def _both_processes(number: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.1, 0.5])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_workers_import_is_no_traceback(
+    number: int, seconds: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def send() -> None:
+        while len(multiprocessing.active_children()) < 2:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        _both_processes(number)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(StoppedByUser), _workers(2) as call_all:
+        call_all(time.sleep, [(20,), (20,)])
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_no_call_begins_after_a_signal(number: int, tmp_path: Path) -> None:
     begun = [tmp_path / str(i) for i in range(6)]
