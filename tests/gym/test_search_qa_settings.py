@@ -125,6 +125,7 @@ def test_one_file_without_questions_is_named(
 
 
 def test_official_files_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATOD_DATA", raising=False)  # the tests' data, whose place is searched, too
     monkeypatch.setenv("SEARCHQA_DATA", str(tmp_path))
     write(tmp_path, **{"corpus.jsonl": PASSAGE})
     for name, rows in data_set("searchqa").entries.items():
